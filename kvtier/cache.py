@@ -1,0 +1,597 @@
+"""TieredKVCache: the one public face of kvtier.
+
+A serving engine looks up what it may reuse, acquires it (a lease), attends over device pages, appends what it computed, releases. Everything
+below the device happens by itself. All methods may be called from any thread; `acquire`, `prefetch` and `lookup` return at once, `append` and
+`put` may wait for room on the device. State lives in `kvtier.residency` under its lock; this file only speaks for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kvtier.config import Config, load_config
+from kvtier.errors import Closed, LayoutError, LeaseError
+from kvtier.keys import PageKey, TokenIds, namespace, page_keys, root_key
+from kvtier.layout import PageLayout
+from kvtier.lease import Lease, Match
+from kvtier.prefetch import Prefetch
+from kvtier.mover.transfer import Priority, Transfer
+from kvtier.pages import ABSENT, NO_ROW, NO_TIER, READY, WRITING
+from kvtier.residency import DEVICE, Residency
+from kvtier.tiers.base import PageId, Tier
+
+
+class TieredKVCache:
+    """A paged KV cache over the tiers of `config` for pages of `layout`.
+
+    Raises ConfigError, LayoutError, StoreLocked or StoreError if the configuration cannot be met; nothing is left open then. Also a context
+    manager: leaving it closes the cache.
+    """
+
+    def __init__(self, config: Config, layout: PageLayout, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self.layout = layout
+        self._namespace = namespace(config.model.name, config.model.revision, layout)
+        self._residency = Residency(config, layout, self._namespace, clock)
+        self._closed = False
+
+    @classmethod
+    def open(cls, path: str | Path | None, layout: PageLayout, overrides: Mapping[str, object] | None = None) -> TieredKVCache:
+        """Build a cache from a YAML file (None: the defaults), `KVTIER_...` variables and dotted overrides, in rising order of rank."""
+        return cls(load_config(path, overrides=overrides), layout)
+
+    # -- reading ---------------------------------------------------------------------------------------------------------------
+
+    def lookup(self, token_ids: TokenIds, salt: str = "") -> Match:
+        """How much of `token_ids` (one sequence from its start) is cached for tenant `salt`, where, and what it costs to bring up.
+
+        No side effects: nothing is held, counted or moved.
+        """
+        ids = np.ascontiguousarray(token_ids, dtype=np.int64)
+        root = root_key(self._namespace, salt)
+        keys = page_keys(ids, self.layout.page_tokens, root)
+        residency = self._open()
+        with residency.lock:
+            rows = residency.table.find(keys)
+            tiers = residency.table.warmest(rows)
+        counts = np.bincount(tiers, minlength=len(residency.tiers))
+        restore_bytes, restore_s = 0, 0.0
+        for tier in range(1, len(residency.tiers)):
+            moved = int(counts[tier]) * residency.tiers[tier].format.payload_bytes(self.layout)
+            restore_bytes += moved
+            speed = residency.metrics.link(tier, DEVICE).gb_per_s * 1e9
+            restore_s += moved / speed if speed else math.nan if moved else 0.0
+        return Match(
+            tokens=len(rows) * self.layout.page_tokens,
+            ids=ids[: len(rows) * self.layout.page_tokens],
+            keys=tuple(keys[: len(rows)]),
+            root=root,
+            pages_by_tier={name: int(count) for name, count in zip(residency.names, counts, strict=True)},
+            restore_bytes=restore_bytes,
+            restore_s=None if math.isnan(restore_s) else restore_s,
+        )
+
+    def acquire(self, match: Match) -> Lease:
+        """Hold the pages of `match` and start bringing the colder ones to the device; returns at once.
+
+        The lease covers what is still there, which may be less than `match.tokens`; after `wait` (or `ready`) `lease.tokens` is final.
+        """
+        residency = self._open()
+        page_tokens = self.layout.page_tokens
+        with residency.lock:
+            table, metrics = residency.table, residency.metrics
+            rows = table.find(match.keys)
+            tiers = table.warmest(rows)
+            table.lease(rows)
+            table.uses[rows] += 1
+            now = residency.clock()
+            metrics.lookups += bool(match.keys)
+            metrics.tokens_asked += len(match.keys) * page_tokens
+            for row, tier in zip(reversed(rows.tolist()), reversed(tiers.tolist()), strict=True):
+                if row in residency.policies[tier]:
+                    residency.policies[tier].touch(row, now)
+                origin = int(table.prefetched_from[row])
+                if origin != NO_TIER:
+                    in_time = tier == DEVICE
+                    metrics.prefetch.in_time += in_time
+                    metrics.prefetch.late += not in_time
+                    residency.unmark_prefetched(row)
+                    tier = origin
+                metrics.tiers[tier].pages_served += 1
+                metrics.tiers[tier].hit_tokens += page_tokens
+            residency.tend(DEVICE, [row for row, tier in zip(rows.tolist(), tiers.tolist(), strict=True) if tier == DEVICE])
+            lease = Lease(
+                residency=residency,
+                root=match.root,
+                rows=rows.tolist(),
+                ids=array("q", match.ids[: len(rows) * page_tokens].tobytes()),
+                tokens=len(rows) * page_tokens,
+                restored=Future(),
+                give_back=self._release,
+            )
+            missing = bool((table.state[DEVICE, rows] != READY).any())
+        if missing:
+            residency.start(self._restore(lease))
+        else:
+            lease.submitted.set()
+            lease.restored.set_result(None)
+        return lease
+
+    def begin(self, salt: str = "") -> Lease:
+        """A lease on nothing yet: the start of a new sequence of tenant `salt`, to be grown with `append`."""
+        empty = np.empty(0, np.int64)
+        return self.acquire(Match(0, empty, (), root_key(self._namespace, salt), {}, 0, 0.0))
+
+    async def _restore(self, lease: Lease) -> None:
+        """Bring the lease's pages to the device, as far as there is room; cut the lease where one does not come."""
+        residency = self._residency
+        try:
+            with residency.lock:
+                table = residency.table
+                joined = {residency.inflight[row, DEVICE] for row in lease.rows if table.state[DEVICE, row] == WRITING}
+                wanted = [row for row in lease.rows if table.state[DEVICE, row] == ABSENT]
+            lease.transfers += joined
+            for transfer in joined:
+                residency.mover.urge(transfer)
+
+            def launched(transfers: list[Transfer]) -> None:
+                lease.transfers += transfers
+                lease.submitted.set()
+
+            await residency.lift(wanted, Priority.DEMAND, launched)
+            for transfer in joined:
+                await asyncio.wrap_future(transfer.future)
+        finally:
+            with residency.lock:
+                if not lease.released:
+                    self._cut(lease)
+            lease.submitted.set()
+            lease.restored.set_result(None)
+
+    def _cut(self, lease: Lease) -> None:
+        """Shorten a lease to the prefix that is on the device and let the rest go. Lock held."""
+        ready = self._residency.table.state[DEVICE, lease.rows] == READY
+        pages = len(lease.rows) if ready.all() else int(ready.argmin())
+        self._residency.table.release(lease.rows[pages:])
+        del lease.rows[pages:]
+        lease.tokens = min(lease.tokens, pages * self.layout.page_tokens)
+
+    def _release(self, lease: Lease) -> None:
+        residency = self._residency
+        with residency.lock:
+            if lease.released:
+                return
+            lease.released = True
+            residency.device.free(residency.table.release(lease.rows))
+
+    # -- writing ---------------------------------------------------------------------------------------------------------------
+
+    def put(self, token_ids: TokenIds, kv: torch.Tensor, after: Lease | None = None, salt: str = "") -> int:
+        """Keep the full pages of newly computed KV; returns how many tokens are now cached (a multiple of the page size).
+
+        `kv`: `[layers, planes, len(token_ids), kv_heads, head_dim]` of the layout's dtype. `token_ids` follow the tokens of `after` (which must end
+        on a page boundary, and grows), or start a sequence of tenant `salt`. A last, partial page is not kept. Waits for room on the device;
+        returns less when there is none. LayoutError for another shape or dtype, LeaseError for a lease that ends inside a page.
+        """
+        tokens = len(token_ids) // self.layout.page_tokens * self.layout.page_tokens
+        self._check_kv(len(token_ids), kv)
+        if after is not None:
+            if after.tokens % self.layout.page_tokens:
+                raise LeaseError(f"put: the lease ends inside a page ({after.tokens} tokens); use append to continue a partly filled page")
+            return self.append(after, token_ids[:tokens], kv[:, :, :tokens])
+        with self.begin(salt) as lease:
+            return self.append(lease, token_ids[:tokens], kv[:, :, :tokens])
+
+    def append(self, lease: Lease, token_ids: TokenIds, kv: torch.Tensor) -> int:
+        """Continue the lease's sequence with computed KV, token by token or many at once; returns how many tokens were taken.
+
+        Full pages are committed under their content key (visible to everybody), the rest stays in an open page that only this lease sees.
+        A page shared with a fork is copied before it is written. Fewer tokens are taken when the device has no room; `lease.full` says so.
+        """
+        self._check_kv(len(token_ids), kv)
+        if lease.released:
+            raise LeaseError("append: this lease was released; acquire a new one")
+        lease.wait()
+        ids = np.ascontiguousarray(token_ids, dtype=np.int64)
+        del lease.ids[lease.tokens :]
+        done = self._fill_open_page(lease, ids, kv)
+        if not lease.full:
+            done += self._append_pages(lease, ids[done:], kv[:, :, done:])
+        if not lease.full and done < len(ids):
+            done += self._fill_open_page(lease, ids[done:], kv[:, :, done:], start=True)
+        return done
+
+    def _fill_open_page(self, lease: Lease, ids: np.ndarray[tuple[int], np.dtype[np.int64]], kv: torch.Tensor, start: bool = False) -> int:
+        """Write into the lease's open page (with `start`: a new one) until it is full or the tokens end; seals a full page."""
+        residency, page_tokens = self._residency, self.layout.page_tokens
+        fill = lease.tokens % page_tokens
+        if (fill == 0 and not start) or not len(ids):
+            return 0
+        table = residency.table
+        shared = fill > 0 and int(table.leases[lease.rows[-1]]) > 1
+        if fill == 0 or shared:
+            fresh = self._take_slots(1)
+            if not fresh:
+                lease.full = True
+                return 0
+            with residency.lock:
+                parent = lease.rows[lease.tokens // page_tokens - 1] if lease.tokens >= page_tokens else NO_ROW
+                row = table.open(parent, fresh[0], lease.tokens // page_tokens)
+                old = lease.rows.pop() if shared else NO_ROW
+                lease.rows.append(row)
+            if shared:
+                residency.device.copy(int(table.slot[DEVICE, old]), fresh[0], fill)
+                with residency.lock:
+                    residency.device.free(table.release([old]))
+        row = lease.rows[-1]
+        count = min(page_tokens - fill, len(ids))
+        residency.device.write_tokens(int(table.slot[DEVICE, row]), fill, kv[:, :, :count])
+        lease.ids.extend(ids[:count].tolist())
+        lease.tokens += count
+        table.fill[row] = fill + count
+        if fill + count == page_tokens:
+            self._seal(lease)
+        return count
+
+    def _seal(self, lease: Lease) -> None:
+        residency, page_tokens = self._residency, self.layout.page_tokens
+        with residency.lock:
+            table = residency.table
+            parent = self._last_key(lease, len(lease.rows) - 1)
+            key = page_keys(lease.ids[lease.tokens - page_tokens : lease.tokens], page_tokens, parent)[0]
+            row, spare = table.seal(lease.rows[-1], PageId(key, parent, len(lease.rows) - 1))
+            lease.rows[-1] = row
+            if spare != -1:
+                residency.device.free([spare])
+            if row not in residency.policies[DEVICE] and table.state[DEVICE, row] == READY:
+                self._commit(row)
+            residency.tend(DEVICE, [row])
+
+    def _commit(self, row: int) -> None:
+        """A page was written by the engine. Lock held."""
+        residency = self._residency
+        residency.table.uses[row] += 1
+        residency.admit(row, DEVICE)
+        residency.metrics.tiers[DEVICE].pages_in += 1
+
+    def _append_pages(self, lease: Lease, ids: np.ndarray[tuple[int], np.dtype[np.int64]], kv: torch.Tensor) -> int:
+        """Write and commit the full pages of `ids`; the lease ends on a page boundary. Pages others already hold on the device are shared."""
+        residency, layout = self._residency, self.layout
+        count = len(ids) // layout.page_tokens
+        if not count:
+            return 0
+        table, base = residency.table, len(lease.rows)
+        keys = page_keys(ids, layout.page_tokens, self._last_key(lease, base))
+        held, missing = self._hold_present(keys)
+        slots = self._take_slots(len(missing))
+        stop = missing[len(slots)] if len(slots) < len(missing) else count
+        written = missing[: len(slots)]
+        if written:
+            shape = (layout.layers, layout.planes, count, layout.page_tokens, layout.kv_heads, layout.head_dim)
+            pages = kv[:, :, : count * layout.page_tokens].reshape(shape).permute(2, 0, 1, 3, 4, 5)
+            residency.device.scatter(slots, pages[written])
+        slot_of = dict(zip(written, slots, strict=True))
+        with residency.lock:
+            committed = []
+            for index in range(stop):
+                parent = lease.rows[-1] if lease.rows else NO_ROW
+                row = held.pop(index, NO_ROW)
+                if row == NO_ROW:
+                    page = PageId(keys[index], keys[index - 1] if index else self._last_key(lease, base), base + index)
+                    row, spare = self._adopt(page, parent, slot_of.pop(index))
+                    if spare != -1:
+                        residency.device.free([spare])
+                    if row == NO_ROW:
+                        stop = index
+                        break
+                    committed.append(row)
+                lease.rows.append(row)
+            table.release(list(held.values()))
+            residency.device.free(list(slot_of.values()))
+            residency.tend(DEVICE, committed)
+        taken = stop * layout.page_tokens
+        lease.ids.extend(ids[:taken].tolist())
+        lease.tokens += taken
+        lease.full = stop < count
+        return taken
+
+    def _hold_present(self, keys: Sequence[PageKey]) -> tuple[dict[int, int], list[int]]:
+        """Lease the pages that are on the device already (index -> row); indices of the others. Waits for those on their way up."""
+        residency = self._residency
+        while True:
+            with residency.lock:
+                table = residency.table
+                rows = [table.row(key) for key in keys]
+                coming = {residency.inflight[row, DEVICE] for row in rows if row != NO_ROW and table.state[DEVICE, row] == WRITING}
+                if not coming:
+                    held = {index: row for index, row in enumerate(rows) if row != NO_ROW and table.state[DEVICE, row] == READY}
+                    table.lease(np.array(list(held.values()), np.int64))
+                    for row in reversed(held.values()):
+                        table.uses[row] += 1
+                        if row in residency.policies[DEVICE]:
+                            residency.policies[DEVICE].touch(row, residency.clock())
+                    return held, [index for index in range(len(keys)) if index not in held]
+            for transfer in coming:
+                residency.mover.urge(transfer)
+                transfer.future.result()
+
+    def _adopt(self, page: PageId, parent: int, slot: int) -> tuple[int, int]:
+        """Give `page` the device copy in `slot` and lease it; (row or NO_ROW, slot that was not needed or -1). Lock held."""
+        residency = self._residency
+        table = residency.table
+        row = table.add(page, parent)
+        if table.state[DEVICE, row] == WRITING:  # a restore of this very page started meanwhile: let it be
+            return NO_ROW, slot
+        table.lease(np.array([row], np.int64))
+        if table.state[DEVICE, row] == READY:
+            return row, slot
+        table.begin([row], DEVICE, [slot])
+        table.commit(row, DEVICE)
+        self._commit(row)
+        return row, -1
+
+    def _last_key(self, lease: Lease, pages: int) -> PageKey:
+        """Key of the page before page `pages` of the lease."""
+        if not pages:
+            return lease.root
+        key = self._residency.table.key[lease.rows[pages - 1]]
+        assert key is not None
+        return key
+
+    def _take_slots(self, count: int) -> list[int]:
+        """Up to `count` device slots, waiting for evicted pages to be copied down if that is needed."""
+        residency = self._open()
+        with residency.lock:
+            slots = residency.reserve_now(DEVICE, count)
+        return slots if slots is not None else residency.mover.spawn(residency.reserve(DEVICE, count)).result()
+
+    def _check_kv(self, tokens: int, kv: torch.Tensor) -> None:
+        layout = self.layout
+        expected = (layout.layers, layout.planes, tokens, layout.kv_heads, layout.head_dim)
+        if tuple(kv.shape) != expected:
+            raise LayoutError(f"kv has shape {tuple(kv.shape)}; expected [layers, planes, tokens, kv_heads, head_dim] = {list(expected)}")
+        if kv.dtype != layout.torch_dtype:
+            raise LayoutError(f"kv is {kv.dtype}; this cache holds {layout.torch_dtype}")
+
+    # -- sequences -------------------------------------------------------------------------------------------------------------
+
+    def fork(self, lease: Lease) -> Lease:
+        """A second lease on the same tokens (beams, parallel samples). Pages are shared; an open page is copied when either side writes it."""
+        lease.wait()
+        residency = self._open()
+        with residency.lock:
+            residency.table.lease(np.array(lease.rows, np.int64))
+            twin = Lease(residency, lease.root, list(lease.rows), lease.ids[: lease.tokens], lease.tokens, Future(), give_back=self._release)
+        twin.submitted.set()
+        twin.restored.set_result(None)
+        return twin
+
+    def truncate(self, lease: Lease, tokens: int) -> None:
+        """Roll the lease back to its first `tokens` tokens (rejected speculation). Committed pages stay cached; the lease lets go of them.
+
+        A cut inside a committed page takes a private copy of its head. LeaseError if the lease is shorter, or no device page is free for that.
+        """
+        lease.wait()
+        if not 0 <= tokens <= lease.tokens:
+            raise LeaseError(f"truncate to {tokens} tokens: the lease holds {lease.tokens}")
+        residency, page_tokens = self._open(), self.layout.page_tokens
+        table = residency.table
+        pages, fill = divmod(tokens, page_tokens)
+        fresh = NO_ROW
+        if fill and table.key[lease.rows[pages]] is not None:
+            slots = self._take_slots(1)
+            if not slots:
+                raise LeaseError(f"truncate to {tokens} tokens needs one free device page and there is none; release a lease first")
+            residency.device.copy(int(table.slot[DEVICE, lease.rows[pages]]), slots[0], fill)
+            with residency.lock:
+                fresh = table.open(lease.rows[pages - 1] if pages else NO_ROW, slots[0], pages)
+        with residency.lock:
+            keep = pages + (1 if fill and fresh == NO_ROW else 0)
+            residency.device.free(table.release(lease.rows[keep:]))
+            del lease.rows[keep:]
+            if fresh != NO_ROW:
+                lease.rows.append(fresh)
+            if fill:
+                table.fill[lease.rows[-1]] = fill
+            lease.tokens = tokens
+            lease.full = False
+        del lease.ids[tokens:]
+
+    # -- hints -----------------------------------------------------------------------------------------------------------------
+
+    def prefetch(self, token_ids: TokenIds, deadline: float | None = None, salt: str = "") -> Prefetch:
+        """A hint that these tokens will be wanted within `deadline` seconds: bring their cold pages up, as far as the budget allows.
+
+        Returns at once. What is still queued after `deadline` is cancelled. Hints never take the place of leased pages, and give way to demand.
+        """
+        residency = self._open()
+        keys = page_keys(token_ids, self.layout.page_tokens, root_key(self._namespace, salt))
+        with residency.lock:
+            table = residency.table
+            rows = table.find(keys).tolist()
+            now = residency.clock()
+            for row in reversed(rows):
+                if row in residency.policies[DEVICE]:
+                    residency.policies[DEVICE].touch(row, now)
+        hint = Prefetch(residency, keys)
+        residency.start(hint.run())
+        if deadline is not None:
+            residency.mover.call(residency.mover.loop.call_later, deadline, hint.cancel)
+        return hint
+
+    def record_attention(self, lease: Lease, mass: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
+        """Tell the scorer how much attention each page of the lease got: one value per page, 0 to 1, shares of one step or an average.
+
+        A signal, not a duty: values that are NaN, negative or above one are counted (`attention_ignored`) and ignored. LeaseError if the number of
+        values differs from the number of pages.
+        """
+        residency = self._open()
+        values = np.asarray(mass, np.float64)
+        if values.shape != (lease.pages,):
+            raise LeaseError(f"record_attention: got shape {values.shape}; expected one value for each of the {lease.pages} pages")
+        with residency.lock:
+            usable = (values >= 0) & (values <= 1)
+            residency.metrics.attention_ignored += int((~usable).sum())
+            for row, value, good in zip(lease.rows, values.tolist(), usable.tolist(), strict=False):
+                if not good:
+                    continue
+                residency.table.attention[row] = value
+                for policy in residency.policies:
+                    if row in policy:
+                        policy.record_attention(row, value)
+
+    def pin(self, match: Match, ttl: float | None = None, tier: str | None = None) -> int:
+        """Keep the pages of `match` in `tier` or warmer for `ttl` seconds (None: until `unpin`); returns how many pages are pinned.
+
+        `tier` defaults to the coldest one: the pages are not lost. LeaseError for a tier this cache does not have.
+        """
+        residency = self._open()
+        if tier is not None and tier not in residency.names:
+            raise LeaseError(f"pin: there is no tier {tier!r}; this cache has {', '.join(residency.names)}")
+        with residency.lock:
+            rows = residency.table.find(match.keys)
+            until = math.inf if ttl is None else residency.clock() + ttl
+            residency.table.pin(rows, residency.last if tier is None else residency.names.index(tier), until)
+        return len(rows)
+
+    def unpin(self, match: Match) -> None:
+        """Forget the pins of these pages."""
+        residency = self._open()
+        with residency.lock:
+            residency.table.unpin(residency.table.find(match.keys))
+
+    def fits(self, requests: Sequence[TokenIds], new_tokens: int = 0, salt: str = "") -> int:
+        """How many of the waiting requests, taken in order, the device can hold at once now, each grown by `new_tokens`.
+
+        Counts what is not leased as available (it can be evicted); prefixes shared between requests, or with running leases, count once.
+        """
+        residency, page_tokens = self._open(), self.layout.page_tokens
+        with residency.lock:
+            table = residency.table
+            used = slice(0, table.rows)
+            leased = int(((table.leases[used] > 0) & (table.state[DEVICE, used] != ABSENT)).sum())
+            room = residency.device.capacity_slots - leased
+            counted: set[PageKey] = set()
+            for index, ids in enumerate(requests):
+                keys = set(page_keys(ids, page_tokens, root_key(self._namespace, salt))) - counted
+                held = sum(1 for key in keys if (row := table.row(key)) != NO_ROW and table.leases[row] and table.state[DEVICE, row] == READY)
+                room -= len(keys) - held + -(-(len(ids) % page_tokens + new_tokens) // page_tokens)
+                if room < 0:
+                    return index
+                counted |= keys
+        return len(requests)
+
+    # -- the whole -------------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, object]:
+        """Everything countable as one nested dict of plain values: `tiers`, `links`, `prefetch`, `pages`, and what the machine allowed."""
+        residency = self._open()
+        with residency.lock:
+            metrics, names = residency.metrics, residency.names
+            tiers = {
+                name: {
+                    "format": tier.format.name,
+                    "capacity_bytes": tier.capacity_bytes,
+                    "bytes_used": tier.bytes_used,
+                    "pressure": round(residency.pressure(index), 4),
+                    "pages": len(residency.policies[index]),
+                    "pages_in": counts.pages_in,
+                    "pages_served": counts.pages_served,
+                    "hit_tokens": counts.hit_tokens,
+                    "pages_recovered": counts.pages_recovered,
+                    "evicted": dict(counts.evicted),
+                    "refused": dict(counts.refused),
+                    "achieved": tier.report(),
+                }
+                for index, (name, tier, counts) in enumerate(zip(names, residency.tiers, metrics.tiers, strict=True))
+            }
+            links = {
+                f"{names[source]}->{names[target]}": {
+                    "transfers": link.transfers,
+                    "pages": link.pages,
+                    "bytes": link.bytes,
+                    "seconds": round(link.seconds, 6),
+                    "gb_per_s": round(link.gb_per_s, 4),
+                }
+                for (source, target), link in sorted(metrics.links.items())
+                if link.transfers
+            }
+            return {
+                "layout": str(self.layout),
+                "policy": residency.policies[DEVICE].name,
+                "tiers": tiers,
+                "links": links,
+                "prefetch": vars(metrics.prefetch).copy(),
+                "lookups": metrics.lookups,
+                "tokens_asked": metrics.tokens_asked,
+                "attention_ignored": metrics.attention_ignored,
+                "pages": len(residency.table),
+                "leased_pages": int((residency.table.leases[: residency.table.rows] > 0).sum()),
+            }
+
+    def settle(self, timeout: float | None = None) -> None:
+        """Wait until no transfer is queued or under way: for tests, benchmarks and orderly hand-overs. TimeoutError after `timeout` seconds."""
+        residency = self._open()
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with residency.lock:
+                waiting: list[Transfer] = list(residency.inflight.values())
+            left = None if end is None else max(0.0, end - time.monotonic())
+            if not waiting:
+                if residency.mover.spawn(residency.quiet()).result(left):
+                    return
+                continue
+            waiting[0].future.result(left)
+
+    def flush(self) -> None:
+        """Copy everything that only warmer tiers hold into the last tier, as far as it has room; returns when it is written."""
+        residency = self._open()
+        residency.mover.spawn(residency.flush()).result()
+
+    def clear(self) -> int:
+        """Drop every page nobody holds, in every tier, on disk too (new weights, a test); returns how many copies went."""
+        residency = self._open()
+        self.settle()
+        dropped = 0
+        with residency.lock:
+            table = residency.table
+            for tier, policy in enumerate(residency.policies):
+                for row in range(table.rows):
+                    if row in policy and not table.leases[row] and not table.readers[tier, row]:
+                        residency.forget(row, tier, "cleared")
+                        dropped += 1
+        for tier_slots in residency.tiers:
+            if isinstance(tier_slots, Tier):
+                residency.mover.spawn(residency.mover.work(tier_slots.tidy)).result()
+        return dropped
+
+    def close(self, flush: bool = True) -> None:
+        """Stop. With a disk tier and `flush`, what only warmer tiers hold is written there first, so that the next process finds it."""
+        if not self._closed:
+            self._closed = True
+            self._residency.close(flush)
+
+    def check_integrity(self) -> None:
+        """IntegrityError if any structure contradicts another. Slow; for tests."""
+        self.settle()
+        self._residency.check_integrity()
+
+    def __enter__(self) -> TieredKVCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self) -> Residency:
+        if self._closed:
+            raise Closed("this cache was closed; build a new one")
+        return self._residency

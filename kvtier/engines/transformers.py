@@ -1,0 +1,187 @@
+"""Hugging Face transformers on top of kvtier: a `Cache` for `generate` whose prefix comes from the tiers, and chat sessions.
+
+The dense K and V that attention needs are gathered layer by layer from leased device pages, at the moment the model reaches the layer, so that
+later layers may still be on their way. New KV goes back page by page with `commit`. One sequence per cache (batch size 1).
+Contract checked against transformers 5.19 to 5.23 (`CacheLayerMixin`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from kvtier.cache import TieredKVCache
+from kvtier.errors import LayoutError, MissingExtra, ModelError
+from kvtier.layout import PageLayout
+from kvtier.lease import Lease
+
+try:
+    from transformers.cache_utils import Cache, DynamicLayer
+except ImportError as error:
+    raise MissingExtra("the Hugging Face engine needs transformers; install it with: pip install 'kvtier[hf]'") from error
+
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def layout_of(model: Any, page_tokens: int = 16) -> PageLayout:
+    """The page layout of a Hugging Face causal language model.
+
+    ModelError for models whose KV is not one K and one V of equal shape per layer and token (sliding windows, linear attention, latents).
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or getattr(config, "kv_lora_rank", None):
+        raise ModelError(
+            f"{type(model).__name__} mixes kinds of attention ({', '.join(sorted(kinds))}); kvtier's Hugging Face cache holds models with "
+            "full attention in every layer"
+        )
+    heads = config.num_attention_heads
+    dtype = _DTYPES.get(model.dtype)
+    if dtype is None:
+        raise ModelError(f"the model computes in {model.dtype}; kvtier holds {', '.join(_DTYPES.values())}")
+    return PageLayout(
+        layers=config.num_hidden_layers,
+        planes=2,
+        page_tokens=page_tokens,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        dtype=dtype,
+    )
+
+
+class TieredLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer: a leased prefix that is gathered when the model first gets here, then what the model adds."""
+
+    def __init__(self, lease: Lease, index: int) -> None:
+        super().__init__()
+        self._lease: Lease | None = lease if lease.tokens else None
+        self._index = index
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """New `[1, kv_heads, new, head_dim]` in, all `[1, kv_heads, total, head_dim]` out."""
+        self._gather(key_states.device)
+        both: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
+        return both
+
+    def get_seq_length(self) -> int:
+        """Tokens in this layer, the leased prefix included."""
+        return self._lease.tokens if self._lease is not None else int(super().get_seq_length())
+
+    def get_max_cache_shape(self) -> int:
+        """No bound. Transformers before 5.20 ask for it under this name."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens."""
+        self._gather(None)
+        super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Reorder the batch axis."""
+        self._gather(None)
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat along the batch axis."""
+        self._gather(None)
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Select along the batch axis."""
+        self._gather(None)
+        super().batch_select_indices(indices)
+
+    def _gather(self, device: torch.device | None) -> None:
+        """Build the dense prefix `[1, kv_heads, tokens, head_dim]` from device pages, once."""
+        lease, self._lease = self._lease, None
+        if lease is None:
+            return
+        pool = lease.layer(self._index)
+        pages = pool[torch.as_tensor(lease.slots(), device=pool.device)]
+        planes = pages.permute(1, 3, 0, 2, 4).flatten(2, 3)[:, :, : lease.tokens].to(device or pool.device)
+        self.dtype, self.device = planes.dtype, planes.device
+        self.keys, self.values = planes[0][None], planes[1][None]
+        self.is_initialized = True
+
+
+class TieredCache(Cache):  # type: ignore[misc]
+    """`past_key_values` for one sequence: starts with whatever prefix of `token_ids` the tiers hold.
+
+    Use as a context manager, and give `generate` the *whole* sequence:
+
+        with TieredCache(cache, ids) as past:
+            output = model.generate(input_ids=torch.tensor([ids]), past_key_values=past, ...)
+            past.commit(output[0])
+
+    At most `len(token_ids) - 1` tokens are restored, because a model needs one token to predict the next. `restored` is how many were.
+    """
+
+    def __init__(self, cache: TieredKVCache, token_ids: Sequence[int], salt: str = "") -> None:
+        if len(token_ids) < 1:
+            raise LayoutError("TieredCache: an empty sequence has nothing to predict from; give at least one token")
+        self.tiered = cache
+        self.lease = cache.acquire(cache.lookup(token_ids[: len(token_ids) - 1], salt))
+        try:
+            self.lease.wait_layers(1)
+        except BaseException:
+            self.lease.release()
+            raise
+        self.restored = self.lease.tokens
+        super().__init__(layers=[TieredLayer(self.lease, index) for index in range(cache.layout.layers)])
+
+    def commit(self, token_ids: Sequence[int] | torch.Tensor) -> int:
+        """Keep the KV computed since the prefix; `token_ids` is the whole sequence, of which at least the cached part has KV.
+
+        Returns how many tokens of the sequence are cached now. Full pages only; LayoutError for batches.
+        """
+        ids = token_ids.tolist() if isinstance(token_ids, torch.Tensor) else list(token_ids)
+        length = min(self.get_seq_length(), len(ids))
+        self.lease.wait()
+        start = self.lease.tokens
+        if length <= start:
+            return start
+        if self.layers[0].keys.shape[0] != 1:
+            raise LayoutError(f"commit: the cache holds {self.layers[0].keys.shape[0]} sequences; kvtier commits one at a time")
+        planes = [torch.stack((layer.keys[0, :, start:length], layer.values[0, :, start:length])) for layer in self.layers]
+        kv = torch.stack(planes).transpose(2, 3)
+        self.tiered.put(ids[start:length], kv, after=self.lease)
+        return self.lease.tokens
+
+    def release(self) -> None:
+        """Let the leased pages go."""
+        self.lease.release()
+
+    def __enter__(self) -> TieredCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class Session:
+    """One conversation: the tokens so far, and turns played through the tiers. `salt` keeps tenants apart."""
+
+    def __init__(self, model: Any, cache: TieredKVCache, salt: str = "") -> None:
+        self.model = model
+        self.cache = cache
+        self.salt = salt
+        self.token_ids: list[int] = []
+        self.restored = 0
+        """Tokens of the last turn that came from the cache."""
+
+    def prefetch(self, deadline: float | None = None) -> None:
+        """Hint that this session's next turn is near."""
+        self.cache.prefetch(self.token_ids, deadline, self.salt)
+
+    def generate(self, new_ids: Sequence[int], **options: Any) -> list[int]:
+        """Play one turn: append `new_ids`, generate with `options` (as for `model.generate`), return the generated tokens."""
+        prompt = [*self.token_ids, *new_ids]
+        inputs = torch.tensor([prompt], device=self.model.device)
+        with TieredCache(self.cache, prompt, self.salt) as past:
+            output = self.model.generate(inputs, attention_mask=torch.ones_like(inputs), past_key_values=past, **options)
+            self.restored = past.restored
+            self.token_ids = output[0].tolist()
+            past.commit(self.token_ids)
+        return self.token_ids[len(prompt) :]

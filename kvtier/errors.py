@@ -1,0 +1,51 @@
+"""Every error kvtier raises at its users, named for what the caller can do about it.
+
+Messages say what was wrong, what was expected and what to do. Expected outcomes of a cache (a miss, a page still on its way,
+a queue that is full) are results, not exceptions; see `kvtier.cache`.
+"""
+
+from __future__ import annotations
+
+
+class KVTierError(Exception):
+    """Base of all errors raised by kvtier. The command line prints its message as one line, without a traceback."""
+
+
+class ConfigError(KVTierError):
+    """A configuration value is unknown, impossible or cannot be met on this machine. Nothing has been started."""
+
+
+class LayoutError(KVTierError):
+    """A tensor or a store does not have the page layout this cache was built for. Nothing has been written."""
+
+
+class StoreLocked(KVTierError):
+    """Another process holds the disk store. Use another path or stop that process."""
+
+
+class StoreError(KVTierError):
+    """The disk store cannot be used at all (foreign files, unreadable description, unusable directory)."""
+
+
+class ModelError(KVTierError):
+    """A model folder is missing, is not one, or is of a kind kvtier cannot hold."""
+
+
+class MissingExtra(KVTierError):
+    """An optional package is not installed. The message names the extra to install."""
+
+
+class Closed(KVTierError):
+    """The cache was closed; build a new one."""
+
+
+class LeaseError(KVTierError):
+    """A lease was used after its release, or for tokens it does not cover."""
+
+
+class TransferFailed(KVTierError):
+    """A restore broke after its pages had been verified (an internal failure). Release the lease and recompute."""
+
+
+class IntegrityError(KVTierError):
+    """kvtier's own bookkeeping contradicts itself: a bug. Raised by `check_integrity()` only."""

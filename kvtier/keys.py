@@ -1,0 +1,57 @@
+"""Page keys: chained content hashes. Equal key => equal namespace, tenant and tokens from the start => equal KV.
+
+A key is 32 bytes of BLAKE2b over (parent key, the page's token ids as little-endian int64). The chain starts at a root made of
+the namespace (model, revision, layout fingerprint) and the tenant's salt, so two models, two layouts or two tenants never share
+a page. Keys depend on nothing else: they are the same in every process, on every run, on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtier.layout import PageLayout
+
+KEY_BYTES = 32
+PageKey = bytes
+TokenIds = Sequence[int] | NDArray[np.integer]
+
+
+def namespace(model: str, revision: str, layout: PageLayout) -> bytes:
+    """Name of everything that must be equal for KV to be interchangeable: model, revision of its weights, page layout."""
+    return _join(b"kvtier namespace 1", model.encode(), revision.encode(), layout.fingerprint)
+
+
+def root_key(namespace: bytes, salt: str = "") -> PageKey:
+    """The parent of every first page of tenant `salt` in `namespace`."""
+    return _join(b"kvtier root 1", namespace, salt.encode())
+
+
+def page_keys(token_ids: TokenIds, page_tokens: int, parent: PageKey) -> list[PageKey]:
+    """Keys of the full pages of `token_ids`, in order; a last, partial page has none.
+
+    `parent` is `root_key(...)` or the key of the page just before the first token. Token ids must fit in int64.
+    """
+    tokens = np.ascontiguousarray(token_ids, dtype="<i8")
+    pages = len(tokens) // page_tokens
+    data = memoryview(tokens[: pages * page_tokens]).cast("B")
+    step = page_tokens * 8
+    keys = []
+    for start in range(0, pages * step, step):
+        digest = hashlib.blake2b(parent, digest_size=KEY_BYTES)
+        digest.update(data[start : start + step])
+        parent = digest.digest()
+        keys.append(parent)
+    return keys
+
+
+def _join(*parts: bytes) -> bytes:
+    """Hash of the parts, each preceded by its length so that no two lists of parts collide."""
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()

@@ -1,0 +1,162 @@
+"""What a caller holds: a `Match` (a look, no promise) and a `Lease` (a hold on pages that stays until it is released).
+
+A lease's rows belong to the cache's lock. Its waiting side (`wait`, `ready`, `layer`) may be used from any one thread at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from array import array
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvtier.errors import LeaseError, TransferFailed
+from kvtier.keys import PageKey
+from kvtier.mover.transfer import Transfer
+from kvtier.pages import READY
+
+if TYPE_CHECKING:
+    from kvtier.residency import Residency
+
+
+@dataclass(frozen=True)
+class Match:
+    """The longest prefix of some tokens that the cache holds, as it was when `lookup` was called. Holds nothing.
+
+    `tokens`: tokens covered, a multiple of the page size; `ids` are those tokens. `pages_by_tier`: pages per tier name, counted where they are warmest.
+    `restore_s`: seconds to bring the colder ones up at the link speeds measured so far, None before the first measurement.
+    """
+
+    tokens: int
+    ids: NDArray[np.int64]
+    keys: tuple[PageKey, ...]
+    root: PageKey
+    pages_by_tier: dict[str, int]
+    restore_bytes: int
+    restore_s: float | None
+
+    def __bool__(self) -> bool:
+        return self.tokens > 0
+
+
+@dataclass(eq=False)
+class Lease:
+    """A hold on the pages of one sequence: they stay on the device until `release`.
+
+    Made by `TieredKVCache.acquire` or `begin`; also a context manager. `tokens` shrinks if a restore fails (the prefix becomes shorter) and grows
+    with `append`. The block table lists device slots, one per page, the last one possibly a partly filled open page.
+    """
+
+    residency: Residency
+    root: PageKey
+    rows: list[int]
+    ids: array[int]
+    """The sequence's tokens so far; only the first `tokens` of them count."""
+    tokens: int
+    restored: Future[None]
+    transfers: list[Transfer] = field(default_factory=list)
+    submitted: threading.Event = field(default_factory=threading.Event)
+    full: bool = False
+    """True once the device had no room for more pages of this sequence; further appends store nothing."""
+    released: bool = False
+    give_back: Callable[[Lease], None] | None = None
+
+    # -- waiting ---------------------------------------------------------------------------------------------------------------
+
+    def wait(self, timeout: float | None = None) -> NDArray[np.int64]:
+        """Block until every page is on the device (or given up); the block table, int64 `[pages]`. TimeoutError after `timeout` seconds."""
+        self._check()
+        try:
+            self.restored.result(timeout)
+        except FutureTimeout:
+            raise TimeoutError(f"the lease was not ready after {timeout} s; it goes on, wait again or release it") from None
+        return self.block_table
+
+    async def ready(self) -> NDArray[np.int64]:
+        """As `wait`, for async callers."""
+        self._check()
+        await asyncio.shield(asyncio.wrap_future(self.restored))
+        return self.block_table
+
+    @property
+    def block_table(self) -> NDArray[np.int64]:
+        """Device slots of the pages, int64 `[pages]`. LeaseError before the lease is ready."""
+        self._check()
+        if not self.restored.done():
+            raise LeaseError("the block table is not known yet: wait() for the lease or `await ready()` first")
+        with self.residency.lock:
+            slots: NDArray[np.int64] = self.residency.table.slot[0, self.rows]
+        return slots
+
+    def layer(self, index: int, timeout: float | None = None) -> torch.Tensor:
+        """Block until layer `index` of every page is on the device; the pool seen by that layer.
+
+        A view `[slots, planes, page_tokens, kv_heads, head_dim]`, to be indexed with `slots()`. After the first call `tokens` is final: pages that
+        did not verify have shortened it. Layers arrive in order, so an engine computes layer 0 while layer 1 is still being decoded.
+        """
+        self.wait_layers(index + 1, timeout)
+        return self.residency.device.layer(index)
+
+    def slots(self) -> NDArray[np.int64]:
+        """Device slots of the pages of `tokens`, int64 `[pages]`; known as soon as the first layer is there."""
+        self.wait_layers(1)
+        with self.residency.lock:
+            slots: NDArray[np.int64] = self.residency.table.slot[0, self.rows[: self.pages]]
+        return slots
+
+    def wait_layers(self, layers: int, timeout: float | None = None) -> None:
+        """Block until the first `layers` layers are on the device. TimeoutError after `timeout` seconds, TransferFailed if a restore broke."""
+        self._check()
+        if self.restored.done():
+            return
+        if not self.submitted.wait(timeout):
+            raise TimeoutError(f"no room for the restore was found in {timeout} s")
+        known = all(transfer.wait_layers(1, timeout) for transfer in self.transfers)
+        if known and layers == 1:
+            self._shorten()
+        if not known or not all(transfer.wait_layers(layers, timeout) for transfer in self.transfers):
+            raise TimeoutError(f"layer {layers - 1} was not there after {timeout} s")
+        for transfer in self.transfers:
+            if transfer.future.done() and set(transfer.future.result().refused) - set(transfer.refused):
+                raise TransferFailed("a restore failed after verification; release the lease and compute these tokens again")
+
+    @property
+    def pages(self) -> int:
+        """Pages of `tokens`, a partly filled one included."""
+        return -(-self.tokens // self.residency.layout.page_tokens)
+
+    def _shorten(self) -> None:
+        """Cut `tokens` before the first page that will not come. Refusals are final once the first layer is placed."""
+        with self.residency.lock:
+            table = self.residency.table
+            refused = {transfer.moves[index].row for transfer in self.transfers for index in transfer.refused}
+            coming = {move.row for transfer in self.transfers for move in transfer.moves if not transfer.cancelled}
+            for position, row in enumerate(self.rows):
+                if row in refused or (table.state[0, row] != READY and row not in coming):
+                    self.tokens = min(self.tokens, position * self.residency.layout.page_tokens)
+                    return
+
+    # -- the end ---------------------------------------------------------------------------------------------------------------
+
+    def release(self) -> None:
+        """Let the pages go; they stay cached until a policy evicts them. A second release does nothing."""
+        if not self.released and self.give_back is not None:
+            self.give_back(self)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _check(self) -> None:
+        if self.released:
+            raise LeaseError("this lease was released; acquire a new one")

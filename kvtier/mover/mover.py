@@ -1,0 +1,180 @@
+"""The mover: carries transfers between tiers on its own event loop and workers.
+
+Threads. `submit`, `urge` and `cancel` may be called from any thread; the queues belong to `_lock` (never held while bytes move); picking and
+finishing happen on the loop thread; bytes move on worker threads (`kvtier.mover.stage`). `on_finished` is called on the loop thread before
+the transfer's future is set, so whoever waits for the future finds the outcome already in the page table.
+
+Bounded: staging memory (one buffer a worker), queued bytes per link (`submit` answers False when a link is full and the transfer can wait),
+transfers per worker (one).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from kvtier.errors import Closed
+from kvtier.mover.stage import StagingPool, carry
+from kvtier.mover.transfer import Outcome, Priority, Transfer
+from kvtier.tiers.base import Refused, Slots
+
+log = logging.getLogger(__name__)
+Link = tuple[int, int]
+T = TypeVar("T")
+
+
+class Mover:
+    """Per-link priority queues, `workers` workers, one event loop in a thread of its own.
+
+    `on_finished(transfer, outcome)` must not raise and must not block.
+    """
+
+    def __init__(
+        self, tiers: Sequence[Slots], workers: int, staging_bytes: int, queue_bytes: int, on_finished: Callable[[Transfer, Outcome], None]
+    ) -> None:
+        self.tiers = tiers
+        self.staging = StagingPool(workers, staging_bytes, max(tier.slot_bytes for tier in tiers))
+        self._queue_bytes = queue_bytes
+        self._on_finished = on_finished
+        self._lock = threading.Lock()
+        self._queues: dict[Link, list[tuple[int, int, Transfer]]] = {}
+        self._queued: dict[Link, int] = {}
+        self._order = itertools.count()
+        self._idle = workers
+        self._closed = False
+        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="kvtier-worker")
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="kvtier-mover", daemon=True)
+        self._thread.start()
+
+    def submit(self, transfer: Transfer) -> bool:
+        """Queue a transfer. False, and nothing queued, if its link is full and it is not a demand. Raises Closed after `close`."""
+        link = (transfer.source, transfer.target)
+        with self._lock:
+            if self._closed:
+                raise Closed("the mover is closed")
+            queued = self._queued.get(link, 0)
+            if queued and queued + transfer.queue_bytes > self._queue_bytes and transfer.priority != Priority.DEMAND:
+                return False
+            self._queued[link] = queued + transfer.queue_bytes
+            heapq.heappush(self._queues.setdefault(link, []), (transfer.priority, next(self._order), transfer))
+        self.loop.call_soon_threadsafe(self._pump)
+        return True
+
+    def urge(self, transfer: Transfer) -> None:
+        """Make a queued transfer a demand (somebody waits for it now)."""
+        with self._lock:
+            if transfer.started or transfer.cancelled or transfer.priority == Priority.DEMAND:
+                return
+            transfer.priority = Priority.DEMAND
+            heapq.heappush(self._queues[transfer.source, transfer.target], (Priority.DEMAND, next(self._order), transfer))
+
+    def cancel(self, transfer: Transfer, only: Priority | None = None) -> bool:
+        """Take a queued transfer out; False if it already started (it then runs to its end) or, with `only`, has another priority by now."""
+        with self._lock:
+            if transfer.started or transfer.cancelled or only not in (None, transfer.priority):
+                return False
+            transfer.cancelled = True
+            self._queued[transfer.source, transfer.target] -= transfer.queue_bytes
+        self.call(self._finish, transfer, Outcome(cancelled=True))
+        return True
+
+    def queued_bytes(self, source: int, target: int) -> int:
+        """Page bytes waiting on a link."""
+        with self._lock:
+            return self._queued.get((source, target), 0)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine on the mover's loop; the future is safe to wait for from any other thread."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def call(self, function: Callable[..., object], *args: object) -> None:
+        """Call a function on the loop thread soon; after `close` this does nothing."""
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(function, *args)
+
+    async def work(self, function: Callable[..., T], *args: object) -> T:
+        """Run a blocking function on a worker and wait for it (on the loop)."""
+        return await self.loop.run_in_executor(self._executor, function, *args)
+
+    def close(self) -> None:
+        """Cancel what is queued, let what runs end, stop loop and workers. Safe to call twice."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            waiting = [entry[2] for queue in self._queues.values() for entry in queue if not entry[2].started]
+        for transfer in waiting:
+            self.cancel(transfer)
+        self._executor.shutdown(wait=True)
+        asyncio.run_coroutine_threadsafe(_settle(), self.loop).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+    # -- loop thread -----------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+
+    def _pump(self) -> None:
+        while self._idle and (transfer := self._next()):
+            self._idle -= 1
+            try:
+                running = self._executor.submit(self._carry, transfer)
+            except RuntimeError:  # the executor is shutting down
+                self._ended(transfer, Outcome(cancelled=True))
+                continue
+            running.add_done_callback(lambda done, transfer=transfer: self.call(self._ended, transfer, done.result()))
+
+    def _next(self) -> Transfer | None:
+        """The most urgent transfer of all links, oldest first; entries of cancelled or urged transfers are skipped."""
+        with self._lock:
+            best: list[tuple[int, int, Transfer]] | None = None
+            for queue in self._queues.values():
+                while queue and (queue[0][2].started or queue[0][2].cancelled or queue[0][0] != queue[0][2].priority):
+                    heapq.heappop(queue)
+                if queue and (best is None or queue[0][:2] < best[0][:2]):
+                    best = queue
+            if best is None:
+                return None
+            transfer = heapq.heappop(best)[2]
+            transfer.started = True
+            self._queued[transfer.source, transfer.target] -= transfer.queue_bytes
+            return transfer
+
+    def _ended(self, transfer: Transfer, outcome: Outcome) -> None:
+        self._idle += 1
+        self._finish(transfer, outcome)
+        self._pump()
+
+    def _finish(self, transfer: Transfer, outcome: Outcome) -> None:
+        self._on_finished(transfer, outcome)
+        transfer.finish(outcome)
+
+    # -- worker threads --------------------------------------------------------------------------------------------------------
+
+    def _carry(self, transfer: Transfer) -> Outcome:
+        start = time.perf_counter()
+        try:
+            moved = carry(transfer, self.tiers, self.staging)
+        except Exception as error:  # noqa: BLE001 - a worker must not die: the transfer fails, is counted, and the log has the trace
+            log.exception("transfer %s -> %s failed", self.tiers[transfer.source].name, self.tiers[transfer.target].name)
+            reason = Refused(f"internal: {type(error).__name__}: {error}")
+            return Outcome({index: reason for index in range(len(transfer.moves))}, seconds=time.perf_counter() - start)
+        return Outcome(transfer.refused, frozenset(transfer.lost), link_bytes=moved, seconds=time.perf_counter() - start)
+
+
+async def _settle() -> None:
+    """Wait until every other task of the loop has ended."""
+    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    if tasks:
+        await asyncio.wait(tasks)

@@ -1,0 +1,81 @@
+"""One planned movement of pages over one link, and its future.
+
+Made by `kvtier.residency`, carried by the mover; plain data but for the future and the progress of layers. `outcome` is set once, by the
+mover; anyone may wait for it.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from kvtier.tiers.base import PageId, Refused
+
+
+class Priority(enum.IntEnum):
+    """Who goes first on a link and for a worker."""
+
+    DEMAND = 0
+    PREFETCH = 1
+    DEMOTION = 2
+
+
+@dataclass(frozen=True)
+class Move:
+    """One page of a transfer: its row and identity, the slot it is read from and the slot it is written to."""
+
+    row: int
+    page: PageId
+    source_slot: int
+    target_slot: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a transfer ended. `refused` maps the index of a move to why it failed; `cancelled` means nothing was moved at all.
+
+    `lost` are the moves whose source copy turned out to be unusable (wrong checksum, key, length). `link_bytes` are encoded bytes read or written at the colder end, `seconds` the time a worker spent on it.
+    """
+
+    refused: dict[int, Refused] = field(default_factory=dict)
+    lost: frozenset[int] = frozenset()
+    cancelled: bool = False
+    link_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(eq=False)
+class Transfer:
+    """Pages on their way from tier `source` to tier `target` (indices; 0 is the device). Identity is the object."""
+
+    source: int
+    target: int
+    moves: tuple[Move, ...]
+    priority: Priority
+    queue_bytes: int
+    future: Future[Outcome] = field(default_factory=Future)
+    refused: dict[int, Refused] = field(default_factory=dict)
+    lost: set[int] = field(default_factory=set)
+    started: bool = False
+    cancelled: bool = False
+    _layers: int = 0
+    _progress: threading.Condition = field(default_factory=threading.Condition)
+
+    def placed(self, layers: int) -> None:
+        """The first `layers` layers of every page that was not refused are in their target slots (device targets only)."""
+        with self._progress:
+            self._layers = max(self._layers, layers)
+            self._progress.notify_all()
+
+    def finish(self, outcome: Outcome) -> None:
+        """Set the outcome and wake everybody."""
+        self.future.set_result(outcome)
+        with self._progress:
+            self._progress.notify_all()
+
+    def wait_layers(self, layers: int, timeout: float | None = None) -> bool:
+        """Block until `layers` layers are placed or the transfer ended; False on timeout. Refusals are known by then."""
+        with self._progress:
+            return self._progress.wait_for(lambda: self._layers >= layers or self.future.done(), timeout)

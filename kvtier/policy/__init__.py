@@ -1,0 +1,35 @@
+"""Eviction policies: which page of a tier leaves. Plain data in, page ids out; no tensors, no I/O, no clock."""
+
+from __future__ import annotations
+
+from kvtier.errors import ConfigError
+from kvtier.policy.a2cr_classic import A2CRClassic, A2CRParameters
+from kvtier.policy.base import ROOT, EvictionPolicy
+from kvtier.policy.lru import LRU
+from kvtier.policy.pressure import PressureBand, PressureBands, SmoothedPressure
+
+POLICIES: tuple[str, ...] = (LRU.name, A2CRClassic.name)
+"""Names that `make_policy` knows."""
+
+
+def make_policy(name: str, parameters: A2CRParameters | None = None) -> EvictionPolicy:
+    """A new policy for one tier. `parameters` are for the A²CR family, others take none. ConfigError for an unknown name."""
+    if name == LRU.name:
+        return LRU()
+    if name == A2CRClassic.name:
+        return A2CRClassic(parameters)
+    raise ConfigError(f"unknown eviction policy {name!r}; known: {', '.join(POLICIES)}")
+
+
+__all__ = [
+    "LRU",
+    "POLICIES",
+    "ROOT",
+    "A2CRClassic",
+    "A2CRParameters",
+    "EvictionPolicy",
+    "PressureBand",
+    "PressureBands",
+    "SmoothedPressure",
+    "make_policy",
+]

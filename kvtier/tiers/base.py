@@ -1,0 +1,124 @@
+"""The contracts of the tiers: bounded sets of slots that hold pages, raw on the device and encoded below it.
+
+A tier holds bytes and takes no decisions. `reserve`, `free` and the counters are plain bookkeeping (called under the cache's lock,
+never do I/O); `store`, `load`, `gather` and `scatter` move bytes (called by mover workers, without any lock, several at once, on different
+slots). A slot goes reserve -> write -> (visible once the page table says so) -> free. Copies below the device prove what they are: `load`
+verifies key, layout, format and checksum, and answers with a reason instead of bytes when any of them differs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvtier.formats.base import Format, Payload
+from kvtier.keys import PageKey
+from kvtier.layout import PageLayout
+
+
+@dataclass(frozen=True)
+class PageId:
+    """What a copy says about itself: its key, its parent's key (the root key for depth 0) and how many pages stand before it."""
+
+    key: PageKey
+    parent: PageKey
+    depth: int
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a copy could not be stored or loaded: "checksum", "key", "format", "truncated", "disk full", "io: ..."."""
+
+    reason: str
+
+
+class Slots(ABC):
+    """What every tier is: a bounded set of slots (small whole numbers), each for one copy of one page.
+
+    `capacity_bytes` is never exceeded by `bytes_used`; `slot_bytes` is the most one copy takes, overhead included.
+    """
+
+    name: str
+    layout: PageLayout
+    format: Format
+    capacity_bytes: int
+    slot_bytes: int
+
+    @property
+    @abstractmethod
+    def bytes_used(self) -> int:
+        """Bytes taken by reserved and stored copies, overhead included."""
+
+    @property
+    @abstractmethod
+    def free_slots(self) -> int:
+        """How many slots `reserve` could give right now."""
+
+    @property
+    @abstractmethod
+    def capacity_slots(self) -> int:
+        """How many copies the tier holds when each takes `slot_bytes`."""
+
+    @abstractmethod
+    def reserve(self, count: int) -> list[int] | None:
+        """`count` slots nobody else has, or None (and nothing reserved) when there are not that many."""
+
+    @abstractmethod
+    def free(self, slots: Sequence[int]) -> None:
+        """Give slots back. The copies are gone, also after a restart. Freeing a slot that is not reserved is an IntegrityError."""
+
+    @abstractmethod
+    def report(self) -> dict[str, object]:
+        """What was achieved on this machine (memory locked, pinned, engine in use, ...), for `stats()` and `kvtier doctor`."""
+
+    @abstractmethod
+    def check_integrity(self) -> None:
+        """IntegrityError if counters, free list and contents disagree. May be slow; for tests."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release memory and files. Safe to call twice."""
+
+
+class DeviceSlots(Slots):
+    """The tier the engine attends over: raw pages in the engine's memory, moved as tensors.
+
+    The connector way of embedding implements this over blocks that belong to the engine.
+    """
+
+    @abstractmethod
+    def gather(self, slots: Sequence[int]) -> torch.Tensor:
+        """Pages `[n, layers, planes, page_tokens, kv_heads, head_dim]` of the layout's dtype, in CPU memory, as a copy."""
+
+    @abstractmethod
+    def scatter(self, slots: Sequence[int], pages: torch.Tensor, layers: slice = slice(None)) -> None:
+        """Write pages `[n, len(layers), planes, page_tokens, kv_heads, head_dim]` (any device) into the slots' layers."""
+
+
+class Tier(Slots):
+    """A tier below the device: encoded pages that carry key, layout, format and checksum."""
+
+    @abstractmethod
+    def store(self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload]) -> list[Refused | None]:
+        """Write one copy per slot; None = written, whole. A refused slot holds no copy and still has to be freed by the caller.
+
+        Payloads are read, not kept. Never raises for a full or failing medium.
+        """
+
+    @abstractmethod
+    def load(self, slots: Sequence[int], keys: Sequence[PageKey], staging: NDArray[np.uint8]) -> list[Payload | Refused]:
+        """Verified payloads, or why not.
+
+        `staging` is uint8 `[>= len(slots), >= slot_bytes]` scratch memory owned by the caller; results may be views of it or of the tier's own
+        memory and are valid until the caller reuses staging or lets the slots be freed. Short reads, wrong keys and wrong checksums are
+        `Refused`, never exceptions.
+        """
+
+    def recover(self) -> Iterator[tuple[int, PageId]]:
+        """Copies that survived from an earlier process, as (slot, id), each slot already reserved. Volatile tiers have none."""
+        return iter(())

@@ -1,0 +1,117 @@
+"""The device tier: a preallocated paged pool the engine attends over, in GPU memory or, without a GPU, in CPU memory.
+
+One tensor `[slots, layers, planes, page_tokens, kv_heads, head_dim]`; a slot number is what a block table holds. The free list belongs to the
+caller's lock like all bookkeeping; the tensor's contents belong to whoever reserved the slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kvtier.errors import ConfigError, IntegrityError
+from kvtier.formats import get_format
+from kvtier.layout import PageLayout
+from kvtier.tiers.base import DeviceSlots
+
+
+class DevicePool(DeviceSlots):
+    """A pool of `capacity_bytes // layout.page_bytes` pages on `place` ("auto", "cpu", "cuda", "cuda:1").
+
+    ConfigError if not even one page fits, if the place does not exist or if its memory is too small.
+    """
+
+    name = "device"
+
+    def __init__(self, layout: PageLayout, capacity_bytes: int, place: str = "auto") -> None:
+        self.layout = layout
+        self.format = get_format("raw")
+        self.slot_bytes = layout.page_bytes
+        slots = capacity_bytes // self.slot_bytes
+        if slots < 1:
+            raise ConfigError(
+                f"device.capacity_bytes is {capacity_bytes}, but one page of this model takes {layout.page_bytes} bytes ({layout}); "
+                "give at least one page, better thousands"
+            )
+        self.capacity_bytes = slots * self.slot_bytes
+        self.place = _resolve(place)
+        try:
+            self._pool = torch.empty((slots, *layout.shape), dtype=layout.torch_dtype, device=self.place)
+        except (RuntimeError, MemoryError) as error:
+            raise ConfigError(
+                f"device.capacity_bytes: {self.capacity_bytes} bytes cannot be allocated on {self.place}: {str(error).splitlines()[0]}; lower it"
+            ) from error
+        self._free = list(range(slots - 1, -1, -1))
+        self._taken = bytearray(slots)
+
+    @property
+    def bytes_used(self) -> int:
+        return (self.capacity_slots - len(self._free)) * self.slot_bytes
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free)
+
+    @property
+    def capacity_slots(self) -> int:
+        return len(self._taken)
+
+    def reserve(self, count: int) -> list[int] | None:
+        if count > len(self._free):
+            return None
+        slots = [self._free.pop() for _ in range(count)]
+        for slot in slots:
+            self._taken[slot] = 1
+        return slots
+
+    def free(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            if not self._taken[slot]:
+                raise IntegrityError(f"device slot {slot} is freed, but nobody reserved it")
+            self._taken[slot] = 0
+            self._free.append(slot)
+
+    def gather(self, slots: Sequence[int]) -> torch.Tensor:
+        return self._pool[torch.as_tensor(slots, device=self.place)].cpu()
+
+    def scatter(self, slots: Sequence[int], pages: torch.Tensor, layers: slice = slice(None)) -> None:
+        self._pool[torch.as_tensor(slots, device=self.place), layers] = pages.to(self.place)
+        if self.place.type == "cuda":
+            torch.cuda.current_stream(self.place).synchronize()  # the engine reads on a stream of its own
+
+    def layer(self, index: int) -> torch.Tensor:
+        """The whole pool seen by one layer: a view `[slots, planes, page_tokens, kv_heads, head_dim]`, to be indexed with a block table."""
+        return self._pool[:, index]
+
+    def write_tokens(self, slot: int, start: int, kv: torch.Tensor) -> None:
+        """Write `kv` `[layers, planes, tokens, kv_heads, head_dim]` into one page from token `start` on."""
+        self._pool[slot, :, :, start : start + kv.shape[2]] = kv.to(self.place)
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first `tokens` tokens of one page to another (copy-on-write)."""
+        self._pool[target, :, :, :tokens] = self._pool[source, :, :, :tokens]
+
+    def report(self) -> dict[str, object]:
+        return {"place": str(self.place), "slots": self.capacity_slots}
+
+    def check_integrity(self) -> None:
+        if len(set(self._free)) != len(self._free) or sum(self._taken) != self.capacity_slots - len(self._free):
+            raise IntegrityError("device pool: free list and taken slots disagree")
+        if any(self._taken[slot] for slot in self._free):
+            raise IntegrityError("device pool: a free slot is marked as taken")
+
+    def close(self) -> None:
+        self._pool = torch.empty((0, *self.layout.shape), dtype=self.layout.torch_dtype)
+
+
+def _resolve(place: str) -> torch.device:
+    if place == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(place)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device.place is {place!r}, but torch sees no CUDA device here; use 'cpu' or 'auto'")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise ConfigError(f"device.place is {place!r}, but there are only {torch.cuda.device_count()} CUDA devices")
+    return device

@@ -1,0 +1,191 @@
+"""The directory of a disk store: its lock, its description (`store.json`) and its segment files by name.
+
+Opened by one process at a time; the description is written whole (temporary file, fsync, rename, fsync of the directory), by one
+thread at a time, which `DiskTier` sees to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from kvtier.errors import ConfigError, LayoutError, StoreError, StoreLocked
+from kvtier.layout import PageLayout
+
+FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_DESCRIPTION = "store.json"
+_TEMPORARY = "store.json.tmp"
+_LOCK = "lock"
+_SEGMENT = re.compile(r"segment-(\d{5,})\.kvt")
+_OURS_BEFORE_DESCRIPTION = {_LOCK, _TEMPORARY, "lost+found"}
+_MAGIC = "kvtier disk store"
+_VERSION = 1
+_REMEDY = "use another disk.path, or delete this directory (its copies are only a cache)"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `store.json` says. `namespace` is hex. `clean`: closed in order. Records up to `synced_sequence` survive a power failure."""
+
+    layout: PageLayout
+    format: str
+    namespace: str
+    slot_bytes: int
+    segment_slots: int
+    capacity_bytes: int
+    clean: bool = False
+    synced_sequence: int = 0
+
+    def to_json(self) -> str:
+        """The text of `store.json`."""
+        fingerprint = self.layout.fingerprint.hex()
+        return json.dumps({"magic": _MAGIC, "version": _VERSION, "layout_fingerprint": fingerprint, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, where: Path) -> Description:
+        """Parse `store.json`. StoreError if it is damaged or newer than this kvtier."""
+        try:
+            fields = json.loads(text)
+            magic, version, fingerprint = (fields.pop(name) for name in ("magic", "version", "layout_fingerprint"))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise StoreError(f"{where}: not readable as the description of a disk store ({error!r}); {_REMEDY}") from error
+        if magic != _MAGIC or not isinstance(version, int):
+            raise StoreError(f"{where}: not the description of a kvtier disk store; {_REMEDY}")
+        if version > _VERSION:
+            raise StoreError(f"{where}: version {version}, written by a newer kvtier; this one reads up to {_VERSION}; {_REMEDY}")
+        try:
+            found = cls(layout=PageLayout(**fields.pop("layout")), **fields)
+        except (KeyError, TypeError, LayoutError) as error:
+            raise StoreError(f"{where}: fields are missing or unknown ({error}); {_REMEDY}") from error
+        wrong = [
+            name for name, kind in (("format", str), ("namespace", str), ("clean", bool)) if not isinstance(getattr(found, name), kind)
+        ] + [
+            name
+            for name, least in (("slot_bytes", 1), ("segment_slots", 1), ("capacity_bytes", 1), ("synced_sequence", 0))
+            if type(getattr(found, name)) is not int or getattr(found, name) < least
+        ]
+        if fingerprint != found.layout.fingerprint.hex():
+            wrong.append("layout_fingerprint")
+        if wrong:
+            raise StoreError(f"{where}: damaged ({', '.join(wrong)}); {_REMEDY}")
+        return found
+
+
+class StoreDirectory:
+    """A locked store directory, from construction to `close`."""
+
+    def __init__(self, path: Path) -> None:
+        """Create `path` if missing and lock it. ConfigError if it cannot be created or written, StoreError if it holds other files,
+        StoreLocked if another store object, of this or another process, has it."""
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            names = set(os.listdir(path))
+            if _DESCRIPTION not in names and names - _OURS_BEFORE_DESCRIPTION:
+                strangers = ", ".join(sorted(names - _OURS_BEFORE_DESCRIPTION)[:3])
+                raise StoreError(f"disk.path {path} is no disk store and not empty ({strangers}); use an empty or new directory")
+            self._lock: int | None = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigError(f"disk.path {path} cannot be created or written: {error.strerror}; name a writable directory") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip()
+            os.close(self._lock)
+            if isinstance(error, BlockingIOError):
+                message = f"disk store {path} is in use by process {holder or 'unknown'}; stop it or use another disk.path"
+                raise StoreLocked(message) from error
+            raise StoreError(f"disk store {path} cannot be locked: {error.strerror}; {_REMEDY}") from error
+        with contextlib.suppress(OSError):  # only a courtesy to the next opener, and the disk may be full
+            os.pwrite(self._lock, f"{os.getpid():<31}\n".encode(), 0)
+
+    def describe(self, wanted: Description) -> Description | None:
+        """The description found on disk, None if there is none yet. LayoutError or StoreError unless it agrees with `wanted`."""
+        where = self.path / _DESCRIPTION
+        try:
+            text = where.read_bytes().decode("utf-8", "replace")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StoreError(f"{where}: cannot be read: {error.strerror}; {_REMEDY}") from error
+        found = Description.from_json(text, where)
+        if found.layout != wanted.layout:
+            raise LayoutError(f"disk store {self.path} holds pages of {found.layout}; this cache has {wanted.layout}; {_REMEDY}")
+        for field, what in (("format", "format"), ("namespace", "model or revision (namespace)"), ("slot_bytes", "record size")):
+            theirs, ours = getattr(found, field), getattr(wanted, field)
+            if theirs != ours:
+                raise StoreError(f"disk store {self.path} has another {what}: {theirs} there, {ours} here; {_REMEDY}")
+        return found
+
+    def write(self, description: Description) -> None:
+        """Replace the description, durably. OSError if the medium fails.
+
+        On a full disk the old file is overwritten in place: not safe against a power failure in that instant, but a store must be able
+        to open and close on a full disk, and a damaged description is found out and costs only the cache.
+        """
+        data = description.to_json().encode()
+        try:
+            _write_durably(self.path / _TEMPORARY, data, os.O_CREAT | os.O_TRUNC)
+            os.rename(self.path / _TEMPORARY, self.path / _DESCRIPTION)
+        except OSError as error:
+            if error.errno not in FULL_ERRNOS or not (self.path / _DESCRIPTION).exists():
+                raise
+            with contextlib.suppress(OSError):
+                os.unlink(self.path / _TEMPORARY)
+            _write_durably(self.path / _DESCRIPTION, data, 0)
+        self.sync()
+
+    def sync(self) -> None:
+        """Make created and renamed files survive a power failure."""
+        directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def segment_path(self, segment: int) -> Path:
+        """File of segment number `segment`."""
+        return self.path / f"segment-{segment:05d}.kvt"
+
+    def segments(self) -> list[int]:
+        """Numbers of the segment files that exist, ascending."""
+        return sorted(int(match[1]) for name in os.listdir(self.path) if (match := _SEGMENT.fullmatch(name)))
+
+    def check_space(self, capacity_bytes: int) -> None:
+        """ConfigError if the file system could not hold `capacity_bytes` of segments even if nobody else wrote to it."""
+        system = os.statvfs(self.path)
+        free = system.f_bavail * system.f_frsize
+        held = sum(os.stat(self.segment_path(segment)).st_blocks * 512 for segment in self.segments())
+        if capacity_bytes > free + held:
+            available = f"{free + held} bytes are available ({free} free, {held} held by the store)"
+            raise ConfigError(f"disk.capacity_bytes is {capacity_bytes}, but on the file system of {self.path} {available}; lower it")
+
+    def close(self) -> None:
+        """Unlock. Safe to call twice."""
+        if self._lock is not None:
+            # Explicitly, because a forked child may still have the file open and would keep the lock.
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            os.close(self._lock)
+            self._lock = None
+
+
+def reopened(found: Description, capacity_bytes: int) -> Description:
+    """The description of a store that was just opened: in use, so not clean, with the capacity now configured."""
+    return replace(found, capacity_bytes=capacity_bytes, clean=False)
+
+
+def _write_durably(path: Path, data: bytes, flags: int) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags, 0o600)
+    try:
+        if os.pwrite(file, data, 0) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.ftruncate(file, len(data))
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -1,0 +1,111 @@
+"""The segment files of a disk store: where slot number n is, and the I/O on it.
+
+Any thread may call anything; `_lock` guards the open files and the set of segments written since the last sync, never I/O. Two threads
+must not work on the same slot.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+
+from kvtier.io.files import Bytes, FileEngine
+from kvtier.tiers.disk.directory import StoreDirectory
+
+
+class Segments:
+    """Slots of `slot_bytes`, `segment_slots` of them in each file; files appear when first needed. Methods raise OSError."""
+
+    def __init__(self, directory: StoreDirectory, engine: FileEngine, segment_slots: int, slot_bytes: int) -> None:
+        self.segment_slots = segment_slots
+        self.slot_bytes = slot_bytes
+        self.engine = engine
+        self._directory = directory
+        self._punches = engine.can_punch(directory.path)
+        self._lock = threading.Lock()
+        self._files: dict[int, int] = {}
+        self._dirty: set[int] = set()
+
+    @property
+    def punches(self) -> bool:
+        """Whether the file system can deallocate parts of a file."""
+        return self._punches
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def numbers(self) -> list[int]:
+        """The segments that exist as files, ascending."""
+        return self._directory.segments()
+
+    def file(self, segment: int) -> int:
+        """The open file of a segment, created if missing."""
+        with self._lock:
+            file = self._files.get(segment)
+        if file is not None:
+            return file
+        file = self.engine.open(self._directory.segment_path(segment))
+        self._directory.sync()
+        with self._lock:
+            ours = self._files.setdefault(segment, file)
+        if ours != file:
+            self.engine.close(file)
+        return ours
+
+    def segment_of(self, slot: int) -> int:
+        """The segment a slot is in."""
+        return slot // self.segment_slots
+
+    def read(self, slot: int, buffer: Bytes) -> int:
+        """Fill `buffer` from the start of the slot; returns the bytes read, fewer only where the file ends."""
+        return self.engine.pread_into(self.file(self.segment_of(slot)), self._offset(slot), buffer)
+
+    def write(self, slot: int, record: Bytes, stale_bytes: int) -> None:
+        """Write a record in one call. `stale_bytes`: how far an earlier record may reach; what would stick out is given back first."""
+        file = self.file(self.segment_of(slot))
+        excess = stale_bytes - len(record)
+        if self._punches and excess > 0:
+            self.engine.punch(file, self._offset(slot) + len(record), excess)
+        self.engine.pwrite(file, self._offset(slot), record)
+        self._changed(slot)
+
+    def erase(self, slot: int) -> None:
+        """Leave no record in the slot."""
+        self.engine.punch(self.file(self.segment_of(slot)), self._offset(slot), self.slot_bytes)
+        self._changed(slot)
+
+    def sync(self, segment: int) -> None:
+        """Make finished writes to one segment survive a power failure."""
+        self.engine.sync(self.file(segment))
+
+    def take_dirty(self) -> set[int]:
+        """The segments changed since this was last asked; the caller syncs them or hands them back to `mark_dirty`."""
+        with self._lock:
+            dirty, self._dirty = self._dirty, set()
+            return dirty
+
+    def mark_dirty(self, segments: Iterable[int]) -> None:
+        """These segments have changes that are not synced."""
+        with self._lock:
+            self._dirty.update(segments)
+
+    def cut(self, slots: int) -> None:
+        """Shorten the files so that only the first `slots` slots remain."""
+        for segment in self.numbers():
+            most_bytes = max(0, slots - segment * self.segment_slots) * self.slot_bytes
+            if self.engine.size(self.file(segment)) > most_bytes:
+                os.truncate(self._directory.segment_path(segment), most_bytes)
+
+    def close(self) -> None:
+        """Close all files; the object must not be used afterwards."""
+        for file in self._files.values():
+            self.engine.close(file)
+        self._files.clear()
+
+    def _offset(self, slot: int) -> int:
+        return slot % self.segment_slots * self.slot_bytes
+
+    def _changed(self, slot: int) -> None:
+        # Only after the change: were it marked before, a checkpoint could sync in between and forget the segment.
+        self.mark_dirty([self.segment_of(slot)])

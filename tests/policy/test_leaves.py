@@ -1,0 +1,116 @@
+"""The shared mechanism: what an eviction costs, and that what it leaves behind stays bounded."""
+
+from __future__ import annotations
+
+import heapq
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kvtier.policy import ROOT, A2CRClassic, make_policy
+from kvtier.policy import leaves as leaves_module
+from kvtier.policy.leaves import SPARE_ENTRIES, Leaves
+
+PAGES = 1_000_000
+
+
+class Work:
+    """Counts lines executed, heap operations and questions about protection while it is entered."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, protected: set[int]) -> None:
+        self.lines = self.heap_operations = self.questions = 0
+        self.protected = protected
+        for operation, cost in ((heapq.heappush, lambda _: 1), (heapq.heappop, lambda _: 1), (heapq.heapify, len)):
+            monkeypatch.setattr(leaves_module, operation.__name__, self.counted(operation, cost))
+
+    def counted(self, operation: Callable[..., Any], cost: Callable[[list[Any]], int]) -> Callable[..., Any]:
+        def call(heap: list[Any], *rest: Any) -> Any:
+            self.heap_operations += cost(heap)
+            return operation(heap, *rest)
+
+        return call
+
+    def __contains__(self, page: object) -> bool:
+        self.questions += 1
+        return page in self.protected
+
+    def __enter__(self):
+        def trace(_frame, event, _argument):
+            self.lines += event == "line"
+            return trace
+
+        self.before = sys.gettrace()
+        sys.settrace(trace)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(self.before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lru", "a2cr-classic"])
+def test_evicting_a_hundred_of_a_million_pages_looks_at_few(name, monkeypatch):
+    policy = make_policy(name)
+    for page in range(PAGES):
+        policy.insert(page, page - 1 if page % 2 else ROOT, page % 2, now=page / 1000)
+    for page in range(200):
+        policy.touch(page, now=PAGES / 1000)
+    protected = {page for page in range(200, 300) if page % 2}
+    work = Work(monkeypatch, protected)
+    with work:
+        assert policy.peek(100, work, now=PAGES / 1000, pressure=0.95) == (victims := policy.evict(100, work, PAGES / 1000, 0.95))
+        assert policy.evict(len(policy) + 1, work, PAGES / 1000, 0.95) is None
+        policy.touch(PAGES - 1, now=PAGES / 1000)
+    # The 200 touched (stale entries) and the 50 protected pairs are met on the way; the hundred after them go, two by two.
+    assert victims == [page for pair in range(300, 400, 2) for page in (pair + 1, pair)]
+    assert work.questions == 2 * (50 + 100)
+    assert work.heap_operations < 5_000
+    assert work.lines < 50_000
+
+
+def test_entries_stay_bounded_when_attention_swings():
+    policy = A2CRClassic()
+    for page in range(10):
+        policy.insert(page, ROOT, 0, now=0.0)
+    most = 0
+    for step in range(2_000):
+        policy.record_attention(step % 10, float(step // 10 % 2))
+        policy.check_integrity()
+        most = max(most, policy._leaves._entries)
+    assert SPARE_ENTRIES < most <= 2 * 10 + SPARE_ENTRIES, "dead entries were made, and swept"
+
+
+def test_entries_stay_bounded_when_ids_are_reused():
+    leaves = Leaves()
+    for step in range(2_000):
+        leaves.insert(step % 7, ROOT, 0, now=0.0, group=step % 3)
+        leaves.check_integrity(lambda group, last: group + last)
+        assert leaves._entries <= 2 * len(leaves) + SPARE_ENTRIES + 1
+        leaves.remove(step % 7)
+    assert len(leaves) == 0
+
+
+def test_a_chain_grown_page_by_page_has_one_entry_per_page_at_most():
+    leaves = Leaves()
+    for page in range(500):
+        leaves.insert(page, page - 1 if page else ROOT, page, now=float(page), group=0)
+    assert leaves._entries == 500
+    assert leaves.take(500, frozenset(), lambda _group, last: last) == list(reversed(range(500)))
+    assert leaves._entries == 0
+
+
+@pytest.mark.parametrize(("page", "parent"), [(-1, ROOT), (3, -2), (3, 3)])
+def test_impossible_ids_are_refused(page, parent):
+    leaves = Leaves()
+    with pytest.raises(ValueError, match="ROOT"):
+        leaves.insert(page, parent, 0, now=0.0, group=0)
+    assert len(leaves) == 0
+
+
+def test_a_large_id_or_parent_grows_the_columns_once():
+    leaves = Leaves()
+    leaves.insert(5, 70_000, 3, now=1.0, group=0)
+    leaves.insert(70_000, ROOT, 2, now=0.0, group=0)
+    assert leaves.take(2, frozenset(), lambda _group, last: last) == [5, 70_000]
