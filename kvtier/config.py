@@ -96,36 +96,36 @@ _SELECTIVE_USES = "The use at which `write_through_selective` copies a page into
 
 
 class ModelConfig(_Section):
-    name: str = Field("unnamed", description="Name of the model. It is part of every page key: pages of other names are never found.")
-    revision: str = Field("", description="Revision of its weights, also part of every page key. Change it when the weights change.")
+    name: str = Field(default="unnamed", description="Name of the model; part of every page key, so its pages are only found under it.")
+    revision: str = Field(default="", description="Revision of its weights; part of every page key. Change it when they change.")
 
 
 class PagesConfig(_Section):
-    page_tokens: int = Field(16, ge=1, le=1024, description="Tokens per page, the unit that is placed, moved and reused.")
+    page_tokens: int = Field(default=16, ge=1, le=1024, description="Tokens per page, the unit that is placed, moved and reused.")
 
 
 class DeviceConfig(_Section):
-    capacity_bytes: Bytes = Field(1 * GiB, gt=0, description="Memory for pages the engine attends over. They are always stored raw.")
-    place: Place = Field("auto", description="Where that memory is. `auto`: the current CUDA device if there is one, else the CPU.")
+    capacity_bytes: Bytes = Field(default=1 * GiB, gt=0, description="Memory for pages the engine attends over, always stored raw.")
+    place: Place = Field(default="auto", description="Where that memory is. `auto`: the current CUDA device, or the CPU.")
 
 
 class HostConfig(_Section):
-    capacity_bytes: Bytes = Field(4 * GiB, gt=0, description="Host memory for copies.")
-    format: HostFormat = Field("q8", description="Page format. Only `raw` gives every bit back.")
-    write_policy: WritePolicy = Field("write_back", description=_WRITE_POLICY)
-    selective_uses: int = Field(2, ge=1, description=_SELECTIVE_USES)
-    mlock: Switch = Field("auto", description="Keep this memory from being swapped out. `auto`: if the system allows it; `on`: or fail.")
-    pin: Switch = Field("auto", description="Register this memory with CUDA for faster copies. `auto`: if CUDA is in use; `on`: or fail.")
+    capacity_bytes: Bytes = Field(default=4 * GiB, gt=0, description="Host memory for copies.")
+    format: HostFormat = Field(default="q8", description="Page format. Only `raw` gives every bit back.")
+    write_policy: WritePolicy = Field(default="write_back", description=_WRITE_POLICY)
+    selective_uses: int = Field(default=2, ge=1, description=_SELECTIVE_USES)
+    mlock: Switch = Field(default="auto", description="Never swap this memory out. `auto`: if the system allows it; `on`: or fail.")
+    pin: Switch = Field(default="auto", description="Pin this memory for faster CUDA copies. `auto`: if CUDA is in use; `on`: or fail.")
 
 
 class DiskConfig(_Section):
-    path: FilePath = Field(description="Directory of the store, made if missing; relative to the working directory. One process at a time.")
-    capacity_bytes: Bytes = Field(16 * GiB, gt=0, description="Disk space for copies.")
-    format: FormatName = Field("q4", description="Page format. `+lz4` compresses the bytes once more without loss.")
-    write_policy: WritePolicy = Field("write_back", description=_WRITE_POLICY)
-    selective_uses: int = Field(2, ge=1, description=_SELECTIVE_USES)
+    path: FilePath = Field(description="Directory of the store; made if missing. Relative to the working directory; `~` is your home.")
+    capacity_bytes: Bytes = Field(default=16 * GiB, gt=0, description="Disk space for copies.")
+    format: FormatName = Field(default="q4", description="Page format. `+lz4` packs the bytes without loss; only `raw` gains from it.")
+    write_policy: WritePolicy = Field(default="write_back", description=_WRITE_POLICY)
+    selective_uses: int = Field(default=2, ge=1, description=_SELECTIVE_USES)
     durability: Literal["process", "power"] = Field(
-        "process",
+        default="process",
         description="What committed copies survive. `process`: a crash of the process. `power`: a power cut too, with slower writes.",
     )
 
@@ -133,31 +133,27 @@ class DiskConfig(_Section):
 class Band(_Section):
     above: float = Field(ge=0, lt=1, description="The band applies from this pressure (used / capacity) to the next band.")
     eviction_threshold: float = Field(ge=0, le=1, description="`policy.eviction_threshold` within the band.")
-    time_decay_factor: float = Field(ge=0, description="`policy.time_decay_factor` within the band.")
+    time_decay_factor: float = Field(ge=0, description="`policy.time_decay_factor` within the band, per second.")
 
 
 class PolicyConfig(_Section):
     name: Literal["lru", "a2cr-classic"] = Field(
-        "lru",
-        description="Which pages leave a full tier. `lru`: the least recently used. `a2cr-classic`: the lowest sum of attention, frequency and "
-        "recency. `lru` is the default because it won on the Mooncake conversation trace: .2002 of tokens found against .1345, with room for "
-        "5 % of the pages.",
+        default="lru",
+        description="Which pages leave a full tier. `lru`: the least recently used. `a2cr-classic`: those of least attention, use and "
+        "recency, summed. `lru` is the default because it wins on the Mooncake conversation trace: with room for 5 % of the pages it "
+        "finds .2002 of the tokens, `a2cr-classic` .1345.",
     )
-    attention_weight: float = Field(
-        0.4, ge=0, description="a2cr-classic: weight of the attention a page received, if the engine reports it."
-    )
-    frequency_weight: float = Field(0.3, ge=0, description="a2cr-classic: weight of how often a page is used.")
-    recency_weight: float = Field(0.3, ge=0, description="a2cr-classic: weight of how recently a page was used.")
-    time_decay_factor: float = Field(0.05, ge=0, description="a2cr-classic: how fast recency fades. Larger forgets sooner.")
-    eviction_threshold: float = Field(
-        0.2, ge=0, le=1, description="a2cr-classic: pages scored below this may leave before space is needed."
-    )
-    cleanup_interval: float = Field(60.0, gt=0, description="a2cr-classic: seconds between two looks for pages below the threshold.")
+    attention_weight: float = Field(default=0.4, ge=0, description="a2cr-classic: weight of the attention paid to a page, if reported.")
+    frequency_weight: float = Field(default=0.3, ge=0, description="a2cr-classic: weight of how often a page is used.")
+    recency_weight: float = Field(default=0.3, ge=0, description="a2cr-classic: weight of how recently a page was used.")
+    time_decay_factor: float = Field(default=0.05, ge=0, description="a2cr-classic: decay of recency per second; larger forgets sooner.")
+    eviction_threshold: float = Field(default=0.2, ge=0, le=1, description="a2cr-classic: pages scored below may leave before they must.")
+    cleanup_interval: float = Field(default=60.0, gt=0, description="a2cr-classic: seconds between looks for pages below the threshold.")
     adaptive: bool = Field(
-        True, description="a2cr-classic: take the threshold and the decay from `bands`, by pressure, not from the two keys."
+        default=True, description="a2cr-classic: take threshold and decay from `bands`, by pressure, not from the two keys above."
     )
     bands: tuple[Band, ...] = Field(
-        (
+        default=(
             Band(above=0.0, eviction_threshold=0.2, time_decay_factor=0.02),
             Band(above=0.7, eviction_threshold=0.3, time_decay_factor=0.05),
             Band(above=0.9, eviction_threshold=0.4, time_decay_factor=0.1),
@@ -165,16 +161,14 @@ class PolicyConfig(_Section):
         strict=False,
         description="The bands of `adaptive`, by rising pressure: keep pages under 0.7, balance up to 0.9, then clean aggressively.",
     )
-    hysteresis: float = Field(0.05, ge=0, lt=1, description="A band is left downwards only when pressure is this far below its `above`.")
+    hysteresis: float = Field(default=0.05, ge=0, lt=1, description="A band is left downwards once pressure is this far below its `above`.")
 
     @model_validator(mode="after")
     def _fits(self) -> PolicyConfig:
         if self.attention_weight + self.frequency_weight + self.recency_weight <= 0:
             raise ValueError("attention_weight, frequency_weight and recency_weight are all 0; at least one must be above 0")
-        if self.adaptive and not self.bands:
-            raise ValueError("adaptive is on but bands is empty; give bands or write adaptive: false")
-        if self.bands and self.bands[0].above != 0:
-            raise ValueError(f"bands must start at above: 0, not at above: {self.bands[0].above}")
+        if not self.bands or self.bands[0].above != 0:
+            raise ValueError("bands must start with one at above: 0")
         for lower, upper in zip(self.bands, self.bands[1:], strict=False):
             if upper.above <= lower.above:
                 raise ValueError(f"bands must be ascending, but above: {upper.above} follows above: {lower.above}")
@@ -184,27 +178,25 @@ class PolicyConfig(_Section):
 
 
 class MoverConfig(_Section):
-    workers: int = Field(2, ge=1, le=256, description="Threads that carry pages between tiers.")
-    staging_bytes: Bytes = Field(64 * MiB, gt=0, description="Most scratch memory for transfers under way.")
-    prefetch_budget_bytes: Bytes = Field(64 * MiB, ge=0, description="Most bytes prefetched and not used yet. 0 turns prefetching off.")
-    queue_bytes: Bytes = Field(
-        256 * MiB, gt=0, description="Most bytes queued per link (pair of tiers); after that, callers are told to retry."
-    )
+    workers: int = Field(default=2, ge=1, le=256, description="Threads that carry pages between tiers.")
+    staging_bytes: Bytes = Field(default=64 * MiB, gt=0, description="Most scratch memory for transfers under way.")
+    prefetch_budget_bytes: Bytes = Field(default=64 * MiB, ge=0, description="Most bytes prefetched but not yet used; 0: no prefetching.")
+    queue_bytes: Bytes = Field(default=256 * MiB, gt=0, description="Most bytes queued per link (pair of tiers) before back-pressure.")
     clean_pressure: float = Field(
-        0.7, gt=0, le=1, description="With `write_back`: pages are copied down ahead of need above this pressure."
+        default=0.7, gt=0, le=1, description="With `write_back`: above this pressure, pages are copied down ahead."
     )
 
 
 class Config(_Section):
     """Everything that can be configured. Build it with `load_config`, which names the file or variable a mistake came from."""
 
-    model: ModelConfig = Field(ModelConfig(), description="Whose KV is cached.")
-    pages: PagesConfig = Field(PagesConfig(), description="The unit of placement.")
-    device: DeviceConfig = Field(DeviceConfig(), description="The tier the engine attends over.")
-    host: HostConfig | None = Field(HostConfig(), description="Host memory below the device. `null`: no such tier.")
-    disk: DiskConfig | None = Field(None, description="A store below the host, kept over restarts. `null` (the default): no such tier.")
-    policy: PolicyConfig = Field(PolicyConfig(), description="Which pages leave a full tier; one policy object per tier.")
-    mover: MoverConfig = Field(MoverConfig(), description="How bytes travel between the tiers, and the bounds on that.")
+    model: ModelConfig = Field(default=ModelConfig(), description="Whose KV is cached.")
+    pages: PagesConfig = Field(default=PagesConfig(), description="The unit of placement.")
+    device: DeviceConfig = Field(default=DeviceConfig(), description="The tier the engine attends over.")
+    host: HostConfig | None = Field(default=HostConfig(), description="Host memory below the device. `null`: no such tier.")
+    disk: DiskConfig | None = Field(default=None, description="A store below the host that survives restarts. `null`: no such tier.")
+    policy: PolicyConfig = Field(default=PolicyConfig(), description="Which pages leave a full tier; one policy object per tier.")
+    mover: MoverConfig = Field(default=MoverConfig(), description="How bytes travel between the tiers, and the bounds on that.")
 
     def to_yaml(self, comments: bool = False) -> str:
         """The whole tree as YAML that `load_config` reads back to an equal one; with `comments`, each key is explained."""
@@ -328,11 +320,11 @@ def expected(field: FieldInfo) -> str:
         bool: "true or false",
         int: "a whole number",
         float: "a number",
-        str: "text (in quotes if it looks like a number)",
+        str: "text, in quotes if it looks like a number",
     }
     limits = {Ge: "at least {0.ge}", Gt: "above {0.gt}", Le: "at most {0.le}", Lt: "below {0.lt}"}
     bounds = [limits[type(m)].format(m) for m in field.metadata if type(m) in limits]
-    return ", ".join([field.title or nouns[field.annotation], *bounds])
+    return (field.title or nouns[field.annotation]) + (f" ({', '.join(bounds)})" if bounds else "")
 
 
 # Reading the layers
@@ -354,10 +346,10 @@ class _Loader(yaml.SafeLoader):
 
 def _parse_yaml(text: str, where: str) -> object:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        raise ConfigError(f"{where}: not usable YAML: {error.problem}{line}") from None
+        raise ConfigError(f"{where}: not usable YAML: {' '.join(str(error.problem).split())}{line}") from None
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ConfigError(f"{where}: not usable YAML: {' '.join(str(error).split())}") from None
 
@@ -458,14 +450,16 @@ def _check_keys(values: Mapping[str, object], model: type[BaseModel], prefix: st
 
 def _explain(error: Mapping[str, Any], origins: Mapping[str, Origin]) -> str:
     """One pydantic error as `where: dotted.key is value; expected ...`."""
-    dotted, model, field = "", Config, None
+    dotted = ""
+    model: type[BaseModel] = Config
+    field: FieldInfo | None = None
     for part in error["loc"]:
         if isinstance(part, int):
             dotted += f"[{part}]"
             continue
         dotted = f"{dotted}.{part}" if dotted else str(part)
         field = model.model_fields.get(str(part))
-        model = (field and section_of(field.annotation)) or model
+        model = (section_of(field.annotation) if field else None) or model
     missing = error["type"] == "missing"
     plain = (dotted.rpartition(".")[0] if missing else dotted).partition("[")[0]
     touched = [o.name for key, o in origins.items() if f"{plain}.".startswith(f"{key}.") or f"{key}.".startswith(f"{plain}.")]
@@ -485,24 +479,29 @@ def _short(value: object) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int) and value.bit_length() > 256:
         return "a number of more than 256 bits"
-    return " ".join(reprlib.repr(value).split())
+    text = " ".join(reprlib.repr(value).split())
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 # Writing YAML
 
 
-def _comment(field: FieldInfo, indent: str) -> list[str]:
-    return textwrap.wrap(field.description or "", 100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+def value_text(key: str, value: object) -> str:
+    """A value on one line as YAML, byte sizes with their unit."""
+    if key.endswith("_bytes") and isinstance(value, int):
+        return format_bytes(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(value_text(key, item) for item in value)}]"
+    plain = value.model_dump() if isinstance(value, BaseModel) else value
+    text: str = yaml.safe_dump(plain, default_flow_style=True, width=2**31, sort_keys=False, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
 
 
 def _yaml_lines(key: str, value: object) -> list[str]:
-    if key.endswith("_bytes") and isinstance(value, int):
-        return [f"  {key}: {format_bytes(value)}"]
-    if isinstance(value, tuple) and value:
-        return [f"  {key}:", *(f"    - {_flow(item.model_dump())}" for item in value)]
-    return [f"  {key}: {_flow(value)}"]
+    if isinstance(value, tuple):
+        return [f"  {key}:", *(f"    - {value_text(key, item)}" for item in value)]
+    return [f"  {key}: {value_text(key, value)}"]
 
 
-def _flow(value: object) -> str:
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=2**31, sort_keys=False, allow_unicode=True)
-    return text.removesuffix("...\n").strip()
+def _comment(field: FieldInfo, indent: str) -> list[str]:
+    return textwrap.wrap(field.description or "", 100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")

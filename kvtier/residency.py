@@ -15,7 +15,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class Residency:
         self._smoothed = [SmoothedPressure() for _ in self.tiers]
         self.metrics = Metrics([TierMetrics() for _ in self.tiers])
         self.inflight: dict[tuple[int, int], Transfer] = {}
+        self._copying_from: list[list[asyncio.Future[None]]] = [[] for _ in self.tiers]
         self._unusable: set[tuple[int, int]] = set()
         self._prefetched = 0
         self._janitor_task: asyncio.Task[Any] | None = None
@@ -169,7 +170,7 @@ class Residency:
     async def reserve(self, tier: int, count: int, priority: Priority = Priority.DEMAND) -> list[int]:
         """Up to `count` slots of `tier`, evicting and copying down what must leave; fewer when no more can be had."""
         while count > 0:
-            leaving = None
+            moving = None
             with self.lock:
                 slots = self.reserve_now(tier, count)
                 if slots is not None:
@@ -178,21 +179,31 @@ class Residency:
                 free = self.tiers[tier].free_slots
                 victims = policy.evict(max(1, count - free), self.protected(tier), now, pressure)
                 if victims is None:
-                    leaving = next((transfer for transfer in self.inflight.values() if transfer.source == tier), None)
-                    if leaving is None:
+                    moving = self._way_out(tier)
+                    if moving is None:
                         count = min(count - 1, free + len(policy.peek(count - free, self.protected(tier), now, pressure)))
                         continue
                 dirty = [row for row in victims or () if not self.is_clean(row, tier)]
                 for row in victims or ():
                     if self.is_clean(row, tier):
                         self.drop(row, tier, "room needed")
-            if leaving is not None:  # pages on their way down are room soon
-                self.mover.urge(leaving)
-                await asyncio.wrap_future(leaving.future)
+            if moving is not None:
+                await moving
             elif dirty and not await self.sink(dirty, tier, "room needed", priority):
                 with self.lock:
                     count = min(count - 1, self.tiers[tier].free_slots)
         return []
+
+    def _way_out(self, tier: int) -> Awaitable[object] | None:
+        """Something whose end may give room in a tier that has no victim now: a page on its way in or out, a job that holds pages. Lock held.
+
+        Jobs that copy down from `tier` wait only for colder tiers, and transfers for nobody, so waiting for these cannot close a circle.
+        """
+        for transfer in self.inflight.values():
+            if tier in (transfer.source, transfer.target):
+                self.mover.urge(transfer)
+                return asyncio.wrap_future(transfer.future)
+        return next((asyncio.shield(job) for job in self._copying_from[tier]), None)
 
     async def sink(self, rows: Sequence[int], tier: int, reason: str, priority: Priority) -> int:
         """Copy victims (already out of the policy, READY in `tier`, coldest first) one tier down, then drop them; returns how many left.
@@ -242,10 +253,12 @@ class Residency:
         Rows that have or await a copy there already, or lost theirs in `source`, are passed over. Where room does not reach, the first rows
         come first.
         """
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         with self.lock:
             table = self.table
             rows = [row for row in rows if table.state[source, row] == READY and table.state[target, row] == ABSENT]
             table.hold(rows, source)
+            self._copying_from[source].append(ended)
         try:
             slots = await self.reserve(target, len(rows), priority)
             with self.lock:
@@ -255,6 +268,8 @@ class Residency:
         finally:
             with self.lock:
                 self._let_go(rows, source)
+                self._copying_from[source].remove(ended)
+            ended.set_result(None)
 
     async def lift(self, rows: Iterable[int], priority: Priority, launched: Callable[[list[Transfer]], None]) -> None:
         """Bring pages to the device, each from the warmest tier that has it, and wait for the end.

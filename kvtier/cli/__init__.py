@@ -1,0 +1,32 @@
+"""The command line. `main` is the entry point: errors of kvtier become one line on stderr, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from kvtier.errors import KVTierError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `kvtier` with `argv` (default: the process's) and return the exit code: 2 for errors, 130 after Ctrl-C."""
+    from kvtier.cli.app import app
+
+    try:
+        try:
+            app(args=None if argv is None else list(argv), prog_name="kvtier")
+        except SystemExit as done:
+            return done.code if isinstance(done.code, int) else int(done.code is not None)
+        finally:
+            sys.stdout.flush()
+    except KVTierError as error:
+        print(f"kvtier: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has left. Python flushes stdout once more at exit; give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0

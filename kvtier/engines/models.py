@@ -67,7 +67,7 @@ def weights_revision(folder: Path) -> str:
     digest = xxhash.xxh3_128()
     for path in sorted(folder.iterdir()):
         if path.name == "config.json" or path.suffix in (".safetensors", ".bin"):
-            digest.update(path.name)
+            digest.update(path.name.encode())
             with path.open("rb") as file:
                 while block := file.read(1 << 24):
                     digest.update(block)

@@ -7,7 +7,7 @@
 | `q4`  | Hadamard + 16 Gaussian levels, keys minus mean | 4.51, KL 0.0026                          | disk and remote tiers            |
 | `fp8` | float8 e4m3                                    | 8.25, KL 0.00079                         | engines that read e4m3           |
 
-Each also as `<name>+lz4` (see `lossless.py`); that gains 11 to 16 % on raw pages and nothing on the others.
+Each also as `<name>+lz4` (see `lossless.py`); that gains 13 % on raw bf16 pages, 6 % on fp32 and nothing on the others.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ class FP8(SectionedFormat):
     def encode_layers(self, layers: torch.Tensor) -> tuple[torch.Tensor, ...]:
         numbers = finite(layers, limit_of(layers.dtype, E4M3_MAX * FP16_MAX))
         scales = fp16_scale(numbers.abs().amax(-1, keepdim=True) / E4M3_MAX)
+        # A scale that was rounded down lets numbers exceed the largest code, which older versions of torch make NaN.
         codes = (numbers * inverse(scales)).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         return codes, scales
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,12 @@ Progress = Callable[[int, int, str], None]
 """Called with turns done, turns in all, and what is going on."""
 
 
-def run_job(loaded: LoadedModel, size: Size, resolved: Resolved, store: Path, progress: Progress) -> Result:
+def run_job(loaded: LoadedModel, size: Size, resolved: Resolved, store: Path | str, progress: Progress) -> Result:
     """Play the workload and compare. `store` is a directory for the disk tiers of this run.
 
     `resolved` gives formats, policies and mover; tier capacities follow from `size` unless they were set as arguments or in the environment.
     """
-    started = time.monotonic()
+    started, store = time.monotonic(), Path(store)
     model = loaded.model
     turns = plan(size, loaded.tokenizer)
     config = fit(resolved, size, layout_of(model, resolved.config.pages.page_tokens), loaded, store / "tiered")
@@ -48,10 +49,11 @@ def run_job(loaded: LoadedModel, size: Size, resolved: Resolved, store: Path, pr
     quality, timeline, rows = Quality(), list[Result](), list[Result]()
     greedy(model, turns[0].user_ids[:32], _empty(), 2)  # the first steps of a process are slow; they are nobody's figure
     histories: dict[int, list[int]] = {}
-    with (
-        TieredKVCache(lossless(config, layout, store / "lossless"), layout) as exact,
-        TieredKVCache(config, layout) as cache,
-    ):
+    with ExitStack() as stack:
+        exact = TieredKVCache(lossless(config, layout, store / "lossless"), layout)
+        stack.callback(exact.close, flush=False)  # nobody comes back to these stores
+        cache = TieredKVCache(config, layout)
+        stack.callback(cache.close, flush=False)
         for number, turn in enumerate(turns):
             progress(number, len(turns), f"session {turn.session}, turn {turn.index + 1}")
             prompt = histories.get(turn.session, []) + turn.user_ids

@@ -90,16 +90,19 @@ def greedy(
     answer: list[int] | None = None,
     after_first: Callable[[], None] = lambda: None,
 ) -> tuple[list[int], float]:
-    """Greedy tokens after `prompt`, and the time the first was known. `past` may hold a prefix of `prompt` and grows up to the last token but one."""
+    """Greedy tokens after `prompt`, and the time the first was known.
+
+    `past` may hold a prefix of `prompt` and grows up to the last token but one. With `answer` (of `new_tokens` tokens) those are fed instead of
+    the model's own choices, all at once.
+    """
     ids = torch.tensor([prompt[past.get_seq_length() :]], device=model.device)
-    token = int(model(ids, past_key_values=past, logits_to_keep=1).logits[0, -1].argmax())
+    tokens = [int(model(ids, past_key_values=past, logits_to_keep=1).logits[0, -1].argmax())]
     first = time.perf_counter()
     after_first()
-    tokens = [token]
-    for index in range(new_tokens - 1):
-        fed = token if answer is None else answer[index]
-        token = int(model(torch.tensor([[fed]], device=model.device), past_key_values=past).logits[0, -1].argmax())
-        tokens.append(token)
+    while len(tokens) < new_tokens:
+        fed = tokens[-1:] if answer is None else answer[:-1]
+        logits = model(torch.tensor([fed], device=model.device), past_key_values=past).logits[0]
+        tokens += logits.argmax(-1).tolist()
     return tokens, first
 
 

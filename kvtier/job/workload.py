@@ -20,7 +20,7 @@ class Size:
 
     sessions: int = 5
     turns: int = 3
-    context_tokens: int = 1600
+    context_tokens: int = 1400
     question_tokens: int = 40
     new_tokens: int = 12
     probe_tokens: int = 128

@@ -217,7 +217,7 @@ class Leaves:
                 self._push_entry(group, entry)
 
     def _put_back(self, chosen: list[int]) -> None:
-        for page in reversed(chosen):
+        for page in chosen:
             self._link(page)
 
     def _possible(self, count: int) -> bool:

@@ -1,9 +1,9 @@
 """The contracts of the tiers: bounded sets of slots that hold pages, raw on the device and encoded below it.
 
 A tier holds bytes and takes no decisions. `reserve`, `free` and the counters are plain bookkeeping (called under the cache's lock,
-never do I/O); `store`, `load`, `gather` and `scatter` move bytes (called by mover workers, without any lock, several at once, on different
-slots). A slot goes reserve -> write -> (visible once the page table says so) -> free. Copies below the device prove what they are: `load`
-verifies key, layout, format and checksum, and answers with a reason instead of bytes when any of them differs.
+never do I/O); `store`, `load`, `gather` and `scatter` move bytes (called by mover workers, without any lock, several at once, on
+different slots). A slot goes reserve -> write -> (visible once the page table says so) -> free. Copies below the device prove what
+they are: `load` verifies key, layout, format and checksum, and answers with a reason instead of bytes when any of them differs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class PageId:
 
 @dataclass(frozen=True)
 class Refused:
-    """Why a copy could not be stored or loaded: "checksum", "key", "format", "truncated", "disk full", "io: ..."."""
+    """Why a copy could not be stored or loaded: "checksum", "key" (another copy, or none), "format" (or layout), "truncated",
+    "disk full", "io: ...", "closed"."""
 
     reason: str
 
@@ -70,7 +71,8 @@ class Slots(ABC):
 
     @abstractmethod
     def free(self, slots: Sequence[int]) -> None:
-        """Give slots back. The copies are gone, also after a restart. Freeing a slot that is not reserved is an IntegrityError."""
+        """Give slots back. The copies are gone, also after a restart (of a persistent tier: once `Tier.tidy` ran). IntegrityError, and
+        nothing freed, if one of them is not reserved."""
 
     @abstractmethod
     def report(self) -> dict[str, object]:
@@ -107,18 +109,29 @@ class Tier(Slots):
     def store(self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload]) -> list[Refused | None]:
         """Write one copy per slot; None = written, whole. A refused slot holds no copy and still has to be freed by the caller.
 
-        Payloads are read, not kept. Never raises for a full or failing medium.
+        Payloads are read, not kept. Never raises for a full or failing medium; IntegrityError for slots that are not reserved.
         """
 
     @abstractmethod
     def load(self, slots: Sequence[int], keys: Sequence[PageKey], staging: NDArray[np.uint8]) -> list[Payload | Refused]:
         """Verified payloads, or why not.
 
-        `staging` is uint8 `[>= len(slots), >= slot_bytes]` scratch memory owned by the caller; results may be views of it or of the tier's own
-        memory and are valid until the caller reuses staging or lets the slots be freed. Short reads, wrong keys and wrong checksums are
-        `Refused`, never exceptions.
+        `staging` is uint8 `[>= len(slots), >= slot_bytes]` scratch memory owned by the caller; results may be views of it or of the
+        tier's own memory, are not to be written to, and are valid until the caller reuses staging or lets the slots be freed. Short
+        reads, wrong keys and wrong checksums are `Refused`, never exceptions.
         """
 
     def recover(self) -> Iterator[tuple[int, PageId]]:
-        """Copies that survived from an earlier process, as (slot, id), each slot already reserved. Volatile tiers have none."""
+        """Copies that survived from an earlier process, as (slot, id), parents before children, each slot already reserved.
+
+        Called once, before the first `reserve`. Volatile tiers have none.
+        """
         return iter(())
+
+    def tidy(self) -> int:
+        """Make what was freed unfindable for good; returns how many copies that took. Does I/O: for workers, beside any other call."""
+        return 0
+
+    def checkpoint(self) -> bool:
+        """Make what was stored survive a power failure, as far as this tier can; False if that failed. Does I/O, like `tidy`."""
+        return True

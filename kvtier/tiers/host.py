@@ -215,7 +215,7 @@ class _Arena:
             if required:
                 raise ConfigError("host.pin is on, but CUDA is not available here; set host.pin to auto or off")
             return
-        runtime: Any = torch.cuda.cudart()
+        runtime = _cuda_runtime()
         for start in range(0, self.bytes.nbytes, _PIN_CHUNK_BYTES):
             size = min(_PIN_CHUNK_BYTES, self.bytes.nbytes - start)
             code = int(runtime.cudaHostRegister(self.address + start, size, _PORTABLE))
@@ -230,8 +230,12 @@ class _Arena:
 
     def _unpin(self) -> None:
         for address in self._pinned_chunks:
-            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+            _cuda_runtime().cudaHostUnregister(address)
         self._pinned_chunks = []
+
+
+def _cuda_runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def memory_limit() -> tuple[int, str]:

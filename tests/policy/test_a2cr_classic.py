@@ -157,6 +157,15 @@ def test_only_a_successful_evict_or_expired_moves_the_band():
     assert policy.score(0, 10.0, 0.88) < calm, "decay .1 is held at .88"
 
 
+def test_a_clock_that_runs_backwards_stands_still():
+    policy = A2CRClassic()
+    policy.insert(0, ROOT, 0, now=100.0)
+    policy.insert(1, ROOT, 0, now=100.0)
+    assert policy.score(0, 40.0, 0.5) == policy.score(0, 100.0, 0.5) == pytest.approx(0.4 * 0.5 + 0.3 * 0.1 + 0.3)
+    assert policy.evict(1, {0}, now=150.0, pressure=0.5) == [1]
+    assert policy.score(0, 100.0, 0.5) == policy.score(0, 150.0, 0.5) == pytest.approx(0.4 * 0.5 + 0.3 * 0.1 + 0.3 * math.exp(-1))
+
+
 def test_a_fall_in_attention_is_seen_at_once():
     policy = A2CRClassic()
     for page in range(3):

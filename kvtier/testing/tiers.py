@@ -1,0 +1,370 @@
+"""The suite every tier below the device must pass, ours or a third party's: subclass `TierContract` and name it `Test...`.
+
+    class TestMyTier(TierContract):
+        def make_tier(self, tmp_path, layout):
+            return MyTier(layout, get_format("raw"), capacity_bytes=...)      # empty, room for 8 to 64 copies
+
+Needs pytest and Hypothesis (`pip install kvtier[test]`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from numpy.typing import NDArray
+
+from kvtier.errors import IntegrityError
+from kvtier.formats.base import Payload
+from kvtier.keys import PageKey
+from kvtier.layout import PageLayout
+from kvtier.tiers.base import PageId, Refused, Tier
+
+LAYOUT = PageLayout(layers=2, planes=2, page_tokens=8, kv_heads=2, head_dim=32, dtype="bf16")
+"""A small page: 4096 bytes raw."""
+
+
+def page_id(number: int) -> PageId:
+    """The id of page `number` of one long made-up sequence."""
+    return PageId(_hash32(number), _hash32(number - 1), number)
+
+
+def payload(tier: Tier, number: int) -> Payload:
+    """Bytes for page `number` that nothing compresses, always the same, of a size that `tier` takes."""
+    most = tier.format.payload_bytes(tier.layout)
+    random = np.random.default_rng(number)
+    size = most if tier.format.fixed_size else int(random.integers(1, most + 1))
+    return random.integers(0, 256, size, dtype=np.uint8)
+
+
+def staging(tier: Tier, count: int) -> NDArray[np.uint8]:
+    """Scratch memory for a `load` of `count` slots."""
+    return np.zeros((max(1, count), tier.slot_bytes), dtype=np.uint8)
+
+
+def put(tier: Tier, numbers: Sequence[int]) -> list[int]:
+    """Reserve and store pages `numbers`; their slots."""
+    slots = tier.reserve(len(numbers))
+    assert slots is not None, f"{tier.name}: no room for {len(numbers)} copies"
+    results = tier.store(slots, [page_id(n) for n in numbers], [payload(tier, n) for n in numbers])
+    assert results == [None] * len(numbers), f"{tier.name}: store refused: {results}"
+    return slots
+
+
+def get(tier: Tier, slot: int, key: PageKey) -> Payload | Refused:
+    """Load one copy."""
+    return tier.load([slot], [key], staging(tier, 1))[0]
+
+
+def holds(tier: Tier, slot: int, number: int) -> bool:
+    """Whether `slot` gives exactly the bytes of page `number`."""
+    found = get(tier, slot, page_id(number).key)
+    return not isinstance(found, Refused) and np.array_equal(found, payload(tier, number))
+
+
+class TierContract:
+    """Law 1 (never a wrong page), law 2 (staged commit) and law 6 (bounded) for one tier, and that its bookkeeping is exact."""
+
+    @abstractmethod
+    def make_tier(self, tmp_path: Path, layout: PageLayout) -> Tier:
+        """A new empty tier with room for 8 to 64 copies of `layout`; `tmp_path` is an empty directory of its own."""
+
+    def corrupt(self, tier: Tier, slot: int) -> None:
+        """Flip one bit of the copy in `slot` behind the tier's back. Tests that need it are skipped where it is not overridden."""
+        pytest.skip("this tier names no way to corrupt a copy")
+
+    @contextmanager
+    def opened(self, directory: Path) -> Iterator[Tier]:
+        """A new tier, checked and closed at the end."""
+        tier = self.make_tier(directory, LAYOUT)
+        try:
+            yield tier
+            tier.check_integrity()
+        finally:
+            tier.close()
+
+    def test_a_new_tier_is_empty_and_says_what_it_is(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            assert tier.layout == LAYOUT
+            assert list(tier.recover()) == []
+            assert tier.bytes_used == 0
+            assert tier.slot_bytes >= tier.format.payload_bytes(LAYOUT)
+            assert 8 <= tier.capacity_slots <= 64
+            assert tier.capacity_slots * tier.slot_bytes <= tier.capacity_bytes
+            assert tier.free_slots == tier.capacity_slots
+            assert isinstance(tier.report(), dict)
+
+    def test_reserve_is_all_or_nothing(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            free = tier.free_slots
+            assert tier.reserve(free + 1) is None
+            assert (tier.free_slots, tier.bytes_used) == (free, 0)
+            assert tier.reserve(0) == []
+            slots = tier.reserve(free)
+            assert slots is not None
+            assert len(set(slots)) == free
+            assert tier.free_slots == 0
+            assert 0 < tier.bytes_used <= tier.capacity_bytes
+            assert tier.reserve(1) is None
+            tier.check_integrity()
+            tier.free(slots)
+            assert (tier.free_slots, tier.bytes_used) == (free, 0)
+
+    def test_no_slot_is_handed_out_twice(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            seen: set[int] = set()
+            while (slots := tier.reserve(1)) is not None:
+                assert slots[0] not in seen
+                seen.update(slots)
+            given_back = sorted(seen)[::2]
+            tier.free(given_back)
+            again = tier.reserve(len(given_back))
+            assert again is not None
+            assert not set(again) & (seen - set(given_back))
+
+    def test_stored_bytes_come_back(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            numbers = list(range(tier.capacity_slots))
+            slots = put(tier, numbers)
+            tier.check_integrity()
+            assert tier.bytes_used <= tier.capacity_bytes
+            loaded = tier.load(slots, [page_id(n).key for n in numbers], staging(tier, len(slots)))
+            for number, found in zip(numbers, loaded, strict=True):
+                assert not isinstance(found, Refused)
+                np.testing.assert_array_equal(found, payload(tier, number))
+
+    def test_payloads_are_copied_not_kept(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            slots = tier.reserve(1)
+            assert slots is not None
+            data = payload(tier, 1)
+            assert tier.store(slots, [page_id(1)], [data]) == [None]
+            data[:] ^= 0xFF
+            assert holds(tier, slots[0], 1)
+
+    def test_threads_on_different_slots_do_not_meet(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            slots = tier.reserve(tier.capacity_slots)
+            assert slots is not None
+
+            def work(start: int) -> list[bool]:
+                mine = slots[start::4]
+                outcome = []
+                for turn in range(5):
+                    numbers = [1000 * turn + slot for slot in mine]
+                    if turn == 0:
+                        stored = tier.store(mine, [page_id(n) for n in numbers], [payload(tier, n) for n in numbers])
+                        assert stored == [None] * len(mine)
+                    outcome += [holds(tier, slot, slot) for slot in mine]
+                    tier.tidy()
+                return outcome
+
+            with ThreadPoolExecutor(4) as pool:
+                assert all(all(outcome) for outcome in pool.map(work, range(4)))
+
+    def test_churn_by_several_threads_keeps_every_copy_right(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            share = tier.capacity_slots // 4
+            batches: list[list[int]] = []
+            for _ in range(4):
+                slots = tier.reserve(share)
+                assert slots is not None
+                batches.append(slots)
+
+            def rewrite(batch: int, turn: int) -> bool:
+                slots, numbers = batches[batch], [turn * 100 + batch * 20 + i for i in range(share)]
+                stored = tier.store(slots, [page_id(n) for n in numbers], [payload(tier, n) for n in numbers])
+                tier.tidy()
+                tier.checkpoint()
+                return stored == [None] * share and all(holds(tier, slot, n) for slot, n in zip(slots, numbers, strict=True))
+
+            with ThreadPoolExecutor(4) as pool:
+                for turn in range(4):
+                    assert all(pool.map(lambda batch, turn=turn: rewrite(batch, turn), range(4)))  # type: ignore[misc]
+                    tier.check_integrity()
+                    # The bookkeeping is one thread's, as under the cache's lock; all is given back, so all can be had again.
+                    tidying = pool.submit(tier.tidy)
+                    for batch in range(4):
+                        tier.free(batches[batch])
+                    tidying.result()
+                    for batch in range(4):
+                        slots = tier.reserve(share)
+                        assert slots is not None
+                        batches[batch] = slots
+
+    def test_a_wrong_key_is_refused(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            first, second = put(tier, [1, 2])
+            assert get(tier, first, page_id(2).key) == Refused("key")
+            assert get(tier, second, page_id(3).key) == Refused("key")
+            assert holds(tier, first, 1)
+
+    def test_a_slot_without_a_copy_is_refused(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            slots = tier.reserve(1)
+            assert slots is not None
+            assert isinstance(get(tier, slots[0], page_id(1).key), Refused)
+            assert isinstance(get(tier, 10**6, page_id(1).key), Refused)
+
+    def test_a_corrupted_copy_is_refused(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            first, second = put(tier, [1, 2])
+            self.corrupt(tier, first)
+            assert isinstance(get(tier, first, page_id(1).key), Refused)
+            assert holds(tier, second, 2)
+
+    def test_a_payload_of_impossible_size_is_refused_and_harms_nothing(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            other = put(tier, [2])[0]
+            slots = tier.reserve(1)
+            assert slots is not None
+            too_long = np.zeros(tier.format.payload_bytes(LAYOUT) + 1, dtype=np.uint8)
+            assert tier.store(slots, [page_id(1)], [too_long]) == [Refused("format")]
+            assert isinstance(get(tier, slots[0], page_id(1).key), Refused)
+            tier.check_integrity()
+            assert tier.store(slots, [page_id(1)], [payload(tier, 1)]) == [None]
+            assert holds(tier, slots[0], 1)
+            assert holds(tier, other, 2)
+
+    def test_freed_copies_are_gone_and_their_slots_serve_again(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            put(tier, range(tier.free_slots))
+            while tier.free_slots:  # formats of variable size leave room for more than `capacity_slots`
+                put(tier, [5000 + tier.free_slots])
+            assert tier.reserve(1) is None
+        with self.opened(tmp_path / "second") as tier:
+            slots = put(tier, range(tier.capacity_slots))
+            tier.free(slots)
+            tier.check_integrity()
+            assert tier.bytes_used == 0
+            assert all(isinstance(get(tier, slot, page_id(n).key), Refused) for n, slot in enumerate(slots))
+            for turn in range(3):
+                again = put(tier, range(100 * turn, 100 * turn + len(slots)))
+                assert all(holds(tier, slot, 100 * turn + i) for i, slot in enumerate(again))
+                tier.free(again)
+                tier.tidy()
+                tier.check_integrity()
+
+    def test_freeing_what_is_not_reserved_is_an_integrity_error_and_frees_nothing(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            first, second, third = put(tier, [1, 2, 3])
+            tier.free([first])
+            used = tier.bytes_used
+            for slots in ([first], [second, first], [second, second], [-1], [10**6]):
+                with pytest.raises(IntegrityError):
+                    tier.free(slots)
+                assert tier.bytes_used == used
+                tier.check_integrity()
+            assert holds(tier, second, 2)
+            assert holds(tier, third, 3)
+
+    def test_storing_into_what_is_not_reserved_is_an_integrity_error(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            slots = put(tier, [1])
+            tier.free(slots)
+            with pytest.raises(IntegrityError):
+                tier.store(slots, [page_id(2)], [payload(tier, 2)])
+
+    def test_close_twice_and_refuse_afterwards(self, tmp_path: Path) -> None:
+        tier = self.make_tier(tmp_path, LAYOUT)
+        slots = put(tier, [1, 2])
+        tier.close()
+        tier.close()
+        assert isinstance(get(tier, slots[0], page_id(1).key), Refused)
+        assert isinstance(tier.store(slots[:1], [page_id(1)], [payload(tier, 1)])[0], Refused)
+        assert tier.reserve(1) is None
+        assert tier.free_slots == 0
+
+    def test_any_order_of_operations(self, tmp_path_factory: pytest.TempPathFactory) -> None:
+        """A model-based search over sequences of operations; the model is a dict of slots."""
+
+        def machine() -> _Operations:
+            return _Operations(self.make_tier(tmp_path_factory.mktemp("tier"), LAYOUT))
+
+        quiet = settings(max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
+        run_state_machine_as_test(machine, settings=quiet)  # type: ignore[no-untyped-call]
+
+
+class _Operations(RuleBasedStateMachine):
+    """Random operations on a tier, beside a model: page number per reserved slot, None before a copy is stored."""
+
+    def __init__(self, tier: Tier) -> None:
+        super().__init__()
+        self.tier = tier
+        self.model: dict[int, int | None] = {}
+        self.next_number = 0
+
+    def pick(self, data: st.DataObject, stored: bool) -> int | None:
+        slots = sorted(slot for slot, number in self.model.items() if (number is not None) == stored)
+        return data.draw(st.sampled_from(slots)) if slots else None
+
+    @rule(count=st.integers(0, 9))
+    def reserve(self, count: int) -> None:
+        free = self.tier.free_slots
+        slots = self.tier.reserve(count)
+        assert (slots is not None) == (count <= free)
+        for slot in slots or []:
+            assert slot not in self.model
+            self.model[slot] = None
+
+    @precondition(lambda self: None in self.model.values())
+    @rule(count=st.integers(1, 5))
+    def store(self, count: int) -> None:
+        slots = [slot for slot, number in self.model.items() if number is None][:count]
+        numbers = range(self.next_number, self.next_number + len(slots))
+        self.next_number += len(slots)
+        stored = self.tier.store(slots, [page_id(n) for n in numbers], [payload(self.tier, n) for n in numbers])
+        assert stored == [None] * len(slots)
+        self.model.update(zip(slots, numbers, strict=True))
+
+    @rule(data=st.data())
+    def load(self, data: st.DataObject) -> None:
+        slot = self.pick(data, stored=True)
+        if slot is not None:
+            number = self.model[slot]
+            assert number is not None
+            assert holds(self.tier, slot, number)
+            assert get(self.tier, slot, page_id(number + 1).key) == Refused("key")
+
+    @rule(data=st.data(), stored=st.booleans())
+    def free(self, data: st.DataObject, stored: bool) -> None:
+        slot = self.pick(data, stored)
+        if slot is not None:
+            number = self.model.pop(slot)
+            self.tier.free([slot])
+            if number is not None:
+                assert isinstance(get(self.tier, slot, page_id(number).key), Refused)
+
+    @rule()
+    def tidy(self) -> None:
+        self.tier.tidy()
+
+    @rule()
+    def checkpoint(self) -> None:
+        assert self.tier.checkpoint()
+
+    @invariant()
+    def is_whole_and_bounded(self) -> None:
+        self.tier.check_integrity()
+        assert 0 <= self.tier.bytes_used <= self.tier.capacity_bytes
+        assert bool(self.model) == (self.tier.bytes_used > 0)
+
+    def teardown(self) -> None:
+        try:
+            for slot, number in self.model.items():
+                assert number is None or holds(self.tier, slot, number)
+        finally:
+            self.tier.close()
+
+
+def _hash32(number: int) -> bytes:
+    return blake2b(number.to_bytes(8, "little", signed=True), digest_size=32).digest()
