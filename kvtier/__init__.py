@@ -1,7 +1,7 @@
 """kvtier: a tiered KV cache for LLM serving.
 
-`TieredKVCache` is the public face. Names are loaded when first used, so that `kvtier.policy`, `kvtier.config` and the command line work without
-importing torch.
+`TieredKVCache` is the public face. Names are loaded when first used, so that `kvtier.policy`, `kvtier.config` and the command line work
+without importing torch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """TieredKVCache: the one public face of kvtier.
 
-A serving engine looks up what it may reuse, acquires it (a lease), attends over device pages, appends what it computed, releases. Everything
-below the device happens by itself. All methods may be called from any thread; `acquire`, `prefetch` and `lookup` return at once, `append` and
-`put` may wait for room on the device. State lives in `kvtier.residency` under its lock; this file only speaks for it.
+A serving engine looks up what it may reuse, acquires it (a lease), attends over device pages, appends what it computed, releases.
+Everything below the device happens by itself. All methods may be called from any thread; `acquire`, `prefetch` and `lookup` return at
+once, `append` and `put` may wait for room on the device. State lives in `kvtier.residency` under its lock; this file only speaks for
+it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +25,9 @@ from kvtier.errors import Closed, LayoutError, LeaseError
 from kvtier.keys import PageKey, TokenIds, namespace, page_keys, root_key
 from kvtier.layout import PageLayout
 from kvtier.lease import Lease, Match
-from kvtier.prefetch import Prefetch
 from kvtier.mover.transfer import Priority, Transfer
 from kvtier.pages import ABSENT, NO_ROW, NO_TIER, READY, WRITING
+from kvtier.prefetch import Prefetch
 from kvtier.residency import DEVICE, Residency
 from kvtier.tiers.base import PageId, Tier
 
@@ -108,7 +110,8 @@ class TieredKVCache:
                     tier = origin
                 metrics.tiers[tier].pages_served += 1
                 metrics.tiers[tier].hit_tokens += page_tokens
-            residency.tend(DEVICE, [row for row, tier in zip(rows.tolist(), tiers.tolist(), strict=True) if tier == DEVICE])
+            for tier in range(residency.last):
+                residency.tend(tier, rows[table.state[tier, rows] == READY].tolist())
             lease = Lease(
                 residency=residency,
                 root=match.root,
@@ -133,23 +136,36 @@ class TieredKVCache:
 
     async def _restore(self, lease: Lease) -> None:
         """Bring the lease's pages to the device, as far as there is room; cut the lease where one does not come."""
-        residency = self._residency
-        try:
+        residency, table = self._residency, self._residency.table
+        asked: set[int] = set()
+
+        def join() -> list[Transfer]:
+            """Go along with every transfer that brings pages of this lease, whoever started it."""
             with residency.lock:
-                table = residency.table
-                joined = {residency.inflight[row, DEVICE] for row in lease.rows if table.state[DEVICE, row] == WRITING}
-                wanted = [row for row in lease.rows if table.state[DEVICE, row] == ABSENT]
-            lease.transfers += joined
-            for transfer in joined:
+                rows = [] if lease.released else lease.rows
+                coming = list(dict.fromkeys(residency.inflight[row, DEVICE] for row in rows if table.state[DEVICE, row] == WRITING))
+                lease.transfers = list(dict.fromkeys([*lease.transfers, *coming]))
+            for transfer in coming:
                 residency.mover.urge(transfer)
+            return coming
 
-            def launched(transfers: list[Transfer]) -> None:
-                lease.transfers += transfers
-                lease.submitted.set()
+        def launched(_: list[Transfer]) -> None:
+            join()
+            lease.submitted.set()
 
-            await residency.lift(wanted, Priority.DEMAND, launched)
-            for transfer in joined:
-                await asyncio.wrap_future(transfer.future)
+        try:
+            while True:
+                joined = join()
+                if not any(transfer.cancelled for transfer in joined):  # else a hint was taken back this moment: see what is left then
+                    with residency.lock:
+                        rows = [] if lease.released else lease.rows
+                        wanted = [row for row in rows if table.state[DEVICE, row] == ABSENT and row not in asked]
+                    if not joined and not wanted:
+                        break
+                    asked.update(wanted)
+                    await residency.lift(wanted, Priority.DEMAND, launched)
+                for transfer in joined:
+                    await asyncio.wrap_future(transfer.future)
         finally:
             with residency.lock:
                 if not lease.released:
@@ -160,10 +176,9 @@ class TieredKVCache:
     def _cut(self, lease: Lease) -> None:
         """Shorten a lease to the prefix that is on the device and let the rest go. Lock held."""
         ready = self._residency.table.state[DEVICE, lease.rows] == READY
-        pages = len(lease.rows) if ready.all() else int(ready.argmin())
-        self._residency.table.release(lease.rows[pages:])
-        del lease.rows[pages:]
-        lease.tokens = min(lease.tokens, pages * self.layout.page_tokens)
+        lease.cut(len(lease.rows) if ready.all() else int(ready.argmin()))
+        self._residency.table.release(lease.rows[lease.pages :])
+        del lease.rows[lease.pages :]
 
     def _release(self, lease: Lease) -> None:
         residency = self._residency
@@ -178,9 +193,10 @@ class TieredKVCache:
     def put(self, token_ids: TokenIds, kv: torch.Tensor, after: Lease | None = None, salt: str = "") -> int:
         """Keep the full pages of newly computed KV; returns how many tokens are now cached (a multiple of the page size).
 
-        `kv`: `[layers, planes, len(token_ids), kv_heads, head_dim]` of the layout's dtype. `token_ids` follow the tokens of `after` (which must end
-        on a page boundary, and grows), or start a sequence of tenant `salt`. A last, partial page is not kept. Waits for room on the device;
-        returns less when there is none. LayoutError for another shape or dtype, LeaseError for a lease that ends inside a page.
+        `kv`: `[layers, planes, len(token_ids), kv_heads, head_dim]` of the layout's dtype. `token_ids` follow the tokens of `after`
+        (which must end on a page boundary, and grows), or start a sequence of tenant `salt`. A last, partial page is not kept. Waits
+        for room on the device; returns less when there is none. LayoutError for another shape or dtype, LeaseError for a lease that
+        ends inside a page.
         """
         tokens = len(token_ids) // self.layout.page_tokens * self.layout.page_tokens
         self._check_kv(len(token_ids), kv)
@@ -194,13 +210,17 @@ class TieredKVCache:
     def append(self, lease: Lease, token_ids: TokenIds, kv: torch.Tensor) -> int:
         """Continue the lease's sequence with computed KV, token by token or many at once; returns how many tokens were taken.
 
-        Full pages are committed under their content key (visible to everybody), the rest stays in an open page that only this lease sees.
-        A page shared with a fork is copied before it is written. Fewer tokens are taken when the device has no room; `lease.full` says so.
+        Full pages are committed under their content key (visible to everybody), the rest stays in an open page that only this lease
+        sees. A page shared with a fork is copied before it is written. Fewer tokens are taken when the device has no room; `lease.full`
+        says so, and nothing more is taken then: it would follow tokens that are missing.
         """
+        self._open()
         self._check_kv(len(token_ids), kv)
         if lease.released:
             raise LeaseError("append: this lease was released; acquire a new one")
         lease.wait()
+        if lease.full:
+            return 0
         ids = np.ascontiguousarray(token_ids, dtype=np.int64)
         del lease.ids[lease.tokens :]
         done = self._fill_open_page(lease, ids, kv)
@@ -237,24 +257,30 @@ class TieredKVCache:
         residency.device.write_tokens(int(table.slot[DEVICE, row]), fill, kv[:, :, :count])
         lease.ids.extend(ids[:count].tolist())
         lease.tokens += count
-        table.fill[row] = fill + count
+        with residency.lock:
+            table.fill[row] = fill + count
         if fill + count == page_tokens:
             self._seal(lease)
         return count
 
     def _seal(self, lease: Lease) -> None:
-        residency, page_tokens = self._residency, self.layout.page_tokens
-        with residency.lock:
-            table = residency.table
-            parent = self._last_key(lease, len(lease.rows) - 1)
-            key = page_keys(lease.ids[lease.tokens - page_tokens : lease.tokens], page_tokens, parent)[0]
-            row, spare = table.seal(lease.rows[-1], PageId(key, parent, len(lease.rows) - 1))
-            lease.rows[-1] = row
-            if spare != -1:
-                residency.device.free([spare])
-            if row not in residency.policies[DEVICE] and table.state[DEVICE, row] == READY:
-                self._commit(row)
-            residency.tend(DEVICE, [row])
+        residency, table, page_tokens = self._residency, self._residency.table, self.layout.page_tokens
+        parent = self._last_key(lease, len(lease.rows) - 1)
+        key = page_keys(lease.ids[lease.tokens - page_tokens : lease.tokens], page_tokens, parent)[0]
+        while True:
+            with residency.lock:
+                coming = self._coming([table.row(key)])
+                if not coming:
+                    row, spare = table.seal(lease.rows[-1], PageId(key, parent, len(lease.rows) - 1))
+                    lease.rows[-1] = row
+                    if spare == -1:
+                        self._commit(row)
+                    else:
+                        residency.device.free([spare])
+                        self._reuse(row)
+                    residency.tend(DEVICE, [row])
+                    return
+            self._await_now(coming)
 
     def _commit(self, row: int) -> None:
         """A page was written by the engine. Lock held."""
@@ -263,8 +289,28 @@ class TieredKVCache:
         residency.admit(row, DEVICE)
         residency.metrics.tiers[DEVICE].pages_in += 1
 
+    def _reuse(self, row: int) -> None:
+        """The engine wrote a page that is on the device already. Lock held."""
+        residency = self._residency
+        residency.table.uses[row] += 1
+        if row in residency.policies[DEVICE]:
+            residency.policies[DEVICE].touch(row, residency.clock())
+
+    def _coming(self, rows: Sequence[int]) -> list[Transfer]:
+        """The transfers that bring any of these rows to the device; NO_ROW is passed over. Lock held."""
+        inflight, state = self._residency.inflight, self._residency.table.state
+        return list(dict.fromkeys(inflight[row, DEVICE] for row in rows if row != NO_ROW and state[DEVICE, row] == WRITING))
+
+    def _await_now(self, transfers: Sequence[Transfer]) -> None:
+        for transfer in transfers:
+            self._residency.mover.urge(transfer)
+            transfer.future.result()
+
     def _append_pages(self, lease: Lease, ids: np.ndarray[tuple[int], np.dtype[np.int64]], kv: torch.Tensor) -> int:
-        """Write and commit the full pages of `ids`; the lease ends on a page boundary. Pages others already hold on the device are shared."""
+        """Write and commit the full pages of `ids`; the lease ends on a page boundary.
+
+        Pages others already hold on the device are shared.
+        """
         residency, layout = self._residency, self.layout
         count = len(ids) // layout.page_tokens
         if not count:
@@ -280,6 +326,7 @@ class TieredKVCache:
             pages = kv[:, :, : count * layout.page_tokens].reshape(shape).permute(2, 0, 1, 3, 4, 5)
             residency.device.scatter(slots, pages[written])
         slot_of = dict(zip(written, slots, strict=True))
+        collided = False
         with residency.lock:
             committed = []
             for index in range(stop):
@@ -291,7 +338,7 @@ class TieredKVCache:
                     if spare != -1:
                         residency.device.free([spare])
                     if row == NO_ROW:
-                        stop = index
+                        stop, collided = index, True
                         break
                     committed.append(row)
                 lease.rows.append(row)
@@ -301,6 +348,8 @@ class TieredKVCache:
         taken = stop * layout.page_tokens
         lease.ids.extend(ids[:taken].tolist())
         lease.tokens += taken
+        if collided:
+            return taken + self._append_pages(lease, ids[taken:], kv[:, :, taken:])
         lease.full = stop < count
         return taken
 
@@ -311,18 +360,14 @@ class TieredKVCache:
             with residency.lock:
                 table = residency.table
                 rows = [table.row(key) for key in keys]
-                coming = {residency.inflight[row, DEVICE] for row in rows if row != NO_ROW and table.state[DEVICE, row] == WRITING}
+                coming = self._coming(rows)
                 if not coming:
                     held = {index: row for index, row in enumerate(rows) if row != NO_ROW and table.state[DEVICE, row] == READY}
                     table.lease(np.array(list(held.values()), np.int64))
                     for row in reversed(held.values()):
-                        table.uses[row] += 1
-                        if row in residency.policies[DEVICE]:
-                            residency.policies[DEVICE].touch(row, residency.clock())
+                        self._reuse(row)
                     return held, [index for index in range(len(keys)) if index not in held]
-            for transfer in coming:
-                residency.mover.urge(transfer)
-                transfer.future.result()
+            self._await_now(coming)
 
     def _adopt(self, page: PageId, parent: int, slot: int) -> tuple[int, int]:
         """Give `page` the device copy in `slot` and lease it; (row or NO_ROW, slot that was not needed or -1). Lock held."""
@@ -365,12 +410,17 @@ class TieredKVCache:
     # -- sequences -------------------------------------------------------------------------------------------------------------
 
     def fork(self, lease: Lease) -> Lease:
-        """A second lease on the same tokens (beams, parallel samples). Pages are shared; an open page is copied when either side writes it."""
+        """A second lease on the same tokens (beams, parallel samples).
+
+        Pages are shared; an open page is copied when either side writes it.
+        """
         lease.wait()
         residency = self._open()
         with residency.lock:
             residency.table.lease(np.array(lease.rows, np.int64))
-            twin = Lease(residency, lease.root, list(lease.rows), lease.ids[: lease.tokens], lease.tokens, Future(), give_back=self._release)
+            twin = Lease(
+                residency, lease.root, list(lease.rows), lease.ids[: lease.tokens], lease.tokens, Future(), give_back=self._release
+            )
         twin.submitted.set()
         twin.restored.set_result(None)
         return twin
@@ -378,7 +428,8 @@ class TieredKVCache:
     def truncate(self, lease: Lease, tokens: int) -> None:
         """Roll the lease back to its first `tokens` tokens (rejected speculation). Committed pages stay cached; the lease lets go of them.
 
-        A cut inside a committed page takes a private copy of its head. LeaseError if the lease is shorter, or no device page is free for that.
+        A cut inside a committed page takes a private copy of its head. LeaseError if the lease is shorter, or no device page is free
+        for that.
         """
         lease.wait()
         if not 0 <= tokens <= lease.tokens:
@@ -411,7 +462,8 @@ class TieredKVCache:
     def prefetch(self, token_ids: TokenIds, deadline: float | None = None, salt: str = "") -> Prefetch:
         """A hint that these tokens will be wanted within `deadline` seconds: bring their cold pages up, as far as the budget allows.
 
-        Returns at once. What is still queued after `deadline` is cancelled. Hints never take the place of leased pages, and give way to demand.
+        Returns at once. What is still queued after `deadline` is cancelled. Hints never take the place of leased pages, and give way to
+        demand.
         """
         residency = self._open()
         keys = page_keys(token_ids, self.layout.page_tokens, root_key(self._namespace, salt))
@@ -431,15 +483,15 @@ class TieredKVCache:
     def record_attention(self, lease: Lease, mass: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
         """Tell the scorer how much attention each page of the lease got: one value per page, 0 to 1, shares of one step or an average.
 
-        A signal, not a duty: values that are NaN, negative or above one are counted (`attention_ignored`) and ignored. LeaseError if the number of
-        values differs from the number of pages.
+        A signal, not a duty: values that are NaN, negative or above one are counted (`attention_ignored`) and ignored. LeaseError if
+        the number of values differs from the number of pages.
         """
         residency = self._open()
         values = np.asarray(mass, np.float64)
         if values.shape != (lease.pages,):
             raise LeaseError(f"record_attention: got shape {values.shape}; expected one value for each of the {lease.pages} pages")
         with residency.lock:
-            usable = (values >= 0) & (values <= 1)
+            usable = (values >= 0) & (values <= 1) & (not lease.released)
             residency.metrics.attention_ignored += int((~usable).sum())
             for row, value, good in zip(lease.rows, values.tolist(), usable.tolist(), strict=False):
                 if not good:
@@ -467,7 +519,8 @@ class TieredKVCache:
         """Forget the pins of these pages."""
         residency = self._open()
         with residency.lock:
-            residency.table.unpin(residency.table.find(match.keys))
+            rows = [row for key in match.keys if (row := residency.table.row(key)) != NO_ROW]
+            residency.table.unpin(np.array(rows, np.int64))
 
     def fits(self, requests: Sequence[TokenIds], new_tokens: int = 0, salt: str = "") -> int:
         """How many of the waiting requests, taken in order, the device can hold at once now, each grown by `new_tokens`.
@@ -483,7 +536,9 @@ class TieredKVCache:
             counted: set[PageKey] = set()
             for index, ids in enumerate(requests):
                 keys = set(page_keys(ids, page_tokens, root_key(self._namespace, salt))) - counted
-                held = sum(1 for key in keys if (row := table.row(key)) != NO_ROW and table.leases[row] and table.state[DEVICE, row] == READY)
+                held = sum(
+                    1 for key in keys if (row := table.row(key)) != NO_ROW and table.leases[row] and table.state[DEVICE, row] != ABSENT
+                )
                 room -= len(keys) - held + -(-(len(ids) % page_tokens + new_tokens) // page_tokens)
                 if room < 0:
                     return index
@@ -492,9 +547,10 @@ class TieredKVCache:
 
     # -- the whole -------------------------------------------------------------------------------------------------------------
 
-    def stats(self) -> dict[str, object]:
+    def stats(self) -> dict[str, Any]:
         """Everything countable as one nested dict of plain values: `tiers`, `links`, `prefetch`, `pages`, and what the machine allowed."""
         residency = self._open()
+        achieved = [tier.report() for tier in residency.tiers]
         with residency.lock:
             metrics, names = residency.metrics, residency.names
             tiers = {
@@ -510,7 +566,7 @@ class TieredKVCache:
                     "pages_recovered": counts.pages_recovered,
                     "evicted": dict(counts.evicted),
                     "refused": dict(counts.refused),
-                    "achieved": tier.report(),
+                    "achieved": achieved[index],
                 }
                 for index, (name, tier, counts) in enumerate(zip(names, residency.tiers, metrics.tiers, strict=True))
             }
@@ -519,11 +575,12 @@ class TieredKVCache:
                     "transfers": link.transfers,
                     "pages": link.pages,
                     "bytes": link.bytes,
+                    "turned_away": link.turned_away,
                     "seconds": round(link.seconds, 6),
                     "gb_per_s": round(link.gb_per_s, 4),
                 }
                 for (source, target), link in sorted(metrics.links.items())
-                if link.transfers
+                if link.transfers or link.turned_away
             }
             return {
                 "layout": str(self.layout),
@@ -539,7 +596,10 @@ class TieredKVCache:
             }
 
     def settle(self, timeout: float | None = None) -> None:
-        """Wait until no transfer is queued or under way: for tests, benchmarks and orderly hand-overs. TimeoutError after `timeout` seconds."""
+        """Wait until no transfer is queued or under way: for tests, benchmarks and orderly hand-overs.
+
+        TimeoutError after `timeout` seconds.
+        """
         residency = self._open()
         end = None if timeout is None else time.monotonic() + timeout
         while True:

@@ -37,7 +37,7 @@ def page_keys(token_ids: TokenIds, page_tokens: int, parent: PageKey) -> list[Pa
     """
     tokens = np.ascontiguousarray(token_ids, dtype="<i8")
     pages = len(tokens) // page_tokens
-    data = memoryview(tokens[: pages * page_tokens]).cast("B")
+    data = tokens[: pages * page_tokens].tobytes()
     step = page_tokens * 8
     keys = []
     for start in range(0, pages * step, step):

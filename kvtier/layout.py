@@ -81,4 +81,6 @@ class PageLayout:
         return dtype
 
     def __str__(self) -> str:
-        return f"[{self.layers} layers, {self.planes} planes, {self.page_tokens} tokens, {self.kv_heads} heads, {self.head_dim}] {self.dtype}"
+        return (
+            f"[{self.layers} layers, {self.planes} planes, {self.page_tokens} tokens, {self.kv_heads} heads, {self.head_dim}] {self.dtype}"
+        )

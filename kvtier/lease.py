@@ -6,7 +6,9 @@ A lease's rows belong to the cache's lock. Its waiting side (`wait`, `ready`, `l
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from array import array
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -31,8 +33,9 @@ if TYPE_CHECKING:
 class Match:
     """The longest prefix of some tokens that the cache holds, as it was when `lookup` was called. Holds nothing.
 
-    `tokens`: tokens covered, a multiple of the page size; `ids` are those tokens. `pages_by_tier`: pages per tier name, counted where they are warmest.
-    `restore_s`: seconds to bring the colder ones up at the link speeds measured so far, None before the first measurement.
+    `tokens`: tokens covered, a multiple of the page size; `ids` are those tokens. `pages_by_tier`: pages per tier name, counted where
+    they are warmest. `restore_s`: seconds to bring the colder ones up at the link speeds measured so far, None before the first
+    measurement.
     """
 
     tokens: int
@@ -51,8 +54,8 @@ class Match:
 class Lease:
     """A hold on the pages of one sequence: they stay on the device until `release`.
 
-    Made by `TieredKVCache.acquire` or `begin`; also a context manager. `tokens` shrinks if a restore fails (the prefix becomes shorter) and grows
-    with `append`. The block table lists device slots, one per page, the last one possibly a partly filled open page.
+    Made by `TieredKVCache.acquire` or `begin`; also a context manager. `tokens` shrinks if a restore fails (the prefix becomes shorter)
+    and grows with `append`. The block table lists device slots, one per page, the last one possibly a partly filled open page.
     """
 
     residency: Residency
@@ -68,6 +71,10 @@ class Lease:
     """True once the device had no room for more pages of this sequence; further appends store nothing."""
     released: bool = False
     give_back: Callable[[Lease], None] | None = None
+    promised: int | None = None
+    """Tokens that were said to be final when the first layer was there."""
+    broken: bool = False
+    """Fewer came than were promised."""
 
     # -- waiting ---------------------------------------------------------------------------------------------------------------
 
@@ -99,8 +106,9 @@ class Lease:
     def layer(self, index: int, timeout: float | None = None) -> torch.Tensor:
         """Block until layer `index` of every page is on the device; the pool seen by that layer.
 
-        A view `[slots, planes, page_tokens, kv_heads, head_dim]`, to be indexed with `slots()`. After the first call `tokens` is final: pages that
-        did not verify have shortened it. Layers arrive in order, so an engine computes layer 0 while layer 1 is still being decoded.
+        A view `[slots, planes, page_tokens, kv_heads, head_dim]`, to be indexed with `slots()`. After the first call `tokens` is final:
+        pages that did not verify have shortened it. Layers arrive in order, so an engine computes layer 0 while layer 1 is still being
+        decoded.
         """
         self.wait_layers(index + 1, timeout)
         return self.residency.device.layer(index)
@@ -113,20 +121,21 @@ class Lease:
         return slots
 
     def wait_layers(self, layers: int, timeout: float | None = None) -> None:
-        """Block until the first `layers` layers are on the device. TimeoutError after `timeout` seconds, TransferFailed if a restore broke."""
+        """Block until the first `layers` layers are on the device.
+
+        TimeoutError after `timeout` seconds, TransferFailed if a restore broke.
+        """
         self._check()
-        if self.restored.done():
-            return
-        if not self.submitted.wait(timeout):
-            raise TimeoutError(f"no room for the restore was found in {timeout} s")
-        known = all(transfer.wait_layers(1, timeout) for transfer in self.transfers)
-        if known and layers == 1:
+        if not self.restored.done():
+            end = math.inf if timeout is None else time.monotonic() + timeout
+            if not self.submitted.wait(timeout):
+                raise TimeoutError(f"no room for the restore was found in {timeout} s")
+            for transfer in self.transfers:
+                if not transfer.wait_layers(layers, None if timeout is None else max(0.0, end - time.monotonic())):
+                    raise TimeoutError(f"layer {layers - 1} was not there after {timeout} s")
             self._shorten()
-        if not known or not all(transfer.wait_layers(layers, timeout) for transfer in self.transfers):
-            raise TimeoutError(f"layer {layers - 1} was not there after {timeout} s")
-        for transfer in self.transfers:
-            if transfer.future.done() and set(transfer.future.result().refused) - set(transfer.refused):
-                raise TransferFailed("a restore failed after verification; release the lease and compute these tokens again")
+        if self.broken:
+            raise TransferFailed("a restore failed after verification; release the lease and compute these tokens again")
 
     @property
     def pages(self) -> int:
@@ -136,13 +145,16 @@ class Lease:
     def _shorten(self) -> None:
         """Cut `tokens` before the first page that will not come. Refusals are final once the first layer is placed."""
         with self.residency.lock:
-            table = self.residency.table
-            refused = {transfer.moves[index].row for transfer in self.transfers for index in transfer.refused}
-            coming = {move.row for transfer in self.transfers for move in transfer.moves if not transfer.cancelled}
-            for position, row in enumerate(self.rows):
-                if row in refused or (table.state[0, row] != READY and row not in coming):
-                    self.tokens = min(self.tokens, position * self.residency.layout.page_tokens)
-                    return
+            state = self.residency.table.state
+            coming = {row for transfer in self.transfers for row in transfer.coming()}
+            pages = next((index for index, row in enumerate(self.rows) if state[0, row] != READY and row not in coming), len(self.rows))
+            self.cut(pages)
+            self.promised = self.tokens
+
+    def cut(self, pages: int) -> None:
+        """Only the first `pages` pages came or will come. Lock held."""
+        self.tokens = min(self.tokens, pages * self.residency.layout.page_tokens)
+        self.broken = self.broken or (self.promised is not None and self.tokens < self.promised)
 
     # -- the end ---------------------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,8 @@ class LinkMetrics:
     pages: int = 0
     bytes: int = 0
     """Encoded bytes, as they are at the colder end."""
+    turned_away: int = 0
+    """Transfers that could wait and were given up because the link's queue was full."""
     seconds: float = 0.0
     """Worker time spent, reading, verifying, coding and writing included."""
 

@@ -90,9 +90,9 @@ class PageTable:
         ready = self.state[:, rows] == READY
         return np.where(ready.any(axis=0), ready.argmax(axis=0), NO_TIER).astype(np.int64)
 
-    def has_copy_below(self, row: int, tier: int) -> bool:
-        """Whether a READY copy exists in a colder tier than `tier`."""
-        return bool((self.state[tier + 1 :, row] == READY).any())
+    def has_copy_below(self, row: int, tier: int, coldest: int | None = None) -> bool:
+        """Whether a READY copy exists in a colder tier than `tier`, but none colder than `coldest`."""
+        return bool((self.state[tier + 1 : None if coldest is None else coldest + 1, row] == READY).any())
 
     def page_id(self, row: int) -> PageId:
         """What a copy of `row` says about itself. IntegrityError for an open page, which never leaves the device."""
@@ -120,7 +120,7 @@ class PageTable:
             self.parent_key[row] = page.parent
             self.depth[row] = page.depth
             self.fill[row] = self.page_tokens
-        elif self.parent[row] != NO_ROW or page.depth == 0:
+        elif self.parent[row] != NO_ROW:
             return row
         else:
             self.parent_key[row] = page.parent
@@ -144,11 +144,14 @@ class PageTable:
     def seal(self, row: int, page: PageId) -> tuple[int, int]:
         """Turn the full open page `row` into the content-addressed `page`; returns (its row, a device slot to free or -1).
 
-        If the page already has a device copy, that copy is used and the open page's slot is handed back. The lease moves along.
+        If the page already has a device copy, that copy is used and the open page's slot is handed back. The lease moves along. The page's
+        device copy must not be WRITING (IntegrityError): nobody knows yet whether it comes.
         """
         parent = int(self.parent[row])
         slot = int(self.slot[0, row])
         sealed = self.add(page, parent)
+        if self.state[0, sealed] == WRITING:
+            raise IntegrityError(f"row {sealed} is on its way up; wait for that before sealing row {row} as the same page")
         if self.state[0, sealed] == ABSENT:
             self.state[0, sealed] = READY
             self.slot[0, sealed] = slot
@@ -299,6 +302,8 @@ class PageTable:
                     raise IntegrityError(f"row {row}: its parent {parent} is gone")
                 if self.depth[parent] != self.depth[row] - 1:
                     raise IntegrityError(f"row {row} at depth {self.depth[row]} has a parent at depth {self.depth[parent]}")
+                if self.key[row] is not None and self.parent_key[row] != self.key[parent]:
+                    raise IntegrityError(f"row {row}: its parent key is not the key of its parent {parent}")
                 children[parent] += 1
             key = self.key[row]
             if key is not None and self._row_of.get(key) != row:
@@ -322,7 +327,10 @@ class PageTable:
                 raise IntegrityError(f"two pages share a slot in tier {tier}")
 
     def check_tier(self, tier: int, candidates: Container[int]) -> None:
-        """IntegrityError unless exactly the READY, keyed copies of `tier` are candidates of its policy, and nothing is half-way. For tests."""
+        """IntegrityError unless exactly the READY, keyed copies of `tier` are candidates of its policy, and nothing is half-way.
+
+        For tests.
+        """
         for row in range(self._size):
             here = self.state[tier, row] == READY and self.key[row] is not None
             if here != (row in candidates):

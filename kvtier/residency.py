@@ -1,8 +1,8 @@
 """Residency: decides with the policies and carries out with the mover who is in which tier. The one place where both meet.
 
-State and its owner. The page table, the policies, the tiers' bookkeeping, the metrics and `inflight` belong to `lock` (reentrant). Methods
-say "lock held" or take it themselves; no lock is held while bytes move. Coroutines run on the mover's loop and see the world change at every
-`await`, so they hold what they rely on: rows they work on cannot vanish while `table.hold` or a lease keeps them.
+State and its owner. The page table, the policies, the tiers' bookkeeping, the metrics and `inflight` belong to `lock` (reentrant).
+Methods say "lock held" or take it themselves; no lock is held while bytes move. Coroutines run on the mover's loop and see the world
+change at every `await`, so they hold what they rely on: rows they work on cannot vanish while `table.hold` or a lease keeps them.
 
 Down: `reserve` makes room by evicting the policy's victims; a victim with a colder copy just leaves, another one is first copied down.
 Up: `copy` with target 0 places pages on the device.
@@ -57,9 +57,13 @@ class Residency:
         """Per tier, the write policy by which pages come into it from the tier above."""
         try:
             self._open_colder_tiers(namespace)
+            self._start(config, layout)
         except BaseException:
             self._close_tiers()
             raise
+        self._janitor = self.mover.spawn(self._keep_house())
+
+    def _start(self, config: Config, layout: PageLayout) -> None:
         self.names = [tier.name for tier in self.tiers]
         self.last = len(self.tiers) - 1
         self.table = PageTable(len(self.tiers), layout.page_tokens)
@@ -75,7 +79,6 @@ class Residency:
         self._recover()
         mover = config.mover
         self.mover = Mover(self.tiers, mover.workers, mover.staging_bytes, mover.queue_bytes, self._finished)
-        self._janitor = self.mover.spawn(self._keep_house())
 
     def _open_colder_tiers(self, namespace: bytes) -> None:
         config, layout = self.config, self.layout
@@ -119,8 +122,9 @@ class Residency:
         return Protected(self, tier)
 
     def is_clean(self, row: int, tier: int) -> bool:
-        """Whether the copy can be dropped without moving bytes: a colder copy exists, or there is no colder tier."""
-        return tier == self.last or self.table.has_copy_below(row, tier)
+        """Whether the copy can be dropped without moving bytes: a colder copy exists (no colder than a pin allows), or there is no colder tier."""
+        floor = self.table.pinned(row, self.clock())
+        return tier == self.last or self.table.has_copy_below(row, tier, floor if floor > tier else None)
 
     def drop(self, row: int, tier: int, reason: str) -> None:
         """Let a READY copy go that the policy of `tier` no longer knows. Lock held.
@@ -195,7 +199,8 @@ class Residency:
         return []
 
     def _way_out(self, tier: int) -> Awaitable[object] | None:
-        """Something whose end may give room in a tier that has no victim now: a page on its way in or out, a job that holds pages. Lock held.
+        """Something whose end may give room in a tier that has no victim now: a page on its way in or out, a job that holds pages. Lock
+        held.
 
         Jobs that copy down from `tier` wait only for colder tiers, and transfers for nobody, so waiting for these cannot close a circle.
         """
@@ -208,13 +213,19 @@ class Residency:
     async def sink(self, rows: Sequence[int], tier: int, reason: str, priority: Priority) -> int:
         """Copy victims (already out of the policy, READY in `tier`, coldest first) one tier down, then drop them; returns how many left.
 
-        What the tier below does not admit or has no room for is dropped for good, unless it is pinned.
+        What the tier below has no room for goes further down. What it does not admit, or nobody has room for, is dropped for good
+        unless it is pinned; unless `priority` is DEMAND, what nobody has room for stays, too.
         """
-        below = tier + 1
         with self.lock:
             self.table.hold(rows, tier)
-            wanted = [row for row in reversed(rows) if self.is_wanted_below(row, tier)]
-        await self.copy(wanted, tier, below, priority)
+            homeless = [row for row in reversed(rows) if self.is_wanted_below(row, tier)]
+            wanted = frozenset(homeless)
+        for below in range(tier + 1, len(self.tiers)):
+            await self.copy(homeless, tier, below, priority)
+            with self.lock:
+                homeless = [row for row in homeless if not self.table.has_copy_below(row, tier)]
+            if not homeless:
+                break
         left = 0
         with self.lock:
             now = self.clock()
@@ -222,9 +233,9 @@ class Residency:
             for row in rows:
                 if self.table.state[tier, row] != READY:
                     continue
-                saved = self.table.has_copy_below(row, tier)
-                stays = self.table.leases[row] or self.table.readers[tier, row] or (not saved and self.table.pinned(row, now) != NO_TIER)
-                if stays:
+                saved = self.is_clean(row, tier)
+                precious = self.table.pinned(row, now) != NO_TIER or (row in wanted and priority != Priority.DEMAND)
+                if self.table.leases[row] or self.table.readers[tier, row] or (precious and not saved):
                     self.admit(row, tier)
                     continue
                 why = reason if saved else "not admitted below" if row not in wanted else "no room below"
@@ -274,8 +285,8 @@ class Residency:
     async def lift(self, rows: Iterable[int], priority: Priority, launched: Callable[[list[Transfer]], None]) -> None:
         """Bring pages to the device, each from the warmest tier that has it, and wait for the end.
 
-        Where room does not reach, the first rows come first; prefetches also stop at their budget. `launched` gets the transfers as soon as they
-        are queued, once.
+        Where room does not reach, the first rows come first; prefetches also stop at their budget. `launched` gets the transfers as
+        soon as they are queued, once.
         """
         with self.lock:
             table = self.table
@@ -315,9 +326,7 @@ class Residency:
         """Transfers for these rows, small enough for one staging round and for all workers to share; copies begin. Lock held."""
         table = self.table
         table.begin(rows, target, slots)
-        moves = [
-            Move(row, table.page_id(row), int(table.slot[source, row]), slot) for row, slot in zip(rows, slots, strict=True)
-        ]
+        moves = [Move(row, table.page_id(row), int(table.slot[source, row]), slot) for row, slot in zip(rows, slots, strict=True)]
         size = max(1, min(self.mover.staging.pages_per_round, -(-len(moves) // self.config.mover.workers)))
         transfers = []
         for start in range(0, len(moves), size):
@@ -337,6 +346,8 @@ class Residency:
                 if self.mover.submit(transfer):
                     queued.append(transfer)
                     continue
+                with self.lock:
+                    self.metrics.link(transfer.source, transfer.target).turned_away += 1
             except Closed:
                 pass
             outcome = Outcome(cancelled=True)
@@ -448,7 +459,7 @@ class Residency:
                 if self.clock() >= next_cleanup:
                     next_cleanup = self.clock() + self.config.policy.cleanup_interval
                     await self.clean_up()
-            except Exception:  # noqa: BLE001 - house-keeping must go on; the failure is in the log
+            except Exception:  # house-keeping must go on; the failure is in the log
                 log.exception("house-keeping failed; it goes on")
 
     async def clean_up(self) -> None:
@@ -459,6 +470,8 @@ class Residency:
                 if tier == self.last and pressure <= self.config.mover.clean_pressure:
                     continue
                 expired = policy.expired(len(policy), self.protected(tier), self.clock(), pressure)
+                if pressure <= self.config.mover.clean_pressure:
+                    expired = [row for row in expired if self.is_clean(row, tier) or self.is_wanted_below(row, tier)]
                 for row in expired:
                     policy.remove(row)
                 dirty = [row for row in expired if not self.is_clean(row, tier)]
@@ -478,12 +491,22 @@ class Residency:
         if self.last == DEVICE:
             return
         for tier in range(self.last - 1, -1, -1):
+            await self._arrived(self.last)
             with self.lock:
                 table = self.table
                 dirty = [row for row in range(table.rows) if table.state[tier, row] == READY and table.key[row] is not None]
                 dirty = [row for row in dirty if table.state[self.last, row] == ABSENT]
                 dirty.sort(key=lambda row: int(table.depth[row]))
             await self.copy(dirty, tier, self.last, Priority.DEMAND)
+        await self._arrived(self.last)
+
+    async def _arrived(self, tier: int) -> None:
+        """Wait for the copies that are on their way into `tier` now."""
+        with self.lock:
+            coming = dict.fromkeys(transfer for (_, target), transfer in self.inflight.items() if target == tier)
+        for transfer in coming:
+            self.mover.urge(transfer)
+        await _ended(coming)
 
     async def quiet(self) -> bool:
         """Wait for the jobs that run now; True if nothing was under way any more when they had ended."""
@@ -496,10 +519,12 @@ class Residency:
     def close(self, flush: bool) -> None:
         """Write down what should survive (if there is a disk), stop the mover, release the tiers."""
         self._janitor.cancel()
-        if flush and isinstance(self.tiers[self.last], DiskTier):
-            self.mover.spawn(self.flush()).result()
-        self.mover.close()
-        self._close_tiers()
+        try:
+            if flush and isinstance(self.tiers[self.last], DiskTier):
+                self.mover.spawn(self.flush()).result()
+        finally:
+            self.mover.close()
+            self._close_tiers()
 
     def _close_tiers(self) -> None:
         for tier in reversed(self.tiers):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def test_layout_counts_bytes():
     [{"layers": 31}, {"planes": 1}, {"page_tokens": 32}, {"kv_heads": 4}, {"head_dim": 128}, {"dtype": "fp16"}],
 )
 def test_every_field_changes_the_fingerprint(change):
-    values = {"layers": 30, "planes": 2, "page_tokens": 16, "kv_heads": 3, "head_dim": 64, "dtype": "bf16"}
+    values: dict[str, Any] = {"layers": 30, "planes": 2, "page_tokens": 16, "kv_heads": 3, "head_dim": 64, "dtype": "bf16"}
     assert PageLayout(**(values | change)).fingerprint != LAYOUT.fingerprint
     assert PageLayout(**values).fingerprint == LAYOUT.fingerprint
 
@@ -50,7 +51,9 @@ def test_keys_are_the_same_in_another_process_with_another_hash_seed():
         "print(page_keys(range(100), 16, r)[-1].hex())"
     )
     seen = {
-        subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout.strip()
         for seed in ("1", "2")
     }
     assert seen == {page_keys(range(100), 16, ROOT)[-1].hex()}

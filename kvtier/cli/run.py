@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from kvtier.cli.app import app
-from kvtier.cli.output import JsonOption, check_json_target, human_console, write_json
+from kvtier.cli.output import check_json_target, human_console, write_json
 from kvtier.config import parse_assignments, resolve_config
 from kvtier.errors import KVTierError
 

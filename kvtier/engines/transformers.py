@@ -1,7 +1,7 @@
 """Hugging Face transformers on top of kvtier: a `Cache` for `generate` whose prefix comes from the tiers, and chat sessions.
 
-The dense K and V that attention needs are gathered layer by layer from leased device pages, at the moment the model reaches the layer, so that
-later layers may still be on their way. New KV goes back page by page with `commit`. One sequence per cache (batch size 1).
+The dense K and V that attention needs are gathered layer by layer from leased device pages, at the moment the model reaches the layer,
+so that later layers may still be on their way. New KV goes back page by page with `commit`. One sequence per cache (batch size 1).
 Contract checked against transformers 5.19 to 5.23 (`CacheLayerMixin`).
 """
 

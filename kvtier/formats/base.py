@@ -45,7 +45,7 @@ class Format(ABC):
         dtype differ. NaN, infinities and extreme values encode to what the format's documentation states, never raise.
         """
 
-    def unpack(self, payloads: Sequence[Payload], layout: PageLayout) -> list[Payload]:  # noqa: ARG002
+    def unpack(self, payloads: Sequence[Payload], layout: PageLayout) -> list[Payload]:
         """Undo a byte stage, if this format has one; the result is what `decode` takes. Raises ValueError on a malformed payload."""
         return list(payloads)
 
@@ -57,7 +57,7 @@ class Format(ABC):
         ValueError if a payload has another size than `payload_bytes`.
         """
 
-    def element_bytes(self, layout: PageLayout) -> int:  # noqa: ARG002
+    def element_bytes(self, layout: PageLayout) -> int:
         """Bytes of each number if the payload is a plain row of them, else 1. A byte stage may group bytes of equal significance."""
         return 1
 

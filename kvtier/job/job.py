@@ -1,7 +1,7 @@
 """Runs the main job: every turn is played untiered, through lossless tiers and through the configured tiers, side by side.
 
-Side by side, because times taken minutes apart on a busy machine say nothing. The result is one plain dict, documented in docs/cli.md, that the
-table, the JSON and the HTML page are all made from.
+Side by side, because times taken minutes apart on a busy machine say nothing. The result is one plain dict, documented in docs/cli.md,
+that the table, the JSON and the HTML page are all made from.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ Progress = Callable[[int, int, str], None]
 def run_job(loaded: LoadedModel, size: Size, resolved: Resolved, store: Path | str, progress: Progress) -> Result:
     """Play the workload and compare. `store` is a directory for the disk tiers of this run.
 
-    `resolved` gives formats, policies and mover; tier capacities follow from `size` unless they were set as arguments or in the environment.
+    `resolved` gives formats, policies and mover; tier capacities follow from `size` unless they were set as arguments or in the
+    environment.
     """
     started, store = time.monotonic(), Path(store)
     model = loaded.model
@@ -161,8 +162,8 @@ def _hint(cache: TieredKVCache, turns: list[Turn], number: int, histories: dict[
     """What the scheduler says when the first token of turn `number` is out: who is next."""
 
     def hint() -> None:
-        if number + 1 < len(turns) and _hinted(number + 1) and turns[number + 1].returning:
-            session = turns[number + 1].session
+        session = turns[number + 1].session if number + 1 < len(turns) else None
+        if _hinted(number + 1) and session in histories:
             cache.prefetch(histories[session], salt=f"session-{session}")
 
     return hint

@@ -1,7 +1,7 @@
 """Plays one turn in each of the ways that are compared: untiered, recomputed, and through the tiers.
 
-The untiered way keeps every session's KV in a plain `DynamicCache`, cut to whole pages between turns: the same prefix lengths as the tiers restore,
-so that with lossless formats every number, and so every token, must be equal.
+The untiered way keeps every session's KV in a plain `DynamicCache`, cut to whole pages between turns: the same prefix lengths as the
+tiers restore, so that with lossless formats every number, and so every token, must be equal.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def greedy(
 ) -> tuple[list[int], float]:
     """Greedy tokens after `prompt`, and the time the first was known.
 
-    `past` may hold a prefix of `prompt` and grows up to the last token but one. With `answer` (of `new_tokens` tokens) those are fed instead of
-    the model's own choices, all at once.
+    `past` may hold a prefix of `prompt` and grows up to the last token but one. With `answer` (of `new_tokens` tokens) those are fed
+    instead of the model's own choices, all at once.
     """
     ids = torch.tensor([prompt[past.get_seq_length() :]], device=model.device)
     tokens = [int(model(ids, past_key_values=past, logits_to_keep=1).logits[0, -1].argmax())]

@@ -32,7 +32,7 @@ class Quality:
         self.nll_untiered -= float(reference.gather(1, targets).sum())
 
     def result(self) -> dict[str, float]:
-        """Means per token: `kl` and `delta_nll` in nats, `top1_agreement` as a share, `perplexity_change` relative to `perplexity_untiered`."""
+        """Means per token: `kl` and `delta_nll` in nats, `top1_agreement` and `perplexity_change` as shares."""
         count = max(self.tokens, 1)
         delta = (self.nll - self.nll_untiered) / count
         return {

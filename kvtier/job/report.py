@@ -9,6 +9,7 @@ import importlib.util
 import io
 import json
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from html import escape
@@ -68,7 +69,7 @@ def _head(result: Result) -> dict[str, str]:
     if failed:
         word = f'<span class="verdict bad">Failed: {len(failed)} of {total} checks</span>'
     lead = f"{data(size['kv_bytes'])} of KV went through a device that holds {data(result['tiers']['device']['capacity_bytes'])}. "
-    cards = [("KV against device", data(size["kv_bytes"]), f"the device holds {share(result)} of it")]
+    cards = [("KV against device", data(size["kv_bytes"]), f"{share(result)} fits the device")]
     if ttft["restored"]["count"]:
         factor = decimal(ttft["speedup_p50"], 1)
         lead += f"A returning session had its first token {factor} times sooner restored than recomputed (median of the turns)."
@@ -77,7 +78,7 @@ def _head(result: Result) -> dict[str, str]:
     if failed:
         lead += f" Not met: {', '.join(failed)}."
     change = percent(measured["perplexity_change"], 2, "+")
-    cards.append(("Perplexity", change, f"against untiered, {count(measured['scored_tokens'])} tokens"))
+    cards.append(("Perplexity change", change, f"{count(measured['scored_tokens'])} tokens scored"))
     return {
         "title": escape(result["model"]["name"]),
         "verdict": word,
@@ -299,7 +300,9 @@ def _figure(name: str, figure: Figure, title: str, caption: str) -> str:
 def _svg(name: str, figure: Figure, title: str, caption: str) -> str:
     """The figure as SVG to stand inside HTML: ids its own, colours the page's, a title for those who cannot see it."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Creator": None, "Date": None, "Format": None, "Type": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # text stays text: the reader's fonts count, not matplotlib's
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Creator": None, "Date": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", text)

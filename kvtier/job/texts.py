@@ -19,7 +19,9 @@ def passages(tokenizer: Any, sessions: int, tokens: int) -> list[list[int]]:
     prose = _prose(tokenizer, (sessions + 1) // 2 * tokens)
     code = _code(tokenizer, sessions // 2 * tokens)
     if len(prose) < (sessions + 1) // 2 * tokens or len(code) < sessions // 2 * tokens:
-        raise KVTierError(f"this Python ships too little text for {sessions} sessions of {tokens} tokens; ask for fewer or shorter sessions")
+        raise KVTierError(
+            f"this Python ships too little text for {sessions} sessions of {tokens} tokens; ask for fewer or shorter sessions"
+        )
     texts = []
     for session in range(sessions):
         stream, start = (code if session % 2 else prose), session // 2 * tokens

@@ -1,7 +1,8 @@
 """The workload: which session plays which turn when, over which tokens, and how small the tiers are.
 
-All of it follows from a `Size` and a seed. A session is a long document, then turns of a question (the document's own next words) and an
-answer. First turns come in order; later turns are shuffled round by round, so that sessions return after short and after long whiles.
+All of it follows from a `Size` and a seed. A session is a long document, then turns of a question (the document's own next words) and
+an answer. First turns come in order. In each later round the last speaker asks on at once and the others return shuffled, so that pages
+are wanted again after short and after long whiles.
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ class Size:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("sessions", 2), ("turns", 2), ("context_tokens", 64), ("question_tokens", 1), ("new_tokens", 1), ("probe_tokens", 2)):
+        for name, least in (
+            ("sessions", 2),
+            ("turns", 2),
+            ("context_tokens", 64),
+            ("question_tokens", 1),
+            ("new_tokens", 1),
+            ("probe_tokens", 2),
+        ):
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least {least}")
         for name in ("device_share", "host_share"):
@@ -77,5 +85,7 @@ def plan(size: Size, tokenizer: Any) -> list[Turn]:
             probe = texts[session][start + size.question_tokens : start + per_turn]
             document = [] if index else texts[session][: size.context_tokens]
             turns.append(Turn(session, index, document + question, probe))
-        shuffle(order)
+        last, rest = order[-1], order[:-1]
+        shuffle(rest)
+        order = [last, *rest]
     return turns

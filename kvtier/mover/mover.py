@@ -1,8 +1,8 @@
 """The mover: carries transfers between tiers on its own event loop and workers.
 
-Threads. `submit`, `urge` and `cancel` may be called from any thread; the queues belong to `_lock` (never held while bytes move); picking and
-finishing happen on the loop thread; bytes move on worker threads (`kvtier.mover.stage`). `on_finished` is called on the loop thread before
-the transfer's future is set, so whoever waits for the future finds the outcome already in the page table.
+Threads. `submit`, `urge` and `cancel` may be called from any thread; the queues belong to `_lock` (never held while bytes move);
+picking and finishing happen on the loop thread; bytes move on worker threads (`kvtier.mover.stage`). `on_finished` is called on the
+loop thread before the transfer's future is set, so whoever waits for the future finds the outcome already in the page table.
 
 Bounded: staging memory (one buffer a worker), queued bytes per link (`submit` answers False when a link is full and the transfer can wait),
 transfers per worker (one).
@@ -18,7 +18,10 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
+
+import torch
 
 from kvtier.errors import Closed
 from kvtier.mover.stage import StagingPool, carry
@@ -49,7 +52,7 @@ class Mover:
         self._order = itertools.count()
         self._idle = workers
         self._closed = False
-        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="kvtier-worker")
+        self._executor = _start_workers(workers)
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="kvtier-mover", daemon=True)
         self._thread.start()
@@ -77,7 +80,7 @@ class Mover:
             heapq.heappush(self._queues[transfer.source, transfer.target], (Priority.DEMAND, next(self._order), transfer))
 
     def cancel(self, transfer: Transfer, only: Priority | None = None) -> bool:
-        """Take a queued transfer out; False if it already started (it then runs to its end) or, with `only`, has another priority by now."""
+        """Take a queued transfer out; False if it already started (it then runs to its end) or has another priority than `only` by now."""
         with self._lock:
             if transfer.started or transfer.cancelled or only not in (None, transfer.priority):
                 return False
@@ -131,9 +134,10 @@ class Mover:
             try:
                 running = self._executor.submit(self._carry, transfer)
             except RuntimeError:  # the executor is shutting down
+                transfer.cancelled = True
                 self._ended(transfer, Outcome(cancelled=True))
                 continue
-            running.add_done_callback(lambda done, transfer=transfer: self.call(self._ended, transfer, done.result()))
+            running.add_done_callback(partial(self._carried, transfer))
 
     def _next(self) -> Transfer | None:
         """The most urgent transfer of all links, oldest first; entries of cancelled or urged transfers are skipped."""
@@ -151,14 +155,21 @@ class Mover:
             self._queued[transfer.source, transfer.target] -= transfer.queue_bytes
             return transfer
 
+    def _carried(self, transfer: Transfer, done: Future[Outcome]) -> None:
+        self.call(self._ended, transfer, done.result())
+
     def _ended(self, transfer: Transfer, outcome: Outcome) -> None:
         self._idle += 1
-        self._finish(transfer, outcome)
-        self._pump()
+        try:
+            self._finish(transfer, outcome)
+        finally:
+            self._pump()
 
     def _finish(self, transfer: Transfer, outcome: Outcome) -> None:
-        self._on_finished(transfer, outcome)
-        transfer.finish(outcome)
+        try:
+            self._on_finished(transfer, outcome)
+        finally:
+            transfer.finish(outcome)
 
     # -- worker threads --------------------------------------------------------------------------------------------------------
 
@@ -166,15 +177,33 @@ class Mover:
         start = time.perf_counter()
         try:
             moved = carry(transfer, self.tiers, self.staging)
-        except Exception as error:  # noqa: BLE001 - a worker must not die: the transfer fails, is counted, and the log has the trace
+        except Exception as error:  # a worker must not die: the transfer fails, is counted, and the log has the trace
             log.exception("transfer %s -> %s failed", self.tiers[transfer.source].name, self.tiers[transfer.target].name)
             reason = Refused(f"internal: {type(error).__name__}: {error}")
-            return Outcome({index: reason for index in range(len(transfer.moves))}, seconds=time.perf_counter() - start)
+            return Outcome(dict.fromkeys(range(len(transfer.moves)), reason), seconds=time.perf_counter() - start)
         return Outcome(transfer.refused, frozenset(transfer.lost), link_bytes=moved, seconds=time.perf_counter() - start)
 
 
+def _start_workers(workers: int) -> ThreadPoolExecutor:
+    """Workers that each use one torch thread.
+
+    Codecs of several workers on the engine's cores lose far more to torch's spinning thread teams than they gain. `set_num_threads` is
+    per thread, but also becomes the default of threads that start later; so all workers start here, and the caller's number is put
+    back.
+    """
+    threads = torch.get_num_threads()
+    started = threading.Barrier(workers + 1)
+    executor = ThreadPoolExecutor(workers, thread_name_prefix="kvtier-worker", initializer=torch.set_num_threads, initargs=(1,))
+    for _ in range(workers):
+        executor.submit(started.wait)
+    started.wait()
+    torch.set_num_threads(threads)
+    return executor
+
+
 async def _settle() -> None:
-    """Wait until every other task of the loop has ended."""
-    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    if tasks:
+    """Wait until every other task of the loop has ended, and those that they started."""
+    await asyncio.sleep(0)
+    while tasks := [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]:
         await asyncio.wait(tasks)
+        await asyncio.sleep(0)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtier.errors import ConfigError
 from kvtier.mover.transfer import Move, Transfer
 from kvtier.tiers.base import DeviceSlots, Refused, Slots, Tier
 
@@ -28,8 +29,11 @@ class StagingPool:
         self.slot_bytes = slot_bytes
         self.pages_per_round = max(1, total_bytes // buffers // slot_bytes)
         self._idle: queue.SimpleQueue[NDArray[np.uint8]] = queue.SimpleQueue()
-        for _ in range(buffers):
-            self._idle.put(np.empty((self.pages_per_round, slot_bytes), np.uint8))
+        try:
+            for _ in range(buffers):
+                self._idle.put(np.empty((self.pages_per_round, slot_bytes), np.uint8))
+        except (MemoryError, ValueError) as error:
+            raise ConfigError(f"mover.staging_bytes is {total_bytes}, more than this machine gives; lower it") from error
 
     @contextmanager
     def borrow(self) -> Iterator[NDArray[np.uint8]]:

@@ -36,7 +36,8 @@ class Move:
 class Outcome:
     """How a transfer ended. `refused` maps the index of a move to why it failed; `cancelled` means nothing was moved at all.
 
-    `lost` are the moves whose source copy turned out to be unusable (wrong checksum, key, length). `link_bytes` are encoded bytes read or written at the colder end, `seconds` the time a worker spent on it.
+    `lost` are the moves whose source copy turned out to be unusable (wrong checksum, key, length). `link_bytes` are encoded bytes read
+    or written at the colder end, `seconds` the time a worker spent on it.
     """
 
     refused: dict[int, Refused] = field(default_factory=dict)
@@ -62,6 +63,16 @@ class Transfer:
     cancelled: bool = False
     _layers: int = 0
     _progress: threading.Condition = field(default_factory=threading.Condition)
+
+    def __post_init__(self) -> None:
+        self.future.set_running_or_notify_cancel()  # asyncio cancels what a cancelled task waits for; this future must not be cancelled so
+
+    def coming(self) -> list[int]:
+        """Rows that were not refused so far: all that will come, once the first layer was placed, unless the worker fails."""
+        if self.cancelled:
+            return []
+        refused = self.future.result().refused if self.future.done() else self.refused
+        return [move.row for index, move in enumerate(self.moves) if index not in refused]
 
     def placed(self, layers: int) -> None:
         """The first `layers` layers of every page that was not refused are in their target slots (device targets only)."""

@@ -17,7 +17,8 @@ ROOT = -1
 class EvictionPolicy(ABC):
     """Chooses victims in one tier. Victims are leaves first: a page with a child in the same tier is never a victim.
 
-    Times are seconds on any clock that does not run backwards (an earlier `now` is treated as the latest one seen). `pressure` is used / capacity of the tier, 0 to 1, smoothed by the owner.
+    Times are seconds on any clock that does not run backwards (an earlier `now` is treated as the latest one seen). `pressure` is used
+    / capacity of the tier, 0 to 1, smoothed by the owner.
     """
 
     name: str
@@ -26,8 +27,8 @@ class EvictionPolicy(ABC):
     def insert(self, page: int, parent: int, depth: int, now: float) -> None:
         """A copy of `page` was committed in this tier; counts as its first touch.
 
-        `parent` is the page before it (ROOT for none); it need not live in this tier, now or ever. `depth` is the number of pages before it.
-        ValueError if the page is already here.
+        `parent` is the page before it (ROOT for none); it need not live in this tier, now or ever. `depth` is the number of pages
+        before it. ValueError if the page is already here.
         """
 
     @abstractmethod
@@ -42,8 +43,9 @@ class EvictionPolicy(ABC):
     def evict(self, count: int, protected: Container[int], now: float, pressure: float) -> list[int] | None:
         """Exactly `count` victims, in leaving order, already removed from the policy; or None and nothing changed.
 
-        Pages for which `page in protected` are passed over (asked for candidates only, so it may be computed on demand). A parent may follow
-        its last child within one call. Cost grows with `count` and with the protected candidates met, never with the number of pages.
+        Pages for which `page in protected` are passed over (asked for candidates only, so it may be computed on demand). A parent may
+        follow its last child within one call. Cost grows with `count` and with the protected candidates met, never with the number of
+        pages.
         """
 
     @abstractmethod
@@ -60,8 +62,9 @@ class EvictionPolicy(ABC):
     def record_attention(self, page: int, mass: float) -> None:
         """The engine saw `mass` (0 to 1: share of the attention of one step) on `page`. Ignored by policies that do not use it.
 
-        ValueError for NaN, negative or above one; KeyError if the page is not here.
+        ValueError for NaN, negative or above one; KeyError if the page is not here. Policies that do not use it may accept anything.
         """
+        return
 
     @abstractmethod
     def score(self, page: int, now: float, pressure: float) -> float:

@@ -4,7 +4,7 @@ A strong default for prefix caches: on the public Mooncake conversation trace no
 distinct blocks. Not for small tiers in front of much one-shot traffic, where counts that outlive eviction help.
 """
 
-# ruff: noqa: ARG001, ARG002 - the contract gives every policy a clock and a pressure; this one needs neither.
+# ruff: noqa: ARG001 - the contract gives every policy a clock and a pressure; this one needs neither.
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class TierContract:
     def make_tier(self, tmp_path: Path, layout: PageLayout) -> Tier:
         """A new empty tier with room for 8 to 64 copies of `layout`; `tmp_path` is an empty directory of its own."""
 
-    def corrupt(self, tier: Tier, slot: int) -> None:
+    def corrupt(self, tier: Tier, slot: int) -> None:  # noqa: ARG002
         """Flip one bit of the copy in `slot` behind the tier's back. Tests that need it are skipped where it is not overridden."""
         pytest.skip("this tier names no way to corrupt a copy")
 
@@ -189,7 +189,7 @@ class TierContract:
 
             with ThreadPoolExecutor(4) as pool:
                 for turn in range(4):
-                    assert all(pool.map(lambda batch, turn=turn: rewrite(batch, turn), range(4)))  # type: ignore[misc]
+                    assert all(pool.map(lambda batch, turn=turn: rewrite(batch, turn), range(4)))
                     tier.check_integrity()
                     # The bookkeeping is one thread's, as under the cache's lock; all is given back, so all can be had again.
                     tidying = pool.submit(tier.tidy)
@@ -287,11 +287,14 @@ class TierContract:
     def test_any_order_of_operations(self, tmp_path_factory: pytest.TempPathFactory) -> None:
         """A model-based search over sequences of operations; the model is a dict of slots."""
 
-        def machine() -> _Operations:
-            return _Operations(self.make_tier(tmp_path_factory.mktemp("tier"), LAYOUT))
+        make_tier = self.make_tier
+
+        class Operations(_Operations):
+            def __init__(self) -> None:
+                super().__init__(make_tier(tmp_path_factory.mktemp("tier"), LAYOUT))
 
         quiet = settings(max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
-        run_state_machine_as_test(machine, settings=quiet)  # type: ignore[no-untyped-call]
+        run_state_machine_as_test(Operations, settings=quiet)
 
 
 class _Operations(RuleBasedStateMachine):

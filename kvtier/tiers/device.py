@@ -1,7 +1,7 @@
 """The device tier: a preallocated paged pool the engine attends over, in GPU memory or, without a GPU, in CPU memory.
 
-One tensor `[slots, layers, planes, page_tokens, kv_heads, head_dim]`; a slot number is what a block table holds. The free list belongs to the
-caller's lock like all bookkeeping; the tensor's contents belong to whoever reserved the slot.
+One tensor `[slots, layers, planes, page_tokens, kv_heads, head_dim]`; a slot number is what a block table holds. The free list belongs
+to the caller's lock like all bookkeeping; the tensor's contents belong to whoever reserved the slot.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class DevicePool(DeviceSlots):
         try:
             self._pool = torch.empty((slots, *layout.shape), dtype=layout.torch_dtype, device=self.place)
         except (RuntimeError, MemoryError) as error:
+            why = str(error).splitlines()[0]
             raise ConfigError(
-                f"device.capacity_bytes: {self.capacity_bytes} bytes cannot be allocated on {self.place}: {str(error).splitlines()[0]}; lower it"
+                f"device.capacity_bytes: {self.capacity_bytes} bytes cannot be allocated on {self.place}: {why}; lower it"
             ) from error
         self._free = list(range(slots - 1, -1, -1))
         self._taken = bytearray(slots)
@@ -67,8 +68,11 @@ class DevicePool(DeviceSlots):
 
     def free(self, slots: Sequence[int]) -> None:
         for slot in slots:
-            if not self._taken[slot]:
+            if not 0 <= slot < self.capacity_slots or not self._taken[slot]:
                 raise IntegrityError(f"device slot {slot} is freed, but nobody reserved it")
+        if len(set(slots)) != len(slots):
+            raise IntegrityError(f"a device slot is freed twice in one call: {list(slots)}")
+        for slot in slots:
             self._taken[slot] = 0
             self._free.append(slot)
 

@@ -30,9 +30,14 @@ DEVICE, HOST, DISK = 0, 1, 2
 
 
 def make_config(
-    disk: Path | None = None, device_pages: int = 8, host_pages: int | None = 16, disk_pages: int = 64, layout: PageLayout = LAYOUT, **more: object
+    disk: Path | None = None,
+    device_pages: int = 8,
+    host_pages: int | None = 16,
+    disk_pages: int = 64,
+    layout: PageLayout = LAYOUT,
+    **more: object,
 ) -> Config:
-    """Room for that many pages, each tier without loss unless `more` ("host__format") says otherwise; no cleaning ahead, no threshold pass."""
+    """Room for that many pages; without loss unless `more` ("host__format") says otherwise; no cleaning ahead, no threshold pass."""
     settings: dict[str, object] = {
         "device.capacity_bytes": device_pages * layout.page_bytes,
         "device.place": "cpu",

@@ -1,5 +1,5 @@
-"""The whole cache against a model that knows the right KV of every sequence: whatever happens, never a wrong byte; and nothing is lost while
-the last tier has room and no copy was damaged."""
+"""The whole cache against a model that knows the right KV of every sequence: whatever happens, never a wrong byte; and nothing is lost
+while the last tier has room and no copy was damaged."""
 
 from __future__ import annotations
 
@@ -75,7 +75,11 @@ class CacheMachine(RuleBasedStateMachine):
         return self.write_policy != "write_through_selective" and self.roomy
 
     @initialize(
-        roomy=st.booleans(), host=st.booleans(), workers=st.integers(1, 2), clean=st.sampled_from([0.5, 1.0]), staging=st.sampled_from([1, 10**6])
+        roomy=st.booleans(),
+        host=st.booleans(),
+        workers=st.integers(1, 2),
+        clean=st.sampled_from([0.5, 1.0]),
+        staging=st.sampled_from([1, 10**6]),
     )
     def start(self, roomy, host, workers, clean, staging) -> None:
         self.roomy = roomy
@@ -239,7 +243,9 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def clear(self) -> None:
         self.cache.clear()
-        self.kept = {page for page in self.kept if any(page[0] == held.salt and page[1] == tuple(held.tokens[: len(page[1])]) for held in self.held)}
+        self.kept = {
+            page for page in self.kept if any(page[0] == held.salt and page[1] == tuple(held.tokens[: len(page[1])]) for held in self.held)
+        }
 
     @precondition(lambda self: self.ever)
     @rule(data=st.data(), byte=st.integers(0, 2047), mask=st.integers(1, 255), host=st.booleans())

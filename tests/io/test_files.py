@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtier.io import files
-from kvtier.io.files import BLOCK_BYTES, BufferedEngine, page_aligned
+from kvtier.io.files import BLOCK_BYTES, BufferedEngine, Bytes, FileEngine, page_aligned
 
 ENGINES = [BufferedEngine]
 BLOCKS = 16
@@ -29,13 +29,13 @@ def file(engine, tmp_path):
     engine.close(number)
 
 
-def filled(blocks, seed=0):
+def filled(blocks: int, seed: int = 0) -> Bytes:
     buffer = page_aligned(blocks * BLOCK_BYTES)
     buffer[:] = np.random.default_rng(seed).integers(1, 256, buffer.nbytes, dtype=np.uint8)
     return buffer
 
 
-def contents(engine, file, blocks=BLOCKS):
+def contents(engine: FileEngine, file: int, blocks: int = BLOCKS) -> Bytes:
     buffer = page_aligned(blocks * BLOCK_BYTES)
     got = engine.pread_into(file, 0, buffer)
     return buffer[:got]

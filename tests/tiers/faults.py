@@ -51,7 +51,7 @@ class NoHolesEngine(BufferedEngine):
 
     name = "no holes"
 
-    def can_punch(self, directory: Path) -> bool:  # noqa: ARG002
+    def can_punch(self, directory: Path) -> bool:
         return False
 
     def punch(self, file: int, offset: int, length: int) -> bool:
@@ -84,8 +84,10 @@ class VolatileEngine(BufferedEngine):
         for path, old in self.durable.items():
             new = path.read_bytes()
             size = random.choice([len(old), max(len(old), len(new))])
-            blocks = []
-            for start in range(0, size, BLOCK_BYTES):
-                source = random.choice([old, new])
-                blocks.append(source[start : start + BLOCK_BYTES].ljust(BLOCK_BYTES, b"\0"))
-            (image / path.name).write_bytes(b"".join(blocks)[:size])
+            with (image / path.name).open("wb") as file:
+                for start in range(0, size, BLOCK_BYTES):
+                    block = random.choice([old, new])[start : min(size, start + BLOCK_BYTES)]
+                    if any(block):  # holes stay holes
+                        file.seek(start)
+                        file.write(block)
+                file.truncate(size)

@@ -24,7 +24,7 @@ RAW, Q8 = get_format("raw"), get_format("q8")
 
 
 class TestHostContract(TierContract):
-    def make_tier(self, tmp_path: Path, layout: PageLayout) -> HostTier:  # noqa: ARG002
+    def make_tier(self, tmp_path: Path, layout: PageLayout) -> HostTier:
         return HostTier(layout, Q8, 16 * Q8.payload_bytes(layout) + 999)
 
     def corrupt(self, tier, slot) -> None:
@@ -134,12 +134,12 @@ def test_pinned_arena_copies_from_the_device_as_pinned_memory():
 class FakeCuda:
     """Counts registrations; the one numbered `fail_at` is refused."""
 
-    def __init__(self, fail_at=None):
+    def __init__(self, fail_at: int | None = None) -> None:
         self.registered: dict[int, int] = {}
         self.calls = 0
         self.fail_at = fail_at
 
-    def cudaHostRegister(self, address, size, flags):  # noqa: ARG002
+    def cudaHostRegister(self, address, size, flags):
         self.calls += 1
         if self.calls == self.fail_at:
             return 2
@@ -151,7 +151,7 @@ class FakeCuda:
         return 0
 
 
-def with_fake_cuda(monkeypatch, fake):
+def with_fake_cuda(monkeypatch: pytest.MonkeyPatch, fake: FakeCuda) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(host, "_cuda_runtime", lambda: fake)
     monkeypatch.setattr(host, "_PIN_CHUNK_BYTES", 1 << 20)

@@ -70,6 +70,11 @@ class Segments:
         self.engine.pwrite(file, self._offset(slot), record)
         self._changed(slot)
 
+    def trim(self, slot: int, record_bytes: int) -> None:
+        """Give back what an earlier, longer record may have left behind the one in the slot."""
+        if self._punches and record_bytes < self.slot_bytes:
+            self.engine.punch(self.file(self.segment_of(slot)), self._offset(slot) + record_bytes, self.slot_bytes - record_bytes)
+
     def erase(self, slot: int) -> None:
         """Leave no record in the slot."""
         self.engine.punch(self.file(self.segment_of(slot)), self._offset(slot), self.slot_bytes)

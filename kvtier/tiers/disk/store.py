@@ -206,6 +206,8 @@ class DiskTier(Tier):
             self._count(f"discarded: {reason}", count)
         self._recovered = True
         self.tidy()
+        if not self._was_clean:
+            self._trim(kept)
         kept.sort(key=lambda item: (item[1].page.depth, item[1].sequence))
         return iter([(slot, header.page) for slot, header in kept])
 
@@ -410,6 +412,15 @@ class DiskTier(Tier):
         if not self._was_clean:
             self._segments.mark_dirty(numbers)  # verified, but perhaps still only in the page cache
         return found
+
+    def _trim(self, kept: Sequence[tuple[int, record.Header]]) -> None:
+        """Punch behind every kept record: a power failure can keep a record and lose the punch before it."""
+        try:
+            for slot, header in kept:
+                self._segments.trim(slot, record.record_bytes(header.payload_bytes))
+        except OSError as error:
+            self._count("io errors")
+            _log.warning("disk store %s: cannot give back blocks behind its records: %s", self._directory.path, error)
 
     def _checkpoint(self, clean: bool) -> bool:
         with self._lock:
