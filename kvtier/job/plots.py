@@ -67,14 +67,13 @@ def plot_speed(turns: list[Result], ttft: Result) -> Figure:
             face = BLUE if hinted else CARD
             times = [restored[row] for row in chosen]
             axes.scatter(times, chosen, s=42, facecolors=face, edgecolors=BLUE, linewidths=2, label=label, zorder=3)
-    for key, colour in (("restored", BLUE), ("recomputed", ORANGE)):
+    for key, colour, height in (("restored", BLUE, 13), ("recomputed", ORANGE, 2)):
         for value, style, name in ((ttft[key]["p50"], "--", "median"), (ttft[key]["p95"], ":", "p95")):
             axes.axvline(value / 1000, color=colour, linestyle=style, linewidth=1.3, zorder=1)
-            left = name == "median" and value < ttft[key]["p95"]
+            left = name == "median"
             at: dict[str, Any] = {"ha": "right" if left else "left", "va": "bottom", "fontsize": 9.5, "color": colour}
-            axes.annotate(
-                name, (value / 1000, 1), (-3 if left else 3, 2), xycoords=axes.get_xaxis_transform(), textcoords="offset points", **at
-            )
+            offset = (-3 if left else 3, height)
+            axes.annotate(name, (value / 1000, 1), offset, xycoords=axes.get_xaxis_transform(), textcoords="offset points", **at)
     axes.set_yticks(rows if labelled else [], [f"session {row['session']}, turn {row['turn'] + 1}" for row in turns] if labelled else [])
     axes.set_ylim(len(turns) - 0.4, -0.6)
     axes.set_xlim(0, max(*restored, *recomputed) * 1.06)

@@ -1,6 +1,6 @@
 """The result of the main job as one self-contained HTML page: figures, captions, tables.
 
-The frame of the page, with its style, is report.html beside this file; the figures are drawn in plots.py.
+The frame of the page, with its style, is page.html beside this file; the figures are drawn in plots.py.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def check_writable(path: Path) -> None:
 def write_report(result: Result, path: Path) -> None:
     """Write the page for `result` (see `kvtier.job.job`) to `path`, over what is there. Raises as `check_writable`."""
     check_writable(path)
-    frame = Template((files("kvtier.job") / "report.html").read_text(encoding="utf-8"))
+    frame = Template((files("kvtier.job") / "page.html").read_text(encoding="utf-8"))
     with look():
         page = frame.substitute(_head(result) | _sections(result))
     try:
