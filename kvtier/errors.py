@@ -48,4 +48,4 @@ class TransferFailed(KVTierError):
 
 
 class IntegrityError(KVTierError):
-    """kvtier's own bookkeeping contradicts itself: a bug. Raised by `check_integrity()` only."""
+    """kvtier's own bookkeeping contradicts itself: a bug. Raised by `check_integrity()`, and where going on would spread the damage."""

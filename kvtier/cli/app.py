@@ -33,6 +33,6 @@ def _options(
 
 
 # One name per module with commands; they need `app`, so they come last.
-from kvtier.cli import config, run  # noqa: E402, F401
+from kvtier.cli import config, doctor, run  # noqa: E402, F401
 
 app.add_typer(config.app, name="config")

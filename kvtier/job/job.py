@@ -188,7 +188,7 @@ def _result(rows: list[Result], quality: Quality, cache: TieredKVCache, exact: T
     returning = [row for row in rows if row["turn"]]
     restored = [row["ttft_restored_ms"] for row in returning]
     recomputed = [row["ttft_recomputed_ms"] for row in returning]
-    ttft = {
+    ttft: Result = {
         "restored": percentiles(restored),
         "recomputed": percentiles(recomputed),
         "restored_hinted": percentiles([row["ttft_restored_ms"] for row in returning if row["hinted"]]),

@@ -188,17 +188,22 @@ def _start_workers(workers: int) -> ThreadPoolExecutor:
     """Workers that each use one torch thread.
 
     Codecs of several workers on the engine's cores lose far more to torch's spinning thread teams than they gain. `set_num_threads` is
-    per thread, but also becomes the default of threads that start later; so all workers start here, and the caller's number is put
-    back.
+    per thread, but also becomes the default that a thread takes at its first use of torch; so all workers start and use torch here, and
+    the caller's number is put back.
     """
     threads = torch.get_num_threads()
     started = threading.Barrier(workers + 1)
-    executor = ThreadPoolExecutor(workers, thread_name_prefix="kvtier-worker", initializer=torch.set_num_threads, initargs=(1,))
+    executor = ThreadPoolExecutor(workers, thread_name_prefix="kvtier-worker", initializer=_use_one_thread)
     for _ in range(workers):
         executor.submit(started.wait)
     started.wait()
     torch.set_num_threads(threads)
     return executor
+
+
+def _use_one_thread() -> None:
+    torch.get_num_threads()  # a first use: without it the default would replace the 1 later
+    torch.set_num_threads(1)
 
 
 async def _settle() -> None:

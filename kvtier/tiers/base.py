@@ -109,7 +109,8 @@ class Tier(Slots):
     def store(self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload]) -> list[Refused | None]:
         """Write one copy per slot; None = written, whole. A refused slot holds no copy and still has to be freed by the caller.
 
-        Payloads are read, not kept. Never raises for a full or failing medium; IntegrityError for slots that are not reserved.
+        Payloads are read, not kept. Never raises for a full or failing medium; IntegrityError for slots that are not reserved
+        or already hold a copy.
         """
 
     @abstractmethod

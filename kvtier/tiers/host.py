@@ -146,7 +146,8 @@ class HostTier(Tier):
         if payload.dtype != np.uint8 or payload.shape != (self._payload_bytes,):
             return Refused("format")
         payload = np.ascontiguousarray(payload)
-        self._key[slot] = None
+        if self._key[slot] is not None:
+            raise IntegrityError(f"host: slot {slot} already holds a copy; free it before storing another one")
         # Of the source, not of the arena: a copy that went wrong on the way must not prove itself right.
         self._checksum[slot] = xxhash.xxh3_64_intdigest(payload.data)
         self._bytes[slot] = payload

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 from pathlib import Path
 from random import Random
 
@@ -44,6 +45,35 @@ class FaultyEngine(BufferedEngine):
         if self.sync_errno:
             raise OSError(self.sync_errno, os.strerror(self.sync_errno))
         super().sync(file)
+
+
+class GatedEngine(BufferedEngine):
+    """Writes and punches wait before the gate; `waiting` is set when one does."""
+
+    name = "gated"
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.waiting = threading.Event()
+        self.syncs = 0
+
+    def pwrite(self, file: int, offset: int, data: Bytes) -> None:
+        self._pass()
+        super().pwrite(file, offset, data)
+
+    def punch(self, file: int, offset: int, length: int) -> bool:
+        self._pass()
+        return super().punch(file, offset, length)
+
+    def sync(self, file: int) -> None:
+        self.syncs += 1
+        super().sync(file)
+
+    def _pass(self) -> None:
+        if not self.gate.is_set():
+            self.waiting.set()
+            self.gate.wait()
 
 
 class NoHolesEngine(BufferedEngine):

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtier.errors import ConfigError, IntegrityError, LayoutError, StoreError, StoreLocked
+from kvtier.errors import ConfigError, LayoutError, StoreError, StoreLocked
 from kvtier.formats import Format, get_format
 from kvtier.layout import PageLayout
 from kvtier.testing.tiers import LAYOUT, TierContract, get, holds, page_id, payload, put, staging
 from kvtier.tiers.base import Refused
 from kvtier.tiers.disk import DiskTier
 from kvtier.tiers.disk.record import HEADER_BYTES
-from tests.tiers.faults import FaultyEngine, NoHolesEngine
+from tests.tiers.faults import FaultyEngine, GatedEngine, NoHolesEngine
 
 RAW, VARIABLE = get_format("raw"), get_format("raw+lz4")
 NAMESPACE = bytes(range(32))
@@ -348,6 +349,72 @@ def test_a_really_full_disk_serves_evicts_closes_and_reopens(small_disk):
     again.close()
 
 
+# -- threads ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gated(tmp_path):
+    """A tier with page 0 stored and synced, whose next write or punch waits until its gate is opened."""
+    engine = GatedEngine()
+    tier = open_disk(tmp_path / "store", engine=engine)
+    put(tier, [0])
+    assert tier.checkpoint()
+    with ThreadPoolExecutor(2) as pool:
+        yield tier, engine, pool
+        engine.gate.set()
+    tier.close()
+
+
+def test_a_checkpoint_does_not_vouch_for_a_store_in_progress(gated):
+    tier, engine, pool = gated
+    synced = tier.report()["synced_sequence"]
+    engine.gate.clear()
+    storing = pool.submit(put, tier, [1])
+    engine.waiting.wait()
+    assert tier.checkpoint()
+    assert tier.report()["synced_sequence"] == synced
+    engine.gate.set()
+    storing.result()
+    syncs = engine.syncs
+    assert tier.checkpoint()
+    assert tier.report()["synced_sequence"] == synced + 1
+    assert engine.syncs == syncs + 1, "what was written after the first checkpoint began is synced by the second"
+
+
+def test_close_waits_for_a_store_in_progress(gated):
+    tier, engine, pool = gated
+    engine.gate.clear()
+    storing = pool.submit(put, tier, [1])
+    engine.waiting.wait()
+    closing = pool.submit(tier.close)
+    with pytest.raises(TimeoutError):
+        closing.result(timeout=0.2)
+    engine.gate.set()
+    storing.result()
+    closing.result(timeout=10)
+    again = open_disk(tier._directory.path)
+    assert [page for _, page in again.recover()] == [page_id(0), page_id(1)]
+    again.close()
+
+
+def test_a_slot_being_tidied_is_nobody_elses(gated):
+    tier, engine, pool = gated
+    slots = put(tier, range(1, 5))
+    tier.free(slots)
+    engine.gate.clear()
+    tidying = pool.submit(tier.tidy)
+    engine.waiting.wait()
+    tier.check_integrity()
+    taken = tier.reserve(tier.free_slots)
+    assert taken is not None
+    assert slots[0] not in taken
+    engine.gate.set()
+    tidying.result()
+    assert tier.store(taken, [page_id(n) for n in taken], [payload(tier, n) for n in taken]) == [None] * len(taken)
+    tier.tidy()
+    assert all(holds(tier, slot, slot) for slot in taken)
+
+
 # -- space ------------------------------------------------------------------------------------------------------------------
 
 
@@ -432,15 +499,6 @@ def test_segments_are_created_in_order_when_needed(tmp_path, monkeypatch):
     again = open_disk(tmp_path)
     assert len(list(again.recover())) == 16
     again.close()
-
-
-def test_storing_over_a_copy_is_an_integrity_error(tmp_path):
-    tier = open_disk(tmp_path)
-    slots = put(tier, [1])
-    with pytest.raises(IntegrityError, match="already holds a copy"):
-        tier.store(slots, [page_id(2)], [payload(tier, 2)])
-    assert holds(tier, slots[0], 1)
-    tier.close()
 
 
 def test_report_is_plain_data(tmp_path):

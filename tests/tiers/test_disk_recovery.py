@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from kvtier.errors import StoreLocked
 from kvtier.testing.tiers import get, holds, page_id, payload, put
 from kvtier.tiers.base import Refused
-from tests.tiers.faults import FaultyEngine, NoHolesEngine, VolatileEngine
+from tests.tiers.faults import FaultyEngine, GatedEngine, NoHolesEngine, VolatileEngine
 from tests.tiers.test_disk import CAPACITY, SLOT, VARIABLE, disk_bytes, flip, image_of, open_disk, segment
 
 
@@ -194,6 +195,19 @@ def test_sequences_go_on_after_a_crash_so_that_newest_stays_newest(tmp_path):
     third.close()
 
 
+def test_what_a_crash_left_unsynced_is_synced_by_the_next_checkpoint(tmp_path):
+    tier = open_disk(tmp_path / "store")
+    put(tier, range(3))
+    engine = GatedEngine()
+    again = open_disk(image_of(tmp_path / "store", tmp_path / "image"), engine=engine)
+    tier.close()
+    assert len(recovered(again)) == 3
+    assert again.checkpoint()
+    assert engine.syncs == 1
+    assert again.report()["synced_sequence"] == 3
+    again.close()
+
+
 # -- capacity ---------------------------------------------------------------------------------------------------------------
 
 
@@ -293,6 +307,22 @@ def test_law_2_a_power_failure_loses_nothing_promised_and_invents_nothing(tmp_pa
     assert promised <= right
     assert all(isinstance(get(again, found[n], page_id(n).key), Refused) for n in found.keys() - right)
     assert disk_bytes(image) <= again.bytes_used, "no blocks are lost to records nobody can find"
+    again.close()
+
+
+def test_what_a_power_failure_brings_back_behind_a_shorter_record_is_punched(tmp_path):
+    tier = open_disk(tmp_path / "store", format=VARIABLE)
+    slots = tier.reserve(1)
+    assert slots is not None
+    assert tier.store(slots, [page_id(1)], [np.ones(100, dtype=np.uint8)]) == [None]
+    image = image_of(tmp_path / "store", tmp_path / "image")
+    tier.close()
+    with segment(image).open("r+b") as file:
+        file.seek(4096)
+        file.write(b"x" * 4096)
+    again = open_disk(image, format=VARIABLE)
+    assert recovered(again) == {1: slots[0]}
+    assert disk_bytes(image) == again.bytes_used == 4096
     again.close()
 
 

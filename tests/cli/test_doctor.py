@@ -1,0 +1,28 @@
+"""Law checked: what is missing is said, for people and for machines."""
+
+from __future__ import annotations
+
+import json
+
+from kvtier.cli import main
+
+
+def test_doctor_says_what_the_machine_allows(capsys, tmp_path):
+    assert main(["doctor", "--path", str(tmp_path), "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    findings = {item["what"]: item for item in json.loads(out)}
+    assert {"CUDA", "locked host memory", "huge pages", "disk store", "hole punching", "matplotlib"} <= set(findings)
+    assert str(tmp_path) in findings["disk store"]["meaning"]
+    assert all(name in err for name in findings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_names_a_missing_extra(capsys, monkeypatch):
+    monkeypatch.setattr("kvtier.cli.doctor.find_spec", lambda _: None)
+    assert main(["doctor"]) == 0
+    assert "pip install 'kvtier[report]'" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_doctor_refuses_a_directory_that_is_none(capsys):
+    assert main(["doctor", "--path", "/nowhere"]) == 2
+    assert "/nowhere is not a directory" in capsys.readouterr().err

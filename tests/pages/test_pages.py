@@ -1,0 +1,419 @@
+"""The page table: prefixes, links, orphans, holders, and that its own check finds every contradiction."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from kvtier.errors import IntegrityError
+from kvtier.pages import ABSENT, NO_ROW, NO_TIER, READY, WRITING, PageTable
+from kvtier.tiers.base import PageId
+
+TIERS = 3
+ROOT = b"r" * 32
+
+
+def key(path: tuple[int, ...]) -> bytes:
+    """The key of the page at the end of a path of choices."""
+    return b"".join(bytes([choice]) for choice in path).ljust(32, b"\xff") if path else ROOT
+
+
+def page(path: tuple[int, ...]) -> PageId:
+    return PageId(key(path), key(path[:-1]), len(path) - 1)
+
+
+def chain(path: tuple[int, ...]) -> list[bytes]:
+    return [key(path[: end + 1]) for end in range(len(path))]
+
+
+class Slots:
+    """Slot numbers nobody else has."""
+
+    def __init__(self) -> None:
+        self.next = 0
+
+    def __call__(self) -> int:
+        self.next += 1
+        return self.next
+
+
+def ready(table: PageTable, path: tuple[int, ...], tier: int = 0, slot: int | None = None) -> int:
+    row = table.add(page(path))
+    table.begin([row], tier, [row if slot is None else slot])
+    table.commit(row, tier)
+    return row
+
+
+PATHS = st.lists(st.integers(0, 2), min_size=1, max_size=5).map(tuple)
+
+
+@given(st.lists(st.tuples(PATHS, st.integers(0, TIERS - 1)), max_size=25), PATHS, st.randoms())
+@settings(deadline=None)
+def test_find_gives_the_longest_visible_prefix_whatever_came_in_which_order(copies, asked, random):
+    """Orphans included: a page whose parents come later, or never."""
+    table = PageTable(TIERS, 4)
+    visible: dict[tuple[int, ...], set[int]] = {}
+    for path, tier in copies:
+        row = table.add(page(path), table.row(key(path[:-1])) if random.random() < 0.5 else NO_ROW)
+        if table.state[tier, row] == ABSENT:
+            table.begin([row], tier, [row])
+            table.check_integrity()
+            assert key(path) in {table.key[row]}
+            if random.random() < 0.8:
+                table.commit(row, tier)
+                visible.setdefault(path, set()).add(tier)
+    table.check_integrity()
+    found = table.find(chain(asked))
+    wanted = 0
+    while wanted < len(asked) and visible.get(asked[: wanted + 1]):
+        wanted += 1
+    assert [table.key[row] for row in found] == chain(asked)[:wanted]
+    assert table.warmest(found).tolist() == [min(visible[asked[: end + 1]]) for end in range(wanted)]
+    for end, row in enumerate(found.tolist()):
+        parent = int(table.parent[row])
+        assert (parent == NO_ROW) if end == 0 else table.key[parent] == key(asked[:end])
+        assert table.page_id(row) == page(asked[: end + 1])
+    for path in visible:
+        assert table.page_id(table.row(key(path))) == page(path)
+
+
+@given(st.lists(st.tuples(PATHS, st.integers(0, TIERS - 1)), min_size=1, max_size=25, unique=True), st.randoms())
+@settings(deadline=None)
+def test_when_the_last_copy_goes_every_hollow_row_goes_too(copies, random):
+    table = PageTable(TIERS, 4)
+    for path, tier in copies:
+        row = table.add(page(path))
+        table.begin([row], tier, [row])
+    random.shuffle(copies)
+    for path, tier in copies:
+        row = table.row(key(path))
+        assert table.drop(row, tier) == row
+        table.check_integrity()
+    assert len(table) == 0
+    assert table.find(chain((0, 1))).tolist() == []
+
+
+def test_dropping_the_leaf_reaps_all_its_hollow_ancestors_at_once():
+    table = PageTable(TIERS, 4)
+    *before, leaf = [ready(table, (0, 1, 2, 3)[:end]) for end in (1, 2, 3, 4)]
+    for row in before:
+        table.drop(row, 0)
+    assert len(table) == 4
+    assert table.find(chain((0, 1, 2, 3))).tolist() == [], "no page before it is visible"
+    table.drop(leaf, 0)
+    assert len(table) == 0
+    again = ready(table, (5,))
+    assert table.parent_key[again] == ROOT
+    assert math.isnan(table.attention[again])
+    table.check_integrity()
+
+
+def test_a_hollow_row_that_gets_its_own_copy_learns_its_parent_key():
+    for path in ((0, 1), (0, 1, 2)):
+        table = PageTable(TIERS, 4)
+        ready(table, path, tier=2)
+        for end in range(1, len(path)):
+            ready(table, path[:end], tier=1)
+        for end in range(1, len(path) + 1):
+            assert table.page_id(table.row(key(path[:end]))) == page(path[:end])
+        table.check_integrity()
+
+
+def test_an_orphan_is_linked_when_its_parent_appears():
+    table = PageTable(TIERS, 4)
+    orphan = ready(table, (0, 1, 2), tier=2)
+    middle = table.row(key((0, 1)))
+    assert table.parent[orphan] == middle
+    assert table.parent[middle] == NO_ROW
+    first = ready(table, (0,), tier=1)
+    assert ready(table, (0, 1), tier=1) == middle
+    assert table.parent[middle] == first
+    assert table.find(chain((0, 1, 2))).tolist() == [first, middle, orphan]
+    table.check_integrity()
+
+
+# Copies
+
+
+def test_a_copy_is_invisible_until_committed_and_cannot_be_begun_twice():
+    table = PageTable(TIERS, 4)
+    row = table.add(page((1,)))
+    table.begin([row], 1, [7])
+    assert table.find([key((1,))]).tolist() == []
+    assert table.warmest(np.array([row])).tolist() == [NO_TIER]
+    with pytest.raises(IntegrityError):
+        table.begin([row], 1, [8])
+    table.commit(row, 1)
+    with pytest.raises(IntegrityError):
+        table.commit(row, 1)
+    assert table.find([key((1,))]).tolist() == [row]
+    assert table.has_copy_below(row, 0)
+    assert not table.has_copy_below(row, 1)
+    assert not table.has_copy_below(row, 0, coldest=0)
+    assert table.drop(row, 1) == 7
+    with pytest.raises(IntegrityError):
+        table.drop(row, 1)
+
+
+def test_a_copy_that_is_read_cannot_be_dropped():
+    table = PageTable(TIERS, 4)
+    row = ready(table, (1,), tier=1)
+    table.hold([row], 1)
+    with pytest.raises(IntegrityError):
+        table.drop(row, 1)
+    table.unhold([row], 1)
+    table.drop(row, 1)
+
+
+# Holders
+
+
+def test_a_leased_row_stays_without_any_copy_until_the_last_holder_goes():
+    table = PageTable(TIERS, 4)
+    row = ready(table, (1,), tier=1)
+    rows = np.array([row])
+    table.lease(rows)
+    table.lease(rows)
+    table.drop(row, 1)
+    assert table.release([row]) == []
+    assert table.row(key((1,))) == row
+    assert table.release([row]) == []
+    assert table.row(key((1,))) == NO_ROW
+    with pytest.raises(IntegrityError):
+        table.release([row])
+    table.check_integrity()
+
+
+def test_pins_last_as_long_as_they_should_and_do_not_pass_on_with_the_row():
+    table = PageTable(TIERS, 4)
+    row = ready(table, (1,))
+    rows = np.array([row])
+    table.pin(rows, 1, 10.0)
+    assert table.pinned(row, 9.9) == 1
+    assert table.pinned(row, 10.0) == NO_TIER
+    table.pin(rows, 2, math.inf)
+    assert table.pinned(row, 1e12) == 2
+    table.unpin(rows)
+    assert table.pinned(row, 0.0) == NO_TIER
+    table.pin(rows, 0, math.inf)
+    table.drop(row, 0)
+    assert ready(table, (2,)) == row
+    assert table.pinned(row, 0.0) == NO_TIER
+
+
+# Open pages
+
+
+def test_an_open_page_is_invisible_and_gone_with_its_last_holder():
+    table = PageTable(TIERS, 4)
+    parent = ready(table, (1,), slot=5)
+    row = table.open(parent, 6, 1)
+    table.check_integrity()
+    assert table.find(chain((1, 1))).tolist() == [parent]
+    with pytest.raises(IntegrityError):
+        table.page_id(row)
+    table.lease(np.array([row]))
+    assert table.release([row]) == []
+    assert table.release([row]) == [6]
+    assert table.children[parent] == 0
+    table.check_integrity()
+
+
+def test_sealing_makes_the_page_visible_under_its_key_and_moves_the_lease():
+    table = PageTable(TIERS, 4)
+    parent = ready(table, (1,), slot=5)
+    sealed, spare = table.seal(table.open(parent, 6, 1), page((1, 2)))
+    assert spare == -1
+    assert table.find(chain((1, 2))).tolist() == [parent, sealed]
+    assert (table.slot[0, sealed], table.leases[sealed], table.children[parent]) == (6, 1, 1)
+    table.check_integrity()
+
+
+@pytest.mark.parametrize("where", [0, 1, "hollow"])
+def test_sealing_a_page_that_exists_joins_it(where):
+    table = PageTable(TIERS, 4)
+    parent = ready(table, (1,), slot=5)
+    if where == "hollow":
+        ready(table, (1, 2, 3), tier=2)
+        before = table.row(key((1, 2)))
+    else:
+        before = ready(table, (1, 2), tier=where, slot=9)
+        table.lease(np.array([before]))
+    sealed, spare = table.seal(table.open(parent, 6, 1), page((1, 2)))
+    assert sealed == before
+    assert spare == (6 if where == 0 else -1)
+    assert table.slot[0, sealed] == (9 if where == 0 else 6)
+    assert table.leases[sealed] == (1 if where == "hollow" else 2)
+    assert table.state[0, sealed] == READY
+    table.check_integrity()
+
+
+def test_sealing_a_page_that_is_on_its_way_up_is_refused_and_changes_nothing():
+    table = PageTable(TIERS, 4)
+    row = ready(table, (1,), tier=1)
+    table.begin([row], 0, [3])
+    open_row = table.open(NO_ROW, 6, 0)
+    with pytest.raises(IntegrityError, match="way up"):
+        table.seal(open_row, page((1,)))
+    assert table.state[0, row] == WRITING
+    table.check_integrity()
+
+
+class TableMachine(RuleBasedStateMachine):
+    """Everything the residency does with a table, in any order; `check_integrity` after each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = PageTable(TIERS, 4)
+        self.slots = Slots()
+        self.leased: list[int] = []
+        self.read: list[tuple[int, int]] = []
+
+    def rows(self, tier: int, state: int) -> list[int]:
+        here = self.table.state[tier, : self.table.rows] == state
+        return [row for row in np.flatnonzero(here).tolist() if self.table.key[row] is not None]
+
+    @rule(path=PATHS, tier=st.integers(0, TIERS - 1), commit=st.booleans())
+    def write(self, path, tier, commit) -> None:
+        row = self.table.add(page(path), self.table.row(key(path[:-1])))
+        if self.table.state[tier, row] == ABSENT:
+            self.table.begin([row], tier, [self.slots()])
+        if commit and self.table.state[tier, row] == WRITING:
+            self.table.commit(row, tier)
+
+    @rule(data=st.data(), tier=st.integers(0, TIERS - 1), state=st.sampled_from([WRITING, READY]))
+    def drop(self, data, tier, state) -> None:
+        rows = [row for row in self.rows(tier, state) if not self.table.readers[tier, row]]
+        if rows:
+            self.table.drop(data.draw(st.sampled_from(rows)), tier)
+
+    @rule(path=PATHS)
+    def lease(self, path) -> None:
+        rows = self.table.find(chain(path))
+        self.table.lease(rows)
+        self.leased += rows.tolist()
+
+    @precondition(lambda self: self.leased)
+    @rule(data=st.data())
+    def release(self, data) -> None:
+        row = data.draw(st.sampled_from(self.leased))
+        self.leased.remove(row)
+        self.table.release([row])
+
+    @rule(path=PATHS, keep=st.booleans())
+    def open_and_seal(self, path, keep) -> None:
+        parent = self.table.row(key(path[:-1]))
+        if len(path) > 1 and parent == NO_ROW:
+            return
+        row = self.table.open(parent, self.slots(), len(path) - 1)
+        self.table.check_integrity()
+        there = self.table.row(key(path))
+        if keep and not (there != NO_ROW and self.table.state[0, there] == WRITING):
+            sealed, _ = self.table.seal(row, page(path))
+            self.leased.append(sealed)
+        else:
+            assert len(self.table.release([row])) == 1
+
+    @rule(data=st.data(), tier=st.integers(0, TIERS - 1))
+    def hold(self, data, tier) -> None:
+        rows = self.rows(tier, READY)
+        if rows:
+            row = data.draw(st.sampled_from(rows))
+            self.table.hold([row], tier)
+            self.read.append((row, tier))
+
+    @precondition(lambda self: self.read)
+    @rule()
+    def unhold(self) -> None:
+        row, tier = self.read.pop()
+        self.table.unhold([row], tier)
+
+    @invariant()
+    def sound(self) -> None:
+        self.table.check_integrity()
+        for path_key, row in self.table._row_of.items():
+            assert self.table.key[row] == path_key
+
+    def teardown(self) -> None:
+        """Everything taken away again leaves nothing."""
+        for row, tier in self.read:
+            self.table.unhold([row], tier)
+        self.table.release(self.leased)
+        for tier in range(TIERS):
+            for state in (WRITING, READY):
+                for row in self.rows(tier, state):
+                    self.table.drop(row, tier)
+        self.table.check_integrity()
+        assert len(self.table) == 0
+
+
+def test_the_columns_agree_after_any_sequence_of_calls():
+    run_state_machine_as_test(TableMachine, settings=settings(max_examples=60, stateful_step_count=30, deadline=None))  # type: ignore[no-untyped-call]
+
+
+def test_rows_keep_their_numbers_when_the_table_grows():
+    table = PageTable(TIERS, 4)
+    rows = [table.add(PageId(number.to_bytes(32, "big"), ROOT, 0)) for number in range(3000)]
+    table.begin(rows, 2, range(3000))
+    assert rows == list(range(3000))
+    assert [table.row(number.to_bytes(32, "big")) for number in range(3000)] == rows
+    assert table.slot[2, rows].tolist() == rows
+    table.check_integrity()
+
+
+# The check itself
+
+
+def corruptible() -> tuple[PageTable, dict[str, int]]:
+    """A sound table with a chain of two pages, an orphan and an open page, and their rows."""
+    table = PageTable(TIERS, 4)
+    rows = {"first": ready(table, (1,), slot=1), "second": ready(table, (1, 2), slot=2)}
+    rows["orphan"] = ready(table, (7, 7), tier=2, slot=1)
+    rows["hollow"] = table.row(key((7,)))
+    rows["open"] = table.open(rows["second"], 3, 2)
+    table.lease(np.array([rows["first"]]))
+    table.check_integrity()
+    return table, rows
+
+
+CORRUPTIONS = {
+    "child count": lambda table, rows: table.children.__setitem__(rows["first"], 2),
+    "depth": lambda table, rows: table.depth.__setitem__(rows["second"], 5),
+    "parent": lambda table, rows: table.parent.__setitem__(rows["second"], rows["hollow"]),
+    "parent gone": lambda table, rows: table.parent.__setitem__(rows["second"], NO_ROW),
+    "parent key": lambda table, rows: table.parent_key.__setitem__(rows["second"], key((7,))),
+    "key": lambda table, rows: table.key.__setitem__(rows["first"], key((9,))),
+    "key lost": lambda table, rows: table.key.__setitem__(rows["second"], None),
+    "index": lambda table, rows: table._row_of.__setitem__(key((9,)), rows["first"]),
+    "free list": lambda table, rows: table._free.append(rows["first"]),
+    "free twice": lambda table, rows: table._free.extend([900, 900]),
+    "leases": lambda table, rows: table.leases.__setitem__(rows["first"], -1),
+    "open page not held": lambda table, rows: table.leases.__setitem__(rows["open"], 0),
+    "open page elsewhere": lambda table, rows: table.state.__setitem__((1, rows["open"]), READY),
+    "readers": lambda table, rows: table.readers.__setitem__((0, rows["first"]), -1),
+    "reading what is not there": lambda table, rows: table.readers.__setitem__((1, rows["first"]), 1),
+    "empty row": lambda table, rows: table.state.__setitem__((2, rows["orphan"]), ABSENT),
+    "slot": lambda table, rows: table.slot.__setitem__((0, rows["second"]), 1),
+}
+
+
+@pytest.mark.parametrize("what", CORRUPTIONS)
+def test_the_check_finds_a_corrupted(what):
+    table, rows = corruptible()
+    CORRUPTIONS[what](table, rows)
+    with pytest.raises(IntegrityError):
+        table.check_integrity()
+
+
+def test_the_tier_check_finds_strangers_and_missing_ones():
+    table, rows = corruptible()
+    both = {rows["first"], rows["second"]}
+    table.check_tier(0, both)
+    for wrong in ({rows["first"]}, both | {rows["orphan"]}, both | {rows["open"]}):
+        with pytest.raises(IntegrityError):
+            table.check_tier(0, wrong)
