@@ -1,7 +1,4 @@
-"""A toy engine that embeds kvtier: look up, restore, compute only what is missing, attend, keep the new KV.
-
-Run it: python examples/embed.py
-"""
+"""A toy engine that embeds kvtier: look up, restore, compute what is missing, attend, keep it. Run: python examples/embed.py"""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class Residency:
         return Protected(self, tier)
 
     def is_clean(self, row: int, tier: int) -> bool:
-        """Whether the copy can be dropped without moving bytes: a colder copy exists (no colder than a pin allows), or there is no colder tier."""
+        """Whether the copy can be dropped without moving bytes: there is a colder copy, no colder than a pin allows, or no colder tier."""
         floor = self.table.pinned(row, self.clock())
         return tier == self.last or self.table.has_copy_below(row, tier, floor if floor > tier else None)
 

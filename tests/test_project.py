@@ -29,7 +29,7 @@ BELOW = {
     "cache": {"config", "errors", "layout", "keys", "lease", "prefetch", "mover", "pages", "residency", "tiers"},
     "engines": {"cache", "errors", "layout", "lease"},
     "job": {"cache", "config", "engines", "errors", "formats", "layout", "machine"},
-    "cli": {"config", "engines", "errors", "job"},
+    "cli": {"config", "engines", "errors", "formats", "job", "layout", "tiers"},
     "testing": {"errors", "layout", "keys", "formats", "policy", "tiers"},
     "errors": set(),
 }

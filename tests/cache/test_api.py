@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,7 +83,9 @@ def test_lookup_says_where_and_at_what_cost(tmp_path):
         assert match.restore_s is None, "nothing was measured yet"
         hold(cache, run(1, 4)).release()
         push_out(cache, 700)
-        assert cache.lookup(run(1, 4)).restore_s > 0
+        seconds = cache.lookup(run(1, 4)).restore_s
+        assert seconds is not None
+        assert seconds > 0
 
 
 def test_acquire_returns_at_once_and_wait_times_out_and_goes_on(monkeypatch):
@@ -261,7 +264,7 @@ def test_a_restore_that_breaks_before_anything_was_promised_is_a_shorter_prefix(
         put(cache, run(1, 4))
         push_out(cache)
 
-        def breaking(slots, pages, layers=slice(None)):  # noqa: ARG001
+        def breaking(slots, pages, layers=slice(None)):
             raise RuntimeError("the device fell off the bus")
 
         monkeypatch.setattr(cache._residency.device, "scatter", breaking)
@@ -744,8 +747,8 @@ def test_the_threshold_moves_cold_pages_down_but_drops_no_last_copy_while_there_
 
 def test_the_threshold_drops_no_page_that_the_tier_below_does_not_admit_while_there_is_room():
     clock = Clock()
-    lowly = {"policy__name": "a2cr-classic", "policy__attention_weight": 0.0}
-    selective = {"host__write_policy": "write_through_selective", "host__selective_uses": 9}
+    lowly: dict[str, Any] = {"policy__name": "a2cr-classic", "policy__attention_weight": 0.0}
+    selective: dict[str, Any] = {"host__write_policy": "write_through_selective", "host__selective_uses": 9}
     with make_cache(clock=clock, mover__clean_pressure=0.7, **lowly, **selective) as cache:
         put(cache, run(1, 4))
         clock.now += 1000
@@ -761,7 +764,7 @@ def test_the_threshold_drops_no_page_that_the_tier_below_does_not_admit_while_th
 
 def test_the_threshold_loses_nothing_to_a_full_queue():
     clock = Clock()
-    lowly = {"policy__name": "a2cr-classic", "policy__attention_weight": 0.0}
+    lowly: dict[str, Any] = {"policy__name": "a2cr-classic", "policy__attention_weight": 0.0}
     with make_cache(clock=clock, **lowly, mover__workers=1, mover__staging_bytes=1, mover__queue_bytes=1) as cache:
         put(cache, run(1, 6))
         clock.now += 1000
@@ -784,7 +787,7 @@ def test_flush_waits_for_copies_that_others_are_writing(tmp_path, pool, monkeypa
 
 
 def test_close_writes_what_is_still_queued(tmp_path, pool, monkeypatch):
-    more = {"host_pages": None, "disk__write_policy": "write_through", "mover__workers": 1, "mover__staging_bytes": 1}
+    more: dict[str, Any] = {"host_pages": None, "disk__write_policy": "write_through", "mover__workers": 1, "mover__staging_bytes": 1}
     cache = make_cache(tmp_path / "store", **more)
     gate = Gate(monkeypatch, cache._residency.tiers[1], "store")
     put(cache, run(1, 6))
@@ -977,7 +980,7 @@ def test_many_threads_neither_lock_up_nor_read_wrong_bytes(tmp_path, host_pages)
     ends = time.monotonic() + 3
     failures: list[BaseException] = []
     counts = [0] * 4
-    more = {"mover__clean_pressure": 0.7, "mover__staging_bytes": 1, "mover__prefetch_budget_bytes": 3 * LAYOUT.page_bytes}
+    more: dict[str, Any] = {"mover__clean_pressure": 0.7, "mover__staging_bytes": 1, "mover__prefetch_budget_bytes": 3 * LAYOUT.page_bytes}
     cache = make_cache(tmp_path / "store", device_pages=26, host_pages=host_pages, disk_pages=20, **more)
 
     def engine(number):

@@ -8,6 +8,7 @@ import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,6 +84,7 @@ class CacheMachine(RuleBasedStateMachine):
     )
     def start(self, roomy, host, workers, clean, staging) -> None:
         self.roomy = roomy
+        more: dict[str, Any] = {"host__write_policy": self.write_policy} if host else {}
         self.config = make_config(
             Path(self.folder.name) / "store",
             device_pages=8,
@@ -93,7 +95,7 @@ class CacheMachine(RuleBasedStateMachine):
             mover__workers=workers,
             mover__clean_pressure=clean,
             mover__staging_bytes=staging,
-            **({"host__write_policy": self.write_policy} if host else {}),
+            **more,
         )
         self.open()
 
@@ -123,7 +125,7 @@ class CacheMachine(RuleBasedStateMachine):
         row = self.row(page)
         return row != NO_ROW and residency.table.state[residency.last, row] == READY
 
-    def choose(self, data) -> Held:
+    def choose(self, data):
         return data.draw(st.sampled_from(self.held), "lease")
 
     # -- what an engine does ---------------------------------------------------------------------------------------------------
@@ -311,5 +313,5 @@ class CacheMachine(RuleBasedStateMachine):
 def test_never_a_wrong_byte_and_nothing_lost_while_there_is_room(policy, write_policy):
     machine = type("Machine", (CacheMachine,), {"policy": policy, "write_policy": write_policy})
     bounds = settings(max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
-    run_state_machine_as_test(machine, settings=bounds)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(machine, settings=bounds)
     assert DEVICE == 0

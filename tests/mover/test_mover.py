@@ -119,7 +119,7 @@ def make_rig() -> Iterator[Callable[..., Rig]]:
 
 
 @pytest.fixture
-def rig(make_rig) -> Rig:
+def rig(make_rig):
     return make_rig()
 
 

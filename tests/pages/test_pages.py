@@ -353,7 +353,7 @@ class TableMachine(RuleBasedStateMachine):
 
 
 def test_the_columns_agree_after_any_sequence_of_calls():
-    run_state_machine_as_test(TableMachine, settings=settings(max_examples=60, stateful_step_count=30, deadline=None))  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(TableMachine, settings=settings(max_examples=60, stateful_step_count=30, deadline=None))
 
 
 def test_rows_keep_their_numbers_when_the_table_grows():
