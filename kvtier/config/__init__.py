@@ -1,0 +1,50 @@
+"""Configuration: `tree` (every key, default and unit), `loading` (file, environment, arguments), `units` (byte sizes). Imports no torch."""
+
+from __future__ import annotations
+
+from kvtier.config.loading import DEFAULT, Origin, Resolved, load_config, parse_assignments, resolve_config
+from kvtier.config.tree import (
+    FORMATS,
+    Band,
+    Config,
+    DeviceConfig,
+    DiskConfig,
+    HostConfig,
+    ModelConfig,
+    MoverConfig,
+    PagesConfig,
+    PolicyConfig,
+    expected,
+    section_of,
+    value_text,
+)
+from kvtier.config.units import BYTE_UNITS, GiB, KiB, MiB, TiB, format_bytes, parse_bytes
+
+__all__ = [
+    "BYTE_UNITS",
+    "DEFAULT",
+    "FORMATS",
+    "Band",
+    "Config",
+    "DeviceConfig",
+    "DiskConfig",
+    "GiB",
+    "HostConfig",
+    "KiB",
+    "MiB",
+    "ModelConfig",
+    "MoverConfig",
+    "Origin",
+    "PagesConfig",
+    "PolicyConfig",
+    "Resolved",
+    "TiB",
+    "expected",
+    "format_bytes",
+    "load_config",
+    "parse_assignments",
+    "parse_bytes",
+    "resolve_config",
+    "section_of",
+    "value_text",
+]

@@ -1,0 +1,218 @@
+"""The one configuration tree: every section, key, default and unit.
+
+The trees are frozen; the descriptions below are the text of docs/configuration.md (`kvtier config reference`).
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from typing import Annotated, Literal, get_args, get_origin
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic.fields import FieldInfo
+
+from kvtier.config.units import GiB, MiB, format_bytes, parse_bytes
+
+
+def _switch(value: object) -> object:
+    """YAML reads a bare `on` or `off` as true or false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+def _no_byte_stage(value: object) -> object:
+    if isinstance(value, str) and value in FORMATS and "+" in value:
+        plain = value.partition("+")[0]
+        raise ValueError(f"host slots have a fixed size, so a byte stage saves nothing there; use {plain} here and {value} in disk.format")
+    return value
+
+
+FormatName = Literal["raw", "raw+lz4", "fp8", "fp8+lz4", "q8", "q8+lz4", "q4", "q4+lz4"]
+FORMATS: tuple[str, ...] = get_args(FormatName)
+"""The page formats by name; equals `kvtier.formats.FORMAT_NAMES`, written here too because that package imports torch."""
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(title='bytes, as a number or like "8GiB"')]
+HostFormat = Annotated[Literal["raw", "fp8", "q8", "q4"], BeforeValidator(_no_byte_stage)]
+Place = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$"), Field(title="auto, cpu, cuda or cuda:N")]
+FilePath = Annotated[str, Field(min_length=1, title="a path"), AfterValidator(os.path.expanduser)]
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
+WritePolicy = Literal["write_back", "write_through", "write_through_selective"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+_WRITE_POLICY = (
+    "When pages are copied into this tier. `write_back`: when they are evicted from the tier above, or ahead of that once its pressure is "
+    "over `mover.clean_pressure`. `write_through`: at once when they are committed above. `write_through_selective`: at use number "
+    "`selective_uses`; pages that never reach it are dropped at eviction."
+)
+_SELECTIVE_USES = "The use at which `write_through_selective` copies a page into this tier; being committed counts as the first use."
+
+
+class ModelConfig(_Section):
+    name: str = Field(default="unnamed", description="Name of the model; part of every page key, so its pages are only found under it.")
+    revision: str = Field(default="", description="Revision of its weights; part of every page key. Change it when they change.")
+
+
+class PagesConfig(_Section):
+    page_tokens: int = Field(default=16, ge=1, le=1024, description="Tokens per page, the unit that is placed, moved and reused.")
+
+
+class DeviceConfig(_Section):
+    capacity_bytes: Bytes = Field(default=1 * GiB, gt=0, description="Memory for pages the engine attends over, always stored raw.")
+    place: Place = Field(default="auto", description="Where that memory is. `auto`: the current CUDA device, or the CPU.")
+
+
+class HostConfig(_Section):
+    capacity_bytes: Bytes = Field(default=4 * GiB, gt=0, description="Host memory for copies.")
+    format: HostFormat = Field(default="q8", description="Page format. Only `raw` gives every bit back.")
+    write_policy: WritePolicy = Field(default="write_back", description=_WRITE_POLICY)
+    selective_uses: int = Field(default=2, ge=1, description=_SELECTIVE_USES)
+    mlock: Switch = Field(default="auto", description="Never swap this memory out. `auto`: if the system allows it; `on`: or fail.")
+    pin: Switch = Field(default="auto", description="Pin this memory for faster CUDA copies. `auto`: if CUDA is in use; `on`: or fail.")
+
+
+class DiskConfig(_Section):
+    path: FilePath = Field(description="Directory of the store; made if missing. Relative to the working directory; `~` is your home.")
+    capacity_bytes: Bytes = Field(default=16 * GiB, gt=0, description="Disk space for copies.")
+    format: FormatName = Field(default="q4", description="Page format. `+lz4` packs the bytes without loss; only `raw` gains from it.")
+    write_policy: WritePolicy = Field(default="write_back", description=_WRITE_POLICY)
+    selective_uses: int = Field(default=2, ge=1, description=_SELECTIVE_USES)
+    durability: Literal["process", "power"] = Field(
+        default="process",
+        description="What committed copies survive. `process`: a crash of the process. `power`: a power cut too, with slower writes.",
+    )
+
+
+class Band(_Section):
+    above: float = Field(ge=0, lt=1, description="The band applies from this pressure (used / capacity) to the next band.")
+    eviction_threshold: float = Field(ge=0, le=1, description="`policy.eviction_threshold` within the band.")
+    time_decay_factor: float = Field(ge=0, description="`policy.time_decay_factor` within the band, per second.")
+
+
+class PolicyConfig(_Section):
+    name: Literal["lru", "a2cr-classic"] = Field(
+        default="lru",
+        description="Which pages leave a full tier. `lru`: the least recently used. `a2cr-classic`: those of least attention, use and "
+        "recency, summed. `lru` is the default because it wins on the Mooncake conversation trace: with room for 5 % of the pages it "
+        "finds .2002 of the tokens, `a2cr-classic` .1345.",
+    )
+    attention_weight: float = Field(default=0.4, ge=0, description="a2cr-classic: weight of the attention paid to a page, if reported.")
+    frequency_weight: float = Field(default=0.3, ge=0, description="a2cr-classic: weight of how often a page is used.")
+    recency_weight: float = Field(default=0.3, ge=0, description="a2cr-classic: weight of how recently a page was used.")
+    time_decay_factor: float = Field(default=0.05, ge=0, description="a2cr-classic: decay of recency per second; larger forgets sooner.")
+    eviction_threshold: float = Field(default=0.2, ge=0, le=1, description="a2cr-classic: pages scored below may leave before they must.")
+    cleanup_interval: float = Field(default=60.0, gt=0, description="a2cr-classic: seconds between looks for pages below the threshold.")
+    adaptive: bool = Field(
+        default=True, description="a2cr-classic: take threshold and decay from `bands`, by pressure, not from the two keys above."
+    )
+    bands: tuple[Band, ...] = Field(
+        default=(
+            Band(above=0.0, eviction_threshold=0.2, time_decay_factor=0.02),
+            Band(above=0.7, eviction_threshold=0.3, time_decay_factor=0.05),
+            Band(above=0.9, eviction_threshold=0.4, time_decay_factor=0.1),
+        ),
+        strict=False,
+        description="The bands of `adaptive`, by rising pressure: keep pages under 0.7, balance up to 0.9, then clean aggressively.",
+    )
+    hysteresis: float = Field(default=0.05, ge=0, lt=1, description="A band is left downwards once pressure is this far below its `above`.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> PolicyConfig:
+        if self.attention_weight + self.frequency_weight + self.recency_weight <= 0:
+            raise ValueError("attention_weight, frequency_weight and recency_weight are all 0; at least one must be above 0")
+        if not self.bands or self.bands[0].above != 0:
+            raise ValueError("bands must start with one at above: 0")
+        for lower, upper in zip(self.bands, self.bands[1:], strict=False):
+            if upper.above <= lower.above:
+                raise ValueError(f"bands must be ascending, but above: {upper.above} follows above: {lower.above}")
+            if upper.above - lower.above <= self.hysteresis:
+                raise ValueError(f"hysteresis {self.hysteresis} must be smaller than the gap of bands {lower.above} and {upper.above}")
+        return self
+
+
+class MoverConfig(_Section):
+    workers: int = Field(default=2, ge=1, le=256, description="Threads that carry pages between tiers.")
+    staging_bytes: Bytes = Field(default=64 * MiB, gt=0, description="Most scratch memory for transfers under way.")
+    prefetch_budget_bytes: Bytes = Field(default=64 * MiB, ge=0, description="Most bytes prefetched but not yet used; 0: no prefetching.")
+    queue_bytes: Bytes = Field(default=256 * MiB, gt=0, description="Most bytes queued per link (pair of tiers) before back-pressure.")
+    clean_pressure: float = Field(
+        default=0.7, gt=0, le=1, description="With `write_back`: above this pressure, pages are copied down ahead."
+    )
+
+
+class Config(_Section):
+    """Everything that can be configured. Build it with `load_config`, which names the file or variable a mistake came from."""
+
+    model: ModelConfig = Field(default=ModelConfig(), description="Whose KV is cached.")
+    pages: PagesConfig = Field(default=PagesConfig(), description="The unit of placement.")
+    device: DeviceConfig = Field(default=DeviceConfig(), description="The tier the engine attends over.")
+    host: HostConfig | None = Field(default=HostConfig(), description="Host memory below the device. `null`: no such tier.")
+    disk: DiskConfig | None = Field(default=None, description="A store below the host that survives restarts. `null`: no such tier.")
+    policy: PolicyConfig = Field(default=PolicyConfig(), description="Which pages leave a full tier; one policy object per tier.")
+    mover: MoverConfig = Field(default=MoverConfig(), description="How bytes travel between the tiers, and the bounds on that.")
+
+    def to_yaml(self, comments: bool = False) -> str:
+        """The whole tree as YAML that `load_config` reads back to an equal one; with `comments`, each key is explained."""
+        lines = []
+        for name, field in type(self).model_fields.items():
+            section = getattr(self, name)
+            lines += ["", *_comment(field, "")] if comments else []
+            lines.append(f"{name}: null" if section is None else f"{name}:")
+            for key, about in (type(section).model_fields if section is not None else {}).items():
+                lines += _comment(about, "  ") if comments else []
+                lines += _yaml_lines(key, getattr(section, key))
+        return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def section_of(annotation: object) -> type[BaseModel] | None:
+    """The section class in an annotation such as `HostConfig | None` or `tuple[Band, ...]`; None for plain values."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := section_of(part))), None)
+
+
+def expected(field: FieldInfo) -> str:
+    """What a key accepts, in words: "a whole number from 1 to 1024"."""
+    section = section_of(field.annotation)
+    if section is not None:
+        if get_origin(field.annotation) is tuple:
+            return f"a list of mappings with {', '.join(section.model_fields)}"
+        return "a mapping of keys" + (" or null" if type(None) in get_args(field.annotation) else "")
+    if get_origin(field.annotation) is Literal:
+        *most, last = get_args(field.annotation)
+        return f"{', '.join(most)} or {last}"
+    nouns: dict[object, str] = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text, in quotes if it looks like a number",
+    }
+    limits = {Ge: "at least {0.ge}", Gt: "above {0.gt}", Le: "at most {0.le}", Lt: "below {0.lt}"}
+    bounds = [limits[type(m)].format(m) for m in field.metadata if type(m) in limits]
+    return (field.title or nouns[field.annotation]) + (f" ({', '.join(bounds)})" if bounds else "")
+
+
+def value_text(key: str, value: object) -> str:
+    """A value on one line as YAML, byte sizes with their unit."""
+    if key.endswith("_bytes") and isinstance(value, int):
+        return format_bytes(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(value_text(key, item) for item in value)}]"
+    plain = value.model_dump() if isinstance(value, BaseModel) else value
+    text: str = yaml.safe_dump(plain, default_flow_style=True, width=2**31, sort_keys=False, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
+
+
+def _yaml_lines(key: str, value: object) -> list[str]:
+    if isinstance(value, tuple):
+        return [f"  {key}:", *(f"    - {value_text(key, item)}" for item in value)]
+    return [f"  {key}: {value_text(key, value)}"]
+
+
+def _comment(field: FieldInfo, indent: str) -> list[str]:
+    return textwrap.wrap(field.description or "", 100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
