@@ -67,11 +67,11 @@ def run(
 
         check_writable(report)
     with _directory(store) as directory, _progress(console) as progress:
-        progress(0, 1, "loading the model")
         from kvtier.engines.models import load_model
         from kvtier.job.job import run_job
 
-        result = run_job(load_model(model, dtype), size, resolved, directory, progress)
+        loaded = load_model(model, dtype, lambda what: progress(0, 1, what))
+        result = run_job(loaded, size, resolved, directory, progress)
     _publish(console, result, json, report)
     if not result["passed"]:
         raise typer.Exit(1)

