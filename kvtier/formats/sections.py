@@ -109,9 +109,9 @@ def fp16_scale(scale: torch.Tensor) -> torch.Tensor:
 
 
 def inverse(scale: torch.Tensor) -> torch.Tensor:
-    """1 / scale in fp32; 0 where the scale is 0, so that such a vector codes as zeros."""
+    """1 / scale in fp32; 0 where the scale is 0 or too small to have a finite inverse, so that such a vector codes as zeros."""
     scale = scale.float()
-    return torch.where(scale > 0, 1 / scale, 0.0)
+    return torch.where(scale >= torch.finfo(torch.float32).smallest_normal, 1 / scale, 0.0)
 
 
 def store(numbers: torch.Tensor, out: torch.Tensor) -> None:

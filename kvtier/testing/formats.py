@@ -210,8 +210,8 @@ class FormatContract:
         layout = data.draw(layouts())
         zeros = torch.zeros(1, *layout.shape, dtype=layout.torch_dtype)
         assert bool((self.round_trip(zeros, layout) == 0).all())
-        for magnitude in (torch.finfo(layout.torch_dtype).smallest_normal / 2, 1e-20, 1e-7, 3e-6, 1e-5, 1.5e-5):
-            batch = (make_pages(layout, "gaussian", 1, seed=1).float() * magnitude).to(layout.torch_dtype)
+        for magnitude in (torch.finfo(layout.torch_dtype).smallest_normal / 2, 1e-38, 1e-20, 1e-7, 3e-6, 1e-5, 1.5e-5):
+            batch = (make_pages(layout, "gaussian", 8, seed=1).float() * magnitude).to(layout.torch_dtype)
             assert float((self.round_trip(batch, layout).float() - batch.float()).abs().max()) <= self.tiny
 
     @pytest.mark.parametrize("layout", FULL_SIZE, ids=str)
