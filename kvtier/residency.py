@@ -5,7 +5,7 @@ Methods say "lock held" or take it themselves; no lock is held while bytes move.
 change at every `await`, so they hold what they rely on: rows they work on cannot vanish while `table.hold` or a lease keeps them.
 
 Down: `reserve` makes room by evicting the policy's victims; a victim with a colder copy just leaves, another one is first copied down.
-Up: `copy` with target 0 places pages on the device.
+Up: `lift` places pages on the device, each from the warmest tier that has it.
 """
 
 from __future__ import annotations
@@ -199,8 +199,7 @@ class Residency:
         return []
 
     def _way_out(self, tier: int) -> Awaitable[object] | None:
-        """Something whose end may give room in a tier that has no victim now: a page on its way in or out, a job that holds pages. Lock
-        held.
+        """Something whose end may give room in a tier without victims: a page on its way in or out, a job that holds pages. Lock held.
 
         Jobs that copy down from `tier` wait only for colder tiers, and transfers for nobody, so waiting for these cannot close a circle.
         """

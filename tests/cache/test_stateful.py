@@ -36,6 +36,7 @@ from tests.cache.rig import (
     make_config,
 )
 
+NUMBER = st.integers(0, 1000)
 SALTS = st.sampled_from(["", "b"])
 TOKENS = st.builds(
     lambda pages, length: [token for page in pages for token in (0, page // 2, 0, page % 2)][:length],
@@ -66,7 +67,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         self.clock = Clock()
         self.held: list[Held] = []
-        self.ever: set[Page] = set()
+        self.ever: dict[Page, None] = {}
+        """Pages that were committed once, in that order; nothing else may ever be found."""
         self.kept: set[Page] = set()
         """Pages that must still be found: committed, and nothing happened that may lose them."""
         self.pinned = False
@@ -104,6 +106,8 @@ class CacheMachine(RuleBasedStateMachine):
             **more,
         )
         self.open()
+        for first in range(6):
+            self.put([first % 4] * (PAGE - 1) + [0] + [first] * 4 * PAGE, "")
 
     def open(self) -> None:
         self.open_cache = TieredKVCache(self.config, LAYOUT, self.clock)
@@ -118,7 +122,7 @@ class CacheMachine(RuleBasedStateMachine):
     def committed(self, tokens, salt) -> None:
         for end in range(PAGE, len(tokens) + 1, PAGE):
             page = (salt, tuple(tokens[:end]))
-            self.ever.add(page)
+            self.ever[page] = None
             if self.keeps_all:
                 self.kept.add(page)
 
@@ -131,8 +135,14 @@ class CacheMachine(RuleBasedStateMachine):
         row = self.row(page)
         return row != NO_ROW and residency.table.state[residency.last, row] == READY
 
-    def choose(self, data):
-        return data.draw(st.sampled_from(self.held), "lease")
+    def choose(self, number):
+        """One of the leases. Nothing is drawn from what threads may have changed: Hypothesis must be able to draw the same again."""
+        return self.held[number % len(self.held)]
+
+    def known(self, which, tokens) -> tuple[list[int], str]:
+        """A sequence that was committed once, with `tokens` behind it, and its salt."""
+        salt, before = list(self.ever)[which % len(self.ever)]
+        return [*before, *tokens], salt
 
     # -- what an engine does ---------------------------------------------------------------------------------------------------
 
@@ -145,8 +155,9 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.cache.lookup(tokens, salt).tokens >= taken
 
     @precondition(lambda self: len(self.held) < 4)
-    @rule(tokens=TOKENS, salt=SALTS)
-    def acquire(self, tokens, salt) -> None:
+    @rule(which=NUMBER, tokens=TOKENS)
+    def acquire(self, which, tokens) -> None:
+        tokens, salt = self.known(which, tokens)
         match = self.cache.lookup(tokens, salt)
         assert match.tokens == sum(match.pages_by_tier.values()) * PAGE
         assert not match or (salt, tuple(tokens[: match.tokens])) in self.ever
@@ -166,9 +177,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.held.append(Held(self.cache.begin(salt), [], salt))
 
     @precondition(lambda self: self.held)
-    @rule(data=st.data(), tokens=TOKENS, one_by_one=st.booleans())
-    def append(self, data, tokens, one_by_one) -> None:
-        held = self.choose(data)
+    @rule(which=NUMBER, tokens=TOKENS, one_by_one=st.booleans())
+    def append(self, which, tokens, one_by_one) -> None:
+        held = self.choose(which)
         for part in [[token] for token in tokens] if one_by_one else [tokens]:
             taken = grow(self.cache, held.lease, part, held.salt)
             assert taken == len(part) or held.lease.full
@@ -179,16 +190,16 @@ class CacheMachine(RuleBasedStateMachine):
         self.committed(held.tokens, held.salt)
 
     @precondition(lambda self: self.held and len(self.held) < 4)
-    @rule(data=st.data())
-    def fork(self, data) -> None:
-        held = self.choose(data)
+    @rule(which=NUMBER)
+    def fork(self, which) -> None:
+        held = self.choose(which)
         self.held.append(Held(self.cache.fork(held.lease), list(held.tokens), held.salt))
 
     @precondition(lambda self: self.held)
-    @rule(data=st.data(), tokens=TOKENS)
-    def truncate_and_append(self, data, tokens) -> None:
-        held = self.choose(data)
-        keep = data.draw(st.integers(0, len(held.tokens)), "keep")
+    @rule(which=NUMBER, keep=NUMBER, tokens=TOKENS)
+    def truncate_and_append(self, which, keep, tokens) -> None:
+        held = self.choose(which)
+        keep %= len(held.tokens) + 1
         try:
             self.cache.truncate(held.lease, keep)
         except LeaseError:
@@ -198,74 +209,70 @@ class CacheMachine(RuleBasedStateMachine):
         self.committed(held.tokens, held.salt)
 
     @precondition(lambda self: self.held)
-    @rule(data=st.data())
-    def release(self, data) -> None:
-        held = self.choose(data)
+    @rule(which=NUMBER)
+    def release(self, which) -> None:
+        held = self.choose(which)
         self.held.remove(held)
         held.lease.release()
         held.lease.release()
 
     # -- hints and signals -----------------------------------------------------------------------------------------------------
 
-    @rule(tokens=TOKENS, salt=SALTS, ttl=st.sampled_from([None, 5.0]), tier=st.sampled_from([None, "device", "disk"]))
-    def pin(self, tokens, salt, ttl, tier) -> None:
-        match = self.cache.lookup(tokens, salt)
-        if self.cache.pin(match, ttl, tier) and tier == "device":
+    @rule(which=NUMBER, ttl=st.sampled_from([None, 5.0]), tier=st.sampled_from([None, "device", "disk", "unpin"]))
+    def pin(self, which, ttl, tier) -> None:
+        match = self.cache.lookup(*self.known(which, []))
+        if tier == "unpin":
+            self.cache.unpin(match)
+        elif self.cache.pin(match, ttl, tier) and tier == "device":
             self.pinned = True
 
-    @rule(tokens=TOKENS, salt=SALTS)
-    def unpin(self, tokens, salt) -> None:
-        self.cache.unpin(self.cache.lookup(tokens, salt))
-
-    @rule(tokens=TOKENS, salt=SALTS, cancel=st.booleans(), deadline=st.sampled_from([None, 0.0]))
-    def prefetch(self, tokens, salt, cancel, deadline) -> None:
+    @rule(which=NUMBER, cancel=st.booleans(), deadline=st.sampled_from([None, 0.0]))
+    def prefetch(self, which, cancel, deadline) -> None:
+        tokens, salt = self.known(which, [])
         hint = self.cache.prefetch(tokens, deadline, salt)
         if cancel:
             hint.cancel()
         assert hint.wait(30)
 
     @precondition(lambda self: self.held)
-    @rule(data=st.data(), values=st.lists(st.sampled_from([0.0, 0.3, 1.0, -1.0, 2.0, math.nan, math.inf]), min_size=5, max_size=5))
-    def record_attention(self, data, values) -> None:
-        held = self.choose(data)
+    @rule(which=NUMBER, values=st.lists(st.sampled_from([0.0, 0.3, 1.0, -1.0, 2.0, math.nan, math.inf]), min_size=5, max_size=5))
+    def record_attention(self, which, values) -> None:
+        held = self.choose(which)
         pages = held.lease.pages
         self.cache.record_attention(held.lease, np.resize(np.array(values), pages))
 
     # -- time and trouble ------------------------------------------------------------------------------------------------------
 
-    @rule(seconds=st.sampled_from([0.1, 3.0, 100.0]))
-    def later(self, seconds) -> None:
+    @rule(seconds=st.sampled_from([0.1, 3.0, 100.0]), clean=st.booleans())
+    def later(self, seconds, clean) -> None:
         self.clock.now += seconds
+        if clean:
+            residency = self.cache._residency
+            asyncio.run_coroutine_threadsafe(residency.clean_up(), residency.mover.loop).result(30)
 
-    @rule()
-    def clean_up(self) -> None:
-        residency = self.cache._residency
-        asyncio.run_coroutine_threadsafe(residency.clean_up(), residency.mover.loop).result(30)
-
-    @rule()
-    def flush(self) -> None:
-        self.cache.flush()
-        if self.keeps_all:
-            assert all(self.last_tier_has(page) for page in self.kept)
-
-    @rule()
-    def clear(self) -> None:
+    @rule(clear=st.sampled_from([False, False, False, True]))
+    def flush_or_clear(self, clear) -> None:
+        if not clear:
+            self.cache.flush()
+            if self.keeps_all:
+                assert all(self.last_tier_has(page) for page in self.kept)
+            return
         self.cache.clear()
         self.kept = {
             page for page in self.kept if any(page[0] == held.salt and page[1] == tuple(held.tokens[: len(page[1])]) for held in self.held)
         }
 
     @precondition(lambda self: self.ever)
-    @rule(data=st.data(), byte=st.integers(0, 2047), mask=st.integers(1, 255), host=st.booleans())
-    def damage(self, data, byte, mask, host) -> None:
+    @rule(which=NUMBER, byte=st.integers(0, 2047), mask=st.integers(1, 255), host=st.booleans())
+    def damage(self, which, byte, mask, host) -> None:
         """A copy, if there is one of a page that is not on the device: that would be read next, and is."""
         residency = self.cache._residency
         tier = HOST if host else residency.last
         state = residency.table.state
-        cold = [page for page in sorted(self.ever) if (row := self.row(page)) != NO_ROW and state[tier, row] == READY != state[DEVICE, row]]
+        cold = [page for page in self.ever if (row := self.row(page)) != NO_ROW and state[tier, row] == READY != state[DEVICE, row]]
         if not cold:
             return
-        salt, tokens = data.draw(st.sampled_from(cold), "page")
+        salt, tokens = cold[which % len(cold)]
         if tier == residency.last:
             flip_on_disk(self.cache, self.row((salt, tokens)), byte, mask)
         else:
