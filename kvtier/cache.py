@@ -113,7 +113,7 @@ class TieredKVCache:
                 metrics.tiers[tier].pages_served += 1
                 metrics.tiers[tier].hit_tokens += page_tokens
             for tier in range(residency.last):
-                residency.tend(tier, rows[table.state[tier, rows] == READY].tolist())
+                residency.house.tend(tier, rows[table.state[tier, rows] == READY].tolist())
             lease = Lease(
                 residency=residency,
                 root=match.root,
@@ -404,7 +404,7 @@ class TieredKVCache:
     def flush(self) -> None:
         """Copy everything that only warmer tiers hold into the last tier, as far as it has room; returns when it is written."""
         residency = self._open()
-        residency.mover.spawn(residency.flush()).result()
+        residency.mover.spawn(residency.house.flush()).result()
 
     def clear(self) -> int:
         """Drop every page nobody holds, in every tier, on disk too (new weights, a test); returns how many copies went."""

@@ -25,10 +25,11 @@ import numpy as np
 from kvtier.config import Config
 from kvtier.errors import Closed
 from kvtier.formats import get_format
+from kvtier.housekeeping import Housekeeping
 from kvtier.layout import PageLayout
 from kvtier.metrics import Metrics, TierMetrics
 from kvtier.mover.mover import Mover
-from kvtier.mover.transfer import Move, Outcome, Priority, Transfer
+from kvtier.mover.transfer import Move, Outcome, Priority, Transfer, ended
 from kvtier.pages import ABSENT, NO_TIER, READY, PageTable
 from kvtier.policy import A2CRParameters, EvictionPolicy, PressureBand, SmoothedPressure, make_policy
 from kvtier.tiers.base import Slots, Tier
@@ -39,8 +40,7 @@ from kvtier.tiers.host import HostTier
 log = logging.getLogger(__name__)
 
 DEVICE = 0
-WRITE_BACK, WRITE_THROUGH, SELECTIVE = "write_back", "write_through", "write_through_selective"
-TIDY_EVERY_S = 1.0
+WRITE_BACK, SELECTIVE = "write_back", "write_through_selective"
 
 
 class Residency:
@@ -61,7 +61,7 @@ class Residency:
         except BaseException:
             self._close_tiers()
             raise
-        self._janitor = self.mover.spawn(self._keep_house())
+        self._keeper = self.mover.spawn(self.house.run())
 
     def _start(self, config: Config, layout: PageLayout) -> None:
         self.names = [tier.name for tier in self.tiers]
@@ -74,8 +74,7 @@ class Residency:
         self._copying_from: list[list[asyncio.Future[None]]] = [[] for _ in self.tiers]
         self._unusable: set[tuple[int, int]] = set()
         self._prefetched = 0
-        self._janitor_task: asyncio.Task[Any] | None = None
-        self._cleaning = [False] * len(self.tiers)
+        self.house = Housekeeping(self)
         self._recover()
         mover = config.mover
         self.mover = Mover(self.tiers, mover.workers, mover.staging_bytes, mover.queue_bytes, self._finished)
@@ -263,23 +262,23 @@ class Residency:
         Rows that have or await a copy there already, or lost theirs in `source`, are passed over. Where room does not reach, the first rows
         come first.
         """
-        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         with self.lock:
             table = self.table
             rows = [row for row in rows if table.state[source, row] == READY and table.state[target, row] == ABSENT]
             table.hold(rows, source)
-            self._copying_from[source].append(ended)
+            self._copying_from[source].append(done)
         try:
             slots = await self.reserve(target, len(rows), priority)
             with self.lock:
                 chosen = self._choose(rows, target, slots)
                 transfers = self._plan(chosen, source, target, slots[: len(chosen)], priority)
-            await _ended(self._submit(transfers))
+            await ended(self._submit(transfers))
         finally:
             with self.lock:
                 self._let_go(rows, source)
-                self._copying_from[source].remove(ended)
-            ended.set_result(None)
+                self._copying_from[source].remove(done)
+            done.set_result(None)
 
     async def lift(self, rows: Iterable[int], priority: Priority, launched: Callable[[list[Transfer]], None]) -> None:
         """Bring pages to the device, each from the warmest tier that has it, and wait for the end.
@@ -309,7 +308,7 @@ class Residency:
                         self._mark_prefetched(part, tier)
             queued = self._submit(transfers)
             launched(queued)
-            await _ended(queued)
+            await ended(queued)
         finally:
             with self.lock:
                 for row, tier in home.items():
@@ -386,7 +385,7 @@ class Residency:
                 link.pages += len(committed)
                 link.bytes += outcome.link_bytes
                 link.seconds += outcome.seconds
-            self.tend(target, committed)
+            self.house.tend(target, committed)
 
     def _let_go(self, rows: Sequence[int], tier: int) -> None:
         """Undo `table.hold` of a copy job, and bury the copies that did not verify once nobody reads them. Lock held."""
@@ -412,19 +411,7 @@ class Residency:
         """Pages that may still be prefetched before those already brought up are used. Lock held."""
         return max(0, self.config.mover.prefetch_budget_bytes // self.layout.page_bytes - self._prefetched)
 
-    # -- ahead of demand -------------------------------------------------------------------------------------------------------
-
-    def tend(self, tier: int, rows: Iterable[int]) -> None:
-        """After pages came into `tier` or were used there: write through what must be, start cleaning if room is scarce. Lock held."""
-        if tier == self.last:
-            return
-        if self.entry[tier + 1] != WRITE_BACK:
-            through = [row for row in rows if not self.is_clean(row, tier) and self.is_wanted_below(row, tier)]
-            if through:
-                self.start(self.copy(through, tier, tier + 1, Priority.DEMOTION))
-        if self.pressure(tier) > self.config.mover.clean_pressure and not self._cleaning[tier]:
-            self._cleaning[tier] = True
-            self.start(self._clean(tier))
+    # -- jobs ------------------------------------------------------------------------------------------------------------------
 
     def start(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
         """Run a job on the mover's loop that nobody may wait for; if it fails, the log says so."""
@@ -432,84 +419,9 @@ class Residency:
         future.add_done_callback(_log_failure)
         return future
 
-    async def _clean(self, tier: int) -> None:
-        """Copy down the pages that would leave next, without dropping them, so that room can later be made at once."""
-        try:
-            with self.lock:
-                share = 1.0 - self.config.mover.clean_pressure
-                count = int(self.tiers[tier].capacity_slots * share) - self.tiers[tier].free_slots
-                coldest = self.policies[tier].peek(max(0, count), self.protected(tier), self.clock(), self.smoothed_pressure(tier))
-                dirty = [row for row in coldest if not self.is_clean(row, tier) and self.is_wanted_below(row, tier)]
-            await self.copy(dirty, tier, tier + 1, Priority.DEMOTION)
-        finally:
-            with self.lock:
-                self._cleaning[tier] = False
-
-    async def _keep_house(self) -> None:
-        """Tidy the disk now and then, and every `cleanup_interval` seconds let go what fell below the policy's threshold."""
-        self._janitor_task = asyncio.current_task()
-        next_cleanup = self.clock() + self.config.policy.cleanup_interval
-        while True:
-            await asyncio.sleep(TIDY_EVERY_S)
-            try:
-                for tier in self.tiers:
-                    if isinstance(tier, DiskTier):
-                        await self.mover.work(tier.tidy)
-                if self.clock() >= next_cleanup:
-                    next_cleanup = self.clock() + self.config.policy.cleanup_interval
-                    await self.clean_up()
-            except Exception:  # house-keeping must go on; the failure is in the log
-                log.exception("house-keeping failed; it goes on")
-
-    async def clean_up(self) -> None:
-        """One pass of the policies' thresholds. A page's last copy is left alone while its tier still has room."""
-        for tier, policy in enumerate(self.policies):
-            with self.lock:
-                pressure = self.smoothed_pressure(tier)
-                if tier == self.last and pressure <= self.config.mover.clean_pressure:
-                    continue
-                expired = policy.expired(len(policy), self.protected(tier), self.clock(), pressure)
-                if pressure <= self.config.mover.clean_pressure:
-                    expired = [row for row in expired if self.is_clean(row, tier) or self.is_wanted_below(row, tier)]
-                for row in expired:
-                    policy.remove(row)
-                dirty = [row for row in expired if not self.is_clean(row, tier)]
-                for row in expired:
-                    if self.is_clean(row, tier):
-                        self.drop(row, tier, "score under threshold")
-            if dirty:
-                await self.sink(dirty, tier, "score under threshold", Priority.DEMOTION)
-        for tier_slots in self.tiers:
-            if isinstance(tier_slots, DiskTier):
-                await self.mover.work(tier_slots.checkpoint)
-
-    # -- the end ---------------------------------------------------------------------------------------------------------------
-
-    async def flush(self) -> None:
-        """Copy what the last tier does not have yet into it, prefixes first, so that a later process finds it."""
-        if self.last == DEVICE:
-            return
-        for tier in range(self.last - 1, -1, -1):
-            await self._arrived(self.last)
-            with self.lock:
-                table = self.table
-                dirty = [row for row in range(table.rows) if table.state[tier, row] == READY and table.key[row] is not None]
-                dirty = [row for row in dirty if table.state[self.last, row] == ABSENT]
-                dirty.sort(key=lambda row: int(table.depth[row]))
-            await self.copy(dirty, tier, self.last, Priority.DEMAND)
-        await self._arrived(self.last)
-
-    async def _arrived(self, tier: int) -> None:
-        """Wait for the copies that are on their way into `tier` now."""
-        with self.lock:
-            coming = dict.fromkeys(transfer for (_, target), transfer in self.inflight.items() if target == tier)
-        for transfer in coming:
-            self.mover.urge(transfer)
-        await _ended(coming)
-
     async def quiet(self) -> bool:
         """Wait for the jobs that run now; True if nothing was under way any more when they had ended."""
-        jobs = [task for task in asyncio.all_tasks() if task not in (asyncio.current_task(), self._janitor_task)]
+        jobs = [task for task in asyncio.all_tasks() if task not in (asyncio.current_task(), self.house.task)]
         if jobs:
             await asyncio.wait(jobs)
         with self.lock:
@@ -517,10 +429,10 @@ class Residency:
 
     def close(self, flush: bool) -> None:
         """Write down what should survive (if there is a disk), stop the mover, release the tiers."""
-        self._janitor.cancel()
+        self._keeper.cancel()
         try:
             if flush and isinstance(self.tiers[self.last], DiskTier):
-                self.mover.spawn(self.flush()).result()
+                self.mover.spawn(self.house.flush()).result()
         finally:
             self.mover.close()
             self._close_tiers()
@@ -578,11 +490,6 @@ def _parameters(config: Config) -> A2CRParameters:
         bands,
         policy.hysteresis,
     )
-
-
-async def _ended(transfers: Iterable[Transfer]) -> None:
-    for transfer in transfers:
-        await asyncio.wrap_future(transfer.future)
 
 
 def _log_failure(future: Future[None]) -> None:

@@ -121,7 +121,7 @@ class Writer:
                     else:
                         residency.device.free([spare])
                         self._reuse(row)
-                    residency.tend(DEVICE, [row])
+                    residency.house.tend(DEVICE, [row])
                     return
             self._await_now(coming)
 
@@ -187,7 +187,7 @@ class Writer:
                 lease.rows.append(row)
             table.release(list(held.values()))
             residency.device.free(list(slot_of.values()))
-            residency.tend(DEVICE, committed)
+            residency.house.tend(DEVICE, committed)
         taken = stop * layout.page_tokens
         lease.ids.extend(ids[:taken].tolist())
         lease.tokens += taken

@@ -6,8 +6,10 @@ mover; anyone may wait for it.
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import threading
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -90,3 +92,9 @@ class Transfer:
         """Block until `layers` layers are placed or the transfer ended; False on timeout. Refusals are known by then."""
         with self._progress:
             return self._progress.wait_for(lambda: self._layers >= layers or self.future.done(), timeout)
+
+
+async def ended(transfers: Iterable[Transfer]) -> None:
+    """Wait until all of these have ended, however they did."""
+    for transfer in transfers:
+        await asyncio.wrap_future(transfer.future)

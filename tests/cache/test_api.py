@@ -47,7 +47,7 @@ def counters(cache):
 
 
 def clean_up(cache):
-    asyncio.run_coroutine_threadsafe(cache._residency.clean_up(), cache._residency.mover.loop).result(20)
+    asyncio.run_coroutine_threadsafe(cache._residency.house.clean_up(), cache._residency.mover.loop).result(20)
     cache.settle(20)
 
 

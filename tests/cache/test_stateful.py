@@ -248,7 +248,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.clock.now += seconds
         if clean:
             residency = self.cache._residency
-            asyncio.run_coroutine_threadsafe(residency.clean_up(), residency.mover.loop).result(30)
+            asyncio.run_coroutine_threadsafe(residency.house.clean_up(), residency.mover.loop).result(30)
 
     @rule(clear=st.sampled_from([False, False, False, True]))
     def flush_or_clear(self, clear) -> None:

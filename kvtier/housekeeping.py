@@ -1,0 +1,123 @@
+"""Housekeeping: what the residency does ahead of demand and at the end, so that demand seldom has to wait.
+
+Writes through what must be, copies down what would leave next, lets go what fell below the policies' thresholds, tidies the disk, flushes.
+All of it runs on the mover's loop under the rules of `kvtier.residency`, whose lock guards the state here too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from kvtier.mover.transfer import Priority, ended
+from kvtier.pages import ABSENT, READY
+from kvtier.tiers.base import Tier
+
+if TYPE_CHECKING:
+    from kvtier.residency import Residency
+
+log = logging.getLogger(__name__)
+
+TIDY_EVERY_S = 1.0
+
+
+class Housekeeping:
+    """The background jobs of one residency. `task` is the one that runs all the time."""
+
+    def __init__(self, residency: Residency) -> None:
+        self._residency = residency
+        self._cleaning = [False] * len(residency.tiers)
+        self.task: asyncio.Task[object] | None = None
+
+    def tend(self, tier: int, rows: Iterable[int]) -> None:
+        """After pages came into `tier` or were used there: write through what must be, start cleaning if room is scarce. Lock held."""
+        residency = self._residency
+        if tier == residency.last:
+            return
+        if residency.entry[tier + 1] != "write_back":
+            through = [row for row in rows if not residency.is_clean(row, tier) and residency.is_wanted_below(row, tier)]
+            if through:
+                residency.start(residency.copy(through, tier, tier + 1, Priority.DEMOTION))
+        if residency.pressure(tier) > residency.config.mover.clean_pressure and not self._cleaning[tier]:
+            self._cleaning[tier] = True
+            residency.start(self._clean(tier))
+
+    async def _clean(self, tier: int) -> None:
+        """Copy down the pages that would leave next, without dropping them, so that room can later be made at once."""
+        residency = self._residency
+        try:
+            with residency.lock:
+                share = 1.0 - residency.config.mover.clean_pressure
+                count = int(residency.tiers[tier].capacity_slots * share) - residency.tiers[tier].free_slots
+                coldest = residency.policies[tier].peek(
+                    max(0, count), residency.protected(tier), residency.clock(), residency.smoothed_pressure(tier)
+                )
+                dirty = [row for row in coldest if not residency.is_clean(row, tier) and residency.is_wanted_below(row, tier)]
+            await residency.copy(dirty, tier, tier + 1, Priority.DEMOTION)
+        finally:
+            with residency.lock:
+                self._cleaning[tier] = False
+
+    async def run(self) -> None:
+        """Tidy the disk now and then, and every `cleanup_interval` seconds let go what fell below the policy's threshold."""
+        residency = self._residency
+        self.task = asyncio.current_task()
+        next_cleanup = residency.clock() + residency.config.policy.cleanup_interval
+        while True:
+            await asyncio.sleep(TIDY_EVERY_S)
+            try:
+                for tier in residency.tiers:
+                    if isinstance(tier, Tier):
+                        await residency.mover.work(tier.tidy)
+                if residency.clock() >= next_cleanup:
+                    next_cleanup = residency.clock() + residency.config.policy.cleanup_interval
+                    await self.clean_up()
+            except Exception:  # house-keeping must go on; the failure is in the log
+                log.exception("house-keeping failed; it goes on")
+
+    async def clean_up(self) -> None:
+        """One pass of the policies' thresholds. A page's last copy is left alone while its tier still has room."""
+        residency = self._residency
+        for tier, policy in enumerate(residency.policies):
+            with residency.lock:
+                pressure = residency.smoothed_pressure(tier)
+                if tier == residency.last and pressure <= residency.config.mover.clean_pressure:
+                    continue
+                expired = policy.expired(len(policy), residency.protected(tier), residency.clock(), pressure)
+                if pressure <= residency.config.mover.clean_pressure:
+                    expired = [row for row in expired if residency.is_clean(row, tier) or residency.is_wanted_below(row, tier)]
+                for row in expired:
+                    policy.remove(row)
+                dirty = [row for row in expired if not residency.is_clean(row, tier)]
+                for row in expired:
+                    if residency.is_clean(row, tier):
+                        residency.drop(row, tier, "score under threshold")
+            if dirty:
+                await residency.sink(dirty, tier, "score under threshold", Priority.DEMOTION)
+        for tier_slots in residency.tiers:
+            if isinstance(tier_slots, Tier):
+                await residency.mover.work(tier_slots.checkpoint)
+
+    async def flush(self) -> None:
+        """Copy what the last tier does not have yet into it, prefixes first, so that a later process finds it."""
+        residency = self._residency
+        for tier in range(residency.last - 1, -1, -1):
+            await self._arrived(residency.last)
+            with residency.lock:
+                table = residency.table
+                dirty = [row for row in range(table.rows) if table.state[tier, row] == READY and table.key[row] is not None]
+                dirty = [row for row in dirty if table.state[residency.last, row] == ABSENT]
+                dirty.sort(key=lambda row: int(table.depth[row]))
+            await residency.copy(dirty, tier, residency.last, Priority.DEMAND)
+        await self._arrived(residency.last)
+
+    async def _arrived(self, tier: int) -> None:
+        """Wait for the copies that are on their way into `tier` now."""
+        residency = self._residency
+        with residency.lock:
+            coming = dict.fromkeys(transfer for (_, target), transfer in residency.inflight.items() if target == tier)
+        for transfer in coming:
+            residency.mover.urge(transfer)
+        await ended(coming)
