@@ -190,7 +190,6 @@ def test_a_store_cut_short_while_in_use_is_misses(tmp_path):
 VICTIM = """
     import sys
     from pathlib import Path
-from typing import Any
     from tests.cache.rig import make_cache, put, run, tiers_of
     cache = make_cache(Path(sys.argv[1]), device_pages=8, host_pages=8, disk_pages=400, {more})
     for start in range(1, 90):
