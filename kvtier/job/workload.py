@@ -22,7 +22,7 @@ class Size:
     sessions: int = 5
     turns: int = 3
     context_tokens: int = 1400
-    question_tokens: int = 40
+    question_tokens: int = 24
     new_tokens: int = 12
     probe_tokens: int = 128
     """Real text scored after each returning turn, to judge what quantized pages do to the model."""

@@ -95,8 +95,15 @@ class Mover:
             return self._queued.get((source, target), 0)
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine on the mover's loop; the future is safe to wait for from any other thread."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        """Run a coroutine on the mover's loop; the future is safe to wait for from any other thread.
+
+        Raises Closed after `close`, but for jobs on the loop itself: those still end.
+        """
+        with self._lock:
+            if not self._closed or threading.current_thread() is self._thread:
+                return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        coroutine.close()
+        raise Closed("the mover is closed")
 
     def call(self, function: Callable[..., object], *args: object) -> None:
         """Call a function on the loop thread soon; after `close` this does nothing."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import random
 import threading
 import time
@@ -911,6 +913,30 @@ def test_close_while_restores_hints_and_copies_are_under_way_ends_everything(tmp
     assert lease.restored.result(5) is None
     assert hint.wait(5)
     lease.release()
+    assert kvtier_threads() == []
+
+
+@pytest.mark.slow
+def test_closing_under_load_leaves_nobody_waiting(tmp_path):
+    for attempt in range(5):
+        cache = make_cache(tmp_path / "store", host_pages=6, disk_pages=20, mover__staging_bytes=1)
+
+        def engine(number, cache=cache):
+            with contextlib.suppress(Exception):  # Closed, or whatever a tier that goes away in the middle of a call says
+                for at in itertools.count(number):
+                    put(cache, run(at % 9, 4))
+                    hold(cache, run((at + 4) % 9, 4)).release()
+                    cache.prefetch(run((at + 2) % 9, 4))
+                    cache.settle()
+
+        threads = [threading.Thread(target=engine, args=(number,), daemon=True) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.01 + 0.002 * attempt)
+        cache.close()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
     assert kvtier_threads() == []
 
 
