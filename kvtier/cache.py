@@ -13,7 +13,7 @@ import math
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -393,13 +393,12 @@ class TieredKVCache:
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             with residency.lock:
-                waiting: list[Transfer] = list(residency.inflight.values())
-            left = None if end is None else max(0.0, end - time.monotonic())
+                waiting = residency.under_way()
             if not waiting:
-                if residency.mover.spawn(residency.quiet()).result(left):
-                    return
-                continue
-            waiting[0].future.result(left)
+                return
+            left = None if end is None else max(0.0, end - time.monotonic())
+            if wait(waiting, left).not_done:
+                raise TimeoutError(f"transfers were still under way after {timeout} s")
 
     def flush(self) -> None:
         """Copy everything that only warmer tiers hold into the last tier, as far as it has room; returns when it is written."""

@@ -71,6 +71,7 @@ class Residency:
         self._smoothed = [SmoothedPressure() for _ in self.tiers]
         self.metrics = Metrics([TierMetrics() for _ in self.tiers])
         self.inflight: dict[tuple[int, int], Transfer] = {}
+        self._jobs: set[Future[None]] = set()
         self._copying_from: list[list[asyncio.Future[None]]] = [[] for _ in self.tiers]
         self._unusable: set[tuple[int, int]] = set()
         self._prefetched = 0
@@ -416,16 +417,20 @@ class Residency:
     def start(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
         """Run a job on the mover's loop that nobody may wait for; if it fails, the log says so."""
         future = self.mover.spawn(coroutine)
-        future.add_done_callback(_log_failure)
+        with self.lock:
+            self._jobs.add(future)
+        future.add_done_callback(self._job_ended)
         return future
 
-    async def quiet(self) -> bool:
-        """Wait for the jobs that run now; True if nothing was under way any more when they had ended."""
-        jobs = [task for task in asyncio.all_tasks() if task not in (asyncio.current_task(), self.house.task)]
-        if jobs:
-            await asyncio.wait(jobs)
+    def _job_ended(self, job: Future[None]) -> None:
         with self.lock:
-            return not jobs and not self.inflight
+            self._jobs.discard(job)
+        if not job.cancelled() and (error := job.exception()) is not None:
+            log.error("a background job failed", exc_info=error)
+
+    def under_way(self) -> list[Future[Any]]:
+        """The transfers that are queued or running and the jobs that may start more. Lock held."""
+        return [*(transfer.future for transfer in self.inflight.values()), *(job for job in self._jobs if not job.done())]
 
     def close(self, flush: bool) -> None:
         """Write down what should survive (if there is a disk), stop the mover, release the tiers."""
@@ -490,8 +495,3 @@ def _parameters(config: Config) -> A2CRParameters:
         bands,
         policy.hysteresis,
     )
-
-
-def _log_failure(future: Future[None]) -> None:
-    if not future.cancelled() and (error := future.exception()) is not None:
-        log.error("a background job failed", exc_info=error)

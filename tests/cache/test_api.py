@@ -916,9 +916,27 @@ def test_close_while_restores_hints_and_copies_are_under_way_ends_everything(tmp
     assert kvtier_threads() == []
 
 
+def test_settling_waits_for_all_and_not_for_others_who_settle(pool, monkeypatch):
+    with make_cache() as cache:
+        put(cache, run(1, 4))
+        push_out(cache)
+        gate = Gate(monkeypatch, cache._residency.tiers[HOST], "load")
+        lease = cache.acquire(cache.lookup(run(1, 4)))
+        with pytest.raises(TimeoutError):
+            cache.settle(0.05)
+        settled = [pool.submit(cache.settle) for _ in range(3)]
+        time.sleep(0.05)
+        assert not any(future.done() for future in settled)
+        gate.open()
+        for future in settled:
+            future.result(10)
+        assert lease.restored.done()
+        lease.release()
+
+
 @pytest.mark.slow
 def test_closing_under_load_leaves_nobody_waiting(tmp_path):
-    for attempt in range(5):
+    for attempt in range(20):
         cache = make_cache(tmp_path / "store", host_pages=6, disk_pages=20, mover__staging_bytes=1)
 
         def engine(number, cache=cache):

@@ -329,6 +329,8 @@ def test_close_cancels_what_is_queued_lets_run_what_runs_and_leaves_no_thread(ma
     assert kvtier_threads() == []
     with pytest.raises(Closed):
         rig.mover.submit(rig.transfer(HOST, DEVICE, [5]))
+    with pytest.raises(Closed):
+        rig.mover.spawn(asyncio.sleep(0))
     rig.mover.call(print)
     rig.mover.close()
 
