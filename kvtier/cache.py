@@ -127,6 +127,7 @@ class TieredKVCache:
         if missing:
             residency.start(self._restore(lease))
         else:
+            lease.known = True
             lease.submitted.set()
             lease.restored.set_result(None)
         return lease
@@ -214,7 +215,8 @@ class TieredKVCache:
 
         Full pages are committed under their content key (visible to everybody), the rest stays in an open page that only this lease
         sees. A page shared with a fork is copied before it is written. Fewer tokens are taken when the device has no room; `lease.full`
-        says so, and nothing more is taken then: it would follow tokens that are missing.
+        says so, and nothing more is taken then: it would follow tokens that are missing. LeaseError before `lease.tokens` is final: wait
+        for the lease first, because KV written behind a prefix that then turns out shorter would be wrong.
         """
         self._open()
         return self._writer.append(lease, token_ids, kv)
@@ -233,6 +235,7 @@ class TieredKVCache:
             twin = Lease(
                 residency, lease.root, list(lease.rows), lease.ids[: lease.tokens], lease.tokens, Future(), give_back=self._release
             )
+        twin.known = True
         twin.submitted.set()
         twin.restored.set_result(None)
         return twin

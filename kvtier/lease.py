@@ -71,6 +71,8 @@ class Lease:
     """True once the device had no room for more pages of this sequence; further appends store nothing."""
     released: bool = False
     give_back: Callable[[Lease], None] | None = None
+    known: bool = False
+    """Whether the holder was told the final `tokens` (by `wait`, `ready` or a layer). It may not write before."""
     promised: int | None = None
     """Tokens that were said to be final when the first layer was there."""
     broken: bool = False
@@ -99,6 +101,7 @@ class Lease:
         self._check()
         if not self.restored.done():
             raise LeaseError("the block table is not known yet: wait() for the lease or `await ready()` first")
+        self.known = True
         with self.residency.lock:
             slots: NDArray[np.int64] = self.residency.table.slot[0, self.rows]
         return slots
@@ -134,6 +137,11 @@ class Lease:
                 if not transfer.wait_layers(layers, None if timeout is None else max(0.0, end - time.monotonic())):
                     raise TimeoutError(f"layer {layers - 1} was not there after {timeout} s")
             self._shorten()
+        self.known = True
+        self.check_whole()
+
+    def check_whole(self) -> None:
+        """TransferFailed if fewer tokens came than the holder was told."""
         if self.broken:
             raise TransferFailed("a restore failed after verification; release the lease and compute these tokens again")
 

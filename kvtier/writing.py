@@ -33,7 +33,12 @@ class Writer:
         self.check_kv(len(token_ids), kv)
         if lease.released:
             raise LeaseError("append: this lease was released; acquire a new one")
+        if not lease.known:
+            raise LeaseError(
+                "append: lease.tokens is not final yet; wait() for the lease (or await ready(), or read a layer), then compute what follows"
+            )
         lease.wait()
+        lease.check_whole()
         if lease.full:
             return 0
         ids = np.ascontiguousarray(token_ids, dtype=np.int64)

@@ -1073,3 +1073,16 @@ def test_many_threads_neither_lock_up_nor_read_wrong_bytes(tmp_path, host_pages)
 
 def test_priorities_are_in_the_order_of_their_numbers():
     assert sorted(Priority) == [Priority.DEMAND, Priority.PREFETCH, Priority.DEMOTION]
+
+
+def test_nothing_is_written_behind_a_prefix_whose_length_is_not_known_yet(tmp_path):
+    with make_cache(tmp_path / "store") as cache:
+        put(cache, run(1, 4))
+        push_out(cache)
+        more = run(1, 5)[16:]
+        lease = cache.acquire(cache.lookup(run(1, 4)))
+        with pytest.raises(LeaseError, match="not final yet"):
+            cache.append(lease, more, kv_of(run(1, 5))[:, :, 16:])
+        lease.wait()
+        assert cache.append(lease, more, kv_of(run(1, 5))[:, :, 16:]) == 4
+        lease.release()
