@@ -468,7 +468,8 @@ class Protected:
     def __contains__(self, page: object) -> bool:
         assert isinstance(page, int)
         table, tier = self._table, self._tier
-        if table.leases[page] or table.readers[tier, page]:
+        needed = tier == DEVICE or table.state[DEVICE, page] != READY  # a lease holds the device copy, or what it will be made from
+        if (table.leases[page] and needed) or table.readers[tier, page]:
             return True
         if table.children[page] and tier == self._residency.last and not (table.state[:tier, page] != ABSENT).any():
             return True

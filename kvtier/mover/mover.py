@@ -184,9 +184,9 @@ class Mover:
         start = time.perf_counter()
         try:
             moved = carry(transfer, self.tiers, self.staging)
-        except Exception as error:  # a worker must not die: the transfer fails, is counted, and the log has the trace
+        except Exception:  # a worker must not die: the transfer fails, is counted, and the log has the trace
             log.exception("transfer %s -> %s failed", self.tiers[transfer.source].name, self.tiers[transfer.target].name)
-            reason = Refused(f"internal: {type(error).__name__}: {error}")
+            reason = Refused("internal")
             return Outcome(dict.fromkeys(range(len(transfer.moves)), reason), seconds=time.perf_counter() - start)
         return Outcome(transfer.refused, frozenset(transfer.lost), link_bytes=moved, seconds=time.perf_counter() - start)
 

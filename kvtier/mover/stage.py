@@ -7,6 +7,7 @@ the mover's owner therefore makes device-bound transfers no larger than one roun
 
 from __future__ import annotations
 
+import logging
 import queue
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from kvtier.errors import ConfigError
 from kvtier.mover.transfer import Move, Transfer
 from kvtier.tiers.base import DeviceSlots, Refused, Slots, Tier
+
+log = logging.getLogger(__name__)
 
 LAYERS_AT_ONCE = 6
 """Layers decoded and placed per step of a restore: small enough to start early, large enough to keep the codecs busy."""
@@ -83,7 +86,7 @@ def _restore(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier
         try:
             packed += codec.unpack([payload], layout)
         except ValueError as error:
-            _lose(transfer, index, Refused(f"format: {error}"))
+            _lose(transfer, index, _malformed(source, error))
             continue
         slots.append(move.target_slot)
         moved += len(payload)
@@ -108,7 +111,7 @@ def _recode(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier,
             try:
                 pages = source.format.decode(source.format.unpack([payload], layout), layout)
             except ValueError as error:
-                _lose(transfer, index, Refused(f"format: {error}"))
+                _lose(transfer, index, _malformed(source, error))
                 continue
             payload = target.format.encode(pages, layout)[0]
         good.append(index)
@@ -121,6 +124,12 @@ def _recode(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier,
 
 def _load(source: Tier, moves: Sequence[Move], scratch: NDArray[np.uint8]) -> Sequence[NDArray[np.uint8] | Refused]:
     return source.load([move.source_slot for move in moves], [move.page.key for move in moves], scratch)
+
+
+def _malformed(source: Tier, error: ValueError) -> Refused:
+    """A payload that verified but is not what its format writes. The reason is a label of a counter; the log has the details."""
+    log.warning("tier %s holds a payload that is no %s: %s", source.name, source.format.name, error)
+    return Refused("format")
 
 
 def _lose(transfer: Transfer, index: int, refused: Refused) -> None:
