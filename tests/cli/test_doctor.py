@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
+from pathlib import Path
+
 from kvtier.cli import main
+from kvtier.cli.app import app
 
 
 def test_doctor_says_what_the_machine_allows(capsys, tmp_path):
@@ -26,3 +29,10 @@ def test_doctor_names_a_missing_extra(capsys, monkeypatch):
 def test_doctor_refuses_a_directory_that_is_none(capsys):
     assert main(["doctor", "--path", "/nowhere"]) == 2
     assert "/nowhere is not a directory" in capsys.readouterr().err
+
+
+def test_every_command_is_in_the_documents():
+    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    assert {"run", "doctor"} <= set(names)
+    assert all(f"`kvtier {name}" in text for name in [*names, *(group.name for group in app.registered_groups)])
