@@ -22,7 +22,7 @@ import torch
 
 from kvtier.config import Config, load_config
 from kvtier.errors import Closed, LeaseError
-from kvtier.keys import PageKey, TokenIds, namespace, page_keys, root_key
+from kvtier.keys import PageKey, TokenIds, namespace, page_keys, root_key, token_array
 from kvtier.layout import PageLayout
 from kvtier.lease import Lease, Match
 from kvtier.mover.transfer import Priority, Transfer
@@ -60,7 +60,7 @@ class TieredKVCache:
 
         No side effects: nothing is held, counted or moved.
         """
-        ids = np.ascontiguousarray(token_ids, dtype=np.int64)
+        ids = token_array(token_ids)
         root = root_key(self._namespace, salt)
         keys = page_keys(ids, self.layout.page_tokens, root)
         residency = self._open()
@@ -201,6 +201,7 @@ class TieredKVCache:
         for room on the device; returns less when there is none. LayoutError for another shape or dtype, LeaseError for a lease that
         ends inside a page.
         """
+        token_ids = token_array(token_ids)
         tokens = len(token_ids) // self.layout.page_tokens * self.layout.page_tokens
         self._writer.check_kv(len(token_ids), kv)
         if after is not None:
@@ -228,6 +229,7 @@ class TieredKVCache:
 
         Pages are shared; an open page is copied when either side writes it.
         """
+        self._writer.check_own(lease)
         lease.wait()
         residency = self._open()
         with residency.lock:
@@ -279,6 +281,7 @@ class TieredKVCache:
         the number of values differs from the number of pages.
         """
         residency = self._open()
+        self._writer.check_own(lease)
         values = np.asarray(mass, np.float64)
         if values.shape != (lease.pages,):
             raise LeaseError(f"record_attention: got shape {values.shape}; expected one value for each of the {lease.pages} pages")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtier.errors import LayoutError
 from kvtier.layout import PageLayout
 
 KEY_BYTES = 32
@@ -30,12 +31,25 @@ def root_key(namespace: bytes, salt: str = "") -> PageKey:
     return _join(b"kvtier root 1", namespace, salt.encode())
 
 
+def token_array(token_ids: TokenIds) -> NDArray[np.int64]:
+    """Token ids as a contiguous int64 array `[tokens]`. LayoutError unless they are one flat sequence of whole numbers in int64."""
+    try:
+        array = np.asarray(token_ids)
+    except (TypeError, ValueError, OverflowError):
+        array = np.array(None)
+    if array.ndim == 1 and not array.size:
+        return np.empty(0, np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or (array.dtype == np.uint64 and int(array.max()) >= 2**63):
+        raise LayoutError(f"token ids are {array.dtype} {list(array.shape)}; expected one flat sequence of whole numbers that fit in int64")
+    return np.ascontiguousarray(array, dtype="<i8")
+
+
 def page_keys(token_ids: TokenIds, page_tokens: int, parent: PageKey) -> list[PageKey]:
     """Keys of the full pages of `token_ids`, in order; a last, partial page has none.
 
     `parent` is `root_key(...)` or the key of the page just before the first token. Token ids must fit in int64.
     """
-    tokens = np.ascontiguousarray(token_ids, dtype="<i8")
+    tokens = token_array(token_ids)
     pages = len(tokens) // page_tokens
     data = tokens[: pages * page_tokens].tobytes()
     step = page_tokens * 8

@@ -113,6 +113,9 @@ class Lease:
         pages that did not verify have shortened it. Layers arrive in order, so an engine computes layer 0 while layer 1 is still being
         decoded.
         """
+        layers = self.residency.layout.layers
+        if not 0 <= index < layers:
+            raise LeaseError(f"layer {index}: this model has layers 0 to {layers - 1}")
         self.wait_layers(index + 1, timeout)
         return self.residency.device.layer(index)
 

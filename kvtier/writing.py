@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvtier.errors import LayoutError, LeaseError
-from kvtier.keys import PageKey, TokenIds, page_keys
+from kvtier.keys import PageKey, TokenIds, page_keys, token_array
 from kvtier.lease import Lease
 from kvtier.mover.transfer import Transfer
 from kvtier.pages import NO_ROW, READY, WRITING
@@ -30,7 +30,9 @@ class Writer:
 
     def append(self, lease: Lease, token_ids: TokenIds, kv: torch.Tensor) -> int:
         """See `TieredKVCache.append`."""
-        self.check_kv(len(token_ids), kv)
+        ids = token_array(token_ids)
+        self.check_kv(len(ids), kv)
+        self.check_own(lease)
         if lease.released:
             raise LeaseError("append: this lease was released; acquire a new one")
         if not lease.known:
@@ -41,7 +43,6 @@ class Writer:
         lease.check_whole()
         if lease.full:
             return 0
-        ids = np.ascontiguousarray(token_ids, dtype=np.int64)
         del lease.ids[lease.tokens :]
         done = self._fill_open_page(lease, ids, kv)
         if not lease.full:
@@ -52,6 +53,7 @@ class Writer:
 
     def truncate(self, lease: Lease, tokens: int) -> None:
         """See `TieredKVCache.truncate`."""
+        self.check_own(lease)
         lease.wait()
         if not 0 <= tokens <= lease.tokens:
             raise LeaseError(f"truncate to {tokens} tokens: the lease holds {lease.tokens}")
@@ -246,6 +248,11 @@ class Writer:
         with residency.lock:
             slots = residency.reserve_now(DEVICE, count)
         return slots if slots is not None else residency.mover.spawn(residency.reserve(DEVICE, count)).result()
+
+    def check_own(self, lease: Lease) -> None:
+        """LeaseError for a lease of another cache: its rows mean other pages here."""
+        if lease.residency is not self._residency:
+            raise LeaseError("this lease belongs to another cache; use it with the cache that gave it")
 
     def check_kv(self, tokens: int, kv: torch.Tensor) -> None:
         """LayoutError unless `kv` is `[layers, planes, tokens, kv_heads, head_dim]` of the layout's dtype."""

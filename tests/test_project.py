@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 BELOW = {
     "layout": {"errors"},
-    "keys": {"layout"},
+    "keys": {"errors", "layout"},
     "config": {"errors"},
     "metrics": set(),
     "machine": set(),
@@ -29,7 +29,7 @@ BELOW = {
     "lease": {"errors", "keys", "mover", "pages", "residency"},
     "writing": {"errors", "keys", "lease", "mover", "pages", "residency", "tiers"},
     "cache": {"config", "errors", "layout", "keys", "lease", "prefetch", "mover", "pages", "residency", "tiers", "writing"},
-    "engines": {"cache", "errors", "layout", "lease"},
+    "engines": {"cache", "config", "errors", "layout", "lease"},
     "job": {"cache", "config", "engines", "errors", "formats", "layout", "machine"},
     "cli": {"config", "engines", "errors", "formats", "job", "layout", "tiers"},
     "testing": {"errors", "layout", "keys", "formats", "policy", "tiers"},

@@ -33,7 +33,12 @@ def doctor(
     check_json_target(json)
     if path is not None and not path.is_dir():
         raise KVTierError(f"--path {path} is not a directory; name the one the disk tier will live in, or its parent")
-    findings = [*_memory(), *_disk(path), *_packages()]
+    try:
+        findings = [*_memory(), *_disk(path), *_packages()]
+    except OSError as error:
+        raise KVTierError(
+            f"{path or tempfile.gettempdir()} cannot hold a disk tier: {error.strerror}; name another directory with --path"
+        ) from None
     console = human_console(json)
     from rich.markup import escape
 

@@ -89,8 +89,13 @@ def packaged_model(note: Callable[[str], None] = lambda _: None) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvtier"
     folder = cache / f"{weights.stem}-{weights.stat().st_size}"
     if not (folder / "config.json").is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=cache, prefix="converting-"))
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(dir=cache, prefix="converting-"))
+        except OSError as error:
+            raise ModelError(
+                f"the packaged model cannot be converted into {cache}: {error.strerror}; set XDG_CACHE_HOME to a writable directory"
+            ) from None
         note("converting the packaged model, this once")
         try:
             _convert(package, weights.name, scratch)

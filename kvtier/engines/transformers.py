@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kvtier.cache import TieredKVCache
+from kvtier.config import ModelConfig
 from kvtier.errors import LayoutError, MissingExtra, ModelError
 from kvtier.layout import PageLayout
 from kvtier.lease import Lease
@@ -121,6 +122,11 @@ class TieredCache(Cache):  # type: ignore[misc]
     def __init__(self, cache: TieredKVCache, token_ids: Sequence[int], salt: str = "") -> None:
         if len(token_ids) < 1:
             raise LayoutError("TieredCache: an empty sequence has nothing to predict from; give at least one token")
+        if cache.config.disk is not None and cache.config.model.name == ModelConfig().name:
+            raise ModelError(
+                "the cache has a disk, but its configuration does not name the model; set model.name and model.revision, because a "
+                "model with other weights must never find these pages"
+            )
         self.tiered = cache
         self.lease = cache.acquire(cache.lookup(token_ids[: len(token_ids) - 1], salt))
         try:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from kvtier.cache import TieredKVCache
 from kvtier.config import Config, Resolved
 from kvtier.engines.models import LoadedModel
 from kvtier.engines.transformers import layout_of
-from kvtier.errors import ConfigError
+from kvtier.errors import ConfigError, ModelError
 from kvtier.formats import get_format
 from kvtier.job.play import Untiered, greedy, recompute, tiered
 from kvtier.job.quality import Quality
@@ -44,6 +45,7 @@ def run_job(loaded: LoadedModel, size: Size, resolved: Resolved, store: Path | s
     started, store = time.monotonic(), Path(store)
     model = loaded.model
     turns = plan(size, loaded.tokenizer)
+    _check_model(model, turns, size)
     config = fit(resolved, size, layout_of(model, resolved.config.pages.page_tokens), loaded, store / "tiered")
     layout = layout_of(model, config.pages.page_tokens)
     untiered = Untiered(model, layout.page_tokens)
@@ -129,6 +131,20 @@ def fit(resolved: Resolved, size: Size, layout: PageLayout, loaded: LoadedModel,
     return fitted
 
 
+def _check_model(model: Any, turns: list[Turn], size: Size) -> None:
+    """ModelError if the model cannot read this workload: too long for its positions, or tokens its vocabulary lacks."""
+    config = model.config.get_text_config()
+    longest = size.session_tokens + size.probe_tokens
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise ModelError(f"sessions grow to {longest} tokens, but the model has {positions} positions; give fewer --context-tokens")
+    largest = max(max(turn.user_ids + turn.probe_ids) for turn in turns)
+    if largest >= config.vocab_size:
+        raise ModelError(
+            f"the tokenizer gives token {largest}, but the model's vocabulary has {config.vocab_size}; they do not belong together"
+        )
+
+
 def lossless(config: Config, layout: PageLayout, path: Path) -> Config:
     """The same tiers, holding as many pages, in formats that give every bit back."""
     changes: dict[str, object] = {}
@@ -147,7 +163,14 @@ def _changed(config: Config, changes: Mapping[str, object]) -> Config:
     for key, value in changes.items():
         section, _, name = key.partition(".")
         values[section][name] = value
-    return Config.model_validate(values)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        what = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in what["loc"])
+        raise ConfigError(
+            f"{key} comes to {what['input']!r} for this workload, which cannot be: {what['msg']}; give it more room"
+        ) from None
 
 
 # -- hints and samples -----------------------------------------------------------------------------------------------------------------

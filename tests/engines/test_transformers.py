@@ -31,9 +31,10 @@ def model():
     return LlamaForCausalLM(config).eval()
 
 
-def open_cache(model, store, pages=64, disk_format="raw+lz4"):
+def open_cache(model, store, pages=64, disk_format="raw+lz4", name="tiny"):
     layout = layout_of(model)
     sizes = {
+        "model.name": name,
         "device.capacity_bytes": pages * layout.page_bytes,
         "host.capacity_bytes": 8 * layout.page_bytes,
         "host.format": "raw",
@@ -157,3 +158,8 @@ def test_models_kvtier_cannot_hold_are_refused():
     config.layer_types = ["sliding_attention", "sliding_attention"]
     with pytest.raises(ModelError, match="sliding_attention"):
         layout_of(MistralForCausalLM(config))
+
+
+def test_a_disk_without_a_model_name_is_refused(model, tmp_path):
+    with open_cache(model, tmp_path, name="unnamed") as cache, pytest.raises(ModelError, match=r"set model\.name"):
+        Session(model, cache).generate(PROMPT, **GENERATE)

@@ -19,10 +19,10 @@ SMALL = [
     "--host-share=0.4",
 ]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-def kvtier(*arguments, timeout=240):
+def kvtier(*arguments, timeout=1500):
     return subprocess.run([sys.executable, "-m", "kvtier", *arguments], capture_output=True, text=True, timeout=timeout, check=False)
 
 
@@ -85,6 +85,8 @@ def test_a_profile_that_damages_the_model_fails_the_run(tmp_path, monkeypatch):
         (["--report", "/nowhere/report.html"], "/nowhere/report.html"),
         (["--json", "/nowhere/result.json"], "/nowhere/result.json"),
         (["--sessions", "4000"], "too little text"),
+        (["--set", "host.capacity_bytes=10"], "host.capacity_bytes"),
+        (["--context-tokens", "20000", "--sessions", "2"], "positions"),
     ],
 )
 def test_bad_input_is_one_line(arguments, said):
