@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TIDY_EVERY_S = 1.0
+EXPIRED_AT_ONCE = 4096
+"""Pages that one pass of the thresholds looks at, per tier: it runs under the lock, and the next pass goes on."""
 
 
 class Housekeeping:
@@ -85,7 +87,7 @@ class Housekeeping:
                 pressure = residency.smoothed_pressure(tier)
                 if tier == residency.last and pressure <= residency.config.mover.clean_pressure:
                     continue
-                expired = policy.expired(len(policy), residency.protected(tier), residency.clock(), pressure)
+                expired = policy.expired(min(len(policy), EXPIRED_AT_ONCE), residency.protected(tier), residency.clock(), pressure)
                 if pressure <= residency.config.mover.clean_pressure:
                     expired = [row for row in expired if residency.is_clean(row, tier) or residency.is_wanted_below(row, tier)]
                 for row in expired:
