@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvtier.cli.output import JsonOption, human_console, write_json
+from kvtier.cli.output import JsonOption, check_json_target, human_console, write_json
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -84,9 +84,26 @@ def check(
 
 
 @app.command()
-def reference() -> None:
+def reference(json_target: JsonOption = None) -> None:
     """Every key with its meaning, default and allowed values, as Markdown (docs/configuration.md)."""
-    sys.stdout.write(reference_markdown())
+    check_json_target(json_target)
+    if json_target != "-":
+        sys.stdout.write(reference_markdown())
+    write_json(reference_rows(), json_target)
+
+
+def reference_rows() -> list[dict[str, object]]:
+    """One mapping per key: `key`, `accepts`, `default` (null: required, or a list described by its own keys), `meaning`."""
+    from kvtier.config import Config, expected, section_of, value_text
+
+    rows: list[dict[str, object]] = []
+    for name, section_field in Config.model_fields.items():
+        section = section_of(section_field.annotation)
+        assert section is not None
+        for key, field in section.model_fields.items():
+            default = None if field.is_required() or section_of(field.annotation) else value_text(key, field.default)
+            rows.append({"key": f"{name}.{key}", "accepts": expected(field), "default": default, "meaning": field.description})
+    return rows
 
 
 _INTRODUCTION = """\

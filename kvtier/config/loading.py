@@ -80,6 +80,7 @@ def resolve_config(
     if path is not None:
         layers.append((Origin("file", str(path)), _read_file(Path(path))))
     for variable, text in sorted((os.environ if env is None else env).items()):
+        _check_underscores(variable)
         if variable.startswith("KVTIER_") and "__" in variable:
             key = variable.removeprefix("KVTIER_").lower().replace("__", ".")
             layers.append((Origin("environment", variable), _nested(key, _parse_text(key, text, variable))))
@@ -185,6 +186,13 @@ def _known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[s
         section = section_of(field.annotation)
         if section is not None:
             yield from _known_keys(section, f"{prefix}{name}[]." if get_origin(field.annotation) is tuple else f"{prefix}{name}.")
+
+
+def _check_underscores(variable: str) -> None:
+    """A variable that names a key with one underscore where two belong would be ignored without a word."""
+    for key in _known_keys():
+        if "." in key and variable == f"KVTIER_{key.replace('.', '_').upper()}":
+            raise ConfigError(f"{variable}: write KVTIER_{key.replace('.', '__').upper()}, with two underscores after the section")
 
 
 def _unknown(key: str, where: str) -> ConfigError:

@@ -142,3 +142,11 @@ def test_a_json_target_can_be_tried_before_the_work(tmp_path):
     assert json.loads((tmp_path / "old.json").read_text()) == [1]
     with pytest.raises(KVTierError, match="cannot write"):
         check_json_target(str(tmp_path / "none" / "x.json"))
+
+
+def test_reference_speaks_json(capsys):
+    assert main(["config", "reference", "--json", "-"]) == 0
+    rows = {row["key"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["host.capacity_bytes"]["default"] == "4GiB"
+    assert rows["disk.path"]["default"] is None
+    assert all(row["meaning"] for row in rows.values())

@@ -74,7 +74,7 @@ def test_a_section_is_switched_off_by_null_and_on_by_a_key_below_it(tmp_path):
 
 
 def test_only_variables_with_a_double_underscore_are_configuration():
-    assert load_config(env={"KVTIER_NATIVE": "0", "KVTIER_HOST_FORMAT": "raw", "OTHER__HOST": "x", "kvtier_a__b": "x"}) == Config()
+    assert load_config(env={"KVTIER_NATIVE": "0", "OTHER__HOST": "x", "kvtier_a__b": "x"}) == Config()
 
 
 def test_the_environment_is_the_process_s_unless_given(monkeypatch):
@@ -310,3 +310,8 @@ def test_the_tree_is_frozen_and_needs_no_tensor_library():
         Config().pages.page_tokens = 32
     code = "import sys, kvtier.config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_variable_with_one_underscore_too_few_is_not_ignored():
+    with pytest.raises(ConfigError, match=r"KVTIER_HOST_CAPACITY_BYTES: write KVTIER_HOST__CAPACITY_BYTES"):
+        load_config(env={"KVTIER_HOST_CAPACITY_BYTES": "5GiB"})
