@@ -320,20 +320,20 @@ class TieredKVCache:
     def fits(self, requests: Sequence[TokenIds], new_tokens: int = 0, salt: str = "") -> int:
         """How many of the waiting requests, taken in order, the device can hold at once now, each grown by `new_tokens`.
 
-        Counts what is not leased as available (it can be evicted); prefixes shared between requests, or with running leases, count once.
+        Counts what is neither leased nor pinned to the device as available (it can be evicted); prefixes shared between requests, or with
+        what stays, count once.
         """
         residency, page_tokens = self._open(), self.layout.page_tokens
         with residency.lock:
             table = residency.table
             used = slice(0, table.rows)
-            leased = int(((table.leases[used] > 0) & (table.state[DEVICE, used] != ABSENT)).sum())
-            room = residency.device.capacity_slots - leased
+            pinned = (table.pin_tier[used] == DEVICE) & (table.pin_until[used] > residency.clock())
+            stays = ((table.leases[used] > 0) | pinned) & (table.state[DEVICE, used] != ABSENT)
+            room = residency.device.capacity_slots - int(stays.sum())
             counted: set[PageKey] = set()
             for index, ids in enumerate(requests):
                 keys = set(page_keys(ids, page_tokens, root_key(self._namespace, salt))) - counted
-                held = sum(
-                    1 for key in keys if (row := table.row(key)) != NO_ROW and table.leases[row] and table.state[DEVICE, row] != ABSENT
-                )
+                held = sum(1 for key in keys if (row := table.row(key)) != NO_ROW and stays[row])
                 room -= len(keys) - held + -(-(len(ids) % page_tokens + new_tokens) // page_tokens)
                 if room < 0:
                     return index

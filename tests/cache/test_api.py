@@ -1121,3 +1121,12 @@ def test_a_layer_the_model_does_not_have_is_refused(index):
         put(cache, run(1, 2))
         with hold(cache, run(1, 2)) as lease, pytest.raises(LeaseError, match="has layers 0 to"):
             lease.layer(index)
+
+
+def test_fits_leaves_out_what_is_pinned_to_the_device():
+    with make_cache(device_pages=4) as cache:
+        put(cache, run(1, 4))
+        assert cache.fits([run(500, 2)]) == 1
+        cache.pin(cache.lookup(run(1, 4)), tier="device")
+        assert cache.fits([run(500, 2)]) == 0
+        assert cache.fits([run(1, 4)]) == 1
