@@ -1,0 +1,119 @@
+"""What every benchmark shares: rows with a ceiling, repeats and medians, the plain copy that most ceilings are, the table and the plot.
+
+A benchmark is a module of this folder with `measure(run, ...) -> list[Row]`, and a command of `kvtier.cli.bench` that calls it. It is
+installed as `kvtier.bench`. A program measures its ceiling in the same run, interleaved with what it is compared to, because machines are
+noisy; it reports medians and says in its head what its rows mean.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from kvtier.errors import MissingExtra
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure. `ceiling`, in the same unit, is what the machine itself gave in the same run; None where there is none to compare to."""
+
+    name: str
+    value: float
+    unit: str
+    ceiling: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """`value / ceiling`."""
+        return None if self.ceiling is None else self.value / self.ceiling
+
+    def as_json(self) -> dict[str, object]:
+        """The row as `--json` shows it."""
+        return {"name": self.name, "value": self.value, "unit": self.unit, "ceiling": self.ceiling, "ratio": self.ratio}
+
+
+@dataclass
+class Run:
+    """What a benchmark is told: `tiny` asks for sizes whose figures say nothing but that it works; `repeats` is how often to measure."""
+
+    repeats: int = 7
+    tiny: bool = False
+    progress: Progress = field(default_factory=lambda: Progress(disable=True))
+
+    def __post_init__(self) -> None:
+        self._task = self.progress.add_task("", total=None)
+        self._done = 0
+
+    def expect(self, steps: int) -> None:
+        """How many more calls of `step` will come."""
+        self.progress.update(self._task, total=self._done + steps)
+
+    def step(self, description: str) -> None:
+        """Say on the progress bar what is measured now."""
+        self._done += 1
+        self.progress.update(self._task, description=description, completed=self._done)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call; waits for the GPU if there is one."""
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def side_by_side(works: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Median seconds of each of `works`, called in turn `repeats` times after one call each to warm up."""
+    for work in works:
+        work()
+    samples = [[seconds(work) for work in works] for _ in range(repeats)]
+    return [statistics.median(column) for column in zip(*samples, strict=True)]
+
+
+def percentile(samples: Sequence[float], share: float) -> float:
+    """The smallest sample that at least `share` of all samples do not exceed."""
+    ordered = sorted(samples)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def show(console: Console, rows: Sequence[Row], note: str) -> None:
+    """One line per row: figure, unit, ceiling and ratio."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold cyan")
+    for title in ("", "value", "unit", "ceiling", "ratio"):
+        table.add_column(title, justify="left" if title in ("", "unit") else "right", no_wrap=True)
+    for row in rows:
+        compared = ("", "") if row.ceiling is None or row.ratio is None else (f"{row.ceiling:.4g}", f"{row.ratio:.1%}")
+        table.add_row(row.name, f"{row.value:.4g}", row.unit, *compared)
+    console.print(table)
+    console.print(note, style="dim")
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Each row and its ceiling on one line, one panel per unit. MissingExtra without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtra("--plot needs matplotlib; pip install 'kvtier[report]'") from None
+    units = list(dict.fromkeys(row.unit for row in rows))
+    counts = [sum(row.unit == unit for row in rows) for unit in units]
+    figure = Figure(figsize=(8, 1 + len(units) * 0.6 + 0.3 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(units), squeeze=False, height_ratios=counts)[:, 0]
+    for axes, unit in zip(panels, units, strict=True):
+        chosen = [row for row in rows if row.unit == unit]
+        for place, row in enumerate(chosen):
+            if row.ceiling is not None:
+                axes.hlines(place, row.value, row.ceiling, color="#c4c9cf", linewidth=3)
+                axes.plot(row.ceiling, place, "s", color="#c75000")
+            axes.plot(row.value, place, "o", color="#0072b2")
+        axes.set_yticks(range(len(chosen)), [row.name for row in chosen])
+        axes.set(xscale="log", xlabel=f"{unit}, logarithmic; circle: kvtier, square: ceiling", ylim=(len(chosen) - 0.4, -0.6))
+    figure.savefig(path)
