@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import gc
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +14,12 @@ import torch
 from kvtier.errors import ConfigError
 from kvtier.formats import get_format
 from kvtier.layout import PageLayout
+from kvtier.memory.region import Region
 from kvtier.testing.tiers import LAYOUT, TierContract, get, page_id, put
 from kvtier.tiers import host
 from kvtier.tiers.base import Refused
 from kvtier.tiers.host import HostTier
+from tests.memory.kernel import is_mapped, locked_bytes, resident
 
 RAW, Q8 = get_format("raw"), get_format("q8")
 
@@ -61,18 +62,10 @@ def test_capacity_below_one_page_is_refused_with_both_numbers(capacity):
         HostTier(LAYOUT, RAW, capacity)
 
 
-def test_capacity_beyond_physical_memory_is_refused():
-    with pytest.raises(ConfigError, match=r"host\.capacity_bytes is \d+, but the physical memory .* is \d+ bytes"):
-        HostTier(LAYOUT, RAW, 1 << 50)
-
-
-def test_capacity_beyond_the_container_limit_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "memory.max").write_text("1048576\n")
-    monkeypatch.setattr(host, "_CGROUPS", tmp_path)
-    with pytest.raises(ConfigError, match=r"host\.capacity_bytes is 2097152, but the limit in .*memory\.max is 1048576 bytes"):
-        HostTier(LAYOUT, RAW, 2 << 20)
-    (tmp_path / "memory.max").write_text("max\n")
-    HostTier(LAYOUT, RAW, 2 << 20).close()
+@pytest.mark.parametrize("capacity", [1 << 50, 1 << 60])
+def test_capacity_beyond_what_can_be_had_is_refused(capacity):
+    with pytest.raises(ConfigError, match=r"host\.capacity_bytes is \d+, but only \d+ bytes of memory can be had"):
+        HostTier(LAYOUT, RAW, capacity)
 
 
 def test_formats_of_variable_size_are_refused_and_sent_to_disk():
@@ -80,38 +73,37 @@ def test_formats_of_variable_size_are_refused_and_sent_to_disk():
         HostTier(LAYOUT, get_format("q4+lz4"), 1 << 20)
 
 
-@pytest.fixture
-def no_mlock(monkeypatch):
-    def refuse(*_):
-        ctypes.set_errno(12)
-        return -1
-
-    monkeypatch.setattr(host, "_libc", SimpleNamespace(mlock=refuse, munlock=lambda *_: 0))
+def refuse_lock(_: Region) -> None:
+    raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
 
-@pytest.mark.usefixtures("no_mlock")
-def test_mlock_auto_degrades_with_one_log_line(caplog):
-    with caplog.at_level(logging.INFO, "kvtier.tiers.host"):
-        tier = HostTier(LAYOUT, RAW, 1 << 20)
-    assert tier.report()["mlock"] is False
-    assert len([r for r in caplog.records if "not locked" in r.message and "RLIMIT_MEMLOCK" in r.message]) == 1
-    tier.close()
-
-
-@pytest.mark.usefixtures("no_mlock")
-def test_mlock_on_that_cannot_be_met_is_an_error_naming_the_limit():
-    with pytest.raises(ConfigError, match=r"host\.mlock is on.*RLIMIT_MEMLOCK"):
+def test_mlock_on_that_cannot_be_met_is_an_error_naming_the_limit(monkeypatch):
+    monkeypatch.setattr(Region, "lock", refuse_lock)
+    with pytest.raises(ConfigError, match=r"host\.mlock is on.*RLIMIT_MEMLOCK.*host\.mlock to auto"):
         HostTier(LAYOUT, RAW, 1 << 20, mlock="on")
+    tier = HostTier(LAYOUT, RAW, 1 << 20)
+    assert tier.report()["mlock"] is False
+    tier.close()
 
 
 def test_report_says_what_the_kernel_says():
-    tier = HostTier(LAYOUT, RAW, 8 << 20)
+    before = locked_bytes()
+    tier = HostTier(LAYOUT, RAW, 8 << 20, huge_pages="off")
     report = tier.report()
-    locked_kib = sum(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmLck:"))
-    assert report["mlock"] is (locked_kib * 1024 >= 8 << 20)
-    assert isinstance(report["huge_page_bytes"], int)
-    assert 0 <= report["huge_page_bytes"] <= 8 << 20
+    assert report["mlock"] is (locked_bytes() - before >= 8 << 20)
+    assert (report["huge_pages"], report["huge_page_bytes"]) == ("none", 0)
     tier.close()
+
+
+def test_the_memory_is_there_from_the_start_and_goes_with_close():
+    tier = HostTier(LAYOUT, RAW, 8 << 20, huge_pages="off")
+    region = tier._arena._region
+    assert region is not None
+    assert resident(region).all()
+    address = region.address
+    del region
+    tier.close()
+    assert not is_mapped(address)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
@@ -181,3 +173,12 @@ def test_pinning_that_fails_half_way_is_undone(monkeypatch, caplog):
     with pytest.raises(ConfigError, match=r"host\.pin is on, but cudaHostRegister failed with error 2"):
         HostTier(LAYOUT, RAW, 2 << 20, pin="on")
     assert not fake.registered
+
+
+def test_an_arena_that_cannot_be_pinned_as_asked_does_not_stay(monkeypatch):
+    with_fake_cuda(monkeypatch, FakeCuda(fail_at=1))
+    before = locked_bytes()
+    with pytest.raises(ConfigError, match=r"host\.pin is on") as kept:  # an exception keeps what its frames hold
+        HostTier(LAYOUT, RAW, 2 << 20, mlock="auto", pin="on", huge_pages="off")
+    assert locked_bytes() == before
+    del kept
