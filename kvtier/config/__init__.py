@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from kvtier.config.loading import DEFAULT, Origin, Resolved, load_config, parse_assignments, resolve_config
 from kvtier.config.tree import (
-    FORMATS,
     Band,
     Config,
     DeviceConfig,
@@ -23,7 +22,6 @@ from kvtier.config.units import BYTE_UNITS, GiB, KiB, MiB, TiB, format_bytes, pa
 __all__ = [
     "BYTE_UNITS",
     "DEFAULT",
-    "FORMATS",
     "Band",
     "Config",
     "DeviceConfig",

@@ -15,6 +15,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 from kvtier.config.units import GiB, MiB, format_bytes, parse_bytes
+from kvtier.errors import ConfigError
+from kvtier.format_spec import parse_format
 
 
 def _switch(value: object) -> object:
@@ -22,19 +24,25 @@ def _switch(value: object) -> object:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
-def _no_byte_stage(value: object) -> object:
-    if isinstance(value, str) and value in FORMATS and "+" in value:
-        plain = value.partition("+")[0]
-        raise ValueError(f"host slots have a fixed size, so a byte stage saves nothing there; use {plain} here and {value} in disk.format")
-    return value
+def _format(value: object) -> str:
+    try:
+        return parse_format(value).name
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
 
 
-FormatName = Literal["raw", "raw+lz4", "fp8", "fp8+lz4", "q8", "q8+lz4", "q4", "q4+lz4"]
-FORMATS: tuple[str, ...] = get_args(FormatName)
-"""The page formats by name; equals `kvtier.formats.FORMAT_NAMES`, written here too because that package imports torch."""
+def _fixed_format(value: object) -> str:
+    name = _format(value)
+    if (stage := parse_format(name).stage) is not None:
+        plain = name.removesuffix(f"+{stage}")
+        raise ValueError(f"host slots have a fixed size, so a byte stage saves nothing there; use {plain} here and {name} in disk.format")
+    return name
+
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(title='bytes, as a number or like "8GiB"')]
-HostFormat = Annotated[Literal["raw", "fp8", "q8", "q4"], BeforeValidator(_no_byte_stage)]
+_FORMAT_TITLE = "a page format such as q8, q4, or {k: q8, v: q4}"
+PageFormat = Annotated[str, BeforeValidator(_format), Field(title=_FORMAT_TITLE)]
+FixedFormat = Annotated[str, BeforeValidator(_fixed_format), Field(title=_FORMAT_TITLE)]
 Place = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$"), Field(title="auto, cpu, cuda or cuda:N")]
 FilePath = Annotated[str, Field(min_length=1, title="a path"), AfterValidator(os.path.expanduser)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
@@ -69,23 +77,38 @@ class DeviceConfig(_Section):
 
 class HostConfig(_Section):
     capacity_bytes: Bytes = Field(default=4 * GiB, gt=0, description="Host memory for copies.")
-    format: HostFormat = Field(default="q8", description="Page format. Only `raw` gives every bit back.")
+    format: FixedFormat = Field(
+        default="q8", description="Page format (docs/formats.md), without byte stage. Only `raw` gives every bit back."
+    )
     write_policy: WritePolicy = Field(default="write_back", description=_WRITE_POLICY)
     selective_uses: int = Field(default=2, ge=1, description=_SELECTIVE_USES)
     mlock: Switch = Field(default="auto", description="Never swap this memory out. `auto`: if the system allows it; `on`: or fail.")
     pin: Switch = Field(default="auto", description="Pin this memory for faster CUDA copies. `auto`: if CUDA is in use; `on`: or fail.")
+    huge_pages: Switch = Field(
+        default="auto",
+        description="Pages of 2 MiB: faster start, fewer address translations. `on`: from the system's pool (`vm.nr_hugepages`), or fail. "
+        "`auto`: from the pool if it has enough, else as many as the kernel finds. `off`: pages of 4 KiB.",
+    )
 
 
 class DiskConfig(_Section):
     path: FilePath = Field(description="Directory of the store; made if missing. Relative to the working directory; `~` is your home.")
     capacity_bytes: Bytes = Field(default=16 * GiB, gt=0, description="Disk space for copies.")
-    format: FormatName = Field(default="q4", description="Page format. `+lz4` packs the bytes without loss; only `raw` gains from it.")
+    format: PageFormat = Field(
+        default="q4", description="Page format (docs/formats.md): one name, or `{k, v, layers, stage}`. Only `raw` gains from a byte stage."
+    )
     write_policy: WritePolicy = Field(default="write_back", description=_WRITE_POLICY)
     selective_uses: int = Field(default=2, ge=1, description=_SELECTIVE_USES)
     durability: Literal["process", "power"] = Field(
         default="process",
         description="What committed copies survive. `process`: a crash of the process. `power`: a power cut too, with slower writes.",
     )
+    io_engine: Literal["auto", "direct", "buffered", "aiofiles"] = Field(
+        default="auto",
+        description="How files are read and written. `direct`: past the page cache. `buffered`: through it. `aiofiles`: the same by asyncio, "
+        "slower. `auto`: `direct` where the directory takes it, else `buffered`.",
+    )
+    io_depth: int = Field(default=8, ge=1, le=256, description="Most reads and writes under way at once, each on a thread of its own.")
 
 
 class Band(_Section):

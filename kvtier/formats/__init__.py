@@ -1,39 +1,48 @@
-"""Page formats: how a page becomes bytes and comes back. One file per format; the contract is in `base.py`.
+"""Page formats: how a page becomes bytes and comes back.
 
-| name  | what it is                                     | bits per value (head_dim 64, 16 tokens) | for                              |
-|-------|------------------------------------------------|------------------------------------------|----------------------------------|
-| `raw` | bytes as they are                              | 16 or 32, lossless                       | device tier, exactness           |
-| `q8`  | Hadamard + int8                                | 8.25, KL 0.00002                         | host tier                        |
-| `q4`  | Hadamard + 16 Gaussian levels, keys minus mean | 4.51, KL 0.0026                          | disk and remote tiers            |
-| `fp8` | float8 e4m3                                    | 8.25, KL 0.00079                         | engines that read e4m3           |
+| name  | what it is                                        | bits per value (head_dim 64, 16 tokens) |
+|-------|---------------------------------------------------|------------------------------------------|
+| `raw` | bytes as they are                                 | 16 or 32, lossless                       |
+| `q8`  | Hadamard + int8                                   | 8.25                                     |
+| `fp8` | float8 e4m3                                       | 8.25                                     |
+| `q6`  | Hadamard + 63 even steps, keys minus mean         | 6.38                                     |
+| `q4`  | Hadamard + 16 Gaussian levels, keys minus mean    | 4.27                                     |
+| `q3`  | Hadamard + 8 Gaussian levels, keys minus mean     | 3.27                                     |
 
-Each also as `<name>+lz4` (see `lossless.py`); that gains 13 % on raw bf16 pages, 6 % on fp32 and nothing on the others.
+A name may say more: `q8/q4` codes keys and values differently, `q4;0-1:q8` some layers, `raw+zstd` adds a lossless byte stage
+(`lossless.py`); see `kvtier.format_spec` for the grammar. One file per codec (`BlockCodec`, in `blocks.py`); the contract of the whole is
+`Format`, in `base.py`. What each costs a model: docs/quality.md.
 """
 
 from __future__ import annotations
 
-import difflib
+from functools import lru_cache
 
-from kvtier.errors import ConfigError
+from kvtier.format_spec import CODECS, STAGES, FormatSpec, parse_format
 from kvtier.formats.base import Format, Payload, check_pages
+from kvtier.formats.blocks import BlockCodec, BlockFormat, BlockShape
 from kvtier.formats.fp8 import FP8
 from kvtier.formats.lossless import LZ4
-from kvtier.formats.q4 import Q4
+from kvtier.formats.q4 import Q3, Q4
+from kvtier.formats.q6 import Q6
 from kvtier.formats.q8 import Q8
 from kvtier.formats.raw import Raw
 
-_PLAIN: tuple[Format, ...] = (Raw(), FP8(), Q8(), Q4())
-_REGISTRY: dict[str, Format] = {format.name: format for plain in _PLAIN for format in (plain, LZ4(plain))}
+_CODECS: dict[str, BlockCodec] = {codec.name: codec for codec in (Raw(), FP8(), Q8(), Q6(), Q4, Q3)}
 
-FORMAT_NAMES: tuple[str, ...] = tuple(_REGISTRY)
-
-
-def get_format(name: str) -> Format:
-    """The format called `name`. ConfigError, naming the nearest known one, if there is none."""
-    if name in _REGISTRY:
-        return _REGISTRY[name]
-    nearest = difflib.get_close_matches(name, FORMAT_NAMES, n=1, cutoff=0.0)[0]
-    raise ConfigError(f"unknown page format {name!r}; did you mean {nearest!r}? Known: {', '.join(FORMAT_NAMES)}")
+FORMAT_NAMES: tuple[str, ...] = CODECS
+"""The formats that code all blocks alike, without byte stage."""
 
 
-__all__ = ["FORMAT_NAMES", "FP8", "LZ4", "Q4", "Q8", "Format", "Payload", "Raw", "check_pages", "get_format"]
+def get_format(given: str | FormatSpec) -> Format:
+    """The format of that name or specification. ConfigError, naming the nearest known codec, if there is none."""
+    return _build(parse_format(given))
+
+
+@lru_cache(maxsize=64)
+def _build(spec: FormatSpec) -> Format:
+    plain = BlockFormat(FormatSpec(spec.keys, spec.values, spec.layers), _CODECS)
+    return plain if spec.stage is None else LZ4(plain)
+
+
+__all__ = ["FORMAT_NAMES", "STAGES", "BlockCodec", "BlockFormat", "BlockShape", "Format", "Payload", "check_pages", "get_format"]

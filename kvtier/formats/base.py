@@ -1,18 +1,19 @@
 """The contract of a page format: turns pages into bytes and back, and knows nothing of tiers.
 
-A format is a frozen value named by a short string ("q8", "q4+lz4"); see `kvtier.formats.get_format`. Its payload is self-contained
+A format is a frozen value named by a short text ("q8", "q8/q4", "raw+zstd"; see `kvtier.format_spec`). Its payload is self-contained
 given the page layout and the format's name: every scale, mean or flag needed to decode is inside.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvtier.errors import LayoutError
 from kvtier.layout import PageLayout
 
 Payload = NDArray[np.uint8]
@@ -38,11 +39,22 @@ class Format(ABC):
         """Bytes of one payload: exact where `fixed_size`, else the most it can take. LayoutError if the layout does not fit."""
 
     @abstractmethod
-    def encode(self, pages: torch.Tensor, layout: PageLayout) -> list[Payload]:
-        """Payloads of `pages` `[n, layers, planes, page_tokens, kv_heads, head_dim]` in `layout.torch_dtype` on any device.
+    def encode(
+        self,
+        pages: torch.Tensor,
+        layout: PageLayout,
+        rows: Sequence[int] | None = None,
+        out: Sequence[Payload] | None = None,
+        first: Collection[int] = (),
+    ) -> list[Payload]:
+        """Payloads of `pages[rows]` (all pages by default).
 
-        The result lives in CPU memory, one 1-D uint8 array per page, contiguous. Input is not changed. LayoutError if shape or
-        dtype differ. NaN, infinities and extreme values encode to what the format's documentation states, never raise.
+        `pages` is `[n, layers, planes, page_tokens, kv_heads, head_dim]` in `layout.torch_dtype`, on any device, of any strides. `out`: one
+        writable uint8 array of at least `payload_bytes` bytes for each payload; the results are then views of them, else new arrays.
+        Each result is 1-D and contiguous, in CPU memory. `first`: which results (by index) begin a sequence; attention looks at the first
+        token more than at any other, so formats may spend more on it, in a payload of the same size. Input is not changed. LayoutError
+        if shape or dtype differ or `out` is too small. NaN, infinities and extreme values encode to what the format's documentation
+        states, never raise.
         """
 
     def unpack(self, payloads: Sequence[Payload], layout: PageLayout) -> list[Payload]:
@@ -50,11 +62,20 @@ class Format(ABC):
         return list(payloads)
 
     @abstractmethod
-    def decode(self, payloads: Sequence[Payload], layout: PageLayout, layers: slice = slice(None)) -> torch.Tensor:
+    def decode(
+        self,
+        payloads: Sequence[Payload],
+        layout: PageLayout,
+        layers: slice = slice(None),
+        out: torch.Tensor | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> torch.Tensor:
         """Pages `[n, len(layers), planes, page_tokens, kv_heads, head_dim]` in `layout.torch_dtype` on CPU, from unpacked payloads.
 
         `layers` is a slice of the layer axis with step 1: decoding layer by layer gives the same numbers as decoding all at once.
-        ValueError if a payload has another size than `payload_bytes`.
+        With `out` `[m, len(layers), ...]`, in CPU memory with contiguous rows (such as `pool[:, layers]`), page i goes to
+        `out[rows[i]]` (default: `out[i]`) and `out` is returned. ValueError if a payload has another size than `payload_bytes`, LayoutError
+        if `out` does not fit.
         """
 
     def element_bytes(self, layout: PageLayout) -> int:
@@ -68,9 +89,35 @@ class Format(ABC):
 
 def check_pages(pages: torch.Tensor, layout: PageLayout) -> None:
     """LayoutError unless `pages` is `[n, *layout.shape]` of the layout's dtype."""
-    from kvtier.errors import LayoutError
-
     if pages.dim() != 6 or tuple(pages.shape[1:]) != layout.shape:
         raise LayoutError(f"pages have shape {tuple(pages.shape)}; expected [n, {', '.join(map(str, layout.shape))}]")
     if pages.dtype != layout.torch_dtype:
         raise LayoutError(f"pages are {pages.dtype}; expected {layout.torch_dtype}")
+
+
+def span_of(layers: slice, layout: PageLayout) -> tuple[int, int]:
+    """First layer and the one behind the last of a slice of the layer axis. ValueError unless its step is 1."""
+    first, stop, step = layers.indices(layout.layers)
+    if step != 1:
+        raise ValueError(f"layers is {layers}; expected a slice with step 1")
+    return first, max(first, stop)
+
+
+def target_of(
+    out: torch.Tensor | None, rows: Sequence[int] | None, count: int, layers: int, layout: PageLayout
+) -> tuple[torch.Tensor, Sequence[int]]:
+    """Where `decode` writes `count` pages of `layers` layers: `out`, or a new tensor; and the rows. LayoutError if that does not fit."""
+    shape = (layers, *layout.shape[1:])
+    if out is None:
+        if rows is not None:
+            raise LayoutError("decode: rows without out; give the tensor whose rows they are")
+        return torch.empty((count, *shape), dtype=layout.torch_dtype), range(count)
+    if out.device.type != "cpu" or out.dtype != layout.torch_dtype or tuple(out.shape[1:]) != shape:
+        expected = f"{layout.torch_dtype} {['m', *shape]} on cpu"
+        raise LayoutError(f"decode: out is {out.dtype} {tuple(out.shape)} on {out.device}; expected {expected}")
+    if len(out) and not out[0].is_contiguous():
+        raise LayoutError(f"decode: the rows of out have strides {out.stride()[1:]}; expected contiguous rows of shape {shape}")
+    rows = range(count) if rows is None else rows
+    if len(rows) != count or (count and not 0 <= min(rows) <= max(rows) < len(out)):
+        raise LayoutError(f"decode: {len(rows)} rows for {count} pages into {len(out)} places; expected one row from 0 up per page")
+    return out, rows

@@ -18,7 +18,7 @@ demands. Numbers (NaN, infinities, ...) come back as the inner format says.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import lz4.block
@@ -59,17 +59,31 @@ class LZ4(Format):
             raise LayoutError(f"{self.name}: a page has {inner} bytes; LZ4 takes at most {LZ4_LARGEST_INPUT}; use smaller pages")
         return PREFIX.size + inner
 
-    def encode(self, pages: torch.Tensor, layout: PageLayout) -> list[Payload]:
+    def encode(
+        self,
+        pages: torch.Tensor,
+        layout: PageLayout,
+        rows: Sequence[int] | None = None,
+        out: Sequence[Payload] | None = None,
+        first: Collection[int] = (),
+    ) -> list[Payload]:
         self.payload_bytes(layout)
         element = self.inner.element_bytes(layout)
-        return [_pack(payload, element) for payload in self.inner.encode(pages, layout)]
+        return [_pack(payload, element) for payload in self.inner.encode(pages, layout, rows, first=first)]
 
     def unpack(self, payloads: Sequence[Payload], layout: PageLayout) -> list[Payload]:
         element, length = self.inner.element_bytes(layout), self.inner.payload_bytes(layout)
         return self.inner.unpack([_unpack(payload, element, length) for payload in payloads], layout)
 
-    def decode(self, payloads: Sequence[Payload], layout: PageLayout, layers: slice = slice(None)) -> torch.Tensor:
-        return self.inner.decode(payloads, layout, layers)
+    def decode(
+        self,
+        payloads: Sequence[Payload],
+        layout: PageLayout,
+        layers: slice = slice(None),
+        out: torch.Tensor | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        return self.inner.decode(payloads, layout, layers, out, rows)
 
 
 def _pack(payload: Payload, element: int) -> Payload:

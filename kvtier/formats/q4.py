@@ -1,124 +1,191 @@
-"""q4: Hadamard rotation, 16 Gaussian levels, one fp16 scale per vector; keys without their page's mean. The cold tiers' format.
+"""q4 and q3: Hadamard rotation, 16 or 8 Gaussian levels; keys without their page's mean. The cold tiers' formats.
 
-A rotated vector looks like Gaussian noise, for which the best 16 levels are those of Lloyd and Max (Max, "Quantizing for minimum
+A rotated vector looks like Gaussian noise, for which the best levels are those of Lloyd and Max (Max, "Quantizing for minimum
 distortion", 1960), as in TurboQuant (Zandieh et al. 2025). More than half the energy of real keys is a constant per channel (KIVI, Liu et
-al. 2024, codes keys per channel for that reason), so plane 0 of two-plane pages, the keys, is first reduced by its mean over the page's
-tokens. Attention sinks (the first tokens) do not share that mean and would be ruined by it, and they take much attention: each key
-chooses whichever of the two vectors is shorter and says so in the sign bit of its scale. A single plane (MLA latent) has no mean.
+al. 2024, codes keys per channel for that reason), so keys are first reduced by their mean over the page's tokens (`page_mean.py`).
 
-Payload, in this order, little-endian; vectors in the rotated basis:
-    scales       fp16   [layers, planes, page_tokens, kv_heads]   magnitude: scale of the vector; sign bit set: its mean was subtracted
-    codes        uint8  [layers, planes, page_tokens, kv_heads, head_dim / 2]   two 4-bit codes per byte, even index in the low half
-    mean scales  fp16   [layers, kv_heads]                        only if planes is 2
-    mean codes   int8   [layers, kv_heads, head_dim]              only if planes is 2
-    vector = |scale| / LEVELS_PER_RMS * LEVELS[codes] + (sign bit ? mean scale * mean codes : 0)
-    value  = block**-0.5 * (vector @ H)   with H the +-1 Hadamard matrix of the block
+Block, little-endian, vectors in the rotated basis:
+    mean    see page_mean.py                     keys only
+    supers  fp16   [heads]                       the largest scale of the head in this page; sign bit: see below
+    scales  uint8  [tokens, heads]               low 7 bits c: scale = super * 2**(-c / 32), 0 for c = 127; bit 7: the mean was subtracted
+    codes   uint8  [tokens, heads, head_dim * bits / 8]   q4: two codes a byte, i and i + head_dim / 2 together; q3: see bits.py
+    value = (LEVELS[codes] @ H) * (scale * block**-0.5 / PER_RMS) + (bit 7 ? mean : 0)   with H the +-1 Hadamard matrix
 
-LEVELS are the Lloyd-Max levels in even whole numbers: that costs 0.2 % of squared error (0.00952 against 0.00950), every boundary between
-levels is a whole number, and the rotation back adds whole numbers, exactly. The scale is `|x|^2 / <x, levels>`: the coded vector has the
-same inner product with x as x itself, so attention logits are not shrunk. Measured KL with scale = rms 0.0040, least squares 0.0031, this
-0.0028 (ideal levels). Searching the rms over (0.9, 1, 1.1) gains another 11 % for twice the encoding time; not done.
+LEVELS are the Lloyd-Max levels in even whole numbers: that costs 0.2 % of squared error, every boundary between levels is a whole number,
+and the rotation back adds whole numbers, exactly. The scale is `|x|^2 / <x, levels>`: the coded vector has the same inner product with x
+as x itself, so attention logits are not shrunk; on real KV that halves the damage of scale = rms. Steps of 2.2 % in the scales cost 5 % of
+KL against fp16 scales and save 0.11 bits; steps of 4.4 % cost 20 %. Four octaves are enough: a vector 16 times smaller than its page's
+largest is small against the error of the others.
 
-head_dim must be even. NaN counts as 0, +-Inf as 65504, which is where magnitudes saturate (a vector whose energy lies in one rotated
-channel, such as a constant one, saturates from 22,000 on at head_dim 64). Zeros stay zeros. A vector with rms below 3e-8 comes back as
-zeros; up to 6e-5 the scale is an fp16 subnormal and gets coarser. Output is always finite.
+A page that begins a sequence has the sign bit of its supers set. Its first token, which attention looks at more than at all others (the
+attention sink of StreamingLLM, Xiao et al. 2023), has whole-number codes of 8 bits instead of levels, int8 `[heads, head_dim]`; the
+8 - bits tokens behind it pay for that with one bit less each; then come the others as usual. That one token takes a third of the KL away.
+Pages too short to pay are coded as all others.
 
-Bits per value at head_dim 64 and 16 tokens per page: 4.51 (4.25 + 0.52 for keys' means; 4.31 at 64 tokens). Relative rms error 0.10 on
-Gaussian data and real values, 0.044 on real keys. Measured on SmolLM2-135M (context KV of 768 tokens in the format): KL 0.0026, top-1
-97.1 %; without the mean 0.0065, with the mean always subtracted 0.0096.
+head_dim must be a multiple of 4 (q4) or 8 (q3). NaN counts as 0, +-Inf as 65504, which is where magnitudes saturate. Zeros stay zeros; a
+vector 24 times smaller than the largest of its head in the page gets a scale that is too large by up to its own size, a 32 times smaller
+one comes back as zeros (plus the mean, if it was subtracted). Output is always finite.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from kvtier.errors import LayoutError
+from kvtier.formats.bits import pack, unpack
+from kvtier.formats.blocks import BlockCodec, BlockShape
 from kvtier.formats.hadamard import rotate, unrotate_factor, unrotate_whole
-from kvtier.formats.q8 import dequantize_rotated, quantize
-from kvtier.formats.sections import FP16_MAX, SectionedFormat, finite, fp16_scale, inverse, limit_of, store
-from kvtier.layout import PageLayout
+from kvtier.formats.levels import LEVELS2, LEVELS3, LEVELS4, Levels
+from kvtier.formats.numbers import FP16_MAX, as_page_dtype, finite, fp16_scale, inverse
+from kvtier.formats.page_mean import PageMean, mean_bytes
 
-LEVELS = (-122, -92, -72, -56, -42, -30, -18, -6, 6, 18, 30, 42, 56, 72, 92, 122)
-LEVELS_PER_RMS = 44.64
+STEPS_PER_OCTAVE = 32
+ZERO_SCALE = 127
+SMALLEST_SCALE = 126
+LARGEST_CODE = 127
+FEWER = {4: LEVELS3, 3: LEVELS2}
+"""The levels with one bit less."""
 
 
 @dataclass(frozen=True)
-class Q4(SectionedFormat):
-    """See the file's head."""
+class Gaussian(BlockCodec):
+    """See the file's head. One codec per set of levels."""
 
-    name = "q4"
-    lossless = False
+    name: str
+    levels: Levels
+    native_id: int | None
 
-    def section_bytes(self, layout: PageLayout) -> tuple[int, ...]:
-        if layout.head_dim % 2:
-            raise LayoutError(f"q4 packs two numbers per byte and needs an even head_dim; the page layout has {layout.head_dim}; use q8")
-        vectors = layout.planes * layout.page_tokens * layout.kv_heads
-        means = (layout.kv_heads * 2, layout.kv_heads * layout.head_dim) if layout.planes == 2 else ()
-        return (vectors * 2, vectors * layout.head_dim // 2, *means)
+    def block_bytes(self, shape: BlockShape) -> int:
+        if shape.head_dim % (multiple := {4: 4, 3: 8}[self.levels.bits]):
+            raise LayoutError(f"{self.name} needs a head_dim that is a multiple of {multiple}, not {shape.head_dim}; use q8")
+        return sum(self._sections(shape))
 
-    def encode_layers(self, layers: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        rotated = rotate(finite(layers, limit_of(layers.dtype, FP16_MAX)))
-        if layers.shape[1] == 1:
-            return _encode_vectors(rotated)
-        keys = rotated[:, 0]
-        mean_codes, mean_scales = quantize(keys.mean(1))
-        means = (mean_codes * mean_scales.float()).unsqueeze(1)
-        shorter = _energy(keys - means) < _energy(keys)
-        keys.addcmul_(means, shorter, value=-1)
-        scales, codes = _encode_vectors(rotated)
-        scales[:, 0] = torch.where(shorter, -scales[:, 0], scales[:, 0])
-        return scales, codes, mean_scales, mean_codes
+    def _sections(self, shape: BlockShape) -> tuple[int, int, int, int]:
+        mean = mean_bytes(shape) if shape.keys else 0
+        return mean, shape.heads * 2, shape.vectors, shape.vectors * shape.head_dim * self.levels.bits // 8
 
-    def decode_layers(self, sections: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        scales = sections[0].view(torch.float16).view(*out.shape[:-1], 1)
-        factors = scales.float().abs_().mul_(unrotate_factor(out.shape[-1]) / LEVELS_PER_RMS)
-        numbers = unrotate_whole(_levels_of(sections[1]).view(out.shape)).mul_(factors)
-        if out.shape[1] == 2:
-            layers, _, _, heads, head_dim = out.shape
-            means = dequantize_rotated(sections[3], sections[2], torch.Size((layers, 1, heads, head_dim)))
-            numbers[:, 0].addcmul_(means, torch.signbit(scales[:, 0]))
-        store(numbers, out)
+    def first_flag(self, shape: BlockShape) -> int | None:
+        mean, _, _, _ = self._sections(shape)
+        return mean + 1 if shape.tokens > self._payers else None
+
+    @property
+    def _payers(self) -> int:
+        """Tokens with one bit less behind a first token with 8 bits."""
+        return 8 - self.levels.bits
+
+    def encode(self, blocks: torch.Tensor, shape: BlockShape) -> torch.Tensor:
+        parts, vectors, reduced = _without_mean(blocks, shape)
+        codes, scales = self.levels.encode(vectors)
+        supers = fp16_scale(scales.amax(1, keepdim=True))
+        steps = _scale_steps(scales, supers.float()) | reduced << 7
+        parts += [supers.flatten(1).view(torch.uint8), steps.to(torch.uint8).flatten(1), pack(codes, self.levels.bits).flatten(1)]
+        return torch.cat(parts, 1)
+
+    def encode_first(self, blocks: torch.Tensor, shape: BlockShape) -> torch.Tensor:
+        if self.first_flag(shape) is None:
+            return self.encode(blocks, shape)
+        parts, vectors, reduced = _without_mean(blocks, shape)
+        first, short, rest = vectors.split_with_sizes(self._first_tokens(shape), 1)
+        fewer = FEWER[self.levels.bits]
+        (short_codes, short_scales), (rest_codes, rest_scales) = fewer.encode(short), self.levels.encode(rest)
+        first_scales = first.abs().amax(-1, keepdim=True) * (self.levels.per_rms / LARGEST_CODE)
+        scales = torch.cat([first_scales, short_scales, rest_scales], 1)
+        supers = fp16_scale(scales.amax(1, keepdim=True))
+        steps = _scale_steps(scales, supers.float())
+        values = _step_values().to(steps.device)
+        too_small = (steps[:, :1] > 0) & (steps[:, :1] < ZERO_SCALE) & (supers * values[steps[:, :1]] < first_scales)
+        steps[:, :1] -= too_small.int()
+        factors = supers.float() * values[steps[:, :1]] / self.levels.per_rms
+        first_codes = (first * inverse(factors)).round_().clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int8)
+        marked = supers.flatten(1).view(torch.int16) | -0x8000
+        parts += [marked.view(torch.uint8), (steps | reduced << 7).to(torch.uint8).flatten(1), first_codes.view(torch.uint8).flatten(1)]
+        parts += [pack(short_codes, fewer.bits).flatten(1), pack(rest_codes, self.levels.bits).flatten(1)]
+        return torch.cat(parts, 1)
+
+    def decode(self, coded: torch.Tensor, shape: BlockShape) -> torch.Tensor:
+        mean, supers, steps, codes = coded.split_with_sizes(self._sections(shape), 1)
+        begins = supers[:, 1] >= 0x80
+        whole = torch.empty(len(coded), shape.tokens, shape.heads, shape.head_dim, device=coded.device)
+        per_rms = torch.full((len(coded), shape.tokens, 1, 1), _factor(shape.head_dim, self.levels.per_rms), device=coded.device)
+        whole[~begins] = self._levels(codes[~begins], self.levels, shape)
+        if bool(begins.any()):
+            self._decode_first(codes, begins, shape, whole, per_rms)
+        step = steps.reshape(-1, shape.tokens, shape.heads, 1).int()
+        largest = supers.contiguous().view(torch.float16).abs().float().view(-1, 1, shape.heads, 1)
+        scales = largest * _step_values().to(coded.device)[step & 127]
+        numbers = unrotate_whole(whole) * (scales * per_rms)
+        if shape.keys:
+            numbers += PageMean.decode(mean, shape).values() * (step >> 7)
+        return as_page_dtype(numbers, shape.torch_dtype)
+
+    def _decode_first(
+        self, codes: torch.Tensor, begins: torch.Tensor, shape: BlockShape, whole: torch.Tensor, per_rms: torch.Tensor
+    ) -> None:
+        tokens, fewer = self._first_tokens(shape), FEWER[self.levels.bits]
+        values = shape.heads * shape.head_dim
+        sizes = [tokens[0] * values, tokens[1] * values * fewer.bits // 8, tokens[2] * values * self.levels.bits // 8]
+        first, short, rest = codes[begins].split_with_sizes(sizes, 1)
+        whole[begins] = torch.cat(
+            [
+                first.view(torch.int8).float().view(-1, 1, shape.heads, shape.head_dim),
+                self._levels(short, fewer, shape),
+                self._levels(rest, self.levels, shape),
+            ],
+            1,
+        )
+        paying = begins.view(-1, 1, 1, 1) & (torch.arange(shape.tokens, device=codes.device).view(-1, 1, 1) <= self._payers)
+        paying[:, 0] = False
+        per_rms[paying] = _factor(shape.head_dim, fewer.per_rms)
+
+    def _first_tokens(self, shape: BlockShape) -> list[int]:
+        return [1, self._payers, shape.tokens - 1 - self._payers]
+
+    @staticmethod
+    def _levels(packed: torch.Tensor, levels: Levels, shape: BlockShape) -> torch.Tensor:
+        vector_bytes = shape.head_dim * levels.bits // 8
+        tokens = packed.shape[1] // (shape.heads * vector_bytes)
+        return levels.decode(unpack(packed.reshape(len(packed), tokens, shape.heads, vector_bytes), levels.bits))
 
 
-def _energy(vectors: torch.Tensor) -> torch.Tensor:
-    return vectors.square().sum(-1, keepdim=True)
+def _without_mean(blocks: torch.Tensor, shape: BlockShape) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Coded mean (nothing for values), rotated vectors, and int32 `[m, tokens, heads, 1]`: 1 where the mean was subtracted."""
+    numbers = finite(blocks, FP16_MAX)
+    vectors = rotate(numbers)
+    if not shape.keys:
+        return [], vectors, torch.zeros(1, dtype=torch.int32, device=vectors.device)
+    mean = PageMean.of(numbers)
+    vectors, reduced = mean.choose(vectors)
+    return mean.encode(), vectors, reduced.int()
 
 
-def _encode_vectors(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp16 scales `[..., 1]` and packed codes `[..., head_dim / 2]` of fp32 vectors `[..., head_dim]`."""
-    energy = _energy(vectors)
-    rms = (energy / vectors.shape[-1]).sqrt_()
-    cells = (vectors * (inverse(rms) * LEVELS_PER_RMS)).floor_().clamp_(-128, 127).to(torch.int8)
-    pairs = cells.view(torch.int16).int().bitwise_and_(0xFFFF)
-    codes = _codes_of_cells(vectors.device).index_select(0, pairs.view(-1)).view(pairs.shape)
-    along = (_levels_of(codes).view(vectors.shape) * vectors).sum(-1, keepdim=True)
-    return fp16_scale(energy * inverse(along) * LEVELS_PER_RMS), codes
+def _factor(head_dim: int, per_rms: float) -> float:
+    return float(torch.tensor(unrotate_factor(head_dim) / per_rms, dtype=torch.float32))
 
 
-def _levels_of(codes: torch.Tensor) -> torch.Tensor:
-    """fp32 levels, flat, of packed codes: one look-up of eight bytes gives the two numbers of a byte."""
-    return _level_pairs(codes.device).index_select(0, codes.view(-1).int()).view(torch.float32)
+@lru_cache(maxsize=1)
+def _step_values() -> torch.Tensor:
+    """fp32 `[128]`: what a super is multiplied with; the last one is 0."""
+    return torch.tensor([2.0 ** (-step / STEPS_PER_OCTAVE) for step in range(ZERO_SCALE)] + [0.0])
 
 
-@lru_cache(maxsize=8)
-def _level_pairs(device: torch.device) -> torch.Tensor:
-    """Per byte the fp32 levels of its low and its high half, as one int64."""
-    byte = torch.arange(256)
-    levels = torch.tensor(LEVELS, dtype=torch.float32)
-    return torch.stack([levels[byte & 15], levels[byte >> 4]], dim=1).view(torch.int64).view(-1).to(device)
+@lru_cache(maxsize=1)
+def _mantissa_steps() -> torch.Tensor:
+    """int32 `[256]`: steps within an octave for the middle of each of 256 equal parts of a mantissa."""
+    return torch.tensor([math.floor(STEPS_PER_OCTAVE * math.log2(1 + (part + 0.5) / 256) + 0.5) for part in range(256)], dtype=torch.int32)
 
 
-@lru_cache(maxsize=8)
-def _codes_of_cells(device: torch.device) -> torch.Tensor:
-    """Packed byte for two neighbouring cells, an int8 each, read as one little-endian 16-bit number.
+def _scale_steps(scales: torch.Tensor, supers: torch.Tensor) -> torch.Tensor:
+    """int32 steps 0..127 below the super for each scale. Whole-number arithmetic on the bits of the ratio, the same on every machine."""
+    ratio = (scales / supers).nan_to_num_(nan=0.0).clamp_(max=1.0)
+    bits = ratio.view(torch.int32)
+    steps = (127 - (bits >> 23)) * STEPS_PER_OCTAVE - _mantissa_steps().to(scales.device)[(bits >> 15) & 255]
+    too_small = (steps > SMALLEST_SCALE + STEPS_PER_OCTAVE) | (ratio == 0)
+    return torch.where(too_small, ZERO_SCALE, steps.clamp(0, SMALLEST_SCALE))
 
-    Cell c holds the numbers from c to c + 1. Boundaries between levels are whole numbers, so all of a cell has the same nearest level.
-    """
-    levels = torch.tensor(LEVELS)
-    boundaries = (levels[1:] + levels[:-1]) // 2
-    nearest = torch.bucketize(torch.arange(256, dtype=torch.uint8).view(torch.int8).long(), boundaries, right=True)
-    pair = torch.arange(65536)
-    return (nearest[pair & 255] | nearest[pair >> 8] << 4).to(torch.uint8).to(device)
+
+Q4 = Gaussian("q4", LEVELS4, 3)
+Q3 = Gaussian("q3", LEVELS3, 4)

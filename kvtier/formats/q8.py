@@ -2,10 +2,10 @@
 
 The block of ggml's q8_0 (int8, symmetric, one fp16 scale) over a whole rotated vector; rotation as in `hadamard.py`.
 
-Payload, in this order, little-endian:
-    codes   int8  [layers, planes, page_tokens, kv_heads, head_dim]   -127..127, in the rotated basis
-    scales  fp16  [layers, planes, page_tokens, kv_heads]             largest rotated magnitude / 127, rounded before its inverse is taken
-    value = scale * block**-0.5 * (codes @ H)   with H the +-1 Hadamard matrix of the block (exact whole numbers until the scale)
+Block, little-endian:
+    codes   int8  [tokens, heads, head_dim]   -127..127, in the rotated basis
+    scales  fp16  [tokens, heads]             largest rotated magnitude / 127, rounded before its inverse is taken
+    value = (codes @ H) * (scale * block**-0.5)   with H the +-1 Hadamard matrix (exact whole numbers until the scale)
 
 NaN counts as 0, +-Inf as the largest finite value, which is where magnitudes saturate: 127 * 65504 / sqrt(block) (1.04e6 at head_dim 64),
 or 65504 in an fp16 page. One such value makes the step of its vector so large that small neighbours vanish. Zeros stay zeros (a negative
@@ -13,7 +13,7 @@ zero comes back positive). A vector whose largest rotated magnitude is below 3.8
 7.7e-3 the scale is an fp16 subnormal, absolute errors stay below 4e-6. Output is always finite.
 
 Bits per value at head_dim 64: 8.25. Relative rms error 0.006 on Gaussian data and on real K and V alike, because the rotation removes
-outliers. Measured on SmolLM2-135M (context KV of 768 tokens in the format): KL 0.00002, top-1 99.7 % (without rotation 0.00007, 99.2 %).
+outliers; without it real keys lose three times as much KL (docs/quality.md).
 """
 
 from __future__ import annotations
@@ -23,41 +23,30 @@ from dataclasses import dataclass
 
 import torch
 
+from kvtier.formats.blocks import BlockCodec, BlockShape
 from kvtier.formats.hadamard import block_size, rotate, unrotate_factor, unrotate_whole
-from kvtier.formats.sections import FP16_MAX, SectionedFormat, finite, fp16_scale, inverse, limit_of, store
-from kvtier.layout import PageLayout
+from kvtier.formats.numbers import FP16_MAX, as_page_dtype, finite, symmetric_codes
 
 LARGEST_CODE = 127
 
 
 @dataclass(frozen=True)
-class Q8(SectionedFormat):
+class Q8(BlockCodec):
     """See the file's head."""
 
     name = "q8"
-    lossless = False
+    native_id = 1
 
-    def section_bytes(self, layout: PageLayout) -> tuple[int, ...]:
-        vectors = layout.planes * layout.page_tokens * layout.kv_heads
-        return (vectors * layout.head_dim, vectors * 2)
+    def block_bytes(self, shape: BlockShape) -> int:
+        return shape.vectors * (shape.head_dim + 2)
 
-    def encode_layers(self, layers: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        limit = LARGEST_CODE * FP16_MAX / math.sqrt(block_size(layers.shape[-1]))
-        return quantize(rotate(finite(layers, limit_of(layers.dtype, limit))))
+    def encode(self, blocks: torch.Tensor, shape: BlockShape) -> torch.Tensor:
+        limit = LARGEST_CODE * FP16_MAX / math.sqrt(block_size(shape.head_dim))
+        codes, scales = symmetric_codes(rotate(finite(blocks, limit)), LARGEST_CODE)
+        return torch.cat([codes.to(torch.int8).view(torch.uint8).flatten(1), scales.flatten(1).view(torch.uint8)], 1)
 
-    def decode_layers(self, sections: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        codes, scales = sections
-        store(dequantize_rotated(codes, scales, out.shape), out)
-
-
-def quantize(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric int8 codes of fp32 `vectors` `[..., head_dim]` and their fp16 scales `[..., 1]`."""
-    scales = fp16_scale(vectors.abs().amax(-1, keepdim=True) / LARGEST_CODE)
-    codes = (vectors * inverse(scales)).round_().clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int8)
-    return codes, scales
-
-
-def dequantize_rotated(codes: torch.Tensor, scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """fp32 vectors `[..., head_dim]` of `shape`, rotated back, from the raw bytes of their codes and scales."""
-    whole = unrotate_whole(codes.view(torch.int8).view(shape).float())
-    return whole.mul_(scales.view(torch.float16).view(*shape[:-1], 1).float() * unrotate_factor(shape[-1]))
+    def decode(self, coded: torch.Tensor, shape: BlockShape) -> torch.Tensor:
+        codes, scales = coded.split_with_sizes([shape.vectors * shape.head_dim, shape.vectors * 2], 1)
+        whole = unrotate_whole(codes.view(torch.int8).reshape(-1, shape.tokens, shape.heads, shape.head_dim).float())
+        factors = scales.contiguous().view(torch.float16).view(-1, shape.tokens, shape.heads, 1).float() * unrotate_factor(shape.head_dim)
+        return as_page_dtype(whole * factors, shape.torch_dtype)

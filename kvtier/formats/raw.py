@@ -1,7 +1,7 @@
 """raw: the bytes of the page as they are. Lossless, fixed size.
 
-Payload: `[layers, planes, page_tokens, kv_heads, head_dim]` in the page's dtype, little-endian. Every bit pattern comes back: NaN
-payloads, infinities, both zeros, subnormals. Bits per value: 16 (bf16, fp16) or 32 (fp32); error none.
+Block: `[tokens, heads, head_dim]` in the page's dtype, little-endian. Every bit pattern comes back: NaN payloads, infinities, both zeros,
+subnormals. Bits per value: 16 (bf16, fp16) or 32 (fp32); error none.
 """
 
 from __future__ import annotations
@@ -10,25 +10,26 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtier.formats.sections import SectionedFormat
-from kvtier.layout import DTYPE_BYTES, PageLayout
+from kvtier.formats.blocks import BlockCodec, BlockShape
+from kvtier.layout import DTYPE_BYTES
 
 
 @dataclass(frozen=True)
-class Raw(SectionedFormat):
+class Raw(BlockCodec):
     """See the file's head."""
 
     name = "raw"
     lossless = True
+    native_id = 0
 
-    def section_bytes(self, layout: PageLayout) -> tuple[int, ...]:
-        return (layout.page_bytes // layout.layers,)
+    def block_bytes(self, shape: BlockShape) -> int:
+        return shape.vectors * shape.head_dim * DTYPE_BYTES[shape.dtype]
 
-    def element_bytes(self, layout: PageLayout) -> int:
-        return DTYPE_BYTES[layout.dtype]
+    def element_bytes(self, shape: BlockShape) -> int:
+        return DTYPE_BYTES[shape.dtype]
 
-    def encode_layers(self, layers: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (layers,)
+    def encode(self, blocks: torch.Tensor, shape: BlockShape) -> torch.Tensor:
+        return blocks.contiguous().view(torch.uint8).view(-1, self.block_bytes(shape))
 
-    def decode_layers(self, sections: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        out.view(torch.uint8).copy_(sections[0].view(out.view(torch.uint8).shape))
+    def decode(self, coded: torch.Tensor, shape: BlockShape) -> torch.Tensor:
+        return coded.view(shape.torch_dtype).view(-1, shape.tokens, shape.heads, shape.head_dim)

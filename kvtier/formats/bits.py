@@ -1,0 +1,41 @@
+"""Codes of 2, 3, 4 and 6 bits as bytes, in planes that vector instructions take apart with shifts.
+
+A vector of head_dim codes becomes, one after the other:
+    4 bits   low plane, head_dim / 2 bytes: byte i holds codes i and i + head_dim / 2 (upper half)
+    3 bits   two low bits of all codes, head_dim / 4 bytes: byte i holds codes i, i + d/4, i + 2d/4, i + 3d/4, lowest first;
+             then the third bits, head_dim / 8 bytes: byte i holds codes i + k d/8 in bit k
+    2 bits   as the low bits for 3
+    6 bits   low four bits as for 4 bits; then the two high bits, head_dim / 4 bytes, as the low bits for 3
+"""
+
+from __future__ import annotations
+
+import torch
+
+_PLANES = {2: ((0, 2),), 4: ((0, 4),), 3: ((0, 2), (2, 1)), 6: ((0, 4), (4, 2))}
+"""Per width: (first bit, bits) of each plane."""
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 `[..., head_dim * bits / 8]` of uint8 codes `[..., head_dim]`."""
+    return torch.cat([_join(codes >> shift & (1 << width) - 1, width) for shift, width in _PLANES[bits]], -1)
+
+
+def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 codes `[..., head_dim]` of `pack`'s result."""
+    head_dim = packed.shape[-1] * 8 // bits
+    planes = packed.split_with_sizes([head_dim * width // 8 for _, width in _PLANES[bits]], -1)
+    codes = torch.zeros(*packed.shape[:-1], head_dim, dtype=torch.uint8, device=packed.device)
+    for (shift, width), plane in zip(_PLANES[bits], planes, strict=True):
+        parts = [plane >> place * width & (1 << width) - 1 for place in range(8 // width)]
+        codes |= torch.cat(parts, -1) << shift
+    return codes
+
+
+def _join(values: torch.Tensor, width: int) -> torch.Tensor:
+    joined: torch.Tensor | None = None
+    for place, part in enumerate(values.chunk(8 // width, -1)):
+        shifted = part << place * width
+        joined = shifted if joined is None else joined | shifted
+    assert joined is not None
+    return joined

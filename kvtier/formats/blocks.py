@@ -1,0 +1,280 @@
+"""Formats made of blocks: each plane of each layer of a page is coded by itself.
+
+A payload is its blocks, layer by layer, keys before values, without header or padding, numbers little-endian. So a layer is one contiguous
+stretch, keys and values may use different codecs, and so may layers. Nothing of one block depends on another, and decoding is exact
+arithmetic up to one rounding per step, so layer by layer, page by page or all at once give the same numbers.
+
+The codecs here are the torch reference. Where `kvtier.formats.native` has compiled kernels for a layout they do the work, from and into the
+caller's memory, without the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from kvtier.errors import LayoutError
+from kvtier.format_spec import FormatSpec
+from kvtier.formats.base import Format, Payload, check_pages, span_of, target_of
+from kvtier.formats.native import codecs as native_codecs
+from kvtier.layout import PageLayout
+
+CHUNK_VALUES = 1 << 19
+"""Numbers the reference codes at once: temporaries stay at a few MiB, whatever the number of pages."""
+
+NATIVE_DTYPES = {"bf16": 0, "fp16": 1, "fp32": 2}
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """One plane of one layer of one page: `[tokens, heads, head_dim]` numbers of `dtype`. `keys`: plane 0 of a page with two planes."""
+
+    tokens: int
+    heads: int
+    head_dim: int
+    dtype: str
+    keys: bool
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of head_dim numbers."""
+        return self.tokens * self.heads
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the numbers."""
+        return PageLayout(1, 1, 1, 1, 1, self.dtype).torch_dtype
+
+
+class BlockCodec(ABC):
+    """One way to code a block in a fixed number of bytes. Frozen, without mutable state."""
+
+    name: str
+    lossless: bool = False
+    native_id: int | None = None
+    """The codec's number in `kvtier.formats.native`; None if there are no kernels for it."""
+
+    @abstractmethod
+    def block_bytes(self, shape: BlockShape) -> int:
+        """Bytes of one coded block. LayoutError if the codec cannot code blocks of that shape."""
+
+    @abstractmethod
+    def encode(self, blocks: torch.Tensor, shape: BlockShape) -> torch.Tensor:
+        """Coded blocks, uint8 `[m, block_bytes]` on the same device, of `blocks` `[m, tokens, heads, head_dim]`, any strides."""
+
+    def encode_first(self, blocks: torch.Tensor, shape: BlockShape) -> torch.Tensor:
+        """As `encode`, for blocks that begin a sequence. Codecs that treat these differently say so in the bit of `first_flag`."""
+        return self.encode(blocks, shape)
+
+    def first_flag(self, shape: BlockShape) -> int | None:
+        """The byte of a coded block whose top bit tells `encode_first` from `encode`; None if they are the same. Kernels know only the
+        latter."""
+        return None
+
+    @abstractmethod
+    def decode(self, coded: torch.Tensor, shape: BlockShape) -> torch.Tensor:
+        """Numbers `[m, tokens, heads, head_dim]` in the shape's dtype, of uint8 `coded` `[m, block_bytes]`."""
+
+    def element_bytes(self, shape: BlockShape) -> int:
+        """Bytes of each number if a coded block is a plain row of them, else 1."""
+        return 1
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one block of a payload is and what codes it."""
+
+    codec: BlockCodec
+    shape: BlockShape
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All blocks of one format and layout, by layer and plane, and the same for the native kernels (None if they cannot do it).
+
+    `first_flag`: the byte of a payload whose top bit says that the page was coded as one that begins a sequence."""
+
+    places: tuple[tuple[_Place, ...], ...]
+    payload_bytes: int
+    first_flag: int | None
+    native: bytes | None
+
+    def blocks(self, payload: Payload, first: int, stop: int, plane: int) -> Payload:
+        """The blocks of one plane for layers `first` to `stop`, all coded alike: a view `[layers, block bytes]` of the payload."""
+        place = self.places[first][plane]
+        layer_bytes = sum(each.size for each in self.places[first])
+        stretch = payload[place.offset : place.offset + (stop - first - 1) * layer_bytes + place.size]
+        return np.lib.stride_tricks.as_strided(stretch, (stop - first, place.size), (layer_bytes, 1))
+
+    def runs(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Stretches of layers `first` to `stop` in which every layer is coded alike."""
+        begin = first
+        for layer in range(first + 1, stop + 1):
+            if layer == stop or [p.codec for p in self.places[layer]] != [p.codec for p in self.places[begin]]:
+                yield begin, layer
+                begin = layer
+
+
+class BlockFormat(Format):
+    """A format of fixed size made of block codecs. `codecs` maps the names in the specification to codecs."""
+
+    fixed_size = True
+
+    def __init__(self, spec: FormatSpec, codecs: dict[str, BlockCodec]) -> None:
+        self.name = spec.name
+        self._pair = (codecs[spec.keys], codecs[spec.values])
+        self._ranges = tuple((part, (codecs[part.keys], codecs[part.values])) for part in spec.layers)
+        self.lossless = all(codec.lossless for pair in (self._pair, *(pair for _, pair in self._ranges)) for codec in pair)
+        self._plan = lru_cache(maxsize=32)(self._make_plan)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.name == self.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __repr__(self) -> str:
+        return f"get_format({self.name!r})"
+
+    def payload_bytes(self, layout: PageLayout) -> int:
+        return self._plan(layout).payload_bytes
+
+    def element_bytes(self, layout: PageLayout) -> int:
+        sizes = {place.codec.element_bytes(place.shape) for places in self._plan(layout).places for place in places}
+        return sizes.pop() if len(sizes) == 1 else 1
+
+    def encode(
+        self,
+        pages: torch.Tensor,
+        layout: PageLayout,
+        rows: Sequence[int] | None = None,
+        out: Sequence[Payload] | None = None,
+        first: Collection[int] = (),
+    ) -> list[Payload]:
+        check_pages(pages, layout)
+        rows = range(len(pages)) if rows is None else rows
+        if rows and not 0 <= min(rows) <= max(rows) < len(pages):
+            raise LayoutError(f"encode: rows from {min(rows)} to {max(rows)} of {len(pages)} pages")
+        plan = self._plan(layout)
+        payloads = _room_for(len(rows), plan.payload_bytes, out)
+        if plan.first_flag is None:
+            first = ()
+        native = native_codecs() if plan.native is not None and pages.device.type == "cpu" and pages.is_contiguous() else None
+        later = _without(range(len(rows)), first)
+        if native is not None and plan.native is not None:
+            native.encode(plan.native, pages.data_ptr(), [rows[index] for index in later], [payloads[index] for index in later])
+            later = []
+        for chosen, special in ((later, False), (sorted(first), True)):
+            self._encode_reference(pages, layout, [rows[index] for index in chosen], [payloads[index] for index in chosen], special)
+        return payloads
+
+    def decode(
+        self,
+        payloads: Sequence[Payload],
+        layout: PageLayout,
+        layers: slice = slice(None),
+        out: torch.Tensor | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        plan = self._plan(layout)
+        for payload in payloads:
+            if payload.dtype != np.uint8 or payload.shape != (plan.payload_bytes,):
+                raise ValueError(
+                    f"{self.name} payload is {payload.dtype} {payload.shape}; expected uint8 ({plan.payload_bytes},) for {layout}"
+                )
+        begin, end = span_of(layers, layout)
+        out, rows = target_of(out, rows, len(payloads), end - begin, layout)
+        native = native_codecs() if plan.native is not None else None
+        if native is None or plan.native is None:
+            self._decode_reference(payloads, layout, begin, end, out, rows)
+            return out
+        first = [i for i, payload in enumerate(payloads) if payload[plan.first_flag] & 0x80] if plan.first_flag is not None else []
+        later: Sequence[int] = range(len(payloads))
+        if first:
+            self._decode_reference([payloads[i] for i in first], layout, begin, end, out, [rows[i] for i in first])
+            later = _without(later, first)
+            payloads, rows = [payloads[i] for i in later], [rows[i] for i in later]
+        native.decode(plan.native, payloads, out.data_ptr(), rows, begin, end, out.stride(0) * out.element_size())
+        return out
+
+    def _encode_reference(
+        self, pages: torch.Tensor, layout: PageLayout, rows: Sequence[int], payloads: Sequence[Payload], special: bool
+    ) -> None:
+        plan = self._plan(layout)
+        for some, begin, end in _chunks(len(rows), layout, plan.runs(0, layout.layers)):
+            chosen = pages[rows[some]]
+            for plane, place in enumerate(plan.places[begin]):
+                encode = place.codec.encode_first if special else place.codec.encode
+                coded = encode(chosen[:, begin:end, plane].flatten(0, 1), place.shape).cpu().numpy()
+                for payload, blocks in zip(payloads[some], coded.reshape(len(chosen), end - begin, place.size), strict=True):
+                    plan.blocks(payload, begin, end, plane)[:] = blocks
+
+    def _decode_reference(
+        self, payloads: Sequence[Payload], layout: PageLayout, begin: int, end: int, out: torch.Tensor, rows: Sequence[int]
+    ) -> None:
+        plan = self._plan(layout)
+        for some, low, high in _chunks(len(payloads), layout, plan.runs(begin, end)):
+            for plane, place in enumerate(plan.places[low]):
+                coded = np.concatenate([plan.blocks(payload, low, high, plane) for payload in payloads[some]])
+                numbers = place.codec.decode(torch.from_numpy(coded), place.shape)
+                out[list(rows[some]), low - begin : high - begin, plane] = numbers.view(-1, high - low, *numbers.shape[1:])
+
+    def _make_plan(self, layout: PageLayout) -> _Plan:
+        for part, _ in self._ranges:
+            if part.last >= layout.layers:
+                raise LayoutError(f"format {self.name}: names layer {part.last}, but the page layout has layers 0 to {layout.layers - 1}")
+        places, offset = [], 0
+        for layer in range(layout.layers):
+            pair = next((pair for part, pair in self._ranges if part.first <= layer <= part.last), self._pair)
+            row = []
+            for codec, keys in zip(pair if layout.planes == 2 else pair[1:], (True, False), strict=False):
+                shape = BlockShape(layout.page_tokens, layout.kv_heads, layout.head_dim, layout.dtype, keys and layout.planes == 2)
+                row.append(_Place(codec, shape, offset, codec.block_bytes(shape)))
+                offset += row[-1].size
+            places.append(tuple(row))
+        flags = (place.offset + flag for row in places for place in row if (flag := place.codec.first_flag(place.shape)) is not None)
+        return _Plan(tuple(places), offset, next(flags, None), _native_plan(places, layout, offset))
+
+
+def _native_plan(places: Sequence[Sequence[_Place]], layout: PageLayout, payload_bytes: int) -> bytes | None:
+    native = native_codecs()
+    if native is None:
+        return None
+    geometry = (NATIVE_DTYPES[layout.dtype], layout.page_tokens, layout.kv_heads, layout.head_dim)
+    entries = [place for row in places for place in row]
+    for codec in {place.codec for place in entries}:
+        if codec.native_id is None or not native.supports(codec.native_id, *geometry):
+            return None
+    head = struct.pack("<8i", geometry[0], layout.layers, layout.planes, *geometry[1:], len(entries), 0)
+    body = b"".join(struct.pack("<iiq", place.codec.native_id, place.shape.keys, place.offset) for place in entries)
+    return head + body + struct.pack("<q", payload_bytes)
+
+
+def _without(indices: Sequence[int], some: Collection[int]) -> Sequence[int]:
+    return [index for index in indices if index not in some] if some else indices
+
+
+def _room_for(count: int, payload_bytes: int, out: Sequence[Payload] | None) -> list[Payload]:
+    if out is None:
+        return [np.empty(payload_bytes, np.uint8) for _ in range(count)]
+    if len(out) < count or any(place.dtype != np.uint8 or place.ndim != 1 or len(place) < payload_bytes for place in out[:count]):
+        raise LayoutError(f"encode: out has no room for {count} payloads of {payload_bytes} bytes; expected that many uint8 arrays")
+    return [place[:payload_bytes] for place in out[:count]]
+
+
+def _chunks(pages: int, layout: PageLayout, runs: Iterator[tuple[int, int]]) -> Iterator[tuple[slice, int, int]]:
+    """Cut pages and layers into batches of about CHUNK_VALUES: several whole pages, or some layers of one page."""
+    at_once = max(1, CHUNK_VALUES * layout.layers // layout.values)
+    for first, stop in runs:
+        pages_at_once = max(1, at_once // (stop - first))
+        for page in range(0, pages, pages_at_once):
+            for layer in range(first, stop, at_once):
+                yield slice(page, min(page + pages_at_once, pages)), layer, min(layer + at_once, stop)

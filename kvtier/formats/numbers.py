@@ -1,0 +1,44 @@
+"""Arithmetic that the quantized codecs share: finite numbers, fp16 scales, rotated vectors back to the page's dtype."""
+
+from __future__ import annotations
+
+import torch
+
+FP16_MAX = 65504.0
+
+
+def finite(numbers: torch.Tensor, limit: float) -> torch.Tensor:
+    """fp32 `numbers` with NaN as 0 and everything within +-limit; the same tensor if nothing had to change."""
+    limit = min(limit, torch.finfo(numbers.dtype).max)
+    numbers = numbers.float()
+    if numbers.numel() == 0:
+        return numbers
+    lowest, highest = torch.aminmax(numbers)
+    if bool(lowest >= -limit) and bool(highest <= limit):
+        return numbers
+    return numbers.clamp(-limit, limit).nan_to_num_(nan=0.0)
+
+
+def fp16_scale(scale: torch.Tensor) -> torch.Tensor:
+    """`scale` as fp16, saturated instead of infinite."""
+    return scale.clamp(max=FP16_MAX).half()
+
+
+def inverse(scale: torch.Tensor) -> torch.Tensor:
+    """1 / scale in fp32; 0 where the scale is 0 or too small to have a finite inverse, so that such a vector codes as zeros."""
+    scale = scale.float()
+    return torch.where(scale >= torch.finfo(torch.float32).smallest_normal, 1 / scale, 0.0)
+
+
+def as_page_dtype(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """fp32 `numbers` in a page's dtype, saturating where fp16 would overflow."""
+    return numbers.clamp(-FP16_MAX, FP16_MAX).half() if dtype == torch.float16 else numbers.to(dtype)
+
+
+def symmetric_codes(vectors: torch.Tensor, largest_code: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole numbers -largest_code..largest_code (fp32) for `vectors` `[..., head_dim]` and their fp16 scales `[..., 1]`.
+
+    The scale is rounded to fp16 before its inverse is taken, so that encoder and decoder agree.
+    """
+    scales = fp16_scale(vectors.abs().amax(-1, keepdim=True) / largest_code)
+    return (vectors * inverse(scales)).round_().clamp_(-largest_code, largest_code), scales
