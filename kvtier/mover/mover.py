@@ -43,7 +43,7 @@ class Mover:
         self, tiers: Sequence[Slots], workers: int, staging_bytes: int, queue_bytes: int, on_finished: Callable[[Transfer, Outcome], None]
     ) -> None:
         self.tiers = tiers
-        self.staging = StagingPool(workers, staging_bytes, max(tier.slot_bytes for tier in tiers))
+        self.staging = StagingPool(workers, staging_bytes, tiers)
         self._queue_bytes = queue_bytes
         self._on_finished = on_finished
         self._lock = threading.Lock()

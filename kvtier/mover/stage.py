@@ -1,8 +1,10 @@
 """What happens to the bytes of one transfer: read and verify, decode, encode, write. Runs on a mover worker, holds no lock.
 
-Scratch memory is bounded: each worker owns one staging buffer, and a transfer is carried in rounds that fit it. Towards the device, all
-pages of a transfer are verified before the first layer is placed, so that whoever reads layer by layer never sees a page that fails later;
-the mover's owner therefore makes device-bound transfers no larger than one round (`StagingPool.pages_per_round`).
+Scratch memory is bounded: each worker owns one `Scratch`, and a transfer is carried in rounds that fit it. Towards the device, the pages of
+a transfer count as placed only when all of them are verified, so that whoever reads layer by layer never sees a page that fails later; the
+mover's owner therefore makes device-bound transfers no larger than one round (`StagingPool.pages_per_round`). From memory, layers are then
+decoded one after the other and announced as they are placed. From files, where reading is what takes long, each page is decoded as soon
+as its bytes are verified, while others are still being read, and all layers are announced at the end.
 """
 
 from __future__ import annotations
@@ -10,42 +12,62 @@ from __future__ import annotations
 import logging
 import queue
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kvtier.errors import ConfigError
+from kvtier.formats.base import Format, Payload
+from kvtier.layout import PageLayout
+from kvtier.machine import last_level_cache_bytes
+from kvtier.memory.region import aligned_array
+from kvtier.mover.plan import layers_per_step, pages_per_piece, pieces
 from kvtier.mover.transfer import Move, Transfer
 from kvtier.tiers.base import DeviceSlots, Refused, Slots, Tier
 
 log = logging.getLogger(__name__)
 
-LAYERS_AT_ONCE = 6
-"""Layers decoded and placed per step of a restore: small enough to start early, large enough to keep the codecs busy."""
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory of one worker: `encoded` `[pages_per_round, slot_bytes]` for payloads as a tier reads or writes them, page-aligned, and
+    `pages` `[pages_per_piece, *layout.shape]` for decoded ones."""
+
+    encoded: NDArray[np.uint8]
+    pages: torch.Tensor
+    cache_bytes: int
 
 
 class StagingPool:
-    """`buffers` equal buffers of scratch memory, together `total_bytes`; never less than one slot each."""
+    """Equal scratch memories for `workers` workers, together at most `total_bytes`; never less than one page each."""
 
-    def __init__(self, buffers: int, total_bytes: int, slot_bytes: int) -> None:
-        self.slot_bytes = slot_bytes
-        self.pages_per_round = max(1, total_bytes // buffers // slot_bytes)
-        self._idle: queue.SimpleQueue[NDArray[np.uint8]] = queue.SimpleQueue()
+    def __init__(self, workers: int, total_bytes: int, tiers: Sequence[Slots]) -> None:
+        layout = tiers[0].layout
+        slot_bytes = max([tier.slot_bytes for tier in tiers[1:]], default=layout.page_bytes)
+        cache_bytes = last_level_cache_bytes() // workers
+        each = total_bytes // workers
+        piece = pages_per_piece(slot_bytes, layout.page_bytes, cache_bytes, max(1, each // 4 // layout.page_bytes))
+        self.pages_per_round = max(1, (each - piece * layout.page_bytes) // slot_bytes)
+        self._idle: queue.SimpleQueue[Scratch] = queue.SimpleQueue()
         try:
-            for _ in range(buffers):
-                self._idle.put(np.empty((self.pages_per_round, slot_bytes), np.uint8))
-        except (MemoryError, ValueError) as error:
+            for _ in range(workers):
+                encoded = aligned_array(self.pages_per_round * slot_bytes).reshape(self.pages_per_round, slot_bytes)
+                pages = torch.from_numpy(aligned_array(piece * layout.page_bytes)).view(layout.torch_dtype).view(piece, *layout.shape)
+                self._idle.put(Scratch(encoded, pages, cache_bytes))
+        except (MemoryError, ValueError, OSError) as error:
             raise ConfigError(f"mover.staging_bytes is {total_bytes}, more than this machine gives; lower it") from error
 
     @contextmanager
-    def borrow(self) -> Iterator[NDArray[np.uint8]]:
-        """One buffer `[pages_per_round, slot_bytes]`, given back at the end. There is one per worker, so this never waits long."""
-        buffer = self._idle.get()
+    def borrow(self) -> Iterator[Scratch]:
+        """One worker's scratch memory, given back at the end. There is one per worker, so this never waits long."""
+        scratch = self._idle.get()
         try:
-            yield buffer
+            yield scratch
         finally:
-            self._idle.put(buffer)
+            self._idle.put(scratch)
 
 
 def carry(transfer: Transfer, tiers: Sequence[Slots], staging: StagingPool) -> int:
@@ -53,77 +75,139 @@ def carry(transfer: Transfer, tiers: Sequence[Slots], staging: StagingPool) -> i
     source, target = tiers[transfer.source], tiers[transfer.target]
     moved = 0
     with staging.borrow() as scratch:
-        for start in range(0, len(transfer.moves), len(scratch)):
-            moves = transfer.moves[start : start + len(scratch)]
-            if isinstance(source, DeviceSlots):
-                assert isinstance(target, Tier)
-                moved += _offload(transfer, start, moves, source, target)
-            elif isinstance(target, DeviceSlots):
-                assert isinstance(source, Tier)
-                moved += _restore(transfer, start, moves, source, target, scratch)
-            else:
-                assert isinstance(source, Tier)
-                assert isinstance(target, Tier)
-                moved += _recode(transfer, start, moves, source, target, scratch)
+        for start in range(0, len(transfer.moves), len(scratch.encoded)):
+            moves = transfer.moves[start : start + len(scratch.encoded)]
+            match source, target:
+                case DeviceSlots(), Tier():
+                    moved += _offload(transfer, start, moves, source, target, scratch)
+                case Tier(), DeviceSlots():
+                    moved += _restore(transfer, start, moves, source, target, scratch)
+                case Tier(), Tier():
+                    moved += _recode(transfer, start, moves, source, target, scratch)
+                case _:
+                    raise TypeError(f"no way from {source.name} to {target.name}")
     return moved
 
 
-def _offload(transfer: Transfer, start: int, moves: Sequence[Move], source: DeviceSlots, target: Tier) -> int:
-    pages = source.gather([move.source_slot for move in moves])
-    payloads = target.format.encode(pages, target.layout)
-    stored = target.store([move.target_slot for move in moves], [move.page for move in moves], payloads)
-    _note(transfer, range(start, start + len(moves)), stored)
-    return sum(len(payload) for payload, refused in zip(payloads, stored, strict=True) if refused is None)
+def _offload(transfer: Transfer, start: int, moves: Sequence[Move], source: DeviceSlots, target: Tier, scratch: Scratch) -> int:
+    moved = 0
+    for piece in pieces(len(moves), len(scratch.pages)):
+        some = moves[piece]
+        slots, room = [move.source_slot for move in some], list(scratch.encoded[: len(some)])
+        memory, first = source.memory(), _first(some)
+        if memory is not None:
+            payloads = target.format.encode(memory, target.layout, slots, room, first)
+        else:
+            payloads = target.format.encode(source.gather(slots), target.layout, None, room, first)
+        moved += _store(transfer, range(start + piece.start, start + piece.stop), target, payloads)
+    return moved
 
 
-def _restore(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: DeviceSlots, scratch: NDArray[np.uint8]) -> int:
-    layout, codec = source.layout, source.format
-    slots, packed, moved = [], [], 0
-    for index, (move, payload) in enumerate(zip(moves, _load(source, moves, scratch), strict=True), start):
-        if isinstance(payload, Refused):
-            _lose(transfer, index, payload)
-            continue
-        try:
-            packed += codec.unpack([payload], layout)
-        except ValueError as error:
-            _lose(transfer, index, _malformed(source, error))
-            continue
-        slots.append(move.target_slot)
+def _restore(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: DeviceSlots, scratch: Scratch) -> int:
+    if source.in_memory:
+        moved = _restore_by_layer(transfer, start, moves, source, target, scratch)
+    else:
+        moved = _restore_as_read(transfer, start, moves, source, target, scratch)
+    if start + len(moves) == len(transfer.moves):
+        transfer.placed(source.layout.layers)
+    return moved
+
+
+def _restore_by_layer(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: DeviceSlots, scratch: Scratch) -> int:
+    layout = source.layout
+    slots, payloads, moved = [], [], 0
+    for index, payload in _loaded(transfer, start, moves, source, scratch):
+        slots.append(transfer.moves[index].target_slot)
+        payloads.append(payload)
         moved += len(payload)
     last = start + len(moves) == len(transfer.moves)
-    for first in range(0, layout.layers, LAYERS_AT_ONCE):
-        layers = slice(first, min(first + LAYERS_AT_ONCE, layout.layers))
+    step = layers_per_step(max(1, len(slots)), layout.layers, layout.page_bytes, scratch.cache_bytes)
+    for first in range(0, layout.layers, step):
+        layers = slice(first, min(first + step, layout.layers))
         if slots:
-            target.scatter(slots, codec.decode(packed, layout, layers), layers)
+            _place(target, slots, payloads, layers, source.format, scratch)
         if last:
             transfer.placed(layers.stop)
     return moved
 
 
-def _recode(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: Tier, scratch: NDArray[np.uint8]) -> int:
-    layout = source.layout
-    good, payloads = [], []
-    for index, payload in enumerate(_load(source, moves, scratch), start):
-        if isinstance(payload, Refused):
-            _lose(transfer, index, payload)
-            continue
-        if source.format.name != target.format.name:
-            try:
-                pages = source.format.decode(source.format.unpack([payload], layout), layout)
-            except ValueError as error:
-                _lose(transfer, index, _malformed(source, error))
-                continue
-            payload = target.format.encode(pages, layout)[0]
-        good.append(index)
+def _restore_as_read(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: DeviceSlots, scratch: Scratch) -> int:
+    slots: list[int] = []
+    payloads: list[Payload] = []
+    moved = 0
+    for index, payload in _loaded(transfer, start, moves, source, scratch):
+        slots.append(transfer.moves[index].target_slot)
         payloads.append(payload)
-    chosen = [transfer.moves[index] for index in good]
-    stored = target.store([move.target_slot for move in chosen], [move.page for move in chosen], payloads)
-    _note(transfer, good, stored)
-    return sum(len(payload) for payload, refused in zip(payloads, stored, strict=True) if refused is None)
+        moved += len(payload)
+        if len(slots) == len(scratch.pages):
+            _place(target, slots, payloads, slice(None), source.format, scratch)
+            slots, payloads = [], []
+    if slots:
+        _place(target, slots, payloads, slice(None), source.format, scratch)
+    return moved
 
 
-def _load(source: Tier, moves: Sequence[Move], scratch: NDArray[np.uint8]) -> Sequence[NDArray[np.uint8] | Refused]:
-    return source.load([move.source_slot for move in moves], [move.page.key for move in moves], scratch)
+def _recode(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: Tier, scratch: Scratch) -> int:
+    layout, same = source.layout, source.format.name == target.format.name
+    moved = 0
+    for piece in pieces(len(moves), len(scratch.pages)):
+        indices, payloads = [], []
+        for index, payload in _loaded(transfer, start + piece.start, moves[piece], source, scratch, unpack=not same):
+            indices.append(index)
+            payloads.append(payload)
+        if not same:
+            pages = source.format.decode(payloads, layout, out=scratch.pages)[: len(payloads)]
+            # What was loaded is decoded by now, so its room is free again.
+            first = _first([transfer.moves[index] for index in indices])
+            payloads = target.format.encode(pages, layout, None, list(scratch.encoded[: len(payloads)]), first)
+        moved += _store(transfer, indices, target, payloads)
+    return moved
+
+
+def _loaded(
+    transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, scratch: Scratch, unpack: bool = True
+) -> Iterator[tuple[int, Payload]]:
+    """Verified payloads as they become ready, with the index of their move; refusals are noted and left out."""
+    slots, keys = [move.source_slot for move in moves], [move.page.key for move in moves]
+    with closing(source.load_each(slots, keys, scratch.encoded)) as copies:
+        for place, payload in copies:
+            if isinstance(payload, Refused):
+                _lose(transfer, start + place, payload)
+                continue
+            try:
+                yield start + place, source.format.unpack([payload], source.layout)[0] if unpack else payload
+            except ValueError as error:
+                _lose(transfer, start + place, _malformed(source, error))
+
+
+def _place(target: DeviceSlots, slots: Sequence[int], payloads: Sequence[Payload], layers: slice, codec: Format, scratch: Scratch) -> None:
+    """Decode into the target's slots, in place where it is memory that the codecs can reach."""
+    layout: PageLayout = target.layout
+    memory = target.memory()
+    if memory is not None:
+        codec.decode(payloads, layout, layers, memory[:, layers], slots)
+        return
+    for piece in pieces(len(slots), len(scratch.pages)):
+        pages = codec.decode(payloads[piece], layout, layers, scratch.pages[:, layers])
+        target.scatter(slots[piece], pages[: piece.stop - piece.start], layers)
+
+
+def _store(transfer: Transfer, indices: Sequence[int], target: Tier, payloads: Sequence[Payload]) -> int:
+    """Write one payload per index into its move's target slot; returns the bytes written."""
+    moves = [transfer.moves[index] for index in indices]
+    stored = target.store([move.target_slot for move in moves], [move.page for move in moves], payloads)
+    moved = 0
+    for index, payload, refused in zip(indices, payloads, stored, strict=True):
+        if refused is None:
+            moved += len(payload)
+        else:
+            transfer.refused[index] = refused
+    return moved
+
+
+def _first(moves: Sequence[Move]) -> list[int]:
+    """Which of these pages begin a sequence."""
+    return [index for index, move in enumerate(moves) if move.page.depth == 0]
 
 
 def _malformed(source: Tier, error: ValueError) -> Refused:
@@ -135,9 +219,3 @@ def _malformed(source: Tier, error: ValueError) -> Refused:
 def _lose(transfer: Transfer, index: int, refused: Refused) -> None:
     transfer.refused[index] = refused
     transfer.lost.add(index)
-
-
-def _note(transfer: Transfer, indices: Sequence[int], stored: Sequence[Refused | None]) -> None:
-    for index, refused in zip(indices, stored, strict=True):
-        if refused is not None:
-            transfer.refused[index] = refused

@@ -9,7 +9,7 @@ they are: `load` verifies key, layout, format and checksum, and answers with a r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,10 @@ class Refused:
     "disk full", "io: ...", "closed"."""
 
     reason: str
+
+
+Loaded = Generator[tuple[int, Payload | Refused], None, None]
+"""(index, payload or why not), as copies become ready."""
 
 
 class Slots(ABC):
@@ -93,6 +97,11 @@ class DeviceSlots(Slots):
     The connector way of embedding implements this over blocks that belong to the engine.
     """
 
+    def memory(self) -> torch.Tensor | None:
+        """All slots as one contiguous tensor `[slots, *layout.shape]` in CPU memory, which codecs may then read and write in place; None
+        where the slots are elsewhere, and `gather` and `scatter` have to carry pages."""
+        return None
+
     @abstractmethod
     def gather(self, slots: Sequence[int]) -> torch.Tensor:
         """Pages `[n, layers, planes, page_tokens, kv_heads, head_dim]` of the layout's dtype, in CPU memory, as a copy."""
@@ -104,6 +113,9 @@ class DeviceSlots(Slots):
 
 class Tier(Slots):
     """A tier below the device: encoded pages that carry key, layout, format and checksum."""
+
+    in_memory: bool = False
+    """Whether `load` only looks at memory. Else it waits for reads, and a restore decodes each page while others are being read."""
 
     @abstractmethod
     def store(self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload]) -> list[Refused | None]:
@@ -121,6 +133,14 @@ class Tier(Slots):
         tier's own memory, are not to be written to, and are valid until the caller reuses staging or lets the slots be freed. Short
         reads, wrong keys and wrong checksums are `Refused`, never exceptions.
         """
+
+    def load_each(self, slots: Sequence[int], keys: Sequence[PageKey], staging: NDArray[np.uint8]) -> Loaded:
+        """What `load` gives, as (index into `slots`, payload or why not), each once, in the order they become ready.
+
+        Reading may begin with the first `next`, and goes on while the caller works on a payload. Close the generator when leaving early:
+        afterwards nothing is read into `staging` any more, and what it gave stays valid as with `load`.
+        """
+        yield from enumerate(self.load(slots, keys, staging))
 
     def recover(self) -> Iterator[tuple[int, PageId]]:
         """Copies that survived from an earlier process, as (slot, id), parents before children, each slot already reserved.

@@ -76,6 +76,9 @@ class DevicePool(DeviceSlots):
             self._taken[slot] = 0
             self._free.append(slot)
 
+    def memory(self) -> torch.Tensor | None:
+        return self._pool if self.place.type == "cpu" else None
+
     def gather(self, slots: Sequence[int]) -> torch.Tensor:
         return self._pool[torch.as_tensor(slots, device=self.place)].cpu()
 

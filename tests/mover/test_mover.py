@@ -12,8 +12,9 @@ import torch
 
 from kvtier.errors import Closed, ConfigError
 from kvtier.formats import get_format
+from kvtier.mover import stage
 from kvtier.mover.mover import Mover
-from kvtier.mover.stage import LAYERS_AT_ONCE, StagingPool
+from kvtier.mover.stage import StagingPool
 from kvtier.mover.transfer import Move, Outcome, Priority, Transfer
 from kvtier.tiers.base import PageId, Refused
 from kvtier.tiers.device import DevicePool
@@ -210,23 +211,24 @@ def test_a_transfer_larger_than_the_queue_is_taken_when_the_link_is_idle(make_ri
 
 
 def test_scratch_memory_is_bounded_by_carrying_rounds(make_rig):
-    rig = make_rig(workers=2, staging_pages=6)
+    rig = make_rig(workers=2, staging_pages=8)
     rig.fill_host(*range(10))
-    assert rig.mover.staging.pages_per_round == 3
-    assert rig.send(HOST, LOWER, range(10)).future.result(10).refused == {}
+    assert rig.mover.staging.pages_per_round == 3, "one page of four is for decoded pages"
+    assert rig.send(HOST, DEVICE, range(10)).future.result(10).refused == {}
     assert [len(slots) for _, slots in rig.host.asked] == [3, 3, 3, 1]
-    rig.device.scatter(list(range(10)), pages_of(*range(10)))
+    assert rig.send(HOST, LOWER, range(10)).future.result(10).refused == {}
+    assert max(len(slots) for _, slots in rig.lower.asked) == 1
     rig.lower.asked.clear()
     rig.lower.free(range(10))
     rig.lower.reserve(10)
     assert rig.send(DEVICE, LOWER, range(10)).future.result(10).refused == {}
-    assert [len(slots) for _, slots in rig.lower.asked] == [3, 3, 3, 1]
+    assert [len(slots) for _, slots in rig.lower.asked] == [1] * 10
 
 
-def test_staging_has_room_for_one_page_however_small_it_is_and_says_when_it_is_too_large():
-    assert StagingPool(4, 1, 4096).pages_per_round == 1
+def test_staging_has_room_for_one_page_however_small_it_is_and_says_when_it_is_too_large(rig):
+    assert StagingPool(4, 1, rig.mover.tiers).pages_per_round == 1
     with pytest.raises(ConfigError, match="staging_bytes"):
-        StagingPool(1, 2**61, 4096)
+        StagingPool(1, 2**61, rig.mover.tiers)
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("boom"), MemoryError(), ValueError("strange bytes")])
@@ -283,16 +285,19 @@ def test_copies_that_do_not_verify_are_refused_one_by_one(rig):
 
 
 def test_layers_are_there_in_order_before_the_transfer_ends_and_refusals_before_the_first(monkeypatch, make_rig):
+    at_once = 3
+    monkeypatch.setattr(stage, "layers_per_step", lambda *_: at_once)
     rig = make_rig(layout=DEEP)
     rig.fill_host(1, 2, 3)
     rig.host._bytes[2][7] ^= 1
-    steps = [threading.Event() for _ in range(0, DEEP.layers, LAYERS_AT_ONCE)]
+    steps = [threading.Event() for _ in range(0, DEEP.layers, at_once)]
     scatter = rig.device.scatter
 
     def stepwise(slots, pages, layers=slice(None)):
-        assert steps[layers.start // LAYERS_AT_ONCE].wait(20)
+        assert steps[layers.start // at_once].wait(20)
         scatter(slots, pages, layers)
 
+    monkeypatch.setattr(rig.device, "memory", lambda: None)
     monkeypatch.setattr(rig.device, "scatter", stepwise)
     transfer = rig.send(HOST, DEVICE, [1, 2, 3])
     wanted = pages_of(1, 3, layout=DEEP)
@@ -300,7 +305,7 @@ def test_layers_are_there_in_order_before_the_transfer_ends_and_refusals_before_
     for number, step in enumerate(steps):
         assert not transfer.future.done()
         step.set()
-        layers = min((number + 1) * LAYERS_AT_ONCE, DEEP.layers)
+        layers = min((number + 1) * at_once, DEEP.layers)
         assert transfer.wait_layers(layers, 10)
         assert transfer.refused == {1: Refused("checksum")}
         assert transfer.coming() == [1, 3]
@@ -308,6 +313,36 @@ def test_layers_are_there_in_order_before_the_transfer_ends_and_refusals_before_
         assert layers == DEEP.layers or not transfer.wait_layers(layers + 1, 0.02)
     assert transfer.future.result(10).lost == {1}
     assert transfer.wait_layers(DEEP.layers + 1, 0), "the end wakes everybody"
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("reachable", [True, False])
+def test_every_way_up_and_down_carries_the_same_bytes(monkeypatch, make_rig, in_memory, reachable):
+    monkeypatch.setattr(HostTier, "in_memory", in_memory)
+    rig = make_rig(layout=DEEP)
+    if not reachable:
+        monkeypatch.setattr(rig.device, "memory", lambda: None)
+    wanted = pages_of(*range(7), layout=DEEP)
+    rig.device.scatter(list(range(7)), wanted)
+    rig.host.reserve(7)
+    assert rig.send(DEVICE, HOST, range(7)).future.result(10).refused == {}
+    rig.device.scatter(list(range(7)), torch.zeros_like(wanted))
+    outcome = rig.send(HOST, DEVICE, range(7)).future.result(10)
+    assert outcome.refused == {}
+    assert outcome.link_bytes == 7 * DEEP.page_bytes
+    assert torch.equal(rig.device.gather(list(range(7))), wanted)
+
+
+def test_while_files_are_read_nothing_is_announced_before_every_page_is_verified(monkeypatch, make_rig):
+    monkeypatch.setattr(HostTier, "in_memory", False)
+    rig = make_rig(layout=DEEP)
+    rig.fill_host(1, 2, 3)
+    rig.host._bytes[3][7] ^= 1
+    announced: list[tuple[int, dict[int, Refused]]] = []
+    monkeypatch.setattr(Transfer, "placed", lambda self, layers: announced.append((layers, dict(self.refused))))
+    assert rig.send(HOST, DEVICE, [1, 2, 3]).future.result(10).lost == {2}
+    assert announced == [(DEEP.layers, {2: Refused("checksum")})]
+    assert torch.equal(rig.device.gather([1, 2]), pages_of(1, 2, layout=DEEP))
 
 
 def test_close_cancels_what_is_queued_lets_run_what_runs_and_leaves_no_thread(make_rig):

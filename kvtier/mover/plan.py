@@ -1,0 +1,36 @@
+"""How a transfer is cut: pure functions of sizes, so that the working set of each step stays in the processor's last-level cache.
+
+Reading, verifying, decoding and placing overlap when the pieces are smaller than the whole; pieces that fit the cache are decoded while
+their bytes are still in it. Too small pieces would pay the fixed cost of a call for too few bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+SMALLEST_PIECE_BYTES = 256 << 10
+"""Page bytes of a piece that is worth its calls: at 5 GB/s they take 50 us, the calls about 5."""
+
+
+def pages_per_piece(encoded_bytes: int, page_bytes: int, cache_bytes: int, most_pages: int) -> int:
+    """Pages to code at once: encoded and decoded form of all of them in half of the cache, but a piece that is worth its calls.
+
+    Between 1 and `most_pages` (at least 1).
+    """
+    fitting = cache_bytes // 2 // (encoded_bytes + page_bytes)
+    worthwhile = -(-SMALLEST_PIECE_BYTES // page_bytes)
+    return max(1, min(most_pages, max(fitting, worthwhile)))
+
+
+def pieces(pages: int, at_once: int) -> Iterator[slice]:
+    """`pages` pages in pieces of `at_once`, the sizes differing by at most one."""
+    count = -(-pages // at_once)
+    for piece in range(count):
+        yield slice(pages * piece // count, pages * (piece + 1) // count)
+
+
+def layers_per_step(pages: int, layers: int, page_bytes: int, cache_bytes: int) -> int:
+    """Layers to decode at once for `pages` pages: as few as are worth a call, so that the first one is early."""
+    layer_bytes = max(1, pages * page_bytes // layers)
+    worthwhile = -(-SMALLEST_PIECE_BYTES // layer_bytes)
+    return max(1, min(layers, worthwhile, max(1, cache_bytes // 2 // layer_bytes)))

@@ -1,0 +1,33 @@
+"""The cuts of a transfer: nothing lost, nothing larger than allowed, pieces that are worth their calls."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtier.mover.plan import SMALLEST_PIECE_BYTES, layers_per_step, pages_per_piece, pieces
+
+sizes = st.integers(1, 1 << 30)
+
+
+@given(st.integers(0, 5000), st.integers(1, 300))
+def test_pieces_cover_everything_once_in_order_and_evenly(pages, at_once):
+    cut = list(pieces(pages, at_once))
+    assert [index for piece in cut for index in range(piece.start, piece.stop)] == list(range(pages))
+    lengths = [piece.stop - piece.start for piece in cut]
+    assert max(lengths, default=0) <= at_once
+    assert max(lengths, default=0) - min(lengths, default=0) <= 1
+
+
+@given(encoded=sizes, page=sizes, cache=sizes, most=st.integers(1, 4096))
+def test_a_piece_fits_half_of_the_cache_unless_it_would_not_be_worth_its_calls(encoded, page, cache, most):
+    count = pages_per_piece(encoded, page, cache, most)
+    assert 1 <= count <= most
+    assert count == 1 or 2 * count * (encoded + page) <= cache or (count - 1) * page < SMALLEST_PIECE_BYTES
+
+
+@given(pages=st.integers(1, 4096), layers=st.integers(1, 200), page=sizes, cache=sizes)
+def test_a_step_of_layers_is_at_least_one_and_never_more_than_all(pages, layers, page, cache):
+    count = layers_per_step(pages, layers, page, cache)
+    assert 1 <= count <= layers
+    assert count == 1 or (count - 1) * (pages * page // layers) < SMALLEST_PIECE_BYTES
