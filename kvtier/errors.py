@@ -19,6 +19,10 @@ class LayoutError(KVTierError):
     """A tensor or a store does not have the page layout this cache was built for. Nothing has been written."""
 
 
+class AlignmentError(KVTierError):
+    """Memory, offset or length given to a file engine is not aligned as it needs. Nothing has been read or written."""
+
+
 class StoreLocked(KVTierError):
     """Another process holds the disk store. Use another path or stop that process."""
 

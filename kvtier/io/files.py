@@ -1,18 +1,16 @@
-"""Positioned file I/O: the small contract the disk tier writes against, and its buffered engine.
+"""Positioned file I/O: the contract of the engines the disk tier reads and writes with, one at a time or in batches.
 
-An engine turns (file, offset, bytes) into system calls and holds no other state; siblings (O_DIRECT, io_uring) implement the same
-class. Nothing here knows what the bytes mean. Engines may be called from several threads at once, also on the same file.
+An engine turns (file, offset, bytes) into system calls; it owns its threads and no other state. Its siblings are `direct` (O_DIRECT, the
+default), `buffered` (page cache) and `async_files` (aiofiles); `probe` chooses. Nothing here knows what the bytes mean. Engines may be
+called from several threads at once, also on the same file.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import mmap
-import os
-import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,23 +21,42 @@ BLOCK_BYTES = 4096
 
 Bytes = NDArray[np.uint8]
 
-_KEEP_SIZE, _PUNCH_HOLE = 1, 2
-_CANNOT_PUNCH = {errno.EOPNOTSUPP, errno.ENOSYS}
-
 
 def page_aligned(size_bytes: int) -> Bytes:
     """Zeroed uint8 array of `size_bytes` whose address is a multiple of the memory page size."""
     return np.frombuffer(mmap.mmap(-1, size_bytes), dtype=np.uint8)
 
 
-class FileEngine(ABC):
-    """Positioned I/O on regular files. Every method but `can_punch` raises OSError when the system does.
+def address_of(buffer: Bytes) -> int:
+    """Where the first byte of an array is in memory."""
+    address: int = buffer.__array_interface__["data"][0]
+    return address
 
-    Callers keep offsets, lengths and buffer addresses multiples of BLOCK_BYTES, so that unbuffered engines can serve them. A file is
-    named by the whole number `open` returned.
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One piece of a batch: the 1-D contiguous `buffer` is filled from, or written to, `offset` of `file`."""
+
+    file: int
+    offset: int
+    buffer: Bytes
+
+
+Outcomes = Generator[tuple[int, int | OSError], None, None]
+"""(index of the request, bytes or what the system said), as requests end."""
+
+
+class FileEngine(ABC):
+    """Positioned I/O on regular files. Single calls raise OSError when the system does; batches say it per request.
+
+    Offsets, lengths and buffer addresses are multiples of `alignment_bytes`: an AlignmentError names the first that is not, before any
+    I/O of the call. A file is named by the whole number `open` returned. At most `depth` requests of a batch are under way at once, one of
+    them on the caller's thread; batches of several callers share the other `depth - 1`.
     """
 
     name: str
+    depth: int
+    alignment_bytes: int
 
     @abstractmethod
     def open(self, path: Path) -> int:
@@ -58,6 +75,28 @@ class FileEngine(ABC):
         """Write all of the 1-D contiguous `data` at `offset`, extending the file as needed. After an OSError any part may be written."""
 
     @abstractmethod
+    def read_each(self, requests: Sequence[Request]) -> Outcomes:
+        """Fill the buffers, and yield (index of the request, bytes read or what the system said) in the order they become ready.
+
+        Bytes are fewer than asked only at the end of the file. Reading begins with the first `next`. Closing the generator early begins
+        no further request and waits for those under way, so that afterwards nobody writes into the buffers.
+        """
+
+    @abstractmethod
+    def write_all(self, requests: Sequence[Request]) -> list[OSError | None]:
+        """Write all buffers, in any order, and wait; per request None or what the system said, in which case any part may be written.
+
+        Requests of one batch must not overlap.
+        """
+
+    @abstractmethod
+    def allocate(self, file: int, offset: int, length: int) -> bool:
+        """Ask for disk blocks ahead of writing; they read as zeros. False if the system has none or cannot say.
+
+        Without it, writes that extend a file or fill a hole wait for each other on most file systems.
+        """
+
+    @abstractmethod
     def punch(self, file: int, offset: int, length: int) -> bool:
         """Make sure that what starts at `offset` is gone: True if the range was deallocated and reads as zeros, False if the file
         system cannot do that and only the first BLOCK_BYTES were overwritten with zeros."""
@@ -74,83 +113,6 @@ class FileEngine(ABC):
     def close(self, file: int) -> None:
         """Give the file back; its number must not be used again."""
 
-
-class BufferedEngine(FileEngine):
-    """System calls through the page cache. `os` restarts interrupted calls by itself (PEP 475); short ones are continued here."""
-
-    name = "buffered"
-
-    def open(self, path: Path) -> int:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-    def size(self, file: int) -> int:
-        return os.fstat(file).st_size
-
-    def pread_into(self, file: int, offset: int, buffer: Bytes) -> int:
-        view = buffer.data
-        done = 0
-        while done < len(view):
-            count = os.preadv(file, [view[done:]], offset + done)
-            if count == 0:
-                break
-            done += count
-        return done
-
-    def pwrite(self, file: int, offset: int, data: Bytes) -> None:
-        view = data.data
-        while len(view) > 0:
-            count = os.pwrite(file, view, offset)
-            if count == 0:
-                raise OSError(errno.EIO, "the system wrote nothing and gave no reason")
-            view = view[count:]
-            offset += count
-
-    def punch(self, file: int, offset: int, length: int) -> bool:
-        try:
-            _fallocate(file, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
-        except OSError as error:
-            if error.errno not in _CANNOT_PUNCH:
-                raise
-            self.pwrite(file, offset, np.zeros(min(length, BLOCK_BYTES), dtype=np.uint8))
-            return False
-        return True
-
-    def can_punch(self, directory: Path) -> bool:
-        try:
-            with tempfile.TemporaryFile(dir=directory) as probe:
-                data = np.full(4 * BLOCK_BYTES, 0xA5, dtype=np.uint8)
-                self.pwrite(probe.fileno(), 0, data)
-                _fallocate(probe.fileno(), _PUNCH_HOLE | _KEEP_SIZE, BLOCK_BYTES, 2 * BLOCK_BYTES)
-                self.pread_into(probe.fileno(), 0, data)
-        except OSError:
-            return False
-        blocks = data.reshape(4, BLOCK_BYTES).any(axis=1)
-        return bool((blocks == [True, False, False, True]).all())
-
-    def sync(self, file: int) -> None:
-        os.fdatasync(file)
-
-    def close(self, file: int) -> None:
-        os.close(file)
-
-
-def _load_fallocate() -> Callable[[int, int, int, int], int] | None:
-    function = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None)
-    if function is None:
-        return None
-    function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    function.restype = ctypes.c_int
-    call: Callable[[int, int, int, int], int] = function
-    return call
-
-
-_libc_fallocate = _load_fallocate()
-
-
-def _fallocate(file: int, mode: int, offset: int, length: int) -> None:
-    if _libc_fallocate is None:
-        raise OSError(errno.ENOSYS, "this C library has no fallocate64")
-    while _libc_fallocate(file, mode, offset, length) != 0:
-        code = ctypes.get_errno()
-        if code != errno.EINTR:
-            raise OSError(code, os.strerror(code))
+    @abstractmethod
+    def stop(self) -> None:
+        """End the engine's threads once they are idle. Called last, by the owner; safe to call twice."""

@@ -142,6 +142,57 @@ class TierContract:
                 assert not isinstance(found, Refused)
                 np.testing.assert_array_equal(found, payload(tier, number))
 
+    def test_load_each_gives_what_load_gives_every_copy_once(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            slots = put(tier, range(7))
+            keys = [page_id(n).key for n in (0, 1, 2, 99, 4, 5, 6)]
+            found = list(tier.load_each(slots, keys, staging(tier, 7)))
+            assert sorted(index for index, _ in found) == list(range(7))
+            for index, data in found:
+                if index == 3:
+                    assert data == Refused("key")
+                else:
+                    assert not isinstance(data, Refused)
+                    np.testing.assert_array_equal(data, payload(tier, index))
+            assert list(tier.load_each([], [], staging(tier, 0))) == []
+
+    def test_what_load_each_gave_stays_right_while_the_next_are_read(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            slots = put(tier, range(tier.capacity_slots))
+            keys = [page_id(n).key for n in range(len(slots))]
+            backwards = list(reversed(range(len(slots))))
+            for order in (list(range(len(slots))), backwards):
+                rows = staging(tier, len(slots))
+                found = dict(tier.load_each([slots[n] for n in order], [keys[n] for n in order], rows))
+                for index, data in found.items():
+                    assert not isinstance(data, Refused)
+                    np.testing.assert_array_equal(data, payload(tier, order[index]))
+
+    def test_after_load_each_was_left_early_the_staging_is_the_callers_again(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            slots = put(tier, range(tier.capacity_slots))
+            rows = staging(tier, len(slots))
+            each = tier.load_each(slots, [page_id(n).key for n in range(len(slots))], rows)
+            index, data = next(each)
+            assert not isinstance(data, Refused)
+            np.testing.assert_array_equal(data, payload(tier, index))
+            each.close()
+            rows[:] = 0xEE
+            assert all(holds(tier, slot, n) for n, slot in enumerate(slots))
+            assert (rows == 0xEE).all()
+
+    def test_staging_may_be_larger_and_anywhere_in_memory(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            slots = put(tier, range(5))
+            keys = [page_id(n).key for n in range(5)]
+            memory = np.zeros(8 * (tier.slot_bytes + 100), dtype=np.uint8)
+            wide = memory[3 : 3 + 7 * (tier.slot_bytes + 100)].reshape(7, -1)
+            dense = memory[1 : 1 + 6 * tier.slot_bytes].reshape(6, -1)
+            for rows in (wide, dense):
+                for number, found in enumerate(tier.load(slots, keys, rows)):
+                    assert not isinstance(found, Refused)
+                    np.testing.assert_array_equal(found, payload(tier, number))
+
     def test_payloads_are_copied_not_kept(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as tier:
             slots = tier.reserve(1)
@@ -288,6 +339,7 @@ class TierContract:
         tier.close()
         assert isinstance(get(tier, slots[0], page_id(1).key), Refused)
         assert isinstance(tier.store(slots[:1], [page_id(1)], [payload(tier, 1)])[0], Refused)
+        assert [isinstance(found, Refused) for _, found in tier.load_each(slots, [page_id(1).key] * 2, staging(tier, 2))] == [True] * 2
         assert tier.reserve(1) is None
         assert tier.free_slots == 0
 

@@ -11,30 +11,46 @@ from random import Random
 
 import numpy as np
 
-from kvtier.io.files import BLOCK_BYTES, BufferedEngine, Bytes
+from kvtier.io.buffered import BufferedEngine
+from kvtier.io.files import BLOCK_BYTES, Bytes
 
 
 class FaultyEngine(BufferedEngine):
-    """Fails where told: writes after `write_budget` bytes with `write_errno`, the half written staying; syncs; punches."""
+    """Fails where told: writes once `write_budget` bytes of blocks never written before are used up, with `write_errno`, the part that
+    fits staying; syncs; punches."""
 
     name = "faulty"
 
     def __init__(self) -> None:
+        super().__init__(depth=2)
         self.write_budget: int | None = None
         self.write_errno = errno.ENOSPC
         self.sync_errno = 0
         self.punch_errno = 0
         self.writes = 0
+        self._paid: dict[tuple[int, int], int] = {}
+        self._one_at_a_time = threading.Lock()
 
-    def pwrite(self, file: int, offset: int, data: Bytes) -> None:
-        self.writes += 1
-        if self.write_budget is not None and self.write_budget < data.nbytes:
-            super().pwrite(file, offset, data[: self.write_budget])
-            self.write_budget = 0
-            raise OSError(self.write_errno, os.strerror(self.write_errno))
-        if self.write_budget is not None:
-            self.write_budget -= data.nbytes
-        super().pwrite(file, offset, data)
+    def _pwrite(self, file: int, offset: int, data: Bytes) -> None:
+        with self._one_at_a_time:
+            self.writes += 1
+            fits = self._pay(file, offset, data.nbytes)
+            super()._pwrite(file, offset, data[:fits])
+            if fits < data.nbytes:
+                raise OSError(self.write_errno, os.strerror(self.write_errno))
+
+    def _pay(self, file: int, offset: int, length: int) -> int:
+        """How many of the bytes the disk has room for; what was written before has its room."""
+        if self.write_budget is None:
+            return length
+        for block in range(offset, offset + length, BLOCK_BYTES):
+            wanted = min(BLOCK_BYTES, offset + length - block)
+            paid = min(wanted - self._paid.get((file, block), 0), self.write_budget)
+            self.write_budget -= paid
+            self._paid[file, block] = self._paid.get((file, block), 0) + paid
+            if self._paid[file, block] < wanted:
+                return block - offset + self._paid[file, block]
+        return length
 
     def punch(self, file: int, offset: int, length: int) -> bool:
         if self.punch_errno:
@@ -53,14 +69,15 @@ class GatedEngine(BufferedEngine):
     name = "gated"
 
     def __init__(self) -> None:
+        super().__init__(depth=2)
         self.gate = threading.Event()
         self.gate.set()
         self.waiting = threading.Event()
         self.syncs = 0
 
-    def pwrite(self, file: int, offset: int, data: Bytes) -> None:
+    def _pwrite(self, file: int, offset: int, data: Bytes) -> None:
         self._pass()
-        super().pwrite(file, offset, data)
+        super()._pwrite(file, offset, data)
 
     def punch(self, file: int, offset: int, length: int) -> bool:
         self._pass()
@@ -95,6 +112,7 @@ class VolatileEngine(BufferedEngine):
     name = "volatile"
 
     def __init__(self) -> None:
+        super().__init__(depth=2)
         self.paths: dict[int, Path] = {}
         self.durable: dict[Path, bytes] = {}
 

@@ -425,9 +425,9 @@ def test_a_clean_start_reads_one_block_per_record(tmp_path):
     class Counting(FaultyEngine):
         read_bytes = 0
 
-        def pread_into(self, file, offset, buffer):
+        def _pread(self, file, offset, buffer):
             Counting.read_bytes += buffer.nbytes
-            return super().pread_into(file, offset, buffer)
+            return super()._pread(file, offset, buffer)
 
     engine = Counting()
     again = open_disk(tmp_path, engine=engine)

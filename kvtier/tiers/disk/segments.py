@@ -6,12 +6,14 @@ must not work on the same slot.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from kvtier.io.files import Bytes, FileEngine
+from kvtier.io.files import Bytes, FileEngine, Request
 from kvtier.tiers.disk.directory import StoreDirectory
+from kvtier.tiers.disk.plan import Run
 
 
 class Segments:
@@ -61,14 +63,33 @@ class Segments:
         """Fill `buffer` from the start of the slot; returns the bytes read, fewer only where the file ends."""
         return self.engine.pread_into(self.file(self.segment_of(slot)), self._offset(slot), buffer)
 
-    def write(self, slot: int, record: Bytes, stale_bytes: int) -> None:
-        """Write a record in one call. `stale_bytes`: how far an earlier record may reach; what would stick out is given back first."""
-        file = self.file(self.segment_of(slot))
-        excess = stale_bytes - len(record)
-        if self._punches and excess > 0:
-            self.engine.punch(file, self._offset(slot) + len(record), excess)
-        self.engine.pwrite(file, self._offset(slot), record)
-        self._changed(slot)
+    def shorten(self, slot: int, record_bytes: int, stale_bytes: int) -> None:
+        """Give back what an earlier record, which may reach `stale_bytes` into the slot, would leave behind one of `record_bytes`."""
+        if self._punches and stale_bytes > record_bytes:
+            file = self.file(self.segment_of(slot))
+            self.engine.punch(file, self._offset(slot) + record_bytes, stale_bytes - record_bytes)
+
+    def allocate(self, runs: Iterable[Run]) -> None:
+        """Ask for the disk blocks of writes to come, so that these need not wait for each other. On a full disk they will say so."""
+        for run in runs:
+            with contextlib.suppress(OSError):  # of opening the file, which the write will meet again
+                self.engine.allocate(self.file(run.segment), run.offset, run.length)
+
+    def write_all(self, runs: Sequence[Run], memory: Bytes) -> list[OSError | None]:
+        """Write each run from its rows of `memory` (1-D, rows of `slot_bytes`); per run None or what failed."""
+        results: list[OSError | None] = [None] * len(runs)
+        requests: dict[int, Request] = {}
+        for number, run in enumerate(runs):
+            start = run.first * self.slot_bytes
+            try:
+                requests[number] = Request(self.file(run.segment), run.offset, memory[start : start + run.length])
+            except OSError as error:
+                results[number] = error
+        for number, failure in zip(requests, self.engine.write_all(list(requests.values())), strict=True):
+            results[number] = failure
+        # Only after the change: were they marked before, a checkpoint could sync in between and forget them.
+        self.mark_dirty(run.segment for run in runs)
+        return results
 
     def trim(self, slot: int, record_bytes: int) -> None:
         """Give back what an earlier, longer record may have left behind the one in the slot."""
@@ -78,7 +99,7 @@ class Segments:
     def erase(self, slot: int) -> None:
         """Leave no record in the slot."""
         self.engine.punch(self.file(self.segment_of(slot)), self._offset(slot), self.slot_bytes)
-        self._changed(slot)
+        self.mark_dirty([self.segment_of(slot)])  # only now: marked before, a checkpoint could sync in between and forget it
 
     def sync(self, segment: int) -> None:
         """Make finished writes to one segment survive a power failure."""
@@ -110,7 +131,3 @@ class Segments:
 
     def _offset(self, slot: int) -> int:
         return slot % self.segment_slots * self.slot_bytes
-
-    def _changed(self, slot: int) -> None:
-        # Only after the change: were it marked before, a checkpoint could sync in between and forget the segment.
-        self.mark_dirty([self.segment_of(slot)])

@@ -69,11 +69,11 @@ class SlotBook:
         return len(self._pending)
 
     def reserve(self, count: int) -> list[int] | None:
-        """`count` slots charged `slot_bytes` each, or None and nothing changed."""
+        """`count` slots charged `slot_bytes` each, or None and nothing changed. Ascending, so that neighbours can share an I/O."""
         with self._lock:
             if count > self._free_slots():
                 return None
-            slots = [self._take() for _ in range(count)]
+            slots = sorted(self._take() for _ in range(count))
             for slot in slots:
                 self._state[slot] = HELD
             self._used_bytes += count * self.slot_bytes

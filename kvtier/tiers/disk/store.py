@@ -24,11 +24,14 @@ from numpy.typing import NDArray
 
 from kvtier.errors import ConfigError, StoreError
 from kvtier.formats.base import Format, Payload
-from kvtier.io.files import BufferedEngine, Bytes, FileEngine, page_aligned
+from kvtier.io.files import Bytes, FileEngine, page_aligned
+from kvtier.io.pooled import DEPTH
+from kvtier.io.probe import Chosen, EngineChoice, choose_engine, existing_part
 from kvtier.keys import PageKey
 from kvtier.layout import PageLayout
-from kvtier.tiers.base import PageId, Refused, Tier
+from kvtier.tiers.base import Loaded, PageId, Refused, Tier
 from kvtier.tiers.disk import record
+from kvtier.tiers.disk.batches import check_staging, fetch, put
 from kvtier.tiers.disk.directory import FULL_ERRNOS, Description, StoreDirectory, reopened
 from kvtier.tiers.disk.recovery import Survey, scan, select
 from kvtier.tiers.disk.segments import Segments
@@ -39,6 +42,7 @@ Durability = Literal["process", "power"]
 _SEGMENT_BYTES = 256 << 20
 _MOST_SEGMENTS = 256
 _SCAN_THREADS = 8
+_SCRATCH_BYTES = 8 << 20
 _log = logging.getLogger(__name__)
 
 
@@ -52,8 +56,11 @@ class DiskTier(Tier):
     A store that is not new gives no slots until `recover` was called. `tidy` and `checkpoint` want to be called now and then by a
     worker: the first makes freed copies unfindable for good, the second shortens the next start after a crash.
 
-    Raises ConfigError (path or capacity impossible), StoreLocked, LayoutError (store of another layout), StoreError (foreign,
-    damaged, newer, or of another format or namespace).
+    `engine` is a name for `kvtier.io.probe.choose_engine`, with `depth` requests at once, or an engine, from then on the tier's. Stores
+    written by one engine open with every other.
+
+    Raises ConfigError (path, capacity or engine impossible; nothing is written then), StoreLocked, LayoutError (store of another layout),
+    StoreError (foreign, damaged, newer, or of another format or namespace).
     """
 
     name = "disk"
@@ -66,7 +73,8 @@ class DiskTier(Tier):
         capacity_bytes: int,
         namespace: bytes,
         durability: Durability = "process",
-        engine: FileEngine | None = None,
+        engine: FileEngine | EngineChoice = "auto",
+        depth: int = DEPTH,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if durability not in get_args(Durability):
@@ -93,14 +101,20 @@ class DiskTier(Tier):
         self.counters: Counter[str] = Counter()
         """Records "recovered", "discarded: <reason>", slots "tidied"; failures "disk full", "io errors", "refused: <reason>"."""
 
-        self._directory = StoreDirectory(Path(path))
+        chosen = choose_engine(existing_part(Path(path)), engine, depth) if isinstance(engine, str) else Chosen(engine)
+        self._instead = chosen.instead
         try:
-            self._description, self._was_clean = self._open(namespace)
+            self._directory = StoreDirectory(Path(path))
+            try:
+                self._description, self._was_clean = self._open(namespace)
+            except BaseException:
+                self._directory.close()
+                raise
         except BaseException:
-            self._directory.close()
+            chosen.engine.stop()
             raise
         self._next_sequence = self._description.synced_sequence + 1
-        self._segments = Segments(self._directory, engine or BufferedEngine(), self._description.segment_slots, self.slot_bytes)
+        self._segments = Segments(self._directory, chosen.engine, self._description.segment_slots, self.slot_bytes)
         self._recovered = not self._segments.numbers()
         if not self._segments.punches:
             _log.info("disk store %s: this file system cannot punch holes; every copy takes %d bytes", path, self.slot_bytes)
@@ -152,12 +166,15 @@ class DiskTier(Tier):
         with self._operation() as open_:
             if not open_:
                 return [Refused("closed")] * len(slots)
+            if not len(slots) == len(pages) == len(payloads):
+                raise ValueError(f"{len(slots)} slots, {len(pages)} pages and {len(payloads)} payloads; expected as many of each")
             first = self._begin_sequence(len(slots))
             try:
-                written = [
-                    self._write(slot, first + i, page, payload)
-                    for i, (slot, page, payload) in enumerate(zip(slots, pages, payloads, strict=True))
-                ]
+                written: list[int | Refused] = []
+                at_once = max(1, _SCRATCH_BYTES // self.slot_bytes)
+                for start in range(0, len(slots), at_once):
+                    part = slice(start, start + at_once)
+                    written += self._write(slots[part], first + start, pages[part], payloads[part])
                 if self._durability == "power":
                     written = self._make_durable(slots, written)
                 for slot, outcome in zip(slots, written, strict=True):
@@ -173,14 +190,30 @@ class DiskTier(Tier):
             return results
 
     def load(self, slots: Sequence[int], keys: Sequence[PageKey], staging: NDArray[np.uint8]) -> list[Payload | Refused]:
+        loaded = dict(self.load_each(slots, keys, staging))
+        return [loaded[index] for index in range(len(slots))]
+
+    def load_each(self, slots: Sequence[int], keys: Sequence[PageKey], staging: NDArray[np.uint8]) -> Loaded:
+        """As of every tier; while the caller works on one payload, the next are being read. `close` waits for the generator's end."""
+        check_staging(staging, len(slots), self.slot_bytes)
+        return self._load_each(slots, keys, staging)
+
+    def _load_each(self, slots: Sequence[int], keys: Sequence[PageKey], staging: NDArray[np.uint8]) -> Loaded:
         with self._operation() as open_:
-            if not open_:
-                return [Refused("closed")] * len(slots)
-            results = [self._read(slot, key, staging[i]) for i, (slot, key) in enumerate(zip(slots, keys, strict=True))]
-        for result in results:
-            if isinstance(result, Refused):
-                self._count(f"refused: {result.reason}")
-        return results
+            lengths = [self._book.stored_bytes(slot) if open_ else 0 for slot in slots]
+            for index, length in enumerate(lengths):
+                if length == 0:
+                    yield index, self._refused("key" if open_ else "closed")
+            if not any(lengths):
+                return
+            with contextlib.closing(fetch(self._segments, slots, lengths, staging)) as fetched:
+                for index, found in fetched:
+                    if isinstance(found, OSError):
+                        yield index, self._refused(f"io: {found.strerror}")
+                    elif len(found) < lengths[index]:
+                        yield index, self._refused("truncated")
+                    else:
+                        yield index, self._verified(found, keys[index])
 
     def recover(self) -> Iterator[tuple[int, PageId]]:
         """Copies found on disk, parents before children. Later calls give none.
@@ -251,6 +284,8 @@ class DiskTier(Tier):
             "path": str(self._directory.path),
             "format": self.format.name,
             "engine": self._segments.engine.name,
+            "engine_instead": self._instead,
+            "io_depth": self._segments.engine.depth,
             "durability": self._durability,
             "punch_holes": self._segments.punches,
             "capacity_bytes": self.capacity_bytes,
@@ -275,6 +310,7 @@ class DiskTier(Tier):
         if self._recovered:
             self._checkpoint(clean=self._book.pending == 0)
         self._segments.close()
+        self._segments.engine.stop()
         self._directory.close()
 
     @contextlib.contextmanager
@@ -301,33 +337,44 @@ class DiskTier(Tier):
             self._in_flight.add(first)
             return first
 
-    def _write(self, slot: int, sequence: int, page: PageId, payload: Payload) -> int | Refused:
-        """Write one record; its bytes, or why not, in which case nothing of it is left."""
-        size = payload.nbytes
-        if payload.dtype != np.uint8 or payload.ndim != 1 or size > self._most_payload_bytes:
-            return Refused("format")
-        if self.format.fixed_size and size != self._most_payload_bytes:
-            return Refused("format")
-        if not hasattr(self._scratch, "record"):
-            self._scratch.record = page_aligned(self.slot_bytes)
-        payload = np.ascontiguousarray(payload)
-        checksum = record.payload_checksum(payload)
-        header = record.Header(sequence, page, self.layout.fingerprint, self._format_hash, size, checksum)
-        data = record.compose(header, payload, self._scratch.record)
-        stale, crowded = self._book.claim(slot, len(data))
+    def _write(self, slots: Sequence[int], first: int, pages: Sequence[PageId], payloads: Sequence[Payload]) -> list[int | Refused]:
+        """Write as many records as the scratch holds, numbered from `first`; their bytes, or why not, when nothing of them is left."""
+        rows = self._scratch_rows()[: len(slots)]
+        lengths, stale, crowded = [0] * len(slots), [0] * len(slots), False
+        for i, (page, payload) in enumerate(zip(pages, payloads, strict=True)):
+            if self._fits(payload):
+                lengths[i] = self._compose(first + i, page, payload, rows[i])
+                stale[i], more = self._book.claim(slots[i], lengths[i])
+                crowded |= more
         if crowded:
             self.tidy()
-        try:
-            try:
-                self._segments.write(slot, data, stale)
-            except OSError as error:
-                # Freed copies that are still on disk may be all that is in the way.
-                if error.errno not in FULL_ERRNOS or not self.tidy():
-                    raise
-                self._segments.write(slot, data, stale)
-        except OSError as error:
-            return self._failed(slot, error)
-        return len(data)
+        errors = put(self._segments, slots, lengths, stale, rows)
+        if any(error is not None and error.errno in FULL_ERRNOS for error in errors) and self.tidy():
+            # Freed copies that were still on disk may have been all that was in the way.
+            again = [length if error is not None else 0 for length, error in zip(lengths, errors, strict=True)]
+            errors = put(self._segments, slots, again, stale, rows)
+        return [
+            self._failed(slot, error) if error is not None else length or Refused("format")
+            for slot, length, error in zip(slots, lengths, errors, strict=True)
+        ]
+
+    def _fits(self, payload: Payload) -> bool:
+        whole = payload.nbytes == self._most_payload_bytes or not self.format.fixed_size
+        return payload.dtype == np.uint8 and payload.ndim == 1 and payload.nbytes <= self._most_payload_bytes and whole
+
+    def _compose(self, sequence: int, page: PageId, payload: Payload, row: Bytes) -> int:
+        payload = np.ascontiguousarray(payload)
+        checksum = record.payload_checksum(payload)
+        header = record.Header(sequence, page, self.layout.fingerprint, self._format_hash, payload.nbytes, checksum)
+        return len(record.compose(header, payload, row))
+
+    def _scratch_rows(self) -> Bytes:
+        """This thread's memory for records on their way to the disk, `[rows, slot_bytes]`."""
+        if not hasattr(self._scratch, "rows"):
+            count = max(1, _SCRATCH_BYTES // self.slot_bytes)
+            self._scratch.rows = page_aligned(count * self.slot_bytes).reshape(count, self.slot_bytes)
+        rows: Bytes = self._scratch.rows
+        return rows
 
     def _failed(self, slot: int, error: OSError) -> Refused:
         """Make what was written of a record invisible and say why it was refused."""
@@ -368,24 +415,21 @@ class DiskTier(Tier):
             outcomes.append(self._failed(slot, fault) if fault and isinstance(outcome, int) else outcome)
         return outcomes
 
-    def _read(self, slot: int, key: PageKey, row: Bytes) -> Payload | Refused:
-        length = self._book.stored_bytes(slot)
-        if length == 0:
-            return Refused("key")
-        data = row[:length]
-        try:
-            got = self._segments.read(slot, data)
-        except OSError as error:
-            return Refused(f"io: {error.strerror}")
-        if got < length:
-            return Refused("truncated")
+    def _verified(self, data: Bytes, key: PageKey) -> Payload | Refused:
         header = record.parse(data)
         if header is None:
-            return Refused("checksum")
+            return self._refused("checksum")
         if header.page.key != key:
-            return Refused("key")
+            return self._refused("key")
         fault = self._fault(header)
-        return Refused(fault) if fault else record.payload_of(header, data)
+        if fault is not None:
+            return self._refused(fault)
+        payload = record.payload_of(header, data)
+        return self._refused(payload.reason) if isinstance(payload, Refused) else payload
+
+    def _refused(self, reason: str) -> Refused:
+        self._count(f"refused: {reason}")
+        return Refused(reason)
 
     def _fault(self, header: record.Header) -> str | None:
         """What keeps a sound header from being one of this tier's copies."""

@@ -1,0 +1,128 @@
+"""The threads of a file engine: a fixed few that work through batches of requests, one request of each batch in turn, beside the callers.
+
+All state belongs to `_wake`'s lock, which is never held across I/O. A thread takes its next request under that lock instead of being handed
+each one, and a caller with nothing to collect takes one as well: waking a thread costs about as much CPU as a read. Threads start when
+first needed and sleep while there is nothing to do; they are daemons, so that a forgotten `stop` does not keep a process from ending.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+
+from kvtier.io.files import Outcomes, Request
+
+Work = Callable[[Request], int | OSError]
+
+
+class _Batch:
+    def __init__(self, work: Work, requests: Sequence[Request]) -> None:
+        self.work = work
+        self.requests = requests
+        self.begun = 0
+        self.done: SimpleQueue[tuple[int, int | BaseException]] = SimpleQueue()
+
+    def carry_out(self, index: int) -> None:
+        outcome: int | BaseException
+        try:
+            outcome = self.work(self.requests[index])
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever waits for the batch
+            outcome = error
+        self.done.put((index, outcome))
+
+
+class RequestPool:
+    """`depth - 1` threads named `name`-0, `name`-1, ...; the caller of a batch is the one that is missing."""
+
+    def __init__(self, depth: int, name: str) -> None:
+        self._most_threads = depth - 1
+        self._name = name
+        self._wake = threading.Condition(threading.Lock())
+        self._batches: deque[_Batch] = deque()
+        """Those with requests nobody has begun."""
+        self._threads: list[threading.Thread] = []
+        self._stopped = False
+
+    def each(self, work: Work, requests: Sequence[Request]) -> Outcomes:
+        """`work(request)` for each, as (index, result) in the order they end; what `work` raises is raised here.
+
+        While the caller is busy with a result, the threads go on. However the generator ends, no `work` of it runs afterwards.
+        """
+        if not requests:
+            return
+        batch = _Batch(work, requests)
+        collected = 0
+        self._begin(batch)
+        try:
+            batch.carry_out(0)
+            while collected < len(requests):
+                if batch.done.empty() and (index := self._take(batch)) is not None:
+                    batch.carry_out(index)
+                index, outcome = batch.done.get()
+                collected += 1
+                if not isinstance(outcome, int | OSError):
+                    raise outcome
+                yield index, outcome
+        finally:
+            self._withdraw(batch)
+            while collected < batch.begun:
+                batch.done.get()
+                collected += 1
+
+    def stop(self) -> None:
+        """End the threads once all batches are done. Safe to call twice."""
+        with self._wake:
+            self._stopped = True
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _begin(self, batch: _Batch) -> None:
+        """Show the batch to the threads, all but the first request, which is the caller's."""
+        batch.begun = 1
+        if len(batch.requests) == 1:
+            return
+        helpers = min(self._most_threads, len(batch.requests) - 1)
+        with self._wake:
+            self._batches.append(batch)
+            for number in range(len(self._threads), helpers):
+                thread = threading.Thread(target=self._run, name=f"{self._name}-{number}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+            self._wake.notify(helpers)
+
+    def _withdraw(self, batch: _Batch) -> None:
+        with self._wake:
+            if batch in self._batches:
+                self._batches.remove(batch)
+
+    def _run(self) -> None:
+        while (taken := self._next()) is not None:
+            batch, index = taken
+            batch.carry_out(index)
+            del batch, taken  # an idle thread must not keep a caller's buffers
+
+    def _next(self) -> tuple[_Batch, int] | None:
+        """A request of whichever batch is next; waits for one. None once stopped."""
+        with self._wake:
+            while not self._batches:
+                if self._stopped:
+                    return None
+                self._wake.wait()
+            batch = self._batches[0]
+            self._batches.rotate(-1)
+            return batch, self._begin_one(batch)
+
+    def _take(self, batch: _Batch) -> int | None:
+        """A request of this batch; None if all are begun."""
+        with self._wake:
+            return self._begin_one(batch) if batch.begun < len(batch.requests) else None
+
+    def _begin_one(self, batch: _Batch) -> int:
+        index = batch.begun
+        batch.begun += 1
+        if batch.begun == len(batch.requests):
+            self._batches.remove(batch)
+        return index

@@ -1,0 +1,140 @@
+"""What engines of plain system calls on a pool of threads have in common; `buffered` and `direct` differ in how they open files.
+
+The state is the pool's. `os` restarts interrupted calls by itself (PEP 475); short ones are continued here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvtier.errors import AlignmentError
+from kvtier.io import holes
+from kvtier.io.files import BLOCK_BYTES, Bytes, FileEngine, Outcomes, Request, address_of, page_aligned
+from kvtier.io.pool import RequestPool
+
+DEPTH = 8
+"""Requests under way at once unless told otherwise: from there on, disks give no more."""
+
+
+class PooledEngine(FileEngine):
+    """preadv and pwrite on `depth` threads, which start when a batch first needs them."""
+
+    flags = 0
+    """Beyond what every file is opened with."""
+
+    def __init__(self, depth: int = DEPTH, alignment_bytes: int = 1) -> None:
+        self.depth = depth
+        self.alignment_bytes = alignment_bytes
+        self._pool = RequestPool(depth, f"kvtier-{self.name}")
+
+    def open(self, path: Path) -> int:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | self.flags, 0o600)
+
+    def size(self, file: int) -> int:
+        return os.fstat(file).st_size
+
+    def pread_into(self, file: int, offset: int, buffer: Bytes) -> int:
+        self._check(offset, buffer)
+        return self._pread(file, offset, buffer)
+
+    def pwrite(self, file: int, offset: int, data: Bytes) -> None:
+        self._check(offset, data)
+        self._pwrite(file, offset, data)
+
+    def read_each(self, requests: Sequence[Request]) -> Outcomes:
+        for request in requests:
+            self._check(request.offset, request.buffer)
+        return self._pool.each(self._read, requests)
+
+    def write_all(self, requests: Sequence[Request]) -> list[OSError | None]:
+        for request in requests:
+            self._check(request.offset, request.buffer)
+        results: list[OSError | None] = [None] * len(requests)
+        for index, outcome in self._pool.each(self._write, requests):
+            if isinstance(outcome, OSError):
+                results[index] = outcome
+        return results
+
+    def allocate(self, file: int, offset: int, length: int) -> bool:
+        try:
+            holes.allocate(file, offset, length)
+        except OSError:
+            return False
+        return True
+
+    def punch(self, file: int, offset: int, length: int) -> bool:
+        try:
+            holes.punch(file, offset, length)
+        except OSError as error:
+            if error.errno not in holes.UNSUPPORTED:
+                raise
+            self.pwrite(file, offset, page_aligned(min(length, BLOCK_BYTES)))
+            return False
+        return True
+
+    def can_punch(self, directory: Path) -> bool:
+        data = page_aligned(4 * BLOCK_BYTES)
+        data[:] = 0xA5
+        try:
+            with tempfile.TemporaryFile(dir=directory) as probe:
+                self.pwrite(probe.fileno(), 0, data)
+                holes.punch(probe.fileno(), BLOCK_BYTES, 2 * BLOCK_BYTES)
+                self.pread_into(probe.fileno(), 0, data)
+        except OSError:
+            return False
+        blocks = data.reshape(4, BLOCK_BYTES).any(axis=1)
+        return bool((blocks == [True, False, False, True]).all())
+
+    def sync(self, file: int) -> None:
+        os.fdatasync(file)
+
+    def close(self, file: int) -> None:
+        os.close(file)
+
+    def stop(self) -> None:
+        self._pool.stop()
+
+    def _pread(self, file: int, offset: int, buffer: Bytes) -> int:
+        view = buffer.data
+        done = os.preadv(file, [view], offset)
+        # A count that is not aligned can only come from the end of the file.
+        while 0 < done < len(view) and done % self.alignment_bytes == 0:
+            count = os.preadv(file, [view[done:]], offset + done)
+            if count == 0:
+                break
+            done += count
+        return done
+
+    def _pwrite(self, file: int, offset: int, data: Bytes) -> None:
+        view = data.data
+        while len(view) > 0:
+            count = os.pwrite(file, view, offset)
+            if count == 0:
+                raise OSError(errno.EIO, "the system wrote nothing and gave no reason")
+            view = view[count:]
+            offset += count
+
+    def _read(self, request: Request) -> int | OSError:
+        try:
+            return self._pread(request.file, request.offset, request.buffer)
+        except OSError as error:
+            return error
+
+    def _write(self, request: Request) -> int | OSError:
+        try:
+            self._pwrite(request.file, request.offset, request.buffer)
+        except OSError as error:
+            return error
+        return request.buffer.nbytes
+
+    def _check(self, offset: int, buffer: Bytes) -> None:
+        if self.alignment_bytes > 1 and (address_of(buffer) | offset | buffer.nbytes) % self.alignment_bytes:
+            parts = f"an address of {address_of(buffer):#x}, {buffer.nbytes} bytes at offset {offset}"
+            raise AlignmentError(
+                f"{self.name} I/O needs address, length and offset in multiples of {self.alignment_bytes}; got {parts}; "
+                "take memory from kvtier.io.files.page_aligned, or disk.io_engine: buffered"
+            )

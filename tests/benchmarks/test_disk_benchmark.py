@@ -1,0 +1,50 @@
+"""The disk benchmark at tiny sizes: every row is there and has a ceiling, nothing is left behind; the figures say nothing."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from benchmarks import disk
+from benchmarks.measure import Run
+from kvtier.errors import KVTierError
+
+
+@pytest.mark.parametrize("fio", [True, False])
+def test_every_row_has_a_ceiling_and_nothing_is_left(tmp_path, monkeypatch, fio):
+    if fio and not shutil.which("fio"):
+        pytest.skip("fio is not installed")
+    if not fio:
+        monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert ("fio is not installed" in disk.ceiling_note()) is not fio
+    rows = {row.name: row for row in disk.measure(Run(repeats=1, tiny=True), tmp_path)}
+    cells = [f"{operation}.64KiB.qd{depth}" for operation in ("read", "write") for depth in (1, 4)]
+    others = {"direct", "buffered", "aiofiles"} - {name.split(".")[1] for name in rows}
+    assert len(others) <= 1, "all engines but the default one have rows of their own"
+    for cell in cells:
+        for name, unit in ((f"disk.{cell}", "GB/s"), (f"disk.cpu.{cell}", "us"), (f"disk.aiofiles.{cell}", "GB/s")):
+            row = rows[name]
+            assert row.unit == unit
+            assert row.value > 0
+            assert row.ceiling is not None
+            assert row.ceiling > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(KVTierError, match=r"--size-bytes \d+: .* has \d+ bytes free; lower it"):
+        disk.measure(Run(repeats=1), tmp_path, size_bytes=1 << 60)
+    with pytest.raises(KVTierError, match="is not a directory"):
+        disk.measure(Run(repeats=1, tiny=True), tmp_path / "missing")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_fio_is_told_with_what_it_said(tmp_path, monkeypatch):
+    fake = tmp_path / "bin" / "fio"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\necho 'fio: engine libaio not loadable' >&2; exit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(fake.parent), prepend=":")
+    with pytest.raises(KVTierError, match=r"fio failed: fio: engine libaio not loadable; without fio"):
+        disk.measure(Run(repeats=1, tiny=True), tmp_path)
