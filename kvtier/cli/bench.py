@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kvtier.cli.output import check_json_target, human_console, write_json
-from kvtier.errors import KVTierError, MissingExtra
+from kvtier.cli.output import JsonOption, check_json_target, human_console, write_json
+from kvtier.cli.profile import ProfileOption, profiled
+from kvtier.errors import KVTierError
 
 app = typer.Typer(help="Measure this machine and kvtier on it, each figure beside its ceiling.", no_args_is_help=True)
 
 PlotOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the rows (.svg, .png, .pdf).")]
 TinyOption = Annotated[bool, typer.Option(help="Very small sizes: shows that it works, the figures say nothing.")]
 RepeatsOption = Annotated[int, typer.Option(min=1, help="How often each thing is measured; the median counts.")]
-ProfileOption = Annotated[
-    Path | None, typer.Option(metavar="FILE.json", help="Record every call of every thread; ui.perfetto.dev opens the file. Slows the run.")
-]
 
 
 def measured(
@@ -32,6 +28,8 @@ def measured(
     from kvtier.machine import describe_machine
 
     check_json_target(json)
+    if plot is not None and (plot.suffix not in (".svg", ".png", ".pdf") or not plot.parent.is_dir()):
+        raise KVTierError(f"--plot {plot}: expected a .svg, .png or .pdf file in an existing directory")
     kit, program = importlib.import_module("kvtier.bench.measure"), importlib.import_module(f"kvtier.bench.{name}")
     console = human_console(json)
     with Progress(console=console, transient=True) as progress, profiled(profile):
@@ -42,21 +40,65 @@ def measured(
     if plot is not None:
         try:
             kit.plot(rows, plot)
-        except (OSError, ValueError) as error:
-            raise KVTierError(f"--plot {plot}: {error}; give it a .svg, .png or .pdf file in an existing, writable directory") from None
+        except OSError as error:
+            raise KVTierError(f"--plot {plot}: {error.strerror}; the rows are above") from None
 
 
-@contextmanager
-def profiled(target: Path | None) -> Iterator[None]:
-    """Record what runs inside, all threads, as a Chrome trace; MissingExtra without viztracer, KVTierError for a useless path."""
-    if target is None:
-        yield
-        return
-    if target.suffix not in (".json", ".gz") or not target.parent.is_dir():
-        raise KVTierError(f"--profile {target}: expected a .json or .json.gz file in an existing directory")
+@app.command()
+def arena(
+    size_bytes: Annotated[str, typer.Option(metavar="SIZE", help="How much memory, like 4GiB; at most half of what can be had.")] = "4GiB",
+    raise_pool: Annotated[bool, typer.Option("--raise-pool", help="With explicit huge pages too: sets vm.nr_hugepages meanwhile.")] = False,
+    repeats: RepeatsOption = 5,
+    tiny: TinyOption = False,
+    json: JsonOption = None,
+    plot: PlotOption = None,
+    profile: ProfileOption = None,
+) -> None:
+    """How long a host tier's memory takes to be ready, beside touching it page by page; how fast it is then."""
+    from kvtier.config.units import parse_bytes
+
     try:
-        from viztracer import VizTracer
-    except ImportError:
-        raise MissingExtra("--profile needs viztracer; pip install 'kvtier[profile]'") from None
-    with VizTracer(output_file=str(target), verbose=0, min_duration=5, ignore_frozen=True):
-        yield
+        size = parse_bytes(size_bytes)
+    except ValueError as error:
+        raise KVTierError(f"--size-bytes {size_bytes}: {error}") from None
+    if size == 0:
+        raise KVTierError("--size-bytes 0: give at least one page of memory, better gigabytes")
+    measured("arena", repeats, tiny, json, plot, profile, size_bytes=size, raise_pool=raise_pool)
+
+
+@app.command()
+def disk(
+    path: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to measure. Default: the system's temporary directory.")] = None,
+    size_bytes: Annotated[str, typer.Option(metavar="SIZE", help="Size of the file, like 1GiB; it is removed at the end.")] = "1GiB",
+    repeats: RepeatsOption = 5,
+    tiny: TinyOption = False,
+    json: JsonOption = None,
+    plot: PlotOption = None,
+    profile: ProfileOption = None,
+) -> None:
+    """How fast the file engines read and write at random, beside fio with the same block size and depth."""
+    from kvtier.config.units import parse_bytes
+
+    try:
+        size = parse_bytes(size_bytes)
+    except ValueError as error:
+        raise KVTierError(f"--size-bytes {size_bytes}: {error}") from None
+    note = importlib.import_module("kvtier.bench.disk").ceiling_note()
+    measured("disk", repeats, tiny, json, plot, profile, note, path=path, size_bytes=size)
+
+
+@app.command()
+def table(
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Requests to replay, Mooncake JSONL. Default: chats that the benchmark makes up.")
+    ] = None,
+    share: Annotated[float, typer.Option(help="Capacity of the replay, as a share of the distinct pages.")] = 0.05,
+    repeats: RepeatsOption = 5,
+    tiny: TinyOption = False,
+    json: JsonOption = None,
+    plot: PlotOption = None,
+    profile: ProfileOption = None,
+) -> None:
+    """What the bookkeeping costs: page table and policies at 10^4 to 10^6 pages, and a whole stream of requests."""
+    note = "the ceilings are plain dicts; that of a stream is a floor"
+    measured("table", repeats, tiny, json, plot, profile, note, trace=trace, share=share)

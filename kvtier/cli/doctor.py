@@ -14,6 +14,12 @@ from kvtier.cli.app import app
 from kvtier.cli.output import JsonOption, check_json_target, human_console, write_json
 from kvtier.errors import KVTierError
 
+_HUGE_PAGES = {
+    "explicit": "2 MiB pages from the system's pool",
+    "transparent": "2 MiB pages as the kernel finds them; vm.nr_hugepages would set some apart",
+    "none": "4 KiB pages: slower start",
+}
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -53,6 +59,7 @@ def _memory() -> list[Finding]:
 
     from kvtier.formats import get_format
     from kvtier.layout import PageLayout
+    from kvtier.memory.limits import available_memory
     from kvtier.tiers.host import HostTier
 
     cuda = torch.cuda.is_available()
@@ -60,15 +67,13 @@ def _memory() -> list[Finding]:
     host = HostTier(PageLayout(1, 2, 16, 8, 128, "fp16"), get_format("raw"), 16 << 20)
     got: Any = host.report()
     host.close()
+    room = available_memory()
     return [
         Finding("CUDA", cuda, name),
         Finding("locked host memory", got["mlock"], "host pages stay in memory" if got["mlock"] else "host pages may be swapped out"),
         Finding("pinned host memory", got["pinned"], "fast copies to the GPU" if got["pinned"] else "copies to a GPU are staged"),
-        Finding(
-            "huge pages",
-            got["huge_pages_advised"],
-            "fewer address translations" if got["huge_pages_advised"] else "4 KiB pages: slower start",
-        ),
+        Finding("huge pages", got["huge_pages"] != "none", _HUGE_PAGES[got["huge_pages"]]),
+        Finding("memory for a host tier", True, f"{room.bytes / 2**30:.1f} GiB; {room.why}"),
     ]
 
 
@@ -84,6 +89,7 @@ def _disk(path: Path | None) -> list[Finding]:
     holes = "evicted records give their space back" if got["punch_holes"] else "space of evicted records is reused, not given back"
     return [
         Finding("disk store", True, f"{got['engine']} files in {path or tempfile.gettempdir()}"),
+        Finding("direct I/O", got["engine"] == "direct", got["engine_instead"] or "disk pages pass the page cache by"),
         Finding("hole punching", got["punch_holes"], holes),
     ]
 

