@@ -13,8 +13,13 @@ from dataclasses import dataclass
 
 from kvtier.errors import ConfigError
 
-CODECS = ("raw", "fp8", "q8", "q6", "q4", "q3")
+CODECS = ("raw", "fp8", "q8", "q6", "q4", "q3", "q8_0", "q4_0", "q8_k", "q4_k", "sparse24")
 """How one plane (keys or values) of one layer can be coded."""
+
+NOT_FOR_KEYS = {"sparse24": "0.43 nats of KL, 30 to 50 times the damage of 4-bit values at twice the size"}
+"""Codecs that are refused for keys unless written with `FORCE` behind the name, and what they cost there."""
+
+FORCE = "!"
 
 STAGES = ("lz4", "zstd")
 """Lossless byte stages over the whole payload."""
@@ -34,7 +39,10 @@ class LayerRange:
 
 @dataclass(frozen=True)
 class FormatSpec:
-    """Codecs of keys and values, ranges of layers that differ (ascending, disjoint), byte stage or None."""
+    """Codecs of keys and values, ranges of layers that differ (ascending, disjoint), byte stage or None.
+
+    A codec in `NOT_FOR_KEYS` stands with its `FORCE` where it codes keys.
+    """
 
     keys: str
     values: str
@@ -91,13 +99,19 @@ def _pair_text(pair: Mapping[object, object]) -> str:
 
 def _codecs(text: str, given: str) -> tuple[str, str]:
     keys, slash, values = text.partition("/")
-    values = values if slash else keys
-    for name in (keys, values):
+    values = (values if slash else keys).removesuffix(FORCE)
+    plain_keys = keys.removesuffix(FORCE)
+    for name in (plain_keys, values):
         if name not in CODECS:
             nearest = difflib.get_close_matches(name, CODECS, n=1, cutoff=0.0)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ";"
             raise ConfigError(f"unknown page format {given!r}: {name!r} is no codec{hint} Known: {', '.join(CODECS)}")
-    return keys, values
+    if plain_keys in NOT_FOR_KEYS and keys == plain_keys:
+        raise ConfigError(
+            f"page format {given!r}: {keys} ruins keys ({NOT_FOR_KEYS[keys]}); "
+            f"use another codec for them, such as 'q8/{values}', or write {keys + FORCE!r} to have it nevertheless"
+        )
+    return keys if plain_keys in NOT_FOR_KEYS else plain_keys, values
 
 
 def _layer_range(span: str, keys: str, values: str, given: str) -> LayerRange:
@@ -115,7 +129,7 @@ def _checked(spec: FormatSpec, given: object) -> FormatSpec:
 
 
 def _pair(keys: str, values: str) -> str:
-    return keys if keys == values else f"{keys}/{values}"
+    return keys if keys.removesuffix(FORCE) == values else f"{keys}/{values}"
 
 
 def _span(part: LayerRange) -> str:

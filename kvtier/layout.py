@@ -46,7 +46,7 @@ class PageLayout:
         if self.dtype not in DTYPE_BYTES:
             raise LayoutError(f"page layout: dtype is {self.dtype!r}; expected one of {', '.join(DTYPE_BYTES)}")
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int, int, int]:
         """`[layers, planes, page_tokens, kv_heads, head_dim]`."""
         return (self.layers, self.planes, self.page_tokens, self.kv_heads, self.head_dim)
@@ -72,7 +72,14 @@ class PageLayout:
         text = f"kvtier page layout 1: {self.shape} {self.dtype}"
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
-    @property
+    @cached_property
+    def strides(self) -> tuple[int, int, int, int, int]:
+        """Numbers from one index to the next along each axis of a contiguous page."""
+        head, token = self.head_dim, self.head_dim * self.kv_heads
+        plane = token * self.page_tokens
+        return (plane * self.planes, plane, token, head, 1)
+
+    @cached_property
     def torch_dtype(self) -> torch.dtype:
         """The torch dtype of the page's numbers."""
         import torch

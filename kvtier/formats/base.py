@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +18,22 @@ from kvtier.errors import LayoutError
 from kvtier.layout import PageLayout
 
 Payload = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Bytes of a payload that are alike and compress best together: `spans` of (first byte, bytes), in ascending order.
+
+    `element_bytes`: bytes of each number if all spans are plain rows of them, else 1.
+    """
+
+    element_bytes: int
+    spans: tuple[tuple[int, int], ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all spans."""
+        return sum(size for _, size in self.spans)
 
 
 class Format(ABC):
@@ -78,9 +95,9 @@ class Format(ABC):
         if `out` does not fit.
         """
 
-    def element_bytes(self, layout: PageLayout) -> int:
-        """Bytes of each number if the payload is a plain row of them, else 1. A byte stage may group bytes of equal significance."""
-        return 1
+    def streams(self, layout: PageLayout) -> tuple[Stream, ...]:
+        """For a format of fixed size: what a byte stage compresses apart. Together the streams are each byte of a payload once."""
+        return (Stream(1, ((0, self.payload_bytes(layout)),)),)
 
     def bits_per_value(self, layout: PageLayout) -> float:
         """Bits per number of the page, every scale and flag counted (upper bound where the size varies)."""
@@ -89,10 +106,25 @@ class Format(ABC):
 
 def check_pages(pages: torch.Tensor, layout: PageLayout) -> None:
     """LayoutError unless `pages` is `[n, *layout.shape]` of the layout's dtype."""
-    if pages.dim() != 6 or tuple(pages.shape[1:]) != layout.shape:
+    if pages.shape[1:] != layout.shape:
         raise LayoutError(f"pages have shape {tuple(pages.shape)}; expected [n, {', '.join(map(str, layout.shape))}]")
     if pages.dtype != layout.torch_dtype:
         raise LayoutError(f"pages are {pages.dtype}; expected {layout.torch_dtype}")
+
+
+def room_for(count: int, payload_bytes: int, out: Sequence[Payload] | None) -> list[Payload]:
+    """Where `encode` writes `count` payloads: the first bytes of each array in `out`, or new arrays. LayoutError if `out` does not fit."""
+    if out is None:
+        return [np.empty(payload_bytes, np.uint8) for _ in range(count)]
+    if len(out) < count or not all(_can_take(place, payload_bytes) for place in out[:count]):
+        expected = f"that many writable, contiguous uint8 arrays of one dimension, at least {payload_bytes} bytes each"
+        raise LayoutError(f"encode: out has no room for {count} payloads; expected {expected}")
+    return [place[:payload_bytes] for place in out[:count]]
+
+
+def _can_take(place: Payload, payload_bytes: int) -> bool:
+    flags = place.flags
+    return place.dtype == np.uint8 and place.ndim == 1 and len(place) >= payload_bytes and flags.c_contiguous and flags.writeable
 
 
 def span_of(layers: slice, layout: PageLayout) -> tuple[int, int]:
@@ -112,10 +144,10 @@ def target_of(
         if rows is not None:
             raise LayoutError("decode: rows without out; give the tensor whose rows they are")
         return torch.empty((count, *shape), dtype=layout.torch_dtype), range(count)
-    if out.device.type != "cpu" or out.dtype != layout.torch_dtype or tuple(out.shape[1:]) != shape:
+    if out.device.type != "cpu" or out.dtype != layout.torch_dtype or out.shape[1:] != shape:
         expected = f"{layout.torch_dtype} {['m', *shape]} on cpu"
         raise LayoutError(f"decode: out is {out.dtype} {tuple(out.shape)} on {out.device}; expected {expected}")
-    if len(out) and not out[0].is_contiguous():
+    if out.stride()[1:] != layout.strides and len(out) and not out[0].is_contiguous():
         raise LayoutError(f"decode: the rows of out have strides {out.stride()[1:]}; expected contiguous rows of shape {shape}")
     rows = range(count) if rows is None else rows
     if len(rows) != count or (count and not 0 <= min(rows) <= max(rows) < len(out)):

@@ -21,7 +21,7 @@ import torch
 
 from kvtier.errors import LayoutError
 from kvtier.format_spec import FormatSpec
-from kvtier.formats.base import Format, Payload, check_pages, span_of, target_of
+from kvtier.formats.base import Format, Payload, Stream, check_pages, room_for, span_of, target_of
 from kvtier.formats.native import codecs as native_codecs
 from kvtier.layout import PageLayout
 
@@ -104,6 +104,7 @@ class _Plan:
 
     places: tuple[tuple[_Place, ...], ...]
     payload_bytes: int
+    streams: tuple[Stream, ...]
     first_flag: int | None
     native: bytes | None
 
@@ -147,9 +148,8 @@ class BlockFormat(Format):
     def payload_bytes(self, layout: PageLayout) -> int:
         return self._plan(layout).payload_bytes
 
-    def element_bytes(self, layout: PageLayout) -> int:
-        sizes = {place.codec.element_bytes(place.shape) for places in self._plan(layout).places for place in places}
-        return sizes.pop() if len(sizes) == 1 else 1
+    def streams(self, layout: PageLayout) -> tuple[Stream, ...]:
+        return self._plan(layout).streams
 
     def encode(
         self,
@@ -164,16 +164,19 @@ class BlockFormat(Format):
         if rows and not 0 <= min(rows) <= max(rows) < len(pages):
             raise LayoutError(f"encode: rows from {min(rows)} to {max(rows)} of {len(pages)} pages")
         plan = self._plan(layout)
-        payloads = _room_for(len(rows), plan.payload_bytes, out)
-        if plan.first_flag is None:
-            first = ()
+        payloads = room_for(len(rows), plan.payload_bytes, out)
         native = native_codecs() if plan.native is not None and pages.device.type == "cpu" and pages.is_contiguous() else None
-        later = _without(range(len(rows)), first)
+        special = sorted(first) if plan.first_flag is not None else []
+        if special:
+            self._encode_reference(pages, layout, [rows[i] for i in special], [payloads[i] for i in special], True)
+            others = [index for index in range(len(rows)) if index not in first]
+            rows, rest = [rows[i] for i in others], [payloads[i] for i in others]
+        else:
+            rest = payloads
         if native is not None and plan.native is not None:
-            native.encode(plan.native, pages.data_ptr(), [rows[index] for index in later], [payloads[index] for index in later])
-            later = []
-        for chosen, special in ((later, False), (sorted(first), True)):
-            self._encode_reference(pages, layout, [rows[index] for index in chosen], [payloads[index] for index in chosen], special)
+            native.encode(plan.native, pages.data_ptr(), rows, rest)
+        else:
+            self._encode_reference(pages, layout, rows, rest, False)
         return payloads
 
     def decode(
@@ -196,12 +199,12 @@ class BlockFormat(Format):
         if native is None or plan.native is None:
             self._decode_reference(payloads, layout, begin, end, out, rows)
             return out
-        first = [i for i, payload in enumerate(payloads) if payload[plan.first_flag] & 0x80] if plan.first_flag is not None else []
-        later: Sequence[int] = range(len(payloads))
-        if first:
-            self._decode_reference([payloads[i] for i in first], layout, begin, end, out, [rows[i] for i in first])
-            later = _without(later, first)
-            payloads, rows = [payloads[i] for i in later], [rows[i] for i in later]
+        flag = plan.first_flag
+        special = [] if flag is None else [index for index, payload in enumerate(payloads) if payload[flag] & 0x80]
+        if special:
+            self._decode_reference([payloads[i] for i in special], layout, begin, end, out, [rows[i] for i in special])
+            others = [index for index in range(len(payloads)) if index not in special]
+            payloads, rows = [payloads[i] for i in others], [rows[i] for i in others]
         native.decode(plan.native, payloads, out.data_ptr(), rows, begin, end, out.stride(0) * out.element_size())
         return out
 
@@ -210,7 +213,7 @@ class BlockFormat(Format):
     ) -> None:
         plan = self._plan(layout)
         for some, begin, end in _chunks(len(rows), layout, plan.runs(0, layout.layers)):
-            chosen = pages[rows[some]]
+            chosen = pages[list(rows[some])]
             for plane, place in enumerate(plan.places[begin]):
                 encode = place.codec.encode_first if special else place.codec.encode
                 coded = encode(chosen[:, begin:end, plane].flatten(0, 1), place.shape).cpu().numpy()
@@ -241,7 +244,19 @@ class BlockFormat(Format):
                 offset += row[-1].size
             places.append(tuple(row))
         flags = (place.offset + flag for row in places for place in row if (flag := place.codec.first_flag(place.shape)) is not None)
-        return _Plan(tuple(places), offset, next(flags, None), _native_plan(places, layout, offset))
+        return _Plan(tuple(places), offset, _streams(places), next(flags, None), _native_plan(places, layout, offset))
+
+
+def _streams(places: Sequence[Sequence[_Place]]) -> tuple[Stream, ...]:
+    """One for each codec and plane: keys and values have different statistics."""
+    alike: dict[tuple[BlockCodec, bool], list[_Place]] = {}
+    for row in places:
+        for place in row:
+            alike.setdefault((place.codec, place.shape.keys), []).append(place)
+    return tuple(
+        Stream(codec.element_bytes(members[0].shape), tuple((place.offset, place.size) for place in members))
+        for (codec, _), members in alike.items()
+    )
 
 
 def _native_plan(places: Sequence[Sequence[_Place]], layout: PageLayout, payload_bytes: int) -> bytes | None:
@@ -256,18 +271,6 @@ def _native_plan(places: Sequence[Sequence[_Place]], layout: PageLayout, payload
     head = struct.pack("<8i", geometry[0], layout.layers, layout.planes, *geometry[1:], len(entries), 0)
     body = b"".join(struct.pack("<iiq", place.codec.native_id, place.shape.keys, place.offset) for place in entries)
     return head + body + struct.pack("<q", payload_bytes)
-
-
-def _without(indices: Sequence[int], some: Collection[int]) -> Sequence[int]:
-    return [index for index in indices if index not in some] if some else indices
-
-
-def _room_for(count: int, payload_bytes: int, out: Sequence[Payload] | None) -> list[Payload]:
-    if out is None:
-        return [np.empty(payload_bytes, np.uint8) for _ in range(count)]
-    if len(out) < count or any(place.dtype != np.uint8 or place.ndim != 1 or len(place) < payload_bytes for place in out[:count]):
-        raise LayoutError(f"encode: out has no room for {count} payloads of {payload_bytes} bytes; expected that many uint8 arrays")
-    return [place[:payload_bytes] for place in out[:count]]
 
 
 def _chunks(pages: int, layout: PageLayout, runs: Iterator[tuple[int, int]]) -> Iterator[tuple[slice, int, int]]:

@@ -23,7 +23,7 @@ from functools import lru_cache
 import torch
 
 from kvtier.formats.blocks import BlockCodec, BlockShape
-from kvtier.formats.numbers import FP16_MAX, as_page_dtype, finite, fp16_scale, inverse
+from kvtier.formats.numbers import FP16_MAX, as_page_dtype, finite, fp16_scale, inverse, numbers_of
 
 E4M3_MAX = 448.0
 
@@ -47,7 +47,7 @@ class FP8(BlockCodec):
     def decode(self, coded: torch.Tensor, shape: BlockShape) -> torch.Tensor:
         codes, scales = coded.split_with_sizes([shape.vectors * shape.head_dim, shape.vectors * 2], 1)
         numbers = _e4m3_values().index_select(0, codes.reshape(-1).int()).view(-1, shape.tokens, shape.heads, shape.head_dim)
-        factors = scales.contiguous().view(torch.float16).view(-1, shape.tokens, shape.heads, 1)
+        factors = numbers_of(scales, torch.float16).view(-1, shape.tokens, shape.heads, 1)
         return as_page_dtype(numbers * factors, shape.torch_dtype)
 
 

@@ -24,6 +24,12 @@ def fp16_scale(scale: torch.Tensor) -> torch.Tensor:
     return scale.clamp(max=FP16_MAX).half()
 
 
+def numbers_of(coded: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bytes `[..., n]` of a larger tensor, of any strides and offset, as numbers `[..., n / size]`. A copy."""
+    # Not contiguous(): a batch of one block counts as contiguous whatever its stride, which view() then refuses.
+    return coded.clone(memory_format=torch.contiguous_format).view(dtype)
+
+
 def inverse(scale: torch.Tensor) -> torch.Tensor:
     """1 / scale in fp32; 0 where the scale is 0 or too small to have a finite inverse, so that such a vector codes as zeros."""
     scale = scale.float()

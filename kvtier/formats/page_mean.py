@@ -20,7 +20,7 @@ from kvtier.formats.bits import pack, unpack
 from kvtier.formats.blocks import BlockShape
 from kvtier.formats.hadamard import rotate, unrotate_factor, unrotate_whole
 from kvtier.formats.levels import LEVELS4
-from kvtier.formats.numbers import fp16_scale
+from kvtier.formats.numbers import fp16_scale, numbers_of
 
 
 def mean_bytes(shape: BlockShape) -> int:
@@ -46,7 +46,7 @@ class PageMean:
         """From the mean's bytes, uint8 `[m, mean_bytes]`."""
         scales, packed = coded.split_with_sizes([shape.heads * 2, shape.heads * shape.head_dim // 2], 1)
         codes = unpack(packed.reshape(-1, shape.heads, shape.head_dim // 2), 4)
-        return cls(scales.contiguous().view(torch.float16).abs(), codes)
+        return cls(numbers_of(scales, torch.float16).abs(), codes)
 
     def encode(self) -> list[torch.Tensor]:
         """The mean's bytes, as parts `[m, ...]` of uint8 to be put one after the other."""

@@ -40,7 +40,7 @@ from kvtier.formats.bits import pack, unpack
 from kvtier.formats.blocks import BlockCodec, BlockShape
 from kvtier.formats.hadamard import rotate, unrotate_factor, unrotate_whole
 from kvtier.formats.levels import LEVELS2, LEVELS3, LEVELS4, Levels
-from kvtier.formats.numbers import FP16_MAX, as_page_dtype, finite, fp16_scale, inverse
+from kvtier.formats.numbers import FP16_MAX, as_page_dtype, finite, fp16_scale, inverse, numbers_of
 from kvtier.formats.page_mean import PageMean, mean_bytes
 
 STEPS_PER_OCTAVE = 32
@@ -108,14 +108,14 @@ class Gaussian(BlockCodec):
 
     def decode(self, coded: torch.Tensor, shape: BlockShape) -> torch.Tensor:
         mean, supers, steps, codes = coded.split_with_sizes(self._sections(shape), 1)
-        begins = supers[:, 1] >= 0x80
+        begins = (supers[:, 1] >= 0x80) & (self.first_flag(shape) is not None)
         whole = torch.empty(len(coded), shape.tokens, shape.heads, shape.head_dim, device=coded.device)
         per_rms = torch.full((len(coded), shape.tokens, 1, 1), _factor(shape.head_dim, self.levels.per_rms), device=coded.device)
         whole[~begins] = self._levels(codes[~begins], self.levels, shape)
         if bool(begins.any()):
             self._decode_first(codes, begins, shape, whole, per_rms)
         step = steps.reshape(-1, shape.tokens, shape.heads, 1).int()
-        largest = supers.contiguous().view(torch.float16).abs().float().view(-1, 1, shape.heads, 1)
+        largest = numbers_of(supers, torch.float16).abs().float().view(-1, 1, shape.heads, 1)
         scales = largest * _step_values().to(coded.device)[step & 127]
         numbers = unrotate_whole(whole) * (scales * per_rms)
         if shape.keys:

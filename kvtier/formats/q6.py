@@ -23,7 +23,7 @@ from kvtier.errors import LayoutError
 from kvtier.formats.bits import pack, unpack
 from kvtier.formats.blocks import BlockCodec, BlockShape
 from kvtier.formats.hadamard import rotate, unrotate_factor, unrotate_whole
-from kvtier.formats.numbers import FP16_MAX, as_page_dtype, finite, symmetric_codes
+from kvtier.formats.numbers import FP16_MAX, as_page_dtype, finite, numbers_of, symmetric_codes
 from kvtier.formats.page_mean import PageMean, mean_bytes
 
 LARGEST_CODE = 31
@@ -62,7 +62,7 @@ class Q6(BlockCodec):
         mean, scales, packed = coded.split_with_sizes(self._sections(shape), 1)
         codes = unpack(packed.reshape(-1, shape.tokens, shape.heads, shape.head_dim * 6 // 8), 6)
         whole = unrotate_whole(codes.float() - OFFSET)
-        signed = scales.contiguous().view(torch.float16).view(-1, shape.tokens, shape.heads, 1)
+        signed = numbers_of(scales, torch.float16).view(-1, shape.tokens, shape.heads, 1)
         numbers = whole * (signed.float().abs() * unrotate_factor(shape.head_dim))
         if shape.keys:
             numbers += PageMean.decode(mean, shape).values() * torch.signbit(signed)

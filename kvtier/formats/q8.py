@@ -25,7 +25,7 @@ import torch
 
 from kvtier.formats.blocks import BlockCodec, BlockShape
 from kvtier.formats.hadamard import block_size, rotate, unrotate_factor, unrotate_whole
-from kvtier.formats.numbers import FP16_MAX, as_page_dtype, finite, symmetric_codes
+from kvtier.formats.numbers import FP16_MAX, as_page_dtype, finite, numbers_of, symmetric_codes
 
 LARGEST_CODE = 127
 
@@ -48,5 +48,5 @@ class Q8(BlockCodec):
     def decode(self, coded: torch.Tensor, shape: BlockShape) -> torch.Tensor:
         codes, scales = coded.split_with_sizes([shape.vectors * shape.head_dim, shape.vectors * 2], 1)
         whole = unrotate_whole(codes.view(torch.int8).reshape(-1, shape.tokens, shape.heads, shape.head_dim).float())
-        factors = scales.contiguous().view(torch.float16).view(-1, shape.tokens, shape.heads, 1).float() * unrotate_factor(shape.head_dim)
+        factors = numbers_of(scales, torch.float16).view(-1, shape.tokens, shape.heads, 1).float() * unrotate_factor(shape.head_dim)
         return as_page_dtype(whole * factors, shape.torch_dtype)

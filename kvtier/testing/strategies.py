@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,17 +17,23 @@ def layouts(
     *,
     planes: Sequence[int] = (1, 2),
     dtypes: Sequence[str] = tuple(DTYPE_BYTES),
-    head_dims: Sequence[int] = (64, 80, 128),
+    head_dims: Sequence[int] = (64, 80, 96, 128),
+    block_multiple: int = 1,
 ) -> st.SearchStrategy[PageLayout]:
-    """Layouts of at most 3 layers, 5 tokens and 3 heads."""
+    """Layouts of at most 3 layers, 5 tokens and 3 heads; more tokens where tokens * heads * head_dim must be a multiple."""
+
+    def layout(layers: int, plane_count: int, tokens: int, heads: int, head_dim: int, dtype: str) -> PageLayout:
+        tokens *= block_multiple // math.gcd(block_multiple, heads * head_dim)
+        return PageLayout(layers, plane_count, tokens, heads, head_dim, dtype)
+
     return st.builds(
-        PageLayout,
-        layers=st.integers(1, 3),
-        planes=st.sampled_from(planes),
-        page_tokens=st.integers(1, 5),
-        kv_heads=st.integers(1, 3),
-        head_dim=st.sampled_from(head_dims),
-        dtype=st.sampled_from(dtypes),
+        layout,
+        st.integers(1, 3),
+        st.sampled_from(planes),
+        st.integers(1, 5),
+        st.integers(1, 3),
+        st.sampled_from(head_dims),
+        st.sampled_from(dtypes),
     )
 
 

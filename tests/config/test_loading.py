@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.cli.config import reference_markdown
-from kvtier.config import FORMATS, Config, GiB, load_config, parse_assignments, resolve_config
+from kvtier.config import Config, GiB, load_config, parse_assignments, resolve_config
 from kvtier.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -154,7 +154,9 @@ def test_an_unknown_key_in_a_band_is_found():
         ({"mover.prefetch_budget_bytes": -1}, "mover.prefetch_budget_bytes is -1; a size cannot be negative"),
         ({"host": 5}, "host is 5; expected a mapping of keys or null"),
         ({"policy": None}, "policy is null; expected a mapping of keys"),
-        ({"host.format": "q5"}, "host.format is 'q5'; expected raw, fp8, q8 or q4"),
+        ({"host.format": "q5"}, "unknown page format 'q5': 'q5' is no codec; did you mean 'q"),
+        ({"host.format": {"k": "q4"}}, "expected the keys k and v"),
+        ({"disk": {"path": "x", "format": "q4;3:q8;2-5:q8"}}, "layer 3 is named twice"),
         ({"host.format": "q8+lz4"}, "use q8 here and q8+lz4 in disk.format"),
         ({"disk.format": "q4"}, "disk.path is missing; expected a path"),
         ({"disk.path": ""}, "disk.path is ''; expected a path"),
@@ -299,10 +301,12 @@ def test_the_reference_is_up_to_date_and_names_every_key():
     assert [key for key in leaves if f"| `{key}` |" not in reference_markdown()] == []
 
 
-def test_format_names_are_those_of_the_formats_room():
-    from kvtier.formats import FORMAT_NAMES
-
-    assert sorted(FORMATS) == sorted(FORMAT_NAMES)
+def test_a_format_may_be_a_mapping_and_is_kept_as_its_name(tmp_path):
+    given = {"k": "q8", "v": "q4", "layers": {"0-1": "q8", 29: {"k": "q6", "v": "q4"}}}
+    config = load_config(env={}, overrides={"host.format": given, "disk": {"path": "x", "format": "raw+zstd"}})
+    assert (config.host.format, config.disk.format) == ("q8/q4;0-1:q8;29:q6/q4", "raw+zstd")
+    path = write(tmp_path, config.to_yaml())
+    assert load_config(path, env={}) == config
 
 
 def test_the_tree_is_frozen_and_needs_no_tensor_library():
