@@ -99,14 +99,19 @@ class DiskConfig(_Section):
     )
     write_policy: WritePolicy = Field(default="write_back", description=_WRITE_POLICY)
     selective_uses: int = Field(default=2, ge=1, description=_SELECTIVE_USES)
+    compress: Literal["always", "auto"] = Field(
+        default="always",
+        description="When the byte stage of `format` works. `auto`: only while the bytes it saves would take longer to write and read than "
+        "packing them, as measured.",
+    )
     durability: Literal["process", "power"] = Field(
         default="process",
         description="What committed copies survive. `process`: a crash of the process. `power`: a power cut too, with slower writes.",
     )
     io_engine: Literal["auto", "direct", "buffered", "aiofiles"] = Field(
         default="auto",
-        description="How files are read and written. `direct`: past the page cache. `buffered`: through it. `aiofiles`: the same by asyncio, "
-        "slower. `auto`: `direct` where the directory takes it, else `buffered`.",
+        description="How files are read and written. `direct`: past the page cache. `buffered`: through it. `aiofiles`: the same by "
+        "asyncio, slower. `auto`: `direct` where the directory takes it, else `buffered`.",
     )
     io_depth: int = Field(default=8, ge=1, le=256, description="Most reads and writes under way at once, each on a thread of its own.")
 

@@ -136,9 +136,13 @@ class Staged(Format):
             return places
         if out is not None:
             room_for(count, size, out)
+        return self.pack(self.inner.encode(pages, layout, rows, first=first), layout, out)
+
+    def pack(self, payloads: Sequence[Payload], layout: PageLayout, out: Sequence[Payload] | None = None) -> list[Payload]:
+        """The stage alone, over payloads of the inner format; `encode` is the inner format's and then this."""
         coder, streams = CODERS[self.stage], self.inner.streams(layout)
         compressor = coder.compressor()
-        packed = (_pack(payload, streams, coder, compressor) for payload in self.inner.encode(pages, layout, rows, first=first))
+        packed = (_pack(payload, streams, coder, compressor) for payload in payloads)
         if out is None:
             return [np.concatenate(pieces) for pieces in packed]
         return [_joined(pieces, place) for pieces, place in zip(packed, out, strict=False)]

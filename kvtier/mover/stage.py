@@ -24,6 +24,7 @@ from kvtier.formats.base import Format, Payload
 from kvtier.layout import PageLayout
 from kvtier.machine import last_level_cache_bytes
 from kvtier.memory.region import aligned_array
+from kvtier.mover.packing import Packer
 from kvtier.mover.plan import layers_per_step, pages_per_piece, pieces
 from kvtier.mover.transfer import Move, Transfer
 from kvtier.tiers.base import DeviceSlots, Refused, Slots, Tier
@@ -51,6 +52,7 @@ class StagingPool:
         each = total_bytes // workers
         piece = pages_per_piece(slot_bytes, layout.page_bytes, cache_bytes, max(1, each // 4 // layout.page_bytes))
         self.pages_per_round = max(1, (each - piece * layout.page_bytes) // slot_bytes)
+        self.packers = {tier.name: Packer(tier) for tier in tiers if isinstance(tier, Tier)}
         self._idle: queue.SimpleQueue[Scratch] = queue.SimpleQueue()
         try:
             for _ in range(workers):
@@ -79,27 +81,27 @@ def carry(transfer: Transfer, tiers: Sequence[Slots], staging: StagingPool) -> i
             moves = transfer.moves[start : start + len(scratch.encoded)]
             match source, target:
                 case DeviceSlots(), Tier():
-                    moved += _offload(transfer, start, moves, source, target, scratch)
+                    moved += _offload(transfer, start, moves, source, staging.packers[target.name], scratch)
                 case Tier(), DeviceSlots():
                     moved += _restore(transfer, start, moves, source, target, scratch)
                 case Tier(), Tier():
-                    moved += _recode(transfer, start, moves, source, target, scratch)
+                    moved += _recode(transfer, start, moves, source, target, staging.packers[target.name], scratch)
                 case _:
                     raise TypeError(f"no way from {source.name} to {target.name}")
     return moved
 
 
-def _offload(transfer: Transfer, start: int, moves: Sequence[Move], source: DeviceSlots, target: Tier, scratch: Scratch) -> int:
+def _offload(transfer: Transfer, start: int, moves: Sequence[Move], source: DeviceSlots, packer: Packer, scratch: Scratch) -> int:
     moved = 0
     for piece in pieces(len(moves), len(scratch.pages)):
         some = moves[piece]
         slots, room = [move.source_slot for move in some], list(scratch.encoded[: len(some)])
         memory, first = source.memory(), _first(some)
         if memory is not None:
-            payloads = target.format.encode(memory, target.layout, slots, room, first)
+            payloads = packer.encode(memory, slots, room, first)
         else:
-            payloads = target.format.encode(source.gather(slots), target.layout, None, room, first)
-        moved += _store(transfer, range(start + piece.start, start + piece.stop), target, payloads)
+            payloads = packer.encode(source.gather(slots), None, room, first)
+        moved += _store(transfer, range(start + piece.start, start + piece.stop), packer, payloads)
     return moved
 
 
@@ -147,7 +149,7 @@ def _restore_as_read(transfer: Transfer, start: int, moves: Sequence[Move], sour
     return moved
 
 
-def _recode(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: Tier, scratch: Scratch) -> int:
+def _recode(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: Tier, packer: Packer, scratch: Scratch) -> int:
     layout, same = source.layout, source.format.name == target.format.name
     moved = 0
     for piece in pieces(len(moves), len(scratch.pages)):
@@ -159,8 +161,8 @@ def _recode(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier,
             pages = source.format.decode(payloads, layout, out=scratch.pages)[: len(payloads)]
             # What was loaded is decoded by now, so its room is free again.
             first = _first([transfer.moves[index] for index in indices])
-            payloads = target.format.encode(pages, layout, None, list(scratch.encoded[: len(payloads)]), first)
-        moved += _store(transfer, indices, target, payloads)
+            payloads = packer.encode(pages, None, list(scratch.encoded[: len(payloads)]), first)
+        moved += _store(transfer, indices, packer, payloads)
     return moved
 
 
@@ -192,10 +194,9 @@ def _place(target: DeviceSlots, slots: Sequence[int], payloads: Sequence[Payload
         target.scatter(slots[piece], pages[: piece.stop - piece.start], layers)
 
 
-def _store(transfer: Transfer, indices: Sequence[int], target: Tier, payloads: Sequence[Payload]) -> int:
+def _store(transfer: Transfer, indices: Sequence[int], packer: Packer, payloads: Sequence[Payload]) -> int:
     """Write one payload per index into its move's target slot; returns the bytes written."""
-    moves = [transfer.moves[index] for index in indices]
-    stored = target.store([move.target_slot for move in moves], [move.page for move in moves], payloads)
+    stored = packer.write([transfer.moves[index] for index in indices], payloads)
     moved = 0
     for index, payload, refused in zip(indices, payloads, stored, strict=True):
         if refused is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -116,6 +117,9 @@ class Tier(Slots):
 
     in_memory: bool = False
     """Whether `load` only looks at memory. Else it waits for reads, and a restore decodes each page while others are being read."""
+
+    compress: Literal["always", "auto"] = "always"
+    """Whether a byte stage of `format` may rest while it does not pay."""
 
     @abstractmethod
     def store(self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload]) -> list[Refused | None]:

@@ -19,7 +19,7 @@ from kvtier.keys import KEY_BYTES
 from kvtier.tiers.base import PageId, Refused
 
 HEADER_BYTES = 256
-_VERSION = 1
+_VERSION = 2
 _MAGIC = b"kvtier\0r"
 _FIELDS = struct.Struct("<8sIIQ32s32sQ16s16sQ16s")
 _CHECKSUM = struct.Struct("<Q")

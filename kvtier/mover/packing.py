@@ -1,0 +1,60 @@
+"""Encoding for one tier, whose byte stage may rest while it does not pay.
+
+State of a `Packer` belongs to the workers together: replaced whole, so that two at once lose an observation at worst.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+
+from kvtier.formats.base import Payload
+from kvtier.formats.economy import StageEconomy
+from kvtier.formats.lossless import Staged
+from kvtier.mover.transfer import Move
+from kvtier.tiers.base import Refused, Tier
+
+log = logging.getLogger(__name__)
+
+MEMORY = 0.9
+"""Weight that the measured write bandwidth keeps at each further write."""
+
+
+class Packer:
+    """Writes pages into `tier` in its format. With `tier.compress` "auto" a byte stage rests while it costs more time than it saves."""
+
+    def __init__(self, tier: Tier) -> None:
+        self._tier = tier
+        self.economy = StageEconomy()
+        self._bytes_per_s = 0.0
+
+    def encode(self, pages: torch.Tensor, rows: Sequence[int] | None, room: Sequence[Payload], first: Sequence[int]) -> list[Payload]:
+        """As `Format.encode`; `room` as its `out`."""
+        codec, layout = self._tier.format, self._tier.layout
+        if not isinstance(codec, Staged) or self._tier.compress == "always":
+            return codec.encode(pages, layout, rows, room, first)
+        if not self.economy.compress_next:
+            self.economy = self.economy.stored()
+            return codec.encode(pages, layout, rows, room, first, compress=False)
+        plain = codec.inner.encode(pages, layout, rows, None, first)
+        start = time.perf_counter()
+        packed = codec.pack(plain, layout, room)
+        if self._bytes_per_s:
+            paid = self.economy.pays
+            self.economy = self.economy.after(sum(map(len, plain)), sum(map(len, packed)), time.perf_counter() - start, self._bytes_per_s)
+            if self.economy.pays != paid:
+                log.info("tier %s: %s now %s", self._tier.name, codec.name, "compresses" if self.economy.pays else "only stores")
+        return packed
+
+    def write(self, moves: Sequence[Move], payloads: Sequence[Payload]) -> list[Refused | None]:
+        """Store one payload per move in its target slot."""
+        start = time.perf_counter()
+        stored = self._tier.store([move.target_slot for move in moves], [move.page for move in moves], payloads)
+        written = sum(len(payload) for payload, refused in zip(payloads, stored, strict=True) if refused is None)
+        if written:
+            now = written / max(time.perf_counter() - start, 1e-9)
+            self._bytes_per_s = MEMORY * self._bytes_per_s + (1 - MEMORY) * now if self._bytes_per_s else now
+        return stored

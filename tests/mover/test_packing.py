@@ -1,0 +1,77 @@
+"""A packer writes what its tier's format writes, and lets a byte stage rest only where that is allowed and measured to pay."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kvtier.formats import get_format
+from kvtier.formats.economy import BEFORE_JUDGING
+from kvtier.formats.lossless import Staged
+from kvtier.layout import PageLayout
+from kvtier.mover.packing import Packer
+from kvtier.mover.transfer import Move
+from kvtier.tiers.base import PageId
+
+LAYOUT = PageLayout(2, 2, 16, 2, 64)
+PAGES = torch.randn(4, *LAYOUT.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+class Memory:
+    """A tier that keeps payloads in a dictionary and takes `seconds` (of a clock that the test moves) to store them."""
+
+    name, layout = "memory", LAYOUT
+
+    def __init__(self, format: str, compress: str, clock: list[float], seconds: float) -> None:
+        self.format, self.compress = get_format(format), compress
+        self.clock, self.seconds = clock, seconds
+        self.copies: dict[int, np.ndarray] = {}
+
+    def store(self, slots, pages, payloads):
+        self.clock[0] += self.seconds
+        self.copies.update({slot: payload.copy() for slot, payload in zip(slots, payloads, strict=True)})
+        return [None] * len(slots)
+
+
+def written(monkeypatch, format: str, compress: str, seconds: float, batches: int = 3 * BEFORE_JUDGING) -> list[int]:
+    """Bytes of the first page in each of some batches that are written to a tier which takes `seconds` for each; packing takes one."""
+    clock = [0.0]
+
+    def pack(self, *given):
+        clock[0] += 1.0
+        return really(self, *given)
+
+    really = Staged.pack
+    monkeypatch.setattr(Staged, "pack", pack)
+    monkeypatch.setattr("kvtier.mover.packing.time.perf_counter", lambda: clock[0])
+    tier = Memory(format, compress, clock, seconds)
+    packer = Packer(tier)  # type: ignore[arg-type]
+    moves = [Move(n, PageId(bytes(32), bytes(32), 1), n, n) for n in range(4)]
+    sizes = []
+    for _ in range(batches):
+        room = [np.empty(tier.format.payload_bytes(LAYOUT), np.uint8) for _ in range(4)]
+        payloads = packer.encode(PAGES, [0, 1, 2, 3], room, [])
+        assert packer.write(moves, payloads) == [None] * 4
+        decoded = tier.format.decode(tier.format.unpack([tier.copies[n] for n in range(4)], LAYOUT), LAYOUT)
+        assert torch.equal(decoded, PAGES)
+        sizes.append(len(tier.copies[0]))
+    return sizes
+
+
+@pytest.mark.parametrize("compress", ["always", "auto"])
+def test_a_format_without_stage_is_written_as_it_is(monkeypatch, compress):
+    assert set(written(monkeypatch, "raw", compress, 1.0)) == {LAYOUT.page_bytes}
+
+
+def test_a_stage_that_is_asked_for_always_works_however_fast_the_tier_is(monkeypatch):
+    assert max(written(monkeypatch, "raw+zstd", "always", 0.01)) < LAYOUT.page_bytes
+
+
+def test_a_stage_rests_where_writing_is_faster_than_packing(monkeypatch):
+    sizes = written(monkeypatch, "raw+zstd", "auto", 0.01)
+    assert max(sizes[: BEFORE_JUDGING - 1]) < LAYOUT.page_bytes < sizes[-1]
+
+
+def test_a_stage_goes_on_where_writing_is_slow(monkeypatch):
+    assert max(written(monkeypatch, "raw+zstd", "auto", 100.0)) < LAYOUT.page_bytes
