@@ -26,11 +26,14 @@ from kvtier.keys import PageKey, TokenIds, namespace, page_keys, root_key, token
 from kvtier.layout import PageLayout
 from kvtier.lease import Lease, Match
 from kvtier.mover.transfer import Priority, Transfer
-from kvtier.pages import ABSENT, NO_ROW, NO_TIER, READY, WRITING
+from kvtier.pages import ABSENT, NO_ROW, READY, WRITING
 from kvtier.prefetch import Prefetch
 from kvtier.residency import DEVICE, Residency
 from kvtier.tiers.base import Tier
 from kvtier.writing import Writer
+
+CLEARED_AT_ONCE = 16384
+"""Pages that `clear` drops before it lets others have the lock."""
 
 
 class TieredKVCache:
@@ -92,28 +95,8 @@ class TieredKVCache:
         residency = self._open()
         page_tokens = self.layout.page_tokens
         with residency.lock:
-            table, metrics = residency.table, residency.metrics
-            rows = table.find(match.keys)
-            tiers = table.warmest(rows)
-            table.lease(rows)
-            table.uses[rows] += 1
-            now = residency.clock()
-            metrics.lookups += bool(match.keys)
-            metrics.tokens_asked += len(match.keys) * page_tokens
-            for row, tier in zip(reversed(rows.tolist()), reversed(tiers.tolist()), strict=True):
-                if row in residency.policies[tier]:
-                    residency.policies[tier].touch(row, now)
-                origin = int(table.prefetched_from[row])
-                if origin != NO_TIER:
-                    in_time = tier == DEVICE
-                    metrics.prefetch.in_time += in_time
-                    metrics.prefetch.late += not in_time
-                    residency.unmark_prefetched(row)
-                    tier = origin
-                metrics.tiers[tier].pages_served += 1
-                metrics.tiers[tier].hit_tokens += page_tokens
-            for tier in range(residency.last):
-                residency.house.tend(tier, rows[table.state[tier, rows] == READY].tolist())
+            table = residency.table
+            rows = residency.claim(match.keys)
             lease = Lease(
                 residency=residency,
                 root=match.root,
@@ -123,7 +106,7 @@ class TieredKVCache:
                 restored=Future(),
                 give_back=self._release,
             )
-            missing = bool((table.state[DEVICE, rows] != READY).any())
+            missing = bool((table.state[DEVICE][rows] != READY).any())
         if missing:
             residency.start(self._restore(lease))
         else:
@@ -189,7 +172,7 @@ class TieredKVCache:
             if lease.released:
                 return
             lease.released = True
-            residency.device.free(residency.table.release(lease.rows))
+            residency.release(lease.rows)
 
     # -- writing ---------------------------------------------------------------------------------------------------------------
 
@@ -263,11 +246,8 @@ class TieredKVCache:
         keys = page_keys(token_ids, self.layout.page_tokens, root_key(self._namespace, salt))
         with residency.lock:
             table = residency.table
-            rows = table.find(keys).tolist()
-            now = residency.clock()
-            for row in reversed(rows):
-                if row in residency.policies[DEVICE]:
-                    residency.policies[DEVICE].touch(row, now)
+            rows = table.find(keys)
+            residency.touch(rows[table.state[DEVICE][rows] == READY], DEVICE)
         hint = Prefetch(residency, keys)
         residency.start(hint.run())
         if deadline is not None:
@@ -314,8 +294,8 @@ class TieredKVCache:
         """Forget the pins of these pages."""
         residency = self._open()
         with residency.lock:
-            rows = [row for key in match.keys if (row := residency.table.row(key)) != NO_ROW]
-            residency.table.unpin(np.array(rows, np.int64))
+            rows = residency.table.rows_of(match.keys)
+            residency.table.unpin(rows[rows != NO_ROW])
 
     def fits(self, requests: Sequence[TokenIds], new_tokens: int = 0, salt: str = "") -> int:
         """How many of the waiting requests, taken in order, the device can hold at once now, each grown by `new_tokens`.
@@ -416,13 +396,12 @@ class TieredKVCache:
         residency = self._open()
         self.settle()
         dropped = 0
-        with residency.lock:
-            table = residency.table
-            for tier, policy in enumerate(residency.policies):
-                for row in range(table.rows):
-                    if row in policy and not table.leases[row] and not table.readers[tier, row]:
-                        residency.forget(row, tier, "cleared")
-                        dropped += 1
+        for tier in range(len(residency.tiers)):
+            with residency.lock:
+                rows = residency.table.ready(tier)[::-1]
+            for start in range(0, len(rows), CLEARED_AT_ONCE):
+                with residency.lock:
+                    dropped += residency.clear(rows[start : start + CLEARED_AT_ONCE], tier)
         for tier_slots in residency.tiers:
             if isinstance(tier_slots, Tier):
                 residency.mover.spawn(residency.mover.work(tier_slots.tidy)).result()

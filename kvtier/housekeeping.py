@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from kvtier.mover.transfer import Priority, ended
-from kvtier.pages import ABSENT, READY
+from kvtier.pages import ABSENT, Rows
 from kvtier.tiers.base import Tier
 
 if TYPE_CHECKING:
@@ -33,14 +32,14 @@ class Housekeeping:
         self._cleaning = [False] * len(residency.tiers)
         self.task: asyncio.Task[object] | None = None
 
-    def tend(self, tier: int, rows: Iterable[int]) -> None:
+    def tend(self, tier: int, rows: Rows) -> None:
         """After pages came into `tier` or were used there: write through what must be, start cleaning if room is scarce. Lock held."""
         residency = self._residency
         if tier == residency.last:
             return
         if residency.entry[tier + 1] != "write_back":
-            through = [row for row in rows if not residency.is_clean(row, tier) and residency.is_wanted_below(row, tier)]
-            if through:
+            through = rows[~residency.is_clean(rows, tier) & residency.is_wanted_below(rows, tier)]
+            if len(through):
                 residency.start(residency.copy(through, tier, tier + 1, Priority.DEMOTION))
         if residency.pressure(tier) > residency.config.mover.clean_pressure and not self._cleaning[tier]:
             self._cleaning[tier] = True
@@ -53,10 +52,9 @@ class Housekeeping:
             with residency.lock:
                 share = 1.0 - residency.config.mover.clean_pressure
                 count = int(residency.tiers[tier].capacity_slots * share) - residency.tiers[tier].free_slots
-                coldest = residency.policies[tier].peek(
-                    max(0, count), residency.protected(tier), residency.clock(), residency.smoothed_pressure(tier)
-                )
-                dirty = [row for row in coldest if not residency.is_clean(row, tier) and residency.is_wanted_below(row, tier)]
+                with residency.protecting(tier) as protected:
+                    coldest = residency.policies[tier].peek(max(0, count), protected, residency.clock(), residency.smoothed_pressure(tier))
+                dirty = coldest[~residency.is_clean(coldest, tier) & residency.is_wanted_below(coldest, tier)]
             await residency.copy(dirty, tier, tier + 1, Priority.DEMOTION)
         finally:
             with residency.lock:
@@ -87,16 +85,15 @@ class Housekeeping:
                 pressure = residency.smoothed_pressure(tier)
                 if tier == residency.last and pressure <= residency.config.mover.clean_pressure:
                     continue
-                expired = policy.expired(min(len(policy), EXPIRED_AT_ONCE), residency.protected(tier), residency.clock(), pressure)
+                with residency.protecting(tier) as protected:
+                    expired = policy.expired(min(len(policy), EXPIRED_AT_ONCE), protected, residency.clock(), pressure)
                 if pressure <= residency.config.mover.clean_pressure:
-                    expired = [row for row in expired if residency.is_clean(row, tier) or residency.is_wanted_below(row, tier)]
-                for row in expired:
-                    policy.remove(row)
-                dirty = [row for row in expired if not residency.is_clean(row, tier)]
-                for row in expired:
-                    if residency.is_clean(row, tier):
-                        residency.drop(row, tier, "score under threshold")
-            if dirty:
+                    expired = expired[residency.is_clean(expired, tier) | residency.is_wanted_below(expired, tier)]
+                policy.remove(expired)
+                clean = residency.is_clean(expired, tier)
+                dirty = expired[~clean]
+                residency.drop(expired[clean], tier, "score under threshold")
+            if len(dirty):
                 await residency.sink(dirty, tier, "score under threshold", Priority.DEMOTION)
         for tier_slots in residency.tiers:
             if isinstance(tier_slots, Tier):
@@ -108,10 +105,8 @@ class Housekeeping:
         for tier in range(residency.last - 1, -1, -1):
             await self._arrived(residency.last)
             with residency.lock:
-                table = residency.table
-                dirty = [row for row in range(table.rows) if table.state[tier, row] == READY and table.key[row] is not None]
-                dirty = [row for row in dirty if table.state[residency.last, row] == ABSENT]
-                dirty.sort(key=lambda row: int(table.depth[row]))
+                rows = residency.table.ready(tier)
+                dirty = rows[residency.table.state[residency.last][rows] == ABSENT]
             await residency.copy(dirty, tier, residency.last, Priority.DEMAND)
         await self._arrived(residency.last)
 

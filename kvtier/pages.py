@@ -5,14 +5,14 @@ after. Content-addressed pages have a key; an open page (the partly filled tail 
 never evicted. A page may have a copy per tier, each ABSENT, WRITING (reserved, invisible) or READY (committed). A row without any copy
 but with children is *hollow*: lookups end there, and it disappears with its last child.
 
-No tensors, no I/O, no lock of its own: `kvtier.residency` calls it under its lock. Methods take arrays of rows, because a request
-touches hundreds at once.
+No tensors, no I/O, no lock of its own: `kvtier.residency` calls it under its lock. Methods take arrays of rows, no row twice in a call,
+because a request touches hundreds at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,40 +24,76 @@ from kvtier.tiers.base import PageId
 ABSENT, WRITING, READY = 0, 1, 2
 NO_ROW = -1
 NO_TIER = -1
+MOST_TIERS = 8
 
 Rows = NDArray[np.int64]
 
+# Arrays without dimensions: with a Python number, NumPy spends longer on finding the type than on a whole request's rows.
+_ONE = np.array(1)
+_ABSENT, _WRITING, _READY = (np.array(state, np.uint8) for state in (ABSENT, WRITING, READY))
+_READY_ANYWHERE = np.full(MOST_TIERS, READY, np.uint8).view(np.uint64)[0]
+_NO_COPIES = np.array(0, np.uint64)
+_NOBODY, _NO_ROW, _NO_TIER = np.array(0), np.array(NO_ROW), np.array(NO_TIER)
+_NO_KEY = np.array(None)
+_FALSE, _TRUE = np.array(False), np.array(True)
+_NOT_PINNED, _NO_ATTENTION = np.array(-math.inf), np.array(math.nan)
+
+_COLUMNS = (
+    *("key", "parent_key", "parent", "children", "depth", "fill", "leases", "uses", "pin_tier", "pin_until", "attention", "leaving"),
+    *("prefetched_from", "slot", "readers", "_used", "_open", "_copies"),
+)
+
 
 class PageTable:
-    """Rows for pages over `tiers` tiers (0 is the device, larger is colder). Grows as needed; the tiers' slots bound it."""
+    """Rows for pages over `tiers` tiers (0 is the device, larger is colder). Grows as needed; the tiers' slots bound it.
+
+    IntegrityError for more than MOST_TIERS tiers.
+    """
 
     def __init__(self, tiers: int, page_tokens: int) -> None:
+        if tiers > MOST_TIERS:
+            raise IntegrityError(f"a page table for {tiers} tiers; there are at most {MOST_TIERS}")
         self.tiers = tiers
         self.page_tokens = page_tokens
         self._row_of: dict[PageKey, int] = {}
-        self._free: list[int] = []
         self._size = 0
-        self.key: list[PageKey | None] = []
-        self.parent_key: list[PageKey] = []
-        self.parent: Rows = np.empty(0, np.int64)
-        self.children: Rows = np.empty(0, np.int64)
-        self.depth: Rows = np.empty(0, np.int64)
-        self.fill: Rows = np.empty(0, np.int64)
-        self.leases: Rows = np.empty(0, np.int64)
-        self.uses: Rows = np.empty(0, np.int64)
-        self.pin_tier: Rows = np.empty(0, np.int64)
-        self.pin_until: NDArray[np.float64] = np.empty(0)
-        self.attention: NDArray[np.float64] = np.empty(0)
+        # Every column has one row more than there is room for: NO_ROW indexes it, it holds no copy, and nobody looks at what it counts.
+        self.key: NDArray[np.object_] = np.empty(1, np.object_)
+        """`PageKey` of a page, None for an open page and for rows not in use."""
+        self.parent_key: NDArray[np.object_] = np.empty(1, np.object_)
+        self.parent: Rows = np.full(1, NO_ROW)
+        self.children: Rows = np.zeros(1, np.int64)
+        self.depth: Rows = np.zeros(1, np.int64)
+        self.fill: Rows = np.zeros(1, np.int64)
+        self.leases: Rows = np.zeros(1, np.int64)
+        self.uses: Rows = np.zeros(1, np.int64)
+        self.pin_tier: Rows = np.zeros(1, np.int64)
+        self.pin_until: NDArray[np.float64] = np.zeros(1)
+        self.attention: NDArray[np.float64] = np.zeros(1)
         """The last attention mass an engine reported for the page, NaN if none did."""
-        self.prefetched_from: Rows = np.empty(0, np.int64)
+        self.leaving: Rows = np.zeros(1, np.int64)
+        """Children that leave in the eviction that is being decided now; 0 at any other time."""
+        self.prefetched_from: Rows = np.zeros(1, np.int64)
+        self.slot: Rows = np.zeros((tiers, 1), np.int64)
+        self.readers: Rows = np.zeros((tiers, 1), np.int64)
+        self._used: NDArray[np.bool_] = np.zeros(1, np.bool_)
+        self._open: NDArray[np.bool_] = np.zeros(1, np.bool_)
+        self._copies: NDArray[np.uint64] = np.zeros(1, np.uint64)
+        """The states of a row's copies, one byte a tier: all of them can be looked at in one step."""
         self.state: NDArray[np.uint8] = np.empty((tiers, 0), np.uint8)
-        self.slot: Rows = np.empty((tiers, 0), np.int64)
-        self.readers: Rows = np.empty((tiers, 0), np.int64)
+        """`[tiers, rows]`, a view of the same bytes."""
+        self._free: Rows = np.empty(0, np.int64)
+        self._free_count = 0
+        self.hollow = False
+        """Whether a row without copies ever had to stay: until then, with one tier only, all children of a page are in that tier."""
+        self._pinned_until = -math.inf
+        """No pin lasts longer."""
+        self._alone = [np.array(cell) for cell in (np.eye(MOST_TIERS, dtype=np.uint8) * _READY).view(np.uint64)[:, 0]]
         self._grow(1024)
 
     def __len__(self) -> int:
         """Rows in use, hollow and open ones included."""
-        return self._size - len(self._free)
+        return self._size - self._free_count
 
     @property
     def rows(self) -> int:
@@ -70,29 +106,49 @@ class PageTable:
         """The row of a page, visible or not; NO_ROW if there is none."""
         return self._row_of.get(key, NO_ROW)
 
+    def rows_of(self, keys: Sequence[PageKey]) -> Rows:
+        """The rows of these pages, visible or not; NO_ROW where there is none."""
+        get = self._row_of.get
+        return np.array([get(key, NO_ROW) for key in keys], np.int64)
+
     def find(self, keys: Sequence[PageKey]) -> Rows:
         """Rows of the longest prefix of `keys` of which every page has a READY copy somewhere."""
-        found: list[int] = []
-        get = self._row_of.get
-        for key in keys:
-            row = get(key)
-            if row is None:
-                break
-            found.append(row)
-        rows = np.array(found, np.int64)
-        if not len(rows):
-            return rows
-        visible = (self.state[:, rows] == READY).any(axis=0)
-        return rows if visible.all() else rows[: int(visible.argmin())]
+        known = iter(map(self._row_of.get, keys).__next__, None)  # up to the first key without a row, or the last
+        rows = np.fromiter(known, np.int64)
+        visible = self._copies[rows] & _READY_ANYWHERE
+        return rows if np.count_nonzero(visible) == len(rows) else rows[: int((visible != 0).argmin())]
+
+    def ready(self, tier: int) -> Rows:
+        """Rows of all pages with a key that have a READY copy in `tier`, prefixes before what follows them. Looks at every row."""
+        used = slice(0, self._size)
+        rows = np.flatnonzero((self.state[tier, used] == _READY) & ~self._open[used])
+        return rows[np.argsort(self.depth[rows], kind="stable")]
 
     def warmest(self, rows: Rows) -> Rows:
         """For each row the warmest tier with a READY copy, NO_TIER if there is none."""
-        ready = self.state[:, rows] == READY
-        return np.where(ready.any(axis=0), ready.argmax(axis=0), NO_TIER).astype(np.int64)
+        warmest = np.full(len(rows), _NO_TIER)
+        for tier in range(self.tiers - 1, -1, -1):
+            warmest[self.state[tier][rows] == _READY] = tier
+        return warmest
 
-    def has_copy_below(self, row: int, tier: int, coldest: int | None = None) -> bool:
-        """Whether a READY copy exists in a colder tier than `tier`, but none colder than `coldest`."""
-        return bool((self.state[tier + 1 : None if coldest is None else coldest + 1, row] == READY).any())
+    def has_copy_below(self, rows: Rows, tier: int, coldest: int | None = None) -> NDArray[np.bool_]:
+        """Which of these have a READY copy in a colder tier than `tier`; with `coldest`, in one that is not colder than that."""
+        below = np.zeros(len(rows), np.bool_)
+        for colder in range(tier + 1, self.tiers if coldest is None else coldest + 1):
+            below |= self.state[colder][rows] == _READY
+        return below
+
+    def has_copy_above(self, rows: Rows, tier: int) -> NDArray[np.bool_]:
+        """Which of these have a copy, READY or on its way, in a warmer tier than `tier`."""
+        above = np.zeros(len(rows), np.bool_)
+        for warmer in range(tier):
+            above |= self.state[warmer][rows] != _ABSENT
+        return above
+
+    def is_alone(self, rows: Rows, tier: int) -> NDArray[np.bool_]:
+        """Which of these have a READY copy in `tier`, and none anywhere else, not even on its way."""
+        alone: NDArray[np.bool_] = self._copies[rows] == self._alone[tier]
+        return alone
 
     def page_id(self, row: int) -> PageId:
         """What a copy of `row` says about itself. IntegrityError for an open page, which never leaves the device."""
@@ -105,6 +161,13 @@ class PageTable:
         """The coldest tier this page may live in while its pin lasts, or NO_TIER."""
         return int(self.pin_tier[row]) if self.pin_until[row] > now else NO_TIER
 
+    def any_pinned(self, rows: Rows, now: float) -> NDArray[np.bool_] | None:
+        """Which of these are pinned; None if none is."""
+        if self._pinned_until <= now:
+            return None
+        pinned: NDArray[np.bool_] = self.pin_until[rows] > now
+        return pinned if np.count_nonzero(pinned) else None
+
     # -- rows ------------------------------------------------------------------------------------------------------------------
 
     def add(self, page: PageId, parent: int = NO_ROW) -> int:
@@ -114,31 +177,47 @@ class PageTable:
         """
         row = self._row_of.get(page.key)
         if row is None:
-            row = self._new_row()
-            self.key[row] = page.key
-            self._row_of[page.key] = row
-            self.parent_key[row] = page.parent
-            self.depth[row] = page.depth
-            self.fill[row] = self.page_tokens
-        elif self.parent[row] != NO_ROW:
-            return row
-        else:
-            self.parent_key[row] = page.parent
-        if page.depth > 0:
-            if parent == NO_ROW:
+            if page.depth > 0 and parent == NO_ROW:
                 parent = self._hollow(page.parent, page.depth - 1)
-            self._link(row, parent)
+            return int(self._new_chain([page.key], page.parent, page.depth, parent)[0])
+        if self.parent[row] == NO_ROW:
+            self.parent_key[row] = page.parent
+            if page.depth > 0:
+                self._link(row, self._hollow(page.parent, page.depth - 1) if parent == NO_ROW else parent)
         return row
+
+    def add_chain(self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int = NO_ROW) -> Rows:
+        """As `add` for pages that follow each other: rows of all `keys`, the first at `depth` after the page `before` (row `parent`)."""
+        known = np.fromiter(iter(map(self._row_of.get, keys).__next__, None), np.int64)
+        if count := len(known):
+            for index in np.flatnonzero(self.parent[known] == _NO_ROW).tolist():
+                page = PageId(keys[index], keys[index - 1] if index else before, depth + index)
+                self.add(page, int(known[index - 1]) if index else parent)
+            if count == len(keys):
+                return known
+            before, depth, parent, keys = keys[count - 1], depth + count, int(known[-1]), keys[count:]
+        elif depth > 0 and parent == NO_ROW:
+            parent = self._hollow(before, depth - 1)
+        if self._row_of.keys().isdisjoint(keys):
+            fresh = self._new_chain(keys, before, depth, parent)
+            return np.concatenate((known, fresh)) if count else fresh
+        rows = known.tolist()
+        for key in keys:
+            parent = self.add(PageId(key, before, depth), parent)
+            before, depth = key, depth + 1
+            rows.append(parent)
+        return np.array(rows, np.int64)
 
     def open(self, parent: int, slot: int, depth: int) -> int:
         """A new open page on device slot `slot`, with no tokens yet and one lease."""
-        row = self._new_row()
+        row = int(self._take_rows(1)[0])
+        self._open[row] = True
+        self.fill[row] = 0
         self.depth[row] = depth
         self.state[0, row] = READY
         self.slot[0, row] = slot
         self.leases[row] = 1
-        if parent != NO_ROW:
-            self._link(row, parent)
+        self._link(row, parent)
         return row
 
     def seal(self, row: int, page: PageId) -> tuple[int, int]:
@@ -159,68 +238,82 @@ class PageTable:
         self.leases[sealed] += self.leases[row]
         self.leases[row] = 0
         self.state[0, row] = ABSENT
-        self._reap(row)
+        self._reap_up(row)
         return sealed, slot
 
     # -- copies ----------------------------------------------------------------------------------------------------------------
 
-    def begin(self, rows: Iterable[int], tier: int, slots: Iterable[int]) -> None:
-        """Reserve a copy per row: invisible until `commit`. IntegrityError if a row already has or awaits one there."""
-        for row, slot in zip(rows, slots, strict=True):
-            if self.state[tier, row] != ABSENT:
-                raise IntegrityError(f"row {row} already has a copy in tier {tier}")
-            self.state[tier, row] = WRITING
-            self.slot[tier, row] = slot
+    def begin(self, rows: Rows | Sequence[int], tier: int, slots: Sequence[int]) -> None:
+        """Reserve a copy per row: invisible until `commit`. IntegrityError, and nothing begun, if one already has or awaits one there."""
+        rows = np.asarray(rows, np.int64)
+        state = self.state[tier]
+        if np.count_nonzero(state[rows]):
+            raise IntegrityError(f"row {rows[state[rows] != _ABSENT][0]} already has a copy in tier {tier}")
+        self.slot[tier][rows] = slots
+        state[rows] = _WRITING
 
-    def commit(self, row: int, tier: int) -> None:
-        """Make a WRITING copy visible."""
-        if self.state[tier, row] != WRITING:
-            raise IntegrityError(f"row {row} has nothing to commit in tier {tier}")
-        self.state[tier, row] = READY
+    def commit(self, rows: Rows | Sequence[int], tier: int) -> None:
+        """Make WRITING copies visible. IntegrityError, and nothing done, if one of them is not WRITING."""
+        rows = np.asarray(rows, np.int64)
+        state = self.state[tier]
+        if 1 in (wrong := state[rows] != _WRITING).tobytes():
+            raise IntegrityError(f"row {rows[wrong][0]} has nothing to commit in tier {tier}")
+        state[rows] = _READY
 
-    def drop(self, row: int, tier: int) -> int:
-        """Forget a copy, WRITING or READY; returns its slot. The row goes when nothing is left of it."""
-        if self.state[tier, row] == ABSENT:
-            raise IntegrityError(f"row {row} has no copy in tier {tier}")
-        if self.readers[tier, row]:
-            raise IntegrityError(f"row {row} is being read in tier {tier}")
-        self.state[tier, row] = ABSENT
-        slot = int(self.slot[tier, row])
-        self._reap(row)
-        return slot
+    def drop(self, rows: Rows | Sequence[int], tier: int) -> list[int]:
+        """Forget copies, WRITING or READY; returns their slots. A row goes when nothing is left of it.
+
+        IntegrityError, and nothing dropped, if one has no copy or is being read.
+        """
+        rows = np.asarray(rows, np.int64)
+        state = self.state[tier]
+        if 0 in state[rows].tobytes():
+            raise IntegrityError(f"row {rows[state[rows] == _ABSENT][0]} has no copy in tier {tier}")
+        if np.count_nonzero(readers := self.readers[tier][rows]):
+            raise IntegrityError(f"row {rows[readers != 0][0]} is being read in tier {tier}")
+        state[rows] = _ABSENT
+        slots: list[int] = self.slot[tier][rows].tolist()
+        self._reap(rows)
+        return slots
 
     def hold(self, rows: Rows | Sequence[int], tier: int) -> None:
         """A transfer reads these copies: they may not be dropped until `unhold`."""
-        self.readers[tier, rows] += 1
+        self.readers[tier][np.asarray(rows, np.int64)] += 1
 
     def unhold(self, rows: Rows | Sequence[int], tier: int) -> None:
         """The transfer is over."""
-        self.readers[tier, rows] -= 1
+        self.readers[tier][np.asarray(rows, np.int64)] -= 1
 
     # -- holders ---------------------------------------------------------------------------------------------------------------
 
     def lease(self, rows: Rows) -> None:
-        """Count one more holder of each row (rows must be distinct)."""
-        self.leases[rows] += 1
+        """Count one more holder of each row."""
+        self.leases[rows] += _ONE
 
-    def release(self, rows: Sequence[int] | Rows) -> list[int]:
-        """One holder less; returns device slots of open pages that nobody holds any more, for the caller to free."""
-        freed: list[int] = []
-        for row in rows:
-            if self.leases[row] <= 0:
-                raise IntegrityError(f"row {row} is not leased")
-            self.leases[row] -= 1
-            if self.leases[row] == 0:
-                if self.key[row] is None:
-                    freed.append(self.drop(row, 0))
-                else:
-                    self._reap(row)
+    def release(self, rows: Rows | Sequence[int]) -> list[int]:
+        """One holder less; returns device slots of open pages that nobody holds any more, for the caller to free.
+
+        IntegrityError, and nothing released, if one of them is not leased.
+        """
+        held = np.asarray(rows, np.int64)
+        left = self.leases[held] - _ONE
+        if len(left) and left[left.argmin()] < 0:
+            raise IntegrityError(f"row {held[left.argmin()]} is not leased")
+        self.leases[held] = left
+        if np.count_nonzero(left):
+            held = held[left == _NOBODY]
+        freed = []
+        if 1 in (ended := self._open[held]).tobytes():
+            freed = self.drop(held[ended], 0)
+            held = held[~ended]
+        self._reap(held)
         return freed
 
     def pin(self, rows: Rows, tier: int, until: float) -> None:
         """Keep these pages in `tier` or warmer until the clock reads `until` (math.inf for ever)."""
         self.pin_tier[rows] = tier
         self.pin_until[rows] = until
+        self._pinned_until = max(self._pinned_until, until)
 
     def unpin(self, rows: Rows) -> None:
         """Forget the pins of these pages."""
@@ -228,72 +321,109 @@ class PageTable:
 
     # -- inside ----------------------------------------------------------------------------------------------------------------
 
-    def _new_row(self) -> int:
-        if self._free:
-            row = self._free.pop()
-        else:
-            if self._size == len(self.parent):
-                self._grow(2 * self._size)
-            row = self._size
-            self._size += 1
-            self.key.append(None)
-            self.parent_key.append(b"")
-        self.parent[row] = NO_ROW
-        self.children[row] = self.depth[row] = self.fill[row] = self.leases[row] = self.uses[row] = 0
-        self.pin_until[row] = -math.inf
-        self.attention[row] = math.nan
-        self.prefetched_from[row] = NO_TIER
-        self.state[:, row] = ABSENT
-        self.readers[:, row] = 0
-        return row
+    def _take_rows(self, count: int) -> Rows:
+        """Rows nobody uses, as new. What a row must have lost before it was given up (copies, holders, children) is not set again."""
+        held = self._free_count
+        self._free_count = max(0, held - count)
+        rows = self._free[self._free_count : held][::-1].copy()
+        if fresh := count - len(rows):
+            if self._size + fresh >= len(self.parent):
+                self._grow(max(self._size + fresh, 2 * self._size))
+            rows = np.concatenate((rows, np.arange(self._size, self._size + fresh)))
+            self._size += fresh
+        self._used[rows] = _TRUE
+        self.uses[rows] = _NOBODY
+        self.pin_until[rows] = _NOT_PINNED
+        self.attention[rows] = _NO_ATTENTION
+        self.prefetched_from[rows] = _NO_TIER
+        return rows
+
+    def _new_chain(self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int) -> Rows:
+        rows = self._take_rows(len(keys))
+        names = np.empty(len(keys), np.object_)
+        names[:] = keys
+        self._row_of.update(zip(keys, rows.tolist(), strict=True))
+        self.key[rows] = names
+        self.fill[rows] = self.page_tokens
+        self.depth[rows] = np.arange(depth, depth + len(keys))
+        first, others = rows[0], rows[1:]
+        self.parent_key[first], self.parent_key[others] = before, names[:-1]
+        self.parent[first], self.parent[others] = parent, rows[:-1]
+        self.children[rows[:-1]] = _ONE
+        self.children[parent] += 1
+        return rows
 
     def _hollow(self, key: PageKey, depth: int) -> int:
         row = self._row_of.get(key)
         if row is None:
-            row = self._new_row()
-            self.key[row] = key
-            self._row_of[key] = row
-            self.depth[row] = depth
-            self.fill[row] = self.page_tokens
+            row = int(self._new_chain([key], b"", depth, NO_ROW)[0])
+            self.hollow = True
         return row
 
     def _link(self, row: int, parent: int) -> None:
         self.parent[row] = parent
         self.children[parent] += 1
 
-    def _reap(self, row: int) -> None:
-        """Remove the row if nothing is left of it, and then its hollow ancestors that it alone kept."""
-        while row != NO_ROW and not self.children[row] and not self.leases[row] and not self.state[:, row].any():
-            key = self.key[row]
-            if key is not None:
-                del self._row_of[key]
-                self.key[row] = None
+    def _reap(self, rows: Rows) -> None:
+        """Remove those of `rows` of which nothing is left, and then the hollow ancestors that they alone kept."""
+        copies = self._copies[rows]
+        left = np.count_nonzero(copies)
+        if left == len(rows):
+            return
+        empty = rows[copies == _NO_COPIES] if left else rows
+        if np.count_nonzero(leases := self.leases[empty]):
+            empty = empty[leases == _NOBODY]
+            self.hollow = True
+        parents = self.parent[empty]
+        np.subtract.at(self.children, parents, _ONE)
+        if np.count_nonzero(self.children[empty]):  # some keep children: then row by row
+            np.add.at(self.children, parents, _ONE)
+            for row in empty.tolist():
+                self._reap_up(row)
+            self.hollow = True
+            return
+        self._bury(empty)
+        for parent in parents[self._used[parents]].tolist():
+            self._reap_up(parent)
+
+    def _reap_up(self, row: int) -> None:
+        while self._used[row] and not self._copies[row] and not self.children[row] and not self.leases[row]:
             parent = int(self.parent[row])
-            self.parent[row] = NO_ROW
-            self._free.append(row)
-            if parent != NO_ROW:
-                self.children[parent] -= 1
+            self.children[parent] -= 1
+            self._bury(np.array([row]))
             row = parent
 
+    def _bury(self, rows: Rows) -> None:
+        for key in self.key[rows].tolist():
+            if key is not None:
+                del self._row_of[key]
+        self.key[rows] = _NO_KEY
+        self.parent[rows] = _NO_ROW
+        self._used[rows] = _FALSE
+        self._open[rows] = _FALSE
+        self._free[self._free_count : self._free_count + len(rows)] = rows
+        self._free_count += len(rows)
+
     def _grow(self, rows: int) -> None:
-        old = len(self.parent)
-        for name in ("parent", "children", "depth", "fill", "leases", "uses", "pin_tier", "pin_until", "attention", "prefetched_from"):
+        held = len(self.parent) - 1
+        for name in _COLUMNS:
             column = getattr(self, name)
-            larger = np.zeros(rows, column.dtype)
-            larger[:old] = column
+            larger = np.zeros((*column.shape[:-1], rows + 1), column.dtype)
+            larger[..., :held] = column[..., :held]
             setattr(self, name, larger)
-        for name in ("state", "slot", "readers"):
-            column = getattr(self, name)
-            larger = np.zeros((self.tiers, rows), column.dtype)
-            larger[:, :old] = column
-            setattr(self, name, larger)
+        self.key[held:] = None
+        self.parent[held:] = NO_ROW
+        self.state = self._copies.view(np.uint8).reshape(rows + 1, MOST_TIERS).T[: self.tiers]
+        free = np.empty(rows, np.int64)
+        free[: self._free_count] = self._free[: self._free_count]
+        self._free = free
 
     def check_integrity(self) -> None:
         """IntegrityError if the columns contradict each other. Slow; for tests."""
-        free = set(self._free)
+        free = set(self._free[: self._free_count].tolist())
         used = [row for row in range(self._size) if row not in free]
-        if len(free) != len(self._free):
-            raise IntegrityError("the free list names a row twice")
+        if len(free) != self._free_count or free != set(np.flatnonzero(~self._used[: self._size]).tolist()):
+            raise IntegrityError("the free list names a row twice, or is not the list of rows that are not in use")
         children = np.zeros(self._size, np.int64)
         for row in used:
             parent = int(self.parent[row])
@@ -308,10 +438,14 @@ class PageTable:
             key = self.key[row]
             if key is not None and self._row_of.get(key) != row:
                 raise IntegrityError(f"row {row}: its key leads to row {self._row_of.get(key)}")
+            if (key is None) != self._open[row]:
+                raise IntegrityError(f"row {row} is an open page with a key, or has none and is not open")
             if key is None and (self.state[0, row] != READY or self.state[1:, row].any() or self.leases[row] < 1):
                 raise IntegrityError(f"row {row} is an open page that is not held, or not on the device alone")
             if not self.state[:, row].any() and not self.children[row] and not self.leases[row]:
                 raise IntegrityError(f"row {row} is empty and should be gone")
+            if self.leaving[row]:
+                raise IntegrityError(f"row {row}: an eviction was never decided to its end")
             if self.leases[row] < 0 or (self.readers[:, row] < 0).any():
                 raise IntegrityError(f"row {row} was released more often than held")
             if (self.readers[:, row] > 0).any() and (self.state[self.readers[:, row] > 0, row] != READY).any():
@@ -332,7 +466,7 @@ class PageTable:
         For tests.
         """
         for row in range(self._size):
-            here = self.state[tier, row] == READY and self.key[row] is not None
+            here = bool(self.state[tier, row] == READY and self.key[row] is not None)
             if here != (row in candidates):
                 raise IntegrityError(f"row {row}: copy in tier {tier} is {'not ' * (not here)}there, but the policy thinks otherwise")
             if self.state[tier, row] == WRITING or self.readers[tier, row]:

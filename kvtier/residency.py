@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -23,15 +23,17 @@ from typing import Any
 import numpy as np
 
 from kvtier.config import Config
-from kvtier.errors import Closed
+from kvtier.errors import Closed, IntegrityError
 from kvtier.formats import get_format
 from kvtier.housekeeping import Housekeeping
+from kvtier.keys import PageKey
 from kvtier.layout import PageLayout
 from kvtier.metrics import Metrics, TierMetrics
 from kvtier.mover.mover import Mover
 from kvtier.mover.transfer import Move, Outcome, Priority, Transfer, ended
-from kvtier.pages import ABSENT, NO_TIER, READY, PageTable
-from kvtier.policy import A2CRParameters, EvictionPolicy, PressureBand, SmoothedPressure, make_policy
+from kvtier.pages import ABSENT, NO_TIER, READY, PageTable, Rows
+from kvtier.policy import A2CRParameters, EvictionPolicy, Mask, PressureBand, SmoothedPressure, make_policy
+from kvtier.protection import Protected
 from kvtier.tiers.base import Slots, Tier
 from kvtier.tiers.device import DevicePool
 from kvtier.tiers.disk import DiskTier
@@ -41,6 +43,10 @@ log = logging.getLogger(__name__)
 
 DEVICE = 0
 WRITE_BACK, SELECTIVE = "write_back", "write_through_selective"
+
+_NO_ROWS = np.empty(0, np.int64)
+# Without dimensions: with a Python number, NumPy spends longer on finding the type than on a whole request's rows.
+_ONE = np.array(1)
 
 
 class Residency:
@@ -83,12 +89,14 @@ class Residency:
     def _open_colder_tiers(self, namespace: bytes) -> None:
         config, layout = self.config, self.layout
         if config.host is not None:
-            host = HostTier(layout, get_format(config.host.format), config.host.capacity_bytes, config.host.mlock, config.host.pin)
+            own = config.host
+            host = HostTier(layout, get_format(own.format), own.capacity_bytes, own.mlock, own.pin, own.huge_pages)
             self.tiers.append(host)
             self.entry.append(config.host.write_policy)
         if config.disk is not None:
             path, codec = Path(config.disk.path), get_format(config.disk.format)
-            disk = DiskTier(path, layout, codec, config.disk.capacity_bytes, namespace, config.disk.durability)
+            engine, depth = config.disk.io_engine, config.disk.io_depth
+            disk = DiskTier(path, layout, codec, config.disk.capacity_bytes, namespace, config.disk.durability, engine, depth)
             self.tiers.append(disk)
             self.entry.append(config.disk.write_policy)
 
@@ -96,16 +104,18 @@ class Residency:
         for index, tier in enumerate(self.tiers):
             if not isinstance(tier, Tier):
                 continue
-            now = self.clock()
+            found = []
             for slot, page in tier.recover():
                 row = self.table.add(page)
                 if self.table.state[index, row] != ABSENT:
                     tier.free([slot])
                     continue
                 self.table.begin([row], index, [slot])
-                self.table.commit(row, index)
-                self.policies[index].insert(row, int(self.table.parent[row]), page.depth, now)
-                self.metrics.tiers[index].pages_recovered += 1
+                self.table.commit([row], index)
+                found.append(row)
+            rows = np.array(found, np.int64)
+            self.policies[index].insert(rows, self.table.parent[rows], self.table.depth[rows], self.clock())
+            self.metrics.tiers[index].pages_recovered += len(rows)
 
     # -- what leaves: lock held ------------------------------------------------------------------------------------------------
 
@@ -117,43 +127,72 @@ class Residency:
         """Pressure as the policies see it: smoothed over the calls of this method, so that one burst does not change their bands."""
         return self._smoothed[tier].observe(self.tiers[tier].bytes_used, self.tiers[tier].capacity_bytes)
 
-    def protected(self, tier: int) -> Protected:
-        """The pages that may not leave `tier` now, as a container asked page by page. Lock held while it is in use."""
-        return Protected(self, tier)
+    def protecting(self, tier: int) -> Protected:
+        """The pages that may not leave `tier` now: for one question to its policy, in a `with`. Lock held."""
+        return Protected(self.table, tier, self.clock())
 
-    def is_clean(self, row: int, tier: int) -> bool:
-        """Whether the copy can be dropped without moving bytes: there is a colder copy, no colder than a pin allows, or no colder tier."""
-        floor = self.table.pinned(row, self.clock())
-        return tier == self.last or self.table.has_copy_below(row, tier, floor if floor > tier else None)
+    def is_clean(self, rows: Rows, tier: int) -> Mask:
+        """Which of these copies can be dropped without moving bytes: those with a colder copy, no colder than a pin allows.
 
-    def drop(self, row: int, tier: int, reason: str) -> None:
-        """Let a READY copy go that the policy of `tier` no longer knows. Lock held.
+        In the coldest tier, all.
+        """
+        if tier == self.last:
+            return np.ones(len(rows), np.bool_)
+        clean = self.table.has_copy_below(rows, tier)
+        now = self.clock()
+        pinned = self.table.any_pinned(rows, now)
+        if pinned is not None:
+            for index in np.flatnonzero(pinned & clean).tolist():
+                floor = self.table.pinned(int(rows[index]), now)
+                clean[index] = self.table.has_copy_below(rows[index : index + 1], tier, floor if floor > tier else None)[0]
+        return clean
+
+    def drop(self, rows: Rows, tier: int, reason: str) -> None:
+        """Let READY copies go that the policy of `tier` no longer knows. Lock held.
 
         A colder copy inherits the page's recency.
         """
-        table = self.table
+        table, heirs = self.table, rows
         for below in range(tier + 1, len(self.tiers)):
-            if row in self.policies[below]:
-                self.policies[below].touch(row, self.clock())
-                break
-        if tier == DEVICE and table.prefetched_from[row] != NO_TIER:
-            self.unmark_prefetched(row)
-            self.metrics.prefetch.wasted += 1
-        self.metrics.tiers[tier].evicted[reason] += 1
-        self.tiers[tier].free([table.drop(row, tier)])
+            known = self.policies[below].here(heirs)
+            self.policies[below].touch(heirs[known], self.clock())
+            heirs = heirs[~known]
+        if tier == DEVICE:
+            self.metrics.prefetch.wasted += self.unmark_prefetched(rows)
+        self.metrics.tiers[tier].evicted[reason] += len(rows)
+        self.tiers[tier].free(table.drop(rows, tier))
 
     def forget(self, row: int, tier: int, reason: str) -> None:
         """Drop a copy whether the policy knows it or not. Lock held."""
+        rows = np.array([row])
         if row in self.policies[tier]:
-            self.policies[tier].remove(row)
-        self.drop(row, tier, reason)
+            self.policies[tier].remove(rows)
+        self.drop(rows, tier, reason)
 
-    def admit(self, row: int, tier: int) -> None:
-        """A READY copy of a page with a key is from now on a candidate of the tier's policy. Lock held."""
-        self.policies[tier].insert(row, int(self.table.parent[row]), int(self.table.depth[row]), self.clock())
-        mass = float(self.table.attention[row])
-        if not math.isnan(mass):
-            self.policies[tier].record_attention(row, mass)
+    def clear(self, rows: Rows, tier: int) -> int:
+        """Drop those copies that the policy knows and nobody holds; how many. Lock held."""
+        free = (self.table.leases[rows] == 0) & (self.table.readers[tier][rows] == 0)
+        rows = rows[free & self.policies[tier].here(rows)]
+        self.policies[tier].remove(rows)
+        self.drop(rows, tier, "cleared")
+        return len(rows)
+
+    def admit(self, rows: Rows, tier: int) -> None:
+        """READY copies of pages with a key are from now on candidates of the tier's policy. Lock held."""
+        table, policy = self.table, self.policies[tier]
+        policy.insert(rows, table.parent[rows], table.depth[rows], self.clock())
+        mass = table.attention[rows]
+        if 1 in (known := mass == mass).tobytes():  # not NaN
+            for row, value in zip(rows[known].tolist(), mass[known].tolist(), strict=True):
+                policy.record_attention(row, value)
+
+    def touch(self, rows: Rows, tier: int) -> None:
+        """Copies in `tier` were used; those that its policy does not know (on their way out) are passed over. Lock held."""
+        policy, now = self.policies[tier], self.clock()
+        try:
+            policy.touch(rows, now)
+        except KeyError:
+            policy.touch(rows[policy.here(rows)], now)
 
     def reserve_now(self, tier: int, count: int) -> list[int] | None:
         """`count` slots if they can be had without moving bytes, else None and nothing changed. Lock held."""
@@ -162,12 +201,83 @@ class Residency:
             return slots
         policy, now, pressure = self.policies[tier], self.clock(), self.smoothed_pressure(tier)
         missing = max(1, count - self.tiers[tier].free_slots)
-        victims = policy.peek(missing, self.protected(tier), now, pressure)
-        if len(victims) < missing or not all(self.is_clean(row, tier) for row in victims):
+        if tier != self.last:
+            with self.protecting(tier) as protected:
+                likely = policy.peek(missing, protected, now, pressure)
+            if len(likely) < missing or not self.is_clean(likely, tier).all():
+                return None
+        with self.protecting(tier) as protected:
+            victims = policy.evict(missing, protected, now, pressure)
+        if victims is None:
             return None
-        for row in policy.evict(missing, self.protected(tier), now, pressure) or ():
-            self.drop(row, tier, "room needed")
+        self.drop(victims, tier, "room needed")
         return self.tiers[tier].reserve(count)
+
+    # -- what requests do: lock held -------------------------------------------------------------------------------------------
+
+    def claim(self, keys: Sequence[PageKey]) -> Rows:
+        """Lease the longest visible prefix of `keys` for a request: it counts as used, and for the metrics as served. Lock held."""
+        table, metrics = self.table, self.metrics
+        rows = table.find(keys)
+        table.lease(rows)
+        table.uses[rows] += _ONE
+        metrics.lookups += bool(len(keys))
+        metrics.tokens_asked += len(keys) * table.page_tokens
+        if not len(rows):
+            return rows
+        warmest = table.warmest(rows) if self.last else None
+        for tier in range(len(self.tiers)):
+            here = rows if warmest is None else rows[warmest == tier]
+            if len(here):
+                self.touch(here, tier)
+                self._served(here, tier)
+        for tier in range(self.last):
+            self.house.tend(tier, rows[table.state[tier][rows] == READY])
+        return rows
+
+    def _served(self, rows: Rows, tier: int) -> None:
+        """Count these pages as served from `tier`, or from where a hint brought them up before. Lock held."""
+        counts = {tier: len(rows)}
+        if self._prefetched:
+            origins = self.table.prefetched_from[rows]
+            hinted = self.unmark_prefetched(rows)
+            self.metrics.prefetch.in_time += hinted * (tier == DEVICE)
+            self.metrics.prefetch.late += hinted * (tier != DEVICE)
+            counts = Counter(np.where(origins == NO_TIER, tier, origins).tolist())
+        for origin, count in counts.items():
+            self.metrics.tiers[origin].pages_served += count
+            self.metrics.tiers[origin].hit_tokens += count * self.table.page_tokens
+
+    def settle_in(self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int, slots: Sequence[int]) -> Rows:
+        """Pages that a request wrote into device slots become visible, leased by it once; their rows. Lock held.
+
+        The pages follow each other, the first one at `depth` after the page `before` (row `parent`); none has a device copy, not even on
+        its way.
+        """
+        table = self.table
+        rows = table.add_chain(keys, before, depth, parent)
+        table.begin(rows, DEVICE, slots)
+        table.commit(rows, DEVICE)
+        table.lease(rows)
+        self.written(rows)
+        return rows
+
+    def written(self, rows: Rows) -> None:
+        """The engine wrote these pages, which are on the device now. Lock held."""
+        self.table.uses[rows] += _ONE
+        self.admit(rows, DEVICE)
+        self.metrics.tiers[DEVICE].pages_in += len(rows)
+
+    def used(self, rows: Rows) -> None:
+        """The engine wrote pages that are on the device already. Lock held."""
+        self.table.uses[rows] += _ONE
+        self.touch(rows, DEVICE)
+
+    def release(self, rows: Rows | Sequence[int]) -> None:
+        """A request lets go of these pages. Lock held."""
+        open_slots = self.table.release(rows)
+        if open_slots:
+            self.device.free(open_slots)
 
     # -- what leaves: on the loop ----------------------------------------------------------------------------------------------
 
@@ -181,19 +291,22 @@ class Residency:
                     return slots
                 policy, now, pressure = self.policies[tier], self.clock(), self.smoothed_pressure(tier)
                 free = self.tiers[tier].free_slots
-                victims = policy.evict(max(1, count - free), self.protected(tier), now, pressure)
+                with self.protecting(tier) as protected:
+                    victims = policy.evict(max(1, count - free), protected, now, pressure)
                 if victims is None:
                     moving = self._way_out(tier)
                     if moving is None:
-                        count = min(count - 1, free + len(policy.peek(count - free, self.protected(tier), now, pressure)))
+                        with self.protecting(tier) as protected:
+                            count = min(count - 1, free + len(policy.peek(count - free, protected, now, pressure)))
                         continue
-                dirty = [row for row in victims or () if not self.is_clean(row, tier)]
-                for row in victims or ():
-                    if self.is_clean(row, tier):
-                        self.drop(row, tier, "room needed")
+                    dirty = _NO_ROWS
+                else:
+                    clean = self.is_clean(victims, tier)
+                    dirty = victims[~clean]
+                    self.drop(victims[clean], tier, "room needed")
             if moving is not None:
                 await moving
-            elif dirty and not await self.sink(dirty, tier, "room needed", priority):
+            elif len(dirty) and not await self.sink(dirty, tier, "room needed", priority):
                 with self.lock:
                     count = min(count - 1, self.tiers[tier].free_slots)
         return []
@@ -209,7 +322,7 @@ class Residency:
                 return asyncio.wrap_future(transfer.future)
         return next((asyncio.shield(job) for job in self._copying_from[tier]), None)
 
-    async def sink(self, rows: Sequence[int], tier: int, reason: str, priority: Priority) -> int:
+    async def sink(self, rows: Rows, tier: int, reason: str, priority: Priority) -> int:
         """Copy victims (already out of the policy, READY in `tier`, coldest first) one tier down, then drop them; returns how many left.
 
         What the tier below has no room for goes further down. What it does not admit, or nobody has room for, is dropped for good
@@ -217,47 +330,49 @@ class Residency:
         """
         with self.lock:
             self.table.hold(rows, tier)
-            homeless = [row for row in reversed(rows) if self.is_wanted_below(row, tier)]
-            wanted = frozenset(homeless)
+            wanted = rows[::-1][self.is_wanted_below(rows[::-1], tier)]
+            homeless = wanted
         for below in range(tier + 1, len(self.tiers)):
             await self.copy(homeless, tier, below, priority)
             with self.lock:
-                homeless = [row for row in homeless if not self.table.has_copy_below(row, tier)]
-            if not homeless:
+                homeless = homeless[~self.table.has_copy_below(homeless, tier)]
+            if not len(homeless):
                 break
-        left = 0
         with self.lock:
-            now = self.clock()
             self._let_go(rows, tier)
-            for row in rows:
-                if self.table.state[tier, row] != READY:
-                    continue
-                saved = self.is_clean(row, tier)
-                precious = self.table.pinned(row, now) != NO_TIER or (row in wanted and priority != Priority.DEMAND)
-                if self.table.leases[row] or self.table.readers[tier, row] or (precious and not saved):
-                    self.admit(row, tier)
-                    continue
-                why = reason if saved else "not admitted below" if row not in wanted else "no room below"
-                self.drop(row, tier, why)
-                left += 1
-        return left
+            rows = rows[self.table.state[tier][rows] == READY]
+            saved = self.is_clean(rows, tier)
+            admitted = np.isin(rows, wanted)
+            pinned = self.table.any_pinned(rows, self.clock())
+            precious = np.zeros(len(rows), np.bool_) if pinned is None else pinned
+            if priority != Priority.DEMAND:
+                precious |= admitted
+            stays = (self.table.leases[rows] > 0) | (self.table.readers[tier][rows] > 0) | (precious & ~saved)
+            self.admit(rows[stays], tier)
+            self.drop(rows[saved & ~stays], tier, reason)
+            self.drop(rows[~saved & ~stays & ~admitted], tier, "not admitted below")
+            self.drop(rows[~saved & ~stays & admitted], tier, "no room below")
+            return int(np.count_nonzero(~stays))
 
-    def is_wanted_below(self, row: int, tier: int) -> bool:
-        """Whether the next tier's write policy admits this page. Lock held."""
+    def is_wanted_below(self, rows: Rows, tier: int) -> Mask:
+        """Which of these pages the next tier's write policy admits. Lock held."""
         below = tier + 1
-        if self.entry[below] == SELECTIVE and self.table.pinned(row, self.clock()) == NO_TIER:
-            return int(self.table.uses[row]) >= self.selective_uses(below)
-        return True
+        if self.entry[below] != SELECTIVE:
+            return np.ones(len(rows), np.bool_)
+        wanted: Mask = self.table.uses[rows] >= self.selective_uses(below)
+        pinned = self.table.any_pinned(rows, self.clock())
+        return wanted if pinned is None else wanted | pinned
 
     def selective_uses(self, tier: int) -> int:
-        """Uses after which `write_through_selective` lets a page into `tier`."""
+        """Uses after which `write_through_selective` lets a page into `tier`. IntegrityError for a tier that has no such number."""
         section = self.config.host if self.names[tier] == "host" else self.config.disk
-        assert section is not None
+        if section is None:
+            raise IntegrityError(f"tier {self.names[tier]} is not in the configuration")
         return section.selective_uses
 
     # -- what moves: on the loop -----------------------------------------------------------------------------------------------
 
-    async def copy(self, rows: Iterable[int], source: int, target: int, priority: Priority) -> None:
+    async def copy(self, rows: Rows, source: int, target: int, priority: Priority) -> None:
         """Copy pages down from `source` to `target` and wait for the end; what ended up READY there is in the page table.
 
         Rows that have or await a copy there already, or lost theirs in `source`, are passed over. Where room does not reach, the first rows
@@ -266,14 +381,14 @@ class Residency:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         with self.lock:
             table = self.table
-            rows = [row for row in rows if table.state[source, row] == READY and table.state[target, row] == ABSENT]
+            rows = rows[(table.state[source][rows] == READY) & (table.state[target][rows] == ABSENT)]
             table.hold(rows, source)
             self._copying_from[source].append(done)
         try:
             slots = await self.reserve(target, len(rows), priority)
             with self.lock:
                 chosen = self._choose(rows, target, slots)
-                transfers = self._plan(chosen, source, target, slots[: len(chosen)], priority)
+                transfers = self._plan(chosen.tolist(), source, target, slots[: len(chosen)], priority)
             await ended(self._submit(transfers))
         finally:
             with self.lock:
@@ -289,35 +404,40 @@ class Residency:
         """
         with self.lock:
             table = self.table
-            rows = [row for row in rows if table.state[DEVICE, row] == ABSENT and (table.state[:, row] == READY).any()]
+            asked = np.array(list(rows), np.int64)
+            homes = table.warmest(asked)
+            cold = (table.state[DEVICE][asked] == ABSENT) & (homes != NO_TIER)
+            asked, homes = asked[cold], homes[cold]
             if priority == Priority.PREFETCH:
-                self.metrics.prefetch.over_budget += max(0, len(rows) - self.prefetch_room)
-                rows = rows[: self.prefetch_room]
-            home = dict(zip(rows, table.warmest(np.array(rows, np.int64)).tolist(), strict=True))
-            for row, tier in home.items():
-                table.hold([row], tier)
+                self.metrics.prefetch.over_budget += max(0, len(asked) - self.prefetch_room)
+                asked, homes = asked[: self.prefetch_room], homes[: self.prefetch_room]
+            held = {tier: asked[homes == tier] for tier in np.unique(homes).tolist()}
+            for tier, part in held.items():
+                table.hold(part, tier)
         try:
-            slots = await self.reserve(DEVICE, len(rows), priority)
+            slots = await self.reserve(DEVICE, len(asked), priority)
             with self.lock:
-                limit = self.prefetch_room if priority == Priority.PREFETCH else len(rows)
-                chosen = self._choose(rows[:limit], DEVICE, slots)
+                limit = self.prefetch_room if priority == Priority.PREFETCH else len(asked)
+                chosen = self._choose(asked[:limit], DEVICE, slots)
                 transfers = []
-                for tier in sorted({home[row] for row in chosen}):
-                    part = [row for row in chosen if home[row] == tier]
-                    transfers += self._plan(part, tier, DEVICE, [slots.pop(0) for _ in part], priority)
+                used = 0
+                for tier, part in held.items():
+                    coming = chosen[np.isin(chosen, part)]
+                    transfers += self._plan(coming.tolist(), tier, DEVICE, slots[used : used + len(coming)], priority)
+                    used += len(coming)
                     if priority == Priority.PREFETCH:
-                        self._mark_prefetched(part, tier)
+                        self._mark_prefetched(coming, tier)
             queued = self._submit(transfers)
             launched(queued)
             await ended(queued)
         finally:
             with self.lock:
-                for row, tier in home.items():
-                    self._let_go([row], tier)
+                for tier, part in held.items():
+                    self._let_go(part, tier)
 
-    def _choose(self, rows: Sequence[int], target: int, slots: Sequence[int]) -> list[int]:
+    def _choose(self, rows: Rows, target: int, slots: Sequence[int]) -> Rows:
         """The first rows that still need a copy in `target`, one per slot; slots too many are freed. Lock held."""
-        chosen = [row for row in rows if self.table.state[target, row] == ABSENT][: len(slots)]
+        chosen: Rows = rows[self.table.state[target][rows] == ABSENT][: len(slots)]
         self.tiers[target].free(slots[len(chosen) :])
         return chosen
 
@@ -360,25 +480,26 @@ class Residency:
         with self.lock:
             table, metrics = self.table, self.metrics
             table.unhold([move.row for move in transfer.moves], source)
-            committed = []
+            committed, lost = [], []
             for index, move in enumerate(transfer.moves):
                 self.inflight.pop((move.row, target), None)
                 refused = outcome.refused.get(index)
                 if refused is None and not outcome.cancelled:
-                    table.commit(move.row, target)
-                    self.admit(move.row, target)
                     committed.append(move.row)
                     continue
-                if target == DEVICE and table.prefetched_from[move.row] != NO_TIER:
-                    self.unmark_prefetched(move.row)
-                    metrics.prefetch.wasted += 1
+                lost.append(move.row)
                 if refused is not None:
                     at_fault = source if index in outcome.lost else target
                     metrics.tiers[at_fault].refused[refused.reason] += 1
                     log.warning("page refused by tier %s: %s; it will be computed again", self.names[at_fault], refused.reason)
                     if index in outcome.lost:
                         self._unusable.add((move.row, source))
-                self.tiers[target].free([table.drop(move.row, target)])
+            arrived, given_up = np.array(committed, np.int64), np.array(lost, np.int64)
+            table.commit(arrived, target)
+            self.admit(arrived, target)
+            if target == DEVICE:
+                metrics.prefetch.wasted += self.unmark_prefetched(given_up)
+            self.tiers[target].free(table.drop(given_up, target))
             metrics.tiers[target].pages_in += len(committed)
             if not outcome.cancelled:
                 link = metrics.link(source, target)
@@ -386,22 +507,26 @@ class Residency:
                 link.pages += len(committed)
                 link.bytes += outcome.link_bytes
                 link.seconds += outcome.seconds
-            self.house.tend(target, committed)
+            self.house.tend(target, arrived)
 
-    def _let_go(self, rows: Sequence[int], tier: int) -> None:
+    def _let_go(self, rows: Rows, tier: int) -> None:
         """Undo `table.hold` of a copy job, and bury the copies that did not verify once nobody reads them. Lock held."""
         self.table.unhold(rows, tier)
-        for row in rows:
+        for row in rows.tolist() if self._unusable else ():
             if (row, tier) in self._unusable and not self.table.readers[tier, row]:
                 self._unusable.discard((row, tier))
                 self.forget(row, tier, "unusable")
 
-    def unmark_prefetched(self, row: int) -> None:
-        """The page is claimed, gone or failed: it no longer counts against the prefetch budget. Lock held."""
-        self.table.prefetched_from[row] = NO_TIER
-        self._prefetched -= 1
+    def unmark_prefetched(self, rows: Rows) -> int:
+        """These pages are claimed, gone or failed: they no longer count against the prefetch budget; how many did. Lock held."""
+        if not self._prefetched:
+            return 0
+        marked = rows[self.table.prefetched_from[rows] != NO_TIER]
+        self.table.prefetched_from[marked] = NO_TIER
+        self._prefetched -= len(marked)
+        return len(marked)
 
-    def _mark_prefetched(self, rows: Sequence[int], source: int) -> None:
+    def _mark_prefetched(self, rows: Rows, source: int) -> None:
         """These pages are being brought up from `source` on a hint. Lock held."""
         self.table.prefetched_from[rows] = source
         self._prefetched += len(rows)
@@ -454,32 +579,6 @@ class Residency:
                 tier.check_integrity()
                 policy.check_integrity()
                 self.table.check_tier(index, policy)
-
-
-class Protected:
-    """Pages that may not leave a tier: leased, being read, pinned to it, or the last copy of a page that others build on."""
-
-    def __init__(self, residency: Residency, tier: int) -> None:
-        self._residency = residency
-        self._table = residency.table
-        self._tier = tier
-        self._now = residency.clock()
-
-    def __contains__(self, page: object) -> bool:
-        assert isinstance(page, int)
-        table, tier = self._table, self._tier
-        needed = tier == DEVICE or table.state[DEVICE, page] != READY  # a lease holds the device copy, or what it will be made from
-        if (table.leases[page] and needed) or table.readers[tier, page]:
-            return True
-        if table.children[page] and tier == self._residency.last and not (table.state[:tier, page] != ABSENT).any():
-            return True
-        floor = table.pinned(page, self._now)
-        if floor == NO_TIER or tier < floor:
-            return False
-        others = table.state[: floor + 1, page].copy()
-        if tier <= floor:
-            others[tier] = ABSENT
-        return not (others == READY).any()
 
 
 def _parameters(config: Config) -> A2CRParameters:

@@ -16,7 +16,7 @@ from kvtier.errors import LayoutError, LeaseError
 from kvtier.keys import PageKey, TokenIds, page_keys, token_array
 from kvtier.lease import Lease
 from kvtier.mover.transfer import Transfer
-from kvtier.pages import NO_ROW, READY, WRITING
+from kvtier.pages import NO_ROW, READY, WRITING, Rows
 from kvtier.residency import DEVICE, Residency
 from kvtier.tiers.base import PageId
 
@@ -70,7 +70,7 @@ class Writer:
                 fresh = table.open(lease.rows[pages - 1] if pages else NO_ROW, slots[0], pages)
         with residency.lock:
             keep = pages + (1 if fill and fresh == NO_ROW else 0)
-            residency.device.free(table.release(lease.rows[keep:]))
+            residency.release(lease.rows[keep:])
             del lease.rows[keep:]
             if fresh != NO_ROW:
                 lease.rows.append(fresh)
@@ -101,7 +101,7 @@ class Writer:
             if shared:
                 residency.device.copy(int(table.slot[DEVICE, old]), fresh[0], fill)
                 with residency.lock:
-                    residency.device.free(table.release([old]))
+                    residency.release([old])
         row = lease.rows[-1]
         count = min(page_tokens - fill, len(ids))
         residency.device.write_tokens(int(table.slot[DEVICE, row]), fill, kv[:, :, :count])
@@ -119,37 +119,25 @@ class Writer:
         key = page_keys(lease.ids[lease.tokens - page_tokens : lease.tokens], page_tokens, parent)[0]
         while True:
             with residency.lock:
-                coming = self._coming([table.row(key)])
+                coming = self._coming(table.rows_of([key]))
                 if not coming:
                     row, spare = table.seal(lease.rows[-1], PageId(key, parent, len(lease.rows) - 1))
                     lease.rows[-1] = row
+                    rows = np.array([row])
                     if spare == -1:
-                        self._commit(row)
+                        residency.written(rows)
                     else:
                         residency.device.free([spare])
-                        self._reuse(row)
-                    residency.house.tend(DEVICE, [row])
+                        residency.used(rows)
+                    residency.house.tend(DEVICE, rows)
                     return
             self._await_now(coming)
 
-    def _commit(self, row: int) -> None:
-        """A page was written by the engine. Lock held."""
-        residency = self._residency
-        residency.table.uses[row] += 1
-        residency.admit(row, DEVICE)
-        residency.metrics.tiers[DEVICE].pages_in += 1
-
-    def _reuse(self, row: int) -> None:
-        """The engine wrote a page that is on the device already. Lock held."""
-        residency = self._residency
-        residency.table.uses[row] += 1
-        if row in residency.policies[DEVICE]:
-            residency.policies[DEVICE].touch(row, residency.clock())
-
-    def _coming(self, rows: Sequence[int]) -> list[Transfer]:
+    def _coming(self, rows: Rows) -> list[Transfer]:
         """The transfers that bring any of these rows to the device; NO_ROW is passed over. Lock held."""
-        inflight, state = self._residency.inflight, self._residency.table.state
-        return list(dict.fromkeys(inflight[row, DEVICE] for row in rows if row != NO_ROW and state[DEVICE, row] == WRITING))
+        residency = self._residency
+        writing = rows[residency.table.state[DEVICE][rows] == WRITING]
+        return list(dict.fromkeys(residency.inflight[row, DEVICE] for row in writing.tolist()))
 
     def _await_now(self, transfers: Sequence[Transfer]) -> None:
         for transfer in transfers:
@@ -167,7 +155,8 @@ class Writer:
             return 0
         table, base = residency.table, len(lease.rows)
         keys = page_keys(ids, layout.page_tokens, self._last_key(lease, base))
-        held, missing = self._hold_present(keys)
+        rows = self._hold_present(keys)
+        missing = np.flatnonzero(rows == NO_ROW).tolist()
         slots = self._take_slots(len(missing))
         stop = missing[len(slots)] if len(slots) < len(missing) else count
         written = missing[: len(slots)]
@@ -175,72 +164,71 @@ class Writer:
             shape = (layout.layers, layout.planes, count, layout.page_tokens, layout.kv_heads, layout.head_dim)
             pages = kv[:, :, : count * layout.page_tokens].reshape(shape).permute(2, 0, 1, 3, 4, 5)
             residency.device.scatter(slots, pages[written])
-        slot_of = dict(zip(written, slots, strict=True))
-        collided = False
         with residency.lock:
-            committed = []
-            for index in range(stop):
-                parent = lease.rows[-1] if lease.rows else NO_ROW
-                row = held.pop(index, NO_ROW)
-                if row == NO_ROW:
-                    page = PageId(keys[index], keys[index - 1] if index else self._last_key(lease, base), base + index)
-                    row, spare = self._adopt(page, parent, slot_of.pop(index))
-                    if spare != -1:
-                        residency.device.free([spare])
-                    if row == NO_ROW:
-                        stop, collided = index, True
-                        break
-                    committed.append(row)
-                lease.rows.append(row)
-            table.release(list(held.values()))
-            residency.device.free(list(slot_of.values()))
-            residency.house.tend(DEVICE, committed)
-        taken = stop * layout.page_tokens
+            placed, collided = self._place(lease, keys, rows, written, slots, stop)
+            left = rows[placed:]
+            table.release(left[left != NO_ROW])
+        taken = placed * layout.page_tokens
         lease.ids.extend(ids[:taken].tolist())
         lease.tokens += taken
         if collided:
             return taken + self._append_pages(lease, ids[taken:], kv[:, :, taken:])
-        lease.full = stop < count
+        lease.full = placed < count
         return taken
 
-    def _hold_present(self, keys: Sequence[PageKey]) -> tuple[dict[int, int], list[int]]:
-        """Lease the pages that are on the device already (index -> row); indices of the others. Waits for those on their way up."""
+    def _hold_present(self, keys: Sequence[PageKey]) -> Rows:
+        """Lease the pages that are on the device already; their rows, NO_ROW for the others. Waits for those on their way up."""
         residency = self._residency
         while True:
             with residency.lock:
                 table = residency.table
-                rows = [table.row(key) for key in keys]
+                rows = table.rows_of(keys)
                 coming = self._coming(rows)
                 if not coming:
-                    held = {index: row for index, row in enumerate(rows) if row != NO_ROW and table.state[DEVICE, row] == READY}
-                    table.lease(np.array(list(held.values()), np.int64))
-                    for row in reversed(held.values()):
-                        self._reuse(row)
-                    return held, [index for index in range(len(keys)) if index not in held]
+                    rows[table.state[DEVICE][rows] != READY] = NO_ROW
+                    held = rows[rows != NO_ROW]
+                    table.lease(held)
+                    residency.used(held)
+                    return rows
             self._await_now(coming)
 
-    def _adopt(self, page: PageId, parent: int, slot: int) -> tuple[int, int]:
-        """Give `page` the device copy in `slot` and lease it; (row or NO_ROW, slot that was not needed or -1). Lock held."""
-        residency = self._residency
+    def _place(
+        self, lease: Lease, keys: Sequence[PageKey], rows: Rows, written: Sequence[int], slots: Sequence[int], stop: int
+    ) -> tuple[int, bool]:
+        """Put the pages before `stop` on the lease: those that `rows` names, and what was written for the others; (how many, collided).
+
+        Somebody else may have begun to bring up, or have written, the same pages meanwhile. The first lets these be (collided: ask again),
+        the second's are used. Slots that so are left over are freed. Lock held.
+        """
+        residency, base = self._residency, len(lease.rows)
         table = residency.table
-        row = table.add(page, parent)
-        if table.state[DEVICE, row] == WRITING:  # a restore of this very page started meanwhile: let it be
-            return NO_ROW, slot
-        table.lease(np.array([row], np.int64))
-        if table.state[DEVICE, row] == READY:
-            return row, slot
-        table.begin([row], DEVICE, [slot])
-        table.commit(row, DEVICE)
-        self._commit(row)
-        return row, -1
+        others = table.rows_of([keys[index] for index in written])
+        states = table.state[DEVICE][others]
+        collided = bool((states == WRITING).any())
+        if collided:
+            stop = written[int((states == WRITING).argmax())]
+        slot_of = dict(zip(written, slots, strict=True))
+        for index, row, state in zip(written, others.tolist(), states.tolist(), strict=True):
+            if state == READY and index < stop:
+                rows[index] = row
+                table.lease(rows[index : index + 1])
+                residency.device.free([slot_of.pop(index)])
+        residency.device.free([slot_of.pop(index) for index in written if index >= stop])
+        fresh = np.array(list(slot_of), np.int64)
+        for run in np.split(fresh, np.flatnonzero(np.diff(fresh) > 1) + 1) if len(fresh) else ():
+            first, end = int(run[0]), int(run[-1]) + 1
+            before = keys[first - 1] if first else self._last_key(lease, base)
+            parent = int(rows[first - 1]) if first else lease.rows[-1] if lease.rows else NO_ROW
+            rows[first:end] = residency.settle_in(keys[first:end], before, base + first, parent, [slot_of[index] for index in run.tolist()])
+        lease.rows += rows[:stop].tolist()
+        residency.house.tend(DEVICE, rows[fresh])
+        return stop, collided
 
     def _last_key(self, lease: Lease, pages: int) -> PageKey:
         """Key of the page before page `pages` of the lease."""
         if not pages:
             return lease.root
-        key = self._residency.table.key[lease.rows[pages - 1]]
-        assert key is not None
-        return key
+        return self._residency.table.page_id(lease.rows[pages - 1]).key
 
     def _take_slots(self, count: int) -> list[int]:
         """Up to `count` device slots, waiting for evicted pages to be copied down if that is needed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvtier.errors import ConfigError
 from kvtier.policy.a2cr_classic import A2CRClassic, A2CRParameters
-from kvtier.policy.base import ROOT, EvictionPolicy
+from kvtier.policy.base import ROOT, EvictionPolicy, Mask, Pages, Protection, nothing_protected
 from kvtier.policy.lru import LRU
 from kvtier.policy.pressure import PressureBand, PressureBands, SmoothedPressure
 
@@ -28,8 +28,12 @@ __all__ = [
     "A2CRClassic",
     "A2CRParameters",
     "EvictionPolicy",
+    "Mask",
+    "Pages",
     "PressureBand",
     "PressureBands",
+    "Protection",
     "SmoothedPressure",
     "make_policy",
+    "nothing_protected",
 ]

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Container
 from dataclasses import dataclass
 
+import numpy as np
+
 from kvtier.errors import ConfigError, IntegrityError
-from kvtier.policy.base import EvictionPolicy
+from kvtier.policy.base import EvictionPolicy, Mask, Pages, Protection
 from kvtier.policy.leaves import Leaves, Value
 from kvtier.policy.pressure import SOURCE_BANDS, PressureBand, PressureBands, require_amount, require_share
 
@@ -81,21 +82,27 @@ class A2CRClassic(EvictionPolicy):
             for count in range(_COUNTS)
         ]
 
-    def insert(self, page: int, parent: int, depth: int, now: float) -> None:
-        self._leaves.insert(page, parent, depth, now, _group(NEUTRAL_ATTENTION, count=1))
-        if page >= len(self._attention):
-            more = max(page + 1, 2 * len(self._attention)) - len(self._attention)
-            self._attention.extend([_NO_ATTENTION] * more)
-        self._attention[page] = _NO_ATTENTION
+    def insert(self, pages: Pages, parents: Pages, depths: Pages, now: float) -> None:
+        arriving = list(zip(pages.tolist(), parents.tolist(), depths.tolist(), strict=True))
+        for page, parent, _ in arriving:
+            self._leaves.require_new(page, parent)
+        for page, parent, depth in arriving:
+            self._leaves.insert(page, parent, depth, now, _NEW_GROUP)
+            if page >= len(self._attention):
+                more = max(page + 1, 2 * len(self._attention)) - len(self._attention)
+                self._attention.extend([_NO_ATTENTION] * more)
+            self._attention[page] = _NO_ATTENTION
 
-    def touch(self, page: int, now: float) -> None:
-        self._leaves.touch(page, now)
-        group = self._leaves.group(page)
-        if group % _COUNTS < COUNT_CAP:
-            self._leaves.raise_group(page, group + 1)
+    def touch(self, pages: Pages, now: float) -> None:
+        for page in self._leaves.require(pages):
+            self._leaves.touch(page, now)
+            group = self._leaves.group(page)
+            if group % _COUNTS < COUNT_CAP:
+                self._leaves.raise_group(page, group + 1)
 
-    def remove(self, page: int) -> None:
-        self._leaves.remove(page)
+    def remove(self, pages: Pages) -> None:
+        for page in self._leaves.require(pages):
+            self._leaves.remove(page)
 
     def record_attention(self, page: int, mass: float) -> None:
         if not 0 <= mass <= 1:
@@ -110,31 +117,33 @@ class A2CRClassic(EvictionPolicy):
         elif group > held:
             self._leaves.raise_group(page, group)
 
-    def evict(self, count: int, protected: Container[int], now: float, pressure: float) -> list[int] | None:
+    def evict(self, count: int, protected: Protection, now: float, pressure: float) -> Pages | None:
         band = self._bands.after(self._band, pressure)
         victims = self._leaves.take(count, protected, self._value(now, band))
-        if victims is not None:
-            self._leaves.note(now)
-            self._band = band
-        return victims
+        if victims is None:
+            return None
+        self._leaves.note(now)
+        self._band = band
+        return np.array(victims, np.int64)
 
-    def peek(self, count: int, protected: Container[int], now: float, pressure: float) -> list[int]:
-        return self._leaves.first(count, protected, self._value(now, self._bands.after(self._band, pressure)))
+    def peek(self, count: int, protected: Protection, now: float, pressure: float) -> Pages:
+        value = self._value(now, self._bands.after(self._band, pressure))
+        return np.array(self._leaves.first(count, protected, value), np.int64)
 
-    def expired(self, count: int, protected: Container[int], now: float, pressure: float) -> list[int]:
+    def expired(self, count: int, protected: Protection, now: float, pressure: float) -> Pages:
         self._band = self._bands.after(self._band, pressure)
         threshold = self._bands.bands[self._band].eviction_threshold if self.parameters.adaptive else self.parameters.eviction_threshold
-        return self._leaves.first(count, protected, self._value(now, self._band), below=threshold)
+        return np.array(self._leaves.first(count, protected, self._value(now, self._band), below=threshold), np.int64)
 
     def score(self, page: int, now: float, pressure: float) -> float:
         value = self._value(now, self._bands.after(self._band, pressure))
         return value(self._leaves.group(page), self._leaves.last_touch(page))
 
+    def here(self, pages: Pages) -> Mask:
+        return self._leaves.here(pages)
+
     def __len__(self) -> int:
         return len(self._leaves)
-
-    def __contains__(self, page: object) -> bool:
-        return page in self._leaves
 
     def check_integrity(self) -> None:
         self._leaves.check_integrity(self._value(self._leaves.latest, self._band))
@@ -159,3 +168,6 @@ class A2CRClassic(EvictionPolicy):
 
 def _group(attention: float, count: int) -> int:
     return int(attention * ATTENTION_LEVELS + 0.5) * _COUNTS + count
+
+
+_NEW_GROUP = _group(NEUTRAL_ATTENTION, count=1)

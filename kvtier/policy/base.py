@@ -3,15 +3,34 @@
 One policy object serves one tier. It knows the pages that live in that tier, by page id (a small whole number that stays the same while
 the page exists), and answers one question: which should leave. The live cache and the trace replay run the same objects.
 Called under the owner's lock; not thread-safe by itself.
+
+Pages come and go by the hundred, one request at a time, so calls take whole arrays (int64 `[n]`, no page twice in one call). A call that
+raises has changed nothing.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
 
 ROOT = -1
 """Parent of a page that has none."""
+
+Pages = NDArray[np.int64]
+"""Page ids `[n]`."""
+Mask = NDArray[np.bool_]
+"""One answer per page `[n]`."""
+Protection = Callable[[Pages], Mask]
+"""Says which of these pages may not leave. Within one call of a policy it is asked about a page once at most, in leaving order, and only
+about pages that would be leaves once those asked about before them are gone. Not all of them need to leave in the end."""
+
+
+def nothing_protected(pages: Pages) -> Mask:
+    """The `Protection` under which every page may leave."""
+    return np.zeros(len(pages), np.bool_)
 
 
 class EvictionPolicy(ABC):
@@ -24,40 +43,39 @@ class EvictionPolicy(ABC):
     name: str
 
     @abstractmethod
-    def insert(self, page: int, parent: int, depth: int, now: float) -> None:
-        """A copy of `page` was committed in this tier; counts as its first touch.
+    def insert(self, pages: Pages, parents: Pages, depths: Pages, now: float) -> None:
+        """Copies of `pages` were committed in this tier; counts as their first touch.
 
-        `parent` is the page before it (ROOT for none); it need not live in this tier, now or ever. `depth` is the number of pages
-        before it. ValueError if the page is already here.
+        `parents` are the pages before them (ROOT for none); they need not live in this tier, now or ever. `depths` are the numbers of
+        pages before them. ValueError naming the first page that is already here, or for impossible numbers.
         """
 
     @abstractmethod
-    def touch(self, page: int, now: float) -> None:
-        """`page` was used. O(1). KeyError if it is not here."""
+    def touch(self, pages: Pages, now: float) -> None:
+        """`pages` were used, all at the same time. O(1) a page. KeyError naming the first page that is not here."""
 
     @abstractmethod
-    def remove(self, page: int) -> None:
-        """`page` left this tier for another reason than `evict`. KeyError if it is not here."""
+    def remove(self, pages: Pages) -> None:
+        """`pages` left this tier for another reason than `evict`. KeyError naming the first page that is not here."""
 
     @abstractmethod
-    def evict(self, count: int, protected: Container[int], now: float, pressure: float) -> list[int] | None:
+    def evict(self, count: int, protected: Protection, now: float, pressure: float) -> Pages | None:
         """Exactly `count` victims, in leaving order, already removed from the policy; or None and nothing changed.
 
-        Pages for which `page in protected` are passed over (asked for candidates only, so it may be computed on demand). A parent may
-        follow its last child within one call. Cost grows with `count` and with the protected candidates met, never with the number of
-        pages.
+        A parent may follow its last child within one call. Cost grows with `count` and with the protected pages met, never with the
+        number of pages. ValueError for a negative count.
         """
 
     @abstractmethod
-    def peek(self, count: int, protected: Container[int], now: float, pressure: float) -> list[int]:
-        """Up to `count` pages that `evict` would choose, in that order; nothing changes."""
+    def peek(self, count: int, protected: Protection, now: float, pressure: float) -> Pages:
+        """Up to `count` pages that `evict` would choose, in that order; nothing changes. ValueError for a negative count."""
 
-    def expired(self, count: int, protected: Container[int], now: float, pressure: float) -> list[int]:
+    def expired(self, count: int, protected: Protection, now: float, pressure: float) -> Pages:
         """Up to `count` pages whose score fell below the policy's threshold at this pressure, coldest first; nothing changes.
 
         Policies without a threshold have none.
         """
-        return []
+        return np.empty(0, np.int64)
 
     def record_attention(self, page: int, mass: float) -> None:
         """The engine saw `mass` (0 to 1: share of the attention of one step) on `page`. Ignored by policies that do not use it.
@@ -71,12 +89,16 @@ class EvictionPolicy(ABC):
         """What `evict` compares: larger stays. KeyError if the page is not here."""
 
     @abstractmethod
-    def __len__(self) -> int:
-        """Pages in this tier."""
+    def here(self, pages: Pages) -> Mask:
+        """Which of `pages` are in this tier."""
 
-    @abstractmethod
     def __contains__(self, page: object) -> bool:
         """Whether the page is in this tier."""
+        return isinstance(page, int) and bool(self.here(np.array([page], np.int64))[0])
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Pages in this tier."""
 
     @abstractmethod
     def check_integrity(self) -> None:

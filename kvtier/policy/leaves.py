@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 
+import numpy as np
+
 from kvtier.errors import IntegrityError
-from kvtier.policy.base import ROOT
+from kvtier.policy.base import ROOT, Mask, Pages, Protection
 
 Value = Callable[[int, float], float]
 """(group, last touch in seconds) -> score. For equal groups a later touch never scores lower."""
@@ -71,12 +73,27 @@ class Leaves:
         self._require(page)
         return self._last[page]
 
-    def insert(self, page: int, parent: int, depth: int, now: float, group: int) -> None:
-        """`page` arrives in `group`, last touched `now`. ValueError if it is here already or is its own parent. O(log n)."""
+    def here(self, pages: Pages) -> Mask:
+        """Which of `pages` are in this tier."""
+        return np.array([page in self for page in pages.tolist()], np.bool_)
+
+    def require(self, pages: Pages) -> list[int]:
+        """`pages` as plain numbers. KeyError naming the first that is not here."""
+        numbers: list[int] = pages.tolist()
+        for page in numbers:
+            self._require(page)
+        return numbers
+
+    def require_new(self, page: int, parent: int) -> None:
+        """ValueError if `page` is here already or could not be, or is its own parent."""
         if page in self:
             raise ValueError(f"page {page} is already in this tier")
         if page < 0 or parent < ROOT or page == parent:
             raise ValueError(f"page {page} with parent {parent}: ids are 0 or more, the parent another page or ROOT ({ROOT})")
+
+    def insert(self, page: int, parent: int, depth: int, now: float, group: int) -> None:
+        """`page` arrives in `group`, last touched `now`. ValueError if it is here already or is its own parent. O(log n)."""
+        self.require_new(page, parent)
         self._grow(max(page, parent) + 1)
         self._parent[page] = parent
         self._depth[page] = depth
@@ -113,7 +130,7 @@ class Leaves:
             self._push(page)
         self._sweep_if_wasteful()
 
-    def take(self, count: int, protected: Container[int], value: Value) -> list[int] | None:
+    def take(self, count: int, protected: Protection, value: Value) -> list[int] | None:
         """Removes and returns the `count` leaves of lowest value, a parent following its last child; None and nothing done if too few.
 
         Also nothing done if `protected` or `value` raises. O((count + stale + protected met + groups) log n), where every stale entry met
@@ -131,7 +148,7 @@ class Leaves:
                 self._put_back(victims)
         return victims if complete else None
 
-    def first(self, count: int, protected: Container[int], value: Value, below: float = math.inf) -> list[int]:
+    def first(self, count: int, protected: Protection, value: Value, below: float = math.inf) -> list[int]:
         """Up to `count` pages `take` would remove, in that order, up to the first whose value is not under `below`. They stay."""
         self._possible(count)
         chosen: list[int] = []
@@ -171,7 +188,7 @@ class Leaves:
             if (is_leaf or ticket != NO_TICKET) and page not in queued:
                 raise IntegrityError(f"page {page} is not queued")
 
-    def _choose(self, chosen: list[int], count: int, protected: Container[int], value: Value, below: float) -> None:
+    def _choose(self, chosen: list[int], count: int, protected: Protection, value: Value, below: float) -> None:
         """Moves up to `count` pages out of the tier into `chosen`. On an exception `chosen` holds exactly the pages that are out."""
         heaps = self._heaps
         frontier = [(value(group, heap[0][0]), heap[0], group) for group, heap in heaps.items()]
@@ -201,7 +218,7 @@ class Leaves:
                     offer(self._group[page])
                 elif score >= below:
                     break
-                elif page in protected:
+                elif protected(np.array([page]))[0]:
                     self._pop(group)
                     passed_over.append((group, entry))
                 else:

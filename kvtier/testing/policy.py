@@ -6,15 +6,16 @@ by looking at everything. The model takes `score` as given; that the score is th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from kvtier.policy.base import ROOT, EvictionPolicy
+from kvtier.policy.base import ROOT, EvictionPolicy, Mask, Pages, Protection, nothing_protected
 
 SCORE_TOLERANCE = 1e-9
 MOST_PAGES = 24
@@ -25,17 +26,34 @@ time_steps = st.sampled_from([0.0, 0.0, 0.25, 1.0, 17.0, 300.0, -5.0])
 """Seconds; the negative one is a clock that ran backwards."""
 
 
-class Asked(Container[int]):
-    """A set of protected pages that remembers about which pages it was asked."""
+def pages_of(*numbers: int) -> Pages:
+    """Page ids as policies take them, int64 `[n]`."""
+    return np.array(numbers, np.int64)
+
+
+def insert_one(policy: EvictionPolicy, page: int, parent: int, depth: int, now: float) -> None:
+    """Insert a single page."""
+    policy.insert(pages_of(page), pages_of(parent), pages_of(depth), now)
+
+
+def evicted(policy: EvictionPolicy, count: int, protected: Protection, now: float, pressure: float) -> list[int]:
+    """The victims, of which there must be enough."""
+    victims = policy.evict(count, protected, now, pressure)
+    assert victims is not None, f"no {count} pages could leave"
+    plain: list[int] = victims.tolist()
+    return plain
+
+
+class Asked:
+    """A protection of these pages that remembers about which pages it was asked, in which order."""
 
     def __init__(self, pages: Iterable[int]) -> None:
         self.pages = frozenset(pages)
         self.asked: list[int] = []
 
-    def __contains__(self, page: object) -> bool:
-        assert isinstance(page, int)
-        self.asked.append(page)
-        return page in self.pages
+    def __call__(self, pages: Pages) -> Mask:
+        self.asked += pages.tolist()
+        return np.array([page in self.pages for page in pages.tolist()], np.bool_)
 
 
 class PolicyMachine(RuleBasedStateMachine):
@@ -61,10 +79,14 @@ class PolicyMachine(RuleBasedStateMachine):
             here -= free
         return len(self.here) - len(here)
 
+    def order(self, pressure: float) -> list[int]:
+        """All pages that can leave, in the order in which they would."""
+        everybody: list[int] = self.policy.peek(MOST_PAGES, nothing_protected, self.now, pressure).tolist()
+        return everybody
+
     def check_order(self, chosen: list[int], protected: Asked, scores: dict[int, float]) -> None:
         """`chosen` leave one by one: always a leaf, never protected, none with a lower score left behind; only leaves were asked about."""
         here = set(self.here)
-        askable = set(self.leaves(here))
         for page in chosen:
             candidates = self.leaves(here) - protected.pages
             assert page in candidates, f"page {page} left; it is protected, absent or has a child (candidates {candidates})"
@@ -72,9 +94,10 @@ class PolicyMachine(RuleBasedStateMachine):
                 lowest = min(scores[other] for other in candidates)
                 assert scores[page] <= lowest + SCORE_TOLERANCE, f"page {page} left at {scores[page]} while {lowest} stayed"
             here.remove(page)
-            askable |= self.leaves(here)
-        assert askable >= set(protected.asked), "pages that are no candidates were looked at"
-        assert len(set(protected.asked)) == len(protected.asked), "a candidate was looked at twice in one call"
+        asked = set(self.here)
+        for page in protected.asked:
+            assert page in self.leaves(asked), f"page {page} was asked about again, is absent, or was asked about before its children"
+            asked.remove(page)
 
     @rule(step=time_steps)
     def wait(self, step: float) -> None:
@@ -90,22 +113,24 @@ class PolicyMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.here) < len(self.rows))
     @rule(data=st.data())
     def insert(self, data: st.DataObject) -> None:
-        page = data.draw(st.sampled_from(sorted(set(self.rows) - self.here)))
-        self.policy.insert(page, *self.rows[page], self.now)
-        self.here.add(page)
+        absent = sorted(set(self.rows) - self.here)
+        pages = data.draw(st.lists(st.sampled_from(absent), min_size=1, max_size=4, unique=True))
+        links = [self.rows[page] for page in pages]
+        self.policy.insert(pages_of(*pages), pages_of(*(parent for parent, _ in links)), pages_of(*(depth for _, depth in links)), self.now)
+        self.here.update(pages)
 
     @precondition(lambda self: self.here)
     @rule(data=st.data())
     def insert_again(self, data: st.DataObject) -> None:
         page = data.draw(st.sampled_from(sorted(self.here)))
+        fresh = MOST_PAGES + 1
         with pytest.raises(ValueError, match=str(page)):
-            self.policy.insert(page, *self.rows[page], self.now)
+            self.policy.insert(pages_of(fresh, page), pages_of(ROOT, self.rows[page][0]), pages_of(0, self.rows[page][1]), self.now)
 
     @precondition(lambda self: self.here)
     @rule(data=st.data())
     def touch(self, data: st.DataObject) -> None:
-        for page in data.draw(st.lists(st.sampled_from(sorted(self.here)), min_size=1, max_size=12)):
-            self.policy.touch(page, self.now)
+        self.policy.touch(pages_of(*data.draw(st.lists(st.sampled_from(sorted(self.here)), min_size=1, max_size=8, unique=True))), self.now)
 
     @precondition(lambda self: self.here)
     @rule(data=st.data(), mass=st.floats(0, 1))
@@ -115,9 +140,9 @@ class PolicyMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.here)
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
-        page = data.draw(st.sampled_from(sorted(self.here)))
-        self.policy.remove(page)
-        self.here.remove(page)
+        pages = data.draw(st.lists(st.sampled_from(sorted(self.here)), min_size=1, max_size=4, unique=True))
+        self.policy.remove(pages_of(*pages))
+        self.here.difference_update(pages)
 
     @rule()
     def forget_rows_without_copies(self) -> None:
@@ -130,8 +155,8 @@ class PolicyMachine(RuleBasedStateMachine):
         if page in self.here:
             return
         for call in (
-            lambda: self.policy.touch(page, self.now),
-            lambda: self.policy.remove(page),
+            lambda: self.policy.touch(pages_of(*sorted(self.here)[:1], page), self.now),
+            lambda: self.policy.remove(pages_of(*sorted(self.here)[:1], page)),
             lambda: self.policy.score(page, self.now, 0.5),
         ):
             with pytest.raises(KeyError):
@@ -141,14 +166,16 @@ class PolicyMachine(RuleBasedStateMachine):
     def evict(self, data: st.DataObject, count: int, pressure: float) -> None:
         protected = Asked(data.draw(st.sets(st.sampled_from(range(MOST_PAGES)), max_size=MOST_PAGES // 3)))
         scores = self.scores(pressure)
-        expected = self.policy.peek(count, Asked(protected.pages), self.now, pressure)
-        before = self.policy.peek(MOST_PAGES, frozenset(), self.now, pressure)
-        victims = self.policy.evict(count, protected, self.now, pressure)
+        expected = self.policy.peek(count, Asked(protected.pages), self.now, pressure).tolist()
+        before = self.order(pressure)
+        leaving = self.policy.evict(count, protected, self.now, pressure)
         if self.can_leave(protected.pages) < count:
-            assert victims is None, "fewer pages could leave than were asked for"
-            assert self.policy.peek(MOST_PAGES, frozenset(), self.now, pressure) == before
+            assert leaving is None, "fewer pages could leave than were asked for"
+            assert self.order(pressure) == before
             assert self.scores(pressure) == scores
             return
+        assert leaving is not None
+        victims = leaving.tolist()
         assert victims == expected, "peek promised other victims"
         assert len(victims) == count
         self.check_order(victims, protected, scores)
@@ -158,39 +185,39 @@ class PolicyMachine(RuleBasedStateMachine):
     def peek(self, data: st.DataObject, count: int, pressure: float) -> None:
         protected = Asked(data.draw(st.sets(st.sampled_from(range(MOST_PAGES)), max_size=MOST_PAGES // 3)))
         scores = self.scores(pressure)
-        chosen = self.policy.peek(count, protected, self.now, pressure)
+        chosen = self.policy.peek(count, protected, self.now, pressure).tolist()
         assert len(chosen) == min(count, self.can_leave(protected.pages))
         self.check_order(chosen, protected, scores)
-        assert self.policy.peek(count, Asked(protected.pages), self.now, pressure) == chosen
+        assert self.policy.peek(count, Asked(protected.pages), self.now, pressure).tolist() == chosen
         assert self.scores(pressure) == scores
 
     @rule(data=st.data(), count=st.integers(0, MOST_PAGES), pressure=pressures)
     def expired(self, data: st.DataObject, count: int, pressure: float) -> None:
         protected = Asked(data.draw(st.sets(st.sampled_from(range(MOST_PAGES)), max_size=MOST_PAGES // 3)))
-        chosen = self.policy.expired(count, protected, self.now, pressure)
+        chosen = self.policy.expired(count, protected, self.now, pressure).tolist()
         assert len(chosen) <= count
         self.check_order(chosen, protected, self.scores(pressure))
-        assert chosen == self.policy.peek(len(chosen), Asked(protected.pages), self.now, pressure)
+        assert chosen == self.policy.peek(len(chosen), Asked(protected.pages), self.now, pressure).tolist()
 
     @precondition(lambda self: self.here)
     @rule(count=st.integers(1, MOST_PAGES), answers=st.integers(0, 6), pressure=pressures)
     def evict_with_a_question_that_fails(self, count: int, answers: int, pressure: float) -> None:
         class Failing(Asked):
-            def __contains__(self, page: object) -> bool:
-                if len(self.asked) == answers:
+            def __call__(self, pages: Pages) -> Mask:
+                if len(self.asked) >= answers:
                     raise RuntimeError("no answer")
-                return super().__contains__(page)
+                return super().__call__(pages)
 
         protected = Failing(())
-        before = self.policy.peek(MOST_PAGES, frozenset(), self.now, pressure)
-        victims: list[int] | None = None
+        before = self.order(pressure)
+        victims: Pages | None = None
         try:
             victims = self.policy.evict(count, protected, self.now, pressure)
         except RuntimeError:
-            assert len(protected.asked) == answers
-        self.here -= set(victims or ())
+            assert len(protected.asked) >= answers
+        self.here -= set(() if victims is None else victims.tolist())
         if victims is None:
-            assert self.policy.peek(MOST_PAGES, frozenset(), self.now, pressure) == before
+            assert self.order(pressure) == before
 
     @invariant()
     def agrees_with_the_model(self) -> None:
@@ -221,31 +248,30 @@ class PolicyContract:
     def test_a_prefix_outlives_its_suffix_when_children_came_first(self) -> None:
         policy = self.make_policy()
         for page in reversed(range(8)):
-            policy.insert(page, page - 1 if page else ROOT, page, now=1.0)
-        for page in range(7):
-            policy.touch(page, now=1.0)
-        assert policy.evict(8, frozenset(), 2.0, 0.95) == list(reversed(range(8)))
+            insert_one(policy, page, page - 1 if page else ROOT, page, now=1.0)
+        policy.touch(np.arange(7), now=1.0)
+        assert evicted(policy, 8, nothing_protected, 2.0, 0.95) == list(reversed(range(8)))
 
     def test_a_protected_leaf_keeps_its_whole_prefix(self) -> None:
         policy = self.make_policy()
         for page in range(8):
-            policy.insert(page, page - 1 if page else ROOT, page, now=float(page))
-        assert policy.evict(1, {7}, 100.0, 0.95) is None
-        assert policy.peek(8, {5}, 100.0, 0.95) == [7, 6]
+            insert_one(policy, page, page - 1 if page else ROOT, page, now=float(page))
+        assert policy.evict(1, Asked({7}), 100.0, 0.95) is None
+        assert policy.peek(8, Asked({5}), 100.0, 0.95).tolist() == [7, 6]
 
     def test_equally_recent_branches_lose_their_deepest_page_first(self) -> None:
         policy = self.make_policy()
-        policy.insert(0, ROOT, 0, now=1.0)
-        policy.insert(1, 0, 1, now=1.0)
-        policy.insert(2, ROOT, 0, now=1.0)
-        policy.insert(3, 2, 1, now=1.0)
-        policy.insert(4, 3, 2, now=1.0)
-        assert policy.peek(2, frozenset(), 1.0, 0.5)[0] == 4
+        insert_one(policy, 0, ROOT, 0, now=1.0)
+        insert_one(policy, 1, 0, 1, now=1.0)
+        insert_one(policy, 2, ROOT, 0, now=1.0)
+        insert_one(policy, 3, 2, 1, now=1.0)
+        insert_one(policy, 4, 3, 2, now=1.0)
+        assert policy.peek(2, nothing_protected, 1.0, 0.5)[0] == 4
 
     def test_a_negative_count_is_refused(self) -> None:
         policy = self.make_policy()
-        policy.insert(0, ROOT, 0, now=1.0)
+        insert_one(policy, 0, ROOT, 0, now=1.0)
         for call in (policy.evict, policy.peek):
             with pytest.raises(ValueError, match="-1"):
-                call(-1, frozenset(), 1.0, 0.5)
+                call(-1, nothing_protected, 1.0, 0.5)
         assert len(policy) == 1

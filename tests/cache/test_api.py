@@ -17,6 +17,7 @@ import torch
 
 from kvtier.errors import Closed, LayoutError, LeaseError, StoreLocked, TransferFailed
 from kvtier.mover.transfer import Priority
+from kvtier.policy import nothing_protected
 from tests.cache.rig import (
     DEEP,
     DEVICE,
@@ -67,12 +68,12 @@ def test_lookup_has_no_side_effects(tmp_path):
         put(cache, run(1, 4))
         push_out(cache)
         before = counters(cache)
-        order = cache._residency.policies[HOST].peek(99, (), 0.0, 0.5)
+        order = cache._residency.policies[HOST].peek(99, nothing_protected, 0.0, 0.5).tolist()
         for _ in range(3):
             assert cache.lookup(run(1, 4)).tokens == 16
             assert cache.lookup(run(2, 4)).tokens == 0
         assert counters(cache) == before
-        assert cache._residency.policies[HOST].peek(99, (), 0.0, 0.5) == order
+        assert cache._residency.policies[HOST].peek(99, nothing_protected, 0.0, 0.5).tolist() == order
 
 
 def test_lookup_says_where_and_at_what_cost(tmp_path):
@@ -246,6 +247,8 @@ def test_a_restore_that_breaks_after_tokens_were_promised_raises_for_every_later
                 raise RuntimeError("the device fell off the bus")
             scatter(slots, pages, layers)
 
+        monkeypatch.setattr("kvtier.mover.stage.layers_per_step", lambda *_: 6)
+        monkeypatch.setattr(device, "memory", lambda: None)
         monkeypatch.setattr(device, "scatter", breaking)
         lease = cache.acquire(cache.lookup(run(1, 4)))
         lease.layer(0, 20)
@@ -269,6 +272,7 @@ def test_a_restore_that_breaks_before_anything_was_promised_is_a_shorter_prefix(
         def breaking(slots, pages, layers=slice(None)):
             raise RuntimeError("the device fell off the bus")
 
+        monkeypatch.setattr(cache._residency.device, "memory", lambda: None)
         monkeypatch.setattr(cache._residency.device, "scatter", breaking)
         with cache.acquire(cache.lookup(run(1, 4))) as lease:
             lease.layer(0, 20)

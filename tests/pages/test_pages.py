@@ -45,7 +45,7 @@ class Slots:
 def ready(table: PageTable, path: tuple[int, ...], tier: int = 0, slot: int | None = None) -> int:
     row = table.add(page(path))
     table.begin([row], tier, [row if slot is None else slot])
-    table.commit(row, tier)
+    table.commit([row], tier)
     return row
 
 
@@ -65,7 +65,7 @@ def test_find_gives_the_longest_visible_prefix_whatever_came_in_which_order(copi
             table.check_integrity()
             assert key(path) in {table.key[row]}
             if random.random() < 0.8:
-                table.commit(row, tier)
+                table.commit([row], tier)
                 visible.setdefault(path, set()).add(tier)
     table.check_integrity()
     found = table.find(chain(asked))
@@ -92,7 +92,7 @@ def test_when_the_last_copy_goes_every_hollow_row_goes_too(copies, random):
     random.shuffle(copies)
     for path, tier in copies:
         row = table.row(key(path))
-        assert table.drop(row, tier) == row
+        assert table.drop([row], tier) == [row]
         table.check_integrity()
     assert len(table) == 0
     assert table.find(chain((0, 1))).tolist() == []
@@ -102,10 +102,10 @@ def test_dropping_the_leaf_reaps_all_its_hollow_ancestors_at_once():
     table = PageTable(TIERS, 4)
     *before, leaf = [ready(table, (0, 1, 2, 3)[:end]) for end in (1, 2, 3, 4)]
     for row in before:
-        table.drop(row, 0)
+        table.drop([row], 0)
     assert len(table) == 4
     assert table.find(chain((0, 1, 2, 3))).tolist() == [], "no page before it is visible"
-    table.drop(leaf, 0)
+    table.drop([leaf], 0)
     assert len(table) == 0
     again = ready(table, (5,))
     assert table.parent_key[again] == ROOT
@@ -137,6 +137,85 @@ def test_an_orphan_is_linked_when_its_parent_appears():
     table.check_integrity()
 
 
+@given(st.lists(st.tuples(PATHS, st.integers(1, 5)), max_size=12))
+@settings(deadline=None)
+def test_a_chain_added_at_once_is_what_adding_page_by_page_gives(sequences):
+    one, all_ = PageTable(TIERS, 4), PageTable(TIERS, 4)
+    for path, count in sequences:
+        path, first = path[:count], max(0, len(path[:count]) - 3)
+        keys = chain(path)
+        parents = [one.row(key(path[:first])), all_.row(key(path[:first]))]
+        rows: list[int] = []
+        for end in range(first, len(path)):
+            rows.append(one.add(page(path[: end + 1]), rows[-1] if rows else parents[0]))
+        together = all_.add_chain(keys[first:], key(path[:first]), first, parents[1])
+        assert [all_.key[row] for row in together] == [one.key[row] for row in rows] == keys[first:]
+        for table, added in ((one, rows), (all_, together.tolist())):
+            fresh = [row for row in added if table.state[1, row] == ABSENT]
+            table.begin(fresh, 1, fresh)
+        for ours, theirs in zip(together.tolist(), rows, strict=True):
+            assert all_.page_id(ours) == one.page_id(theirs)
+            assert all_.children[ours] == one.children[theirs]
+        one.check_integrity()
+        all_.check_integrity()
+    assert len(one) == len(all_)
+
+
+@given(st.lists(st.tuples(PATHS, st.integers(0, TIERS - 1)), min_size=1, max_size=25, unique=True), st.integers(1, 8))
+@settings(deadline=None)
+def test_copies_dropped_many_at_once_leave_nothing_behind(copies, at_once):
+    table = PageTable(TIERS, 4)
+    for path, tier in copies:
+        row = table.add(page(path))
+        table.begin([row], tier, [row])
+    for tier in range(TIERS):
+        rows = [table.row(key(path)) for path, where in copies if where == tier]
+        for start in range(0, len(rows), at_once):
+            assert table.drop(rows[start : start + at_once], tier) == rows[start : start + at_once]
+            table.check_integrity()
+    assert len(table) == 0
+
+
+def test_what_is_refused_for_one_row_is_done_for_none():
+    table = PageTable(TIERS, 4)
+    first, second = ready(table, (1,)), ready(table, (2,))
+    waiting = table.add(page((3,)))
+    table.begin([waiting], 0, [9])
+    table.lease(np.array([first]))
+    table.hold([second], 0)
+    for refused in (
+        lambda: table.begin([waiting, first], 0, [1, 2]),
+        lambda: table.commit([waiting, first], 0),
+        lambda: table.drop([first, second], 0),
+        lambda: table.drop([first], 1),
+        lambda: table.release([first, second]),
+    ):
+        with pytest.raises(IntegrityError):
+            refused()
+    assert table.state[0, [first, second, waiting]].tolist() == [READY, READY, WRITING]
+    assert table.leases[[first, second]].tolist() == [1, 0]
+    table.check_integrity()
+
+
+def test_a_table_has_room_for_so_many_tiers_and_no_more():
+    with pytest.raises(IntegrityError, match="8"):
+        PageTable(9, 4)
+    table = PageTable(8, 4)
+    for tier in (7, 3):
+        ready(table, (1,), tier=tier)
+        assert table.warmest(table.find([key((1,))])).tolist() == [tier]
+    assert table.ready(7).tolist() == table.ready(3).tolist() == [table.row(key((1,)))]
+
+
+def test_the_ready_pages_of_a_tier_come_prefixes_first_and_without_open_ones():
+    table = PageTable(TIERS, 4)
+    rows = [ready(table, path) for path in ((1, 2, 3), (1, 2), (5, 6), (1,))]
+    table.open(rows[0], 77, 3)
+    ready(table, (9,), tier=1)
+    assert [int(table.depth[row]) for row in table.ready(0)] == [0, 1, 1, 2]
+    assert set(table.ready(0).tolist()) == set(rows)
+
+
 # Copies
 
 
@@ -148,16 +227,16 @@ def test_a_copy_is_invisible_until_committed_and_cannot_be_begun_twice():
     assert table.warmest(np.array([row])).tolist() == [NO_TIER]
     with pytest.raises(IntegrityError):
         table.begin([row], 1, [8])
-    table.commit(row, 1)
+    table.commit([row], 1)
     with pytest.raises(IntegrityError):
-        table.commit(row, 1)
+        table.commit([row], 1)
     assert table.find([key((1,))]).tolist() == [row]
-    assert table.has_copy_below(row, 0)
-    assert not table.has_copy_below(row, 1)
-    assert not table.has_copy_below(row, 0, coldest=0)
-    assert table.drop(row, 1) == 7
+    assert table.has_copy_below(np.array([row]), 0).tolist() == [True]
+    assert table.has_copy_below(np.array([row]), 1).tolist() == [False]
+    assert table.has_copy_below(np.array([row]), 0, coldest=0).tolist() == [False]
+    assert table.drop([row], 1) == [7]
     with pytest.raises(IntegrityError):
-        table.drop(row, 1)
+        table.drop([row], 1)
 
 
 def test_a_copy_that_is_read_cannot_be_dropped():
@@ -165,9 +244,9 @@ def test_a_copy_that_is_read_cannot_be_dropped():
     row = ready(table, (1,), tier=1)
     table.hold([row], 1)
     with pytest.raises(IntegrityError):
-        table.drop(row, 1)
+        table.drop([row], 1)
     table.unhold([row], 1)
-    table.drop(row, 1)
+    table.drop([row], 1)
 
 
 # Holders
@@ -179,7 +258,7 @@ def test_a_leased_row_stays_without_any_copy_until_the_last_holder_goes():
     rows = np.array([row])
     table.lease(rows)
     table.lease(rows)
-    table.drop(row, 1)
+    table.drop([row], 1)
     assert table.release([row]) == []
     assert table.row(key((1,))) == row
     assert table.release([row]) == []
@@ -201,7 +280,7 @@ def test_pins_last_as_long_as_they_should_and_do_not_pass_on_with_the_row():
     table.unpin(rows)
     assert table.pinned(row, 0.0) == NO_TIER
     table.pin(rows, 0, math.inf)
-    table.drop(row, 0)
+    table.drop([row], 0)
     assert ready(table, (2,)) == row
     assert table.pinned(row, 0.0) == NO_TIER
 
@@ -284,13 +363,13 @@ class TableMachine(RuleBasedStateMachine):
         if self.table.state[tier, row] == ABSENT:
             self.table.begin([row], tier, [self.slots()])
         if commit and self.table.state[tier, row] == WRITING:
-            self.table.commit(row, tier)
+            self.table.commit([row], tier)
 
     @rule(data=st.data(), tier=st.integers(0, TIERS - 1), state=st.sampled_from([WRITING, READY]))
     def drop(self, data, tier, state) -> None:
         rows = [row for row in self.rows(tier, state) if not self.table.readers[tier, row]]
         if rows:
-            self.table.drop(data.draw(st.sampled_from(rows)), tier)
+            self.table.drop([data.draw(st.sampled_from(rows))], tier)
 
     @rule(path=PATHS)
     def lease(self, path) -> None:
@@ -343,11 +422,12 @@ class TableMachine(RuleBasedStateMachine):
         """Everything taken away again leaves nothing."""
         for row, tier in self.read:
             self.table.unhold([row], tier)
-        self.table.release(self.leased)
+        for row in self.leased:
+            self.table.release([row])
         for tier in range(TIERS):
             for state in (WRITING, READY):
                 for row in self.rows(tier, state):
-                    self.table.drop(row, tier)
+                    self.table.drop([row], tier)
         self.table.check_integrity()
         assert len(self.table) == 0
 
@@ -359,7 +439,7 @@ def test_the_columns_agree_after_any_sequence_of_calls():
 def test_rows_keep_their_numbers_when_the_table_grows():
     table = PageTable(TIERS, 4)
     rows = [table.add(PageId(number.to_bytes(32, "big"), ROOT, 0)) for number in range(3000)]
-    table.begin(rows, 2, range(3000))
+    table.begin(rows, 2, list(range(3000)))
     assert rows == list(range(3000))
     assert [table.row(number.to_bytes(32, "big")) for number in range(3000)] == rows
     assert table.slot[2, rows].tolist() == rows
@@ -381,6 +461,12 @@ def corruptible() -> tuple[PageTable, dict[str, int]]:
     return table, rows
 
 
+def give_up(table: PageTable, *rows: int) -> None:
+    """Put rows on the free list and nowhere else."""
+    table._free[: len(rows)] = rows
+    table._free_count = len(rows)
+
+
 CORRUPTIONS = {
     "child count": lambda table, rows: table.children.__setitem__(rows["first"], 2),
     "depth": lambda table, rows: table.depth.__setitem__(rows["second"], 5),
@@ -390,8 +476,8 @@ CORRUPTIONS = {
     "key": lambda table, rows: table.key.__setitem__(rows["first"], key((9,))),
     "key lost": lambda table, rows: table.key.__setitem__(rows["second"], None),
     "index": lambda table, rows: table._row_of.__setitem__(key((9,)), rows["first"]),
-    "free list": lambda table, rows: table._free.append(rows["first"]),
-    "free twice": lambda table, rows: table._free.extend([900, 900]),
+    "free list": lambda table, rows: give_up(table, rows["first"]),
+    "free twice": lambda table, rows: give_up(table, 900, 900),
     "leases": lambda table, rows: table.leases.__setitem__(rows["first"], -1),
     "open page not held": lambda table, rows: table.leases.__setitem__(rows["open"], 0),
     "open page elsewhere": lambda table, rows: table.state.__setitem__((1, rows["open"]), READY),

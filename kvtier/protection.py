@@ -1,0 +1,68 @@
+"""Which pages a policy may not choose: the one place where holders, readers, pins and children are weighed.
+
+Made under the residency's lock for one question to a policy, and forgotten after it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvtier.pages import ABSENT, READY, PageTable, Rows
+from kvtier.policy import Mask
+
+_DEVICE = 0
+# Without dimensions: with a Python number, NumPy spends longer on finding the type than on a whole request's rows.
+_NOBODY, _ONE, _READY = np.array(0), np.array(1), np.array(READY, np.uint8)
+
+
+class Protected:
+    """The pages that are leased, being read in `tier`, pinned to it at time `now`, or the last copy of a page that others build on.
+
+    A `kvtier.policy.Protection`, to be used within `with`. A page whose children were asked about before it, and would leave with their
+    only copies, is not kept for them.
+    """
+
+    def __init__(self, table: PageTable, tier: int, now: float) -> None:
+        self._table = table
+        self._tier = tier
+        self._now = now
+        self._leaving: list[Rows] = []
+
+    def __enter__(self) -> Protected:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for parents in self._leaving:
+            self._table.leaving[parents] = _NOBODY
+
+    def __call__(self, pages: Rows) -> Mask:
+        """Which of these pages may not leave."""
+        table, tier = self._table, self._tier
+        kept: Mask = table.leases[pages] != _NOBODY
+        if tier != _DEVICE:  # a lease holds the device copy, or what it will be made from
+            kept &= table.state[_DEVICE][pages] != _READY
+        if np.count_nonzero(readers := table.readers[tier][pages]):
+            kept |= readers != _NOBODY
+        if (pinned := table.any_pinned(pages, self._now)) is not None:
+            for index in np.flatnonzero(pinned & ~kept).tolist():
+                kept[index] = self._is_pinned_here(int(pages[index]))
+        if tier == table.tiers - 1 and (tier or table.hollow):
+            self._keep_parents(pages, kept)
+        return kept
+
+    def _is_pinned_here(self, page: int) -> bool:
+        floor = self._table.pinned(page, self._now)
+        if self._tier < floor:
+            return False
+        others = self._table.state[: floor + 1, page].copy()
+        others[self._tier :] = ABSENT
+        return not (others == READY).any()
+
+    def _keep_parents(self, pages: Rows, kept: Mask) -> None:
+        table = self._table
+        parents = table.parent[pages[~kept & table.is_alone(pages, self._tier)]]
+        np.add.at(table.leaving, parents, _ONE)
+        self._leaving.append(parents)
+        needed = table.children[pages] > table.leaving[pages]
+        if np.count_nonzero(needed):
+            kept |= needed & ~table.has_copy_above(pages, self._tier)

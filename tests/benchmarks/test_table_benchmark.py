@@ -1,0 +1,90 @@
+"""The table benchmark runs, replays real traces rightly and refuses what is none. No time of it is judged here."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from benchmarks import table
+from kvtier.cli import main
+from kvtier.errors import KVTierError
+
+TRACES = Path(os.environ.get("KVTIER_TRACES", Path(__file__).parents[3] / "shared" / "traces"))
+
+
+def test_a_tiny_run_reports_operations_and_the_stream(capsys, tmp_path: Path):
+    plot = tmp_path / "plot.svg"
+    assert main(["bench", "table", "--tiny", "--repeats", "1", "--json", "-", "--plot", str(plot)]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    operations = {f"table.{name}.1e2" for name in ("lookup", "lease", "rewrite")}
+    operations |= {f"{policy}.{name}.1e3" for policy in ("lru", "a2cr-classic") for name in ("touch", "evict")}
+    streams = {f"stream.chats.{name}" for name in ("lru", "lru.p99", "lru.hit_ratio", "lru.ticking", "a2cr-classic", "hit_ratio")}
+    assert operations | streams <= set(rows)
+    assert all(row["value"] > 0 for row in rows.values())
+    assert plot.read_text().startswith("<?xml")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "policy", "share", "hit_ratio"),
+    [
+        ("conversation", "lru", 0.05, 0.2001),
+        ("conversation", "lru", 0.01, 0.0535),
+        ("conversation", "lru", 1.0, 0.3736),
+        ("synthetic", "lru", 0.05, 0.1596),
+    ],
+)
+def test_replays_of_the_public_traces_find_what_others_found(name, policy, share, hit_ratio):
+    path = TRACES / f"mooncake_{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not here; set KVTIER_TRACES to the folder of the Mooncake traces")
+    stream = table.read_trace(path)
+    assert stream.name == name
+    with table.Replay(policy, int(stream.distinct * share)) as replay:
+        for request in stream.requests:
+            replay.serve(request)
+        replay.residency.check_integrity()
+        assert not replay.residency.table.leases.any()
+    assert replay.hit_tokens / replay.tokens == pytest.approx(hit_ratio, abs=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["lru", "a2cr-classic"])
+@pytest.mark.parametrize("ticking", [False, True])
+def test_a_replay_with_little_room_keeps_heads_and_leaves_nothing_held(policy, ticking):
+    stream = table.chats(30)
+    longest = max(len(request.keys) for request in stream.requests)
+    with table.Replay(policy, longest // 2, ticking) as replay:
+        for request in stream.requests:
+            replay.serve(request)
+            found = len(replay.residency.table.find(request.keys))
+            assert found == min(len(request.keys), longest // 2)
+        replay.residency.check_integrity()
+
+
+def test_made_up_chats_are_the_same_every_time_and_share_prompts():
+    stream = table.chats(50)
+    assert stream == table.chats(50)
+    assert stream.distinct < stream.pages
+    assert len({request.keys[0] for request in stream.requests}) <= 20
+    assert [request.at_s for request in stream.requests] == sorted(request.at_s for request in stream.requests)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}\n", "no json\n", '{"timestamp": 0, "input_length": 1, "hash_ids": ["a"]}\n', "[]\n", '{"timestamp": 0, "hash_ids": 3}\n'],
+)
+def test_a_file_that_is_no_trace_is_one_clear_error(tmp_path: Path, text):
+    path = tmp_path / "trace.jsonl"
+    path.write_text(text)
+    with pytest.raises(KVTierError, match="--trace"):
+        table.read_trace(path)
+    assert main(["bench", "table", "--tiny", "--trace", str(path)]) == 2
+
+
+@pytest.mark.parametrize("arguments", [("--share", "0"), ("--share", "1.5"), ("--share", "nan"), ("--trace", "/nonexistent")])
+def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments):
+    assert main(["bench", "table", "--tiny", *arguments]) == 2
+    assert "Traceback" not in capsys.readouterr().err
