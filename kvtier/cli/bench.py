@@ -102,3 +102,25 @@ def table(
     """What the bookkeeping costs: page table and policies at 10^4 to 10^6 pages, and a whole stream of requests."""
     note = "the ceilings are plain dicts; that of a stream is a floor"
     measured("table", repeats, tiny, json, plot, profile, note, trace=trace, share=share)
+
+
+@app.command()
+def codecs(
+    layout: Annotated[str, typer.Option(help="Whose pages: smollm2 (3 heads of 64) or llama (8 of 128).")] = "smollm2",
+    formats: Annotated[str, typer.Option(metavar="NAME,...", help="Which formats.")] = "q8,q4,q6,q3",
+    size_bytes: Annotated[str, typer.Option(metavar="SIZE", help="How many bytes of pages, like 512MiB.")] = "512MiB",
+    repeats: RepeatsOption = 5,
+    tiny: TinyOption = False,
+    json: JsonOption = None,
+    plot: PlotOption = None,
+    profile: ProfileOption = None,
+) -> None:
+    """How fast pages are encoded and decoded on the CPU, beside copying them with one thread."""
+    from kvtier.config.units import parse_bytes
+
+    try:
+        size = parse_bytes(size_bytes)
+    except ValueError as error:
+        raise KVTierError(f"--size-bytes {size_bytes}: {error}") from None
+    note = importlib.import_module("kvtier.bench.codecs").note()
+    measured("codecs", repeats, tiny, json, plot, profile, note, layout=layout, formats=formats.split(","), size_bytes=size)

@@ -40,7 +40,7 @@ def doctor(
     if path is not None and not path.is_dir():
         raise KVTierError(f"--path {path} is not a directory; name the one the disk tier will live in, or its parent")
     try:
-        findings = [*_memory(), *_disk(path), *_packages()]
+        findings = [*_memory(), *_codecs(), *_disk(path), *_packages()]
     except OSError as error:
         raise KVTierError(
             f"{path or tempfile.gettempdir()} cannot hold a disk tier: {error.strerror}; name another directory with --path"
@@ -75,6 +75,13 @@ def _memory() -> list[Finding]:
         Finding("huge pages", got["huge_pages"] != "none", _HUGE_PAGES[got["huge_pages"]]),
         Finding("memory for a host tier", True, f"{room.bytes / 2**30:.1f} GiB; {room.why}"),
     ]
+
+
+def _codecs() -> list[Finding]:
+    from kvtier.formats.native import codecs, why_missing
+
+    native = codecs()
+    return [Finding("native codecs", native is not None, f"compiled kernels for {native.features()}" if native else why_missing())]
 
 
 def _disk(path: Path | None) -> list[Finding]:

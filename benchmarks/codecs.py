@@ -1,0 +1,192 @@
+"""How fast page formats code on the CPU, beside one thread's plain copy of as many bytes of pages.
+
+Rows: `q8.encode`, `q8.decode`, ... in GB/s of the page's own bf16 bytes, one thread, over a working set far larger than the caches, through
+the formats as tiers use them (native kernels where they are built). The ceiling is a copy of the same bytes in the same rounds.
+`.2threads`: two threads at once, beside twice one thread. `.1page`: microseconds for one page of 64 KiB that is in the cache, beside its
+copy; less is better. `.torch`: the torch reference. `q8.encode+checksum`: encoded and hashed (xxh3-64) page by page; `.share`: what the
+hash takes of that time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import xxhash
+
+from kvtier.errors import KVTierError
+from kvtier.formats import BLOCK_CODECS, Format, Payload, get_format
+from kvtier.formats.blocks import BlockShape
+from kvtier.formats.native import codecs, why_missing
+from kvtier.layout import PageLayout
+
+from .measure import Row, Run, side_by_side
+
+LAYOUTS = {
+    "smollm2": PageLayout(layers=30, planes=2, page_tokens=16, kv_heads=3, head_dim=64, dtype="bf16"),
+    "llama": PageLayout(layers=32, planes=2, page_tokens=16, kv_heads=8, head_dim=128, dtype="bf16"),
+}
+SMALL = PageLayout(layers=4, planes=2, page_tokens=16, kv_heads=4, head_dim=64, dtype="bf16")
+"""A page of 64 KiB."""
+FORMATS = ("q8", "q4", "q6", "q3")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Pages, room for their payloads and room to decode into."""
+
+    layout: PageLayout
+    format: Format
+    pages: torch.Tensor
+    payloads: Sequence[Payload]
+    target: torch.Tensor
+
+    def part(self, first: int, stop: int) -> Bench:
+        """The same for pages `first` to `stop`."""
+        return Bench(self.layout, self.format, self.pages[first:stop], self.payloads[first:stop], self.target[first:stop])
+
+    def copy(self) -> None:
+        """What no codec can beat by much: every byte once."""
+        np.copyto(self.target.view(torch.uint8).numpy(), self.pages.view(torch.uint8).numpy())
+
+    def encode(self) -> None:
+        """All pages."""
+        self.format.encode(self.pages, self.layout, out=self.payloads)
+
+    def decode(self) -> None:
+        """All payloads."""
+        self.format.decode(self.payloads, self.layout, out=self.target)
+
+    def hash(self) -> None:
+        """All payloads, for the result's sake."""
+        for payload in self.payloads:
+            xxhash.xxh3_64_intdigest(payload.data)
+
+    def encode_and_hash(self) -> None:
+        """Page by page, as a tier does: the payload is hashed while it is in the cache."""
+        for row in range(len(self.pages)):
+            self.format.encode(self.pages, self.layout, [row], self.payloads[row : row + 1])
+            xxhash.xxh3_64_intdigest(self.payloads[row].data)
+
+    def encode_one_by_one(self) -> None:
+        """`encode_and_hash` without the hash."""
+        for row in range(len(self.pages)):
+            self.format.encode(self.pages, self.layout, [row], self.payloads[row : row + 1])
+
+
+def note() -> str:
+    """What to know beside the figures."""
+    native = codecs()
+    return f"native codecs: {native.features()}" if native else f"native codecs: {why_missing()}"
+
+
+def measure(run: Run, layout: str = "smollm2", formats: Sequence[str] = FORMATS, size_bytes: int = 512 << 20) -> list[Row]:
+    """Rows of all `formats` on a layout of LAYOUTS, over `size_bytes` of pages. KVTierError for an unknown layout or format."""
+    if layout not in LAYOUTS:
+        raise KVTierError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
+    unknown = [name for name in formats if name not in BLOCK_CODECS]
+    if unknown or not formats:
+        raise KVTierError(f"unknown formats {', '.join(unknown) or 'none'}; choose from {', '.join(BLOCK_CODECS)}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run.expect(5 * len(formats))
+        chosen = LAYOUTS[layout]
+        pages = make_pages(chosen, max(2, (1 << 20 if run.tiny else size_bytes) // chosen.page_bytes))
+        target = torch.zeros_like(pages)
+        return [row for name in formats for row in _rows_of(run, name, chosen, pages, target)]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def make_pages(layout: PageLayout, count: int) -> torch.Tensor:
+    """`count` pages of noise whose keys share a mean, as real keys do; a few different ones, again and again."""
+    few = min(count, 16)
+    pages = torch.randn((few, *layout.shape), generator=torch.Generator().manual_seed(0))
+    pages[:, :, 0] += 2 * torch.randn((1, layout.layers, 1, layout.kv_heads, layout.head_dim), generator=torch.Generator().manual_seed(1))
+    return pages.to(layout.torch_dtype)[torch.arange(count) % few]
+
+
+def _rows_of(run: Run, name: str, layout: PageLayout, pages: torch.Tensor, target: torch.Tensor) -> list[Row]:
+    bench = _bench(name, layout, pages, target)
+    count = pages.numel() * pages.element_size()
+    rows = []
+    run.step(f"{name} encode and decode")
+    copy, encode, decode = side_by_side([bench.copy, bench.encode, bench.decode], run.repeats)
+    for what, seconds in (("encode", encode), ("decode", decode)):
+        rows.append(Row(f"{name}.{what}", count / seconds / 1e9, "GB/s", count / copy / 1e9))
+    run.step(f"{name} on two threads")
+    for what, one in (("encode", encode), ("decode", decode)):
+        both = side_by_side([_on_two_threads(bench, what)], run.repeats)[0]
+        rows.append(Row(f"{name}.{what}.2threads", count / both / 1e9, "GB/s", 2 * count / one / 1e9))
+    run.step(f"{name} and checksum")
+    singly, hashed, alone = side_by_side([bench.encode_one_by_one, bench.encode_and_hash, bench.hash], run.repeats)
+    rows.append(Row(f"{name}.encode+checksum", count / hashed / 1e9, "GB/s", count / copy / 1e9))
+    rows.append(Row(f"{name}.encode+checksum.share", max(0.0, 1 - singly / hashed), "of the time"))
+    rows.append(Row(f"{name}.checksum", sum(map(len, bench.payloads)) / alone / 1e9, "GB/s of payload"))
+    run.step(f"{name} of one page")
+    rows += _one_page(run, name)
+    run.step(f"{name} in torch")
+    return rows + _in_torch(run, name, layout, pages[: max(1, (16 << 20) // layout.page_bytes)], count / copy / 1e9)
+
+
+def _bench(name: str, layout: PageLayout, pages: torch.Tensor, target: torch.Tensor) -> Bench:
+    format = get_format(name)
+    payloads = list(np.zeros((len(pages), format.payload_bytes(layout)), np.uint8))
+    return Bench(layout, format, pages, payloads, target)
+
+
+def _on_two_threads(bench: Bench, what: str) -> Callable[[], object]:
+    half = len(bench.pages) // 2
+    parts = [bench.part(0, half), bench.part(half, len(bench.pages))]
+
+    def work() -> None:
+        with ThreadPoolExecutor(2) as pool:
+            for done in [pool.submit(getattr(part, what)) for part in parts]:
+                done.result()
+
+    return work
+
+
+def _one_page(run: Run, name: str) -> list[Row]:
+    pages = make_pages(SMALL, 1)
+    bench, times = _bench(name, SMALL, pages, torch.zeros_like(pages)), 10 if run.tiny else 1000
+    copy, encode, decode = side_by_side([partial(_often, work, times) for work in (bench.copy, bench.encode, bench.decode)], run.repeats)
+    return [
+        Row(f"{name}.{what}.1page", seconds / times * 1e6, "us", copy / times * 1e6)
+        for what, seconds in (("encode", encode), ("decode", decode))
+    ]
+
+
+def _often(work: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        work()
+
+
+def _in_torch(run: Run, name: str, layout: PageLayout, pages: torch.Tensor, ceiling: float) -> list[Row]:
+    codec = BLOCK_CODECS[name]
+    shapes = [BlockShape(layout.page_tokens, layout.kv_heads, layout.head_dim, layout.dtype, plane == 0) for plane in range(layout.planes)]
+    planes = [pages[:, :, plane].flatten(0, 1).contiguous() for plane in range(layout.planes)]
+    blocks = [[plane[first : first + 64] for first in range(0, len(plane), 64)] for plane in planes]
+    coded = [[codec.encode(some, shape) for some in each] for each, shape in zip(blocks, shapes, strict=True)]
+
+    def encode() -> None:
+        for each, shape in zip(blocks, shapes, strict=True):
+            for some in each:
+                codec.encode(some, shape)
+
+    def decode() -> None:
+        for each, shape in zip(coded, shapes, strict=True):
+            for some in each:
+                codec.decode(some, shape)
+
+    count = pages.numel() * pages.element_size()
+    both = side_by_side([encode, decode], min(run.repeats, 3))
+    return [
+        Row(f"{name}.{what}.torch", count / seconds / 1e9, "GB/s", ceiling)
+        for what, seconds in zip(("encode", "decode"), both, strict=True)
+    ]

@@ -1,0 +1,65 @@
+"""Compiled kernels for the block codecs: `codecs()` gives them, or None where the extension was not built or does not load.
+
+They are built with the package (setup.py) from the C sources beside this file, choose the CPU's best instruction set when they are loaded,
+and compute what the torch reference computes: the same bits when decoding, the same codes up to one step when encoding. They hold no
+state but that choice and may be called from several threads at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Protocol, cast
+
+from kvtier.formats.base import Payload
+
+
+class NativeCodecs(Protocol):
+    """What the extension offers.
+
+    `plan` describes pages and payloads: struct "<8i" dtype (0 bf16, 1 fp16, 2 fp32), layers, planes, tokens, heads, head_dim, number of
+    blocks, 0; for each layer and plane "<iiq" codec (0 raw, 1 q8, 2 q6, 3 q4, 4 q3), whether it holds the keys of two planes, offset of
+    the block in the payload; then "<q" bytes of a payload. ValueError if it is none, if a shape has no kernels, if a payload has another
+    size or a row is negative; nothing has been written then. That the addresses are good is the caller's promise. The interpreter's lock is
+    released meanwhile.
+    """
+
+    def supports(self, codec: int, dtype: int, tokens: int, heads: int, head_dim: int, /) -> bool:
+        """Whether there are kernels for such blocks: a Hadamard block of 16 to 256 and sizes that fit the stack."""
+
+    def encode(self, plan: bytes, source: int, rows: Sequence[int], outs: Sequence[Payload], /) -> None:
+        """Page `rows[i]` of the contiguous pages at address `source` into the writable buffer `outs[i]`."""
+
+    def decode(
+        self, plan: bytes, payloads: Sequence[Payload], target: int, rows: Sequence[int], first: int, stop: int, row_bytes: int, /
+    ) -> None:
+        """Layers `first` to `stop` of `payloads[i]` to address `target + rows[i] * row_bytes`."""
+
+    def features(self) -> str:
+        """The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable"."""
+
+    def available(self) -> list[str]:
+        """The instruction sets that this CPU and build have, fastest first."""
+
+    def use(self, features: str, /) -> None:
+        """Use one of `available()` from now on, in the whole process. For tests and benchmarks. ValueError for any other."""
+
+
+def codecs() -> NativeCodecs | None:
+    """The compiled kernels, or None; `why_missing()` then says why."""
+    return _load()[0]
+
+
+def why_missing() -> str:
+    """One line: why there are no compiled kernels and what to do; empty if there are."""
+    return _load()[1]
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[NativeCodecs | None, str]:
+    try:
+        return cast(NativeCodecs, importlib.import_module("kvtier.formats.native._codecs")), ""
+    except ImportError as error:
+        remedy = "install a C compiler (Debian, Ubuntu: apt-get install gcc python3-dev) and install kvtier again"
+        return None, f"not built or not loadable ({error}); torch does the work, several times slower; {remedy}"

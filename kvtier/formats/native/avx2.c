@@ -1,0 +1,21 @@
+/* The kernels for x86-64 with AVX2 and F16C. Only this file may use them: dispatch.c asks the CPU before it comes here. */
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,f16c")
+#endif
+
+#include "half.h"
+#include "shape.h"
+
+#include "lanes_avx2.h"
+
+#include "kernels.h"
+
+const Kernels avx2_kernels = KERNELS("avx2");
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,45 @@
+/* All kernels, for the instruction set whose lanes_*.h was included before; each of portable.c, avx2.c and avx512.c includes this once.
+
+   A group is GROUP numbers, as PARTS registers of floats or SHORT_PARTS of 16-bit whole numbers. The lanes files offer: arithmetic on
+   registers (floats_*, shorts_*; floats_fused may round once or twice and is for sums that need not be exact), the largest magnitude
+   (magnitude_max; NaN counts as larger than everything), the total or largest magnitude of each of 16 registers (rows_sum,
+   rows_magnitude), groups from and to memory (group_load, group_store, group_from_bytes), the +-1 Hadamard transform of a group of floats
+   (group_rotate) and of codes (group_rotate_codes, then group_widen to floats), rounding to codes (group_round, group_cells, group_codes),
+   table look-up, and 16 fp16 numbers at once (halves_*).
+
+   Rotated vectors are kept without the factor block**-0.5: it goes into the scale, where it costs nothing. */
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#include "dispatch.h"
+#include "tables.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* Defines `name` from `name##_of`, which takes head_dim last: the usual ones as constants, so that loops over a vector unroll. */
+#define FOR_HEAD_DIMS(name, arguments, ...) \
+    static void name arguments { \
+        switch (shape->head_dim) { \
+        case 64: name##_of(__VA_ARGS__, 64); break; \
+        case 128: name##_of(__VA_ARGS__, 128); break; \
+        default: name##_of(__VA_ARGS__, shape->head_dim); \
+        } \
+    }
+
+#include "scales.h"
+#include "rotate.h"
+#include "unrotate.h"
+#include "bits.h"
+#include "gaussian.h"
+#include "mean.h"
+#include "raw.h"
+#include "q8.h"
+#include "q6.h"
+#include "q4.h"
+
+#define KERNELS(instruction_set) \
+    {.name = instruction_set, \
+     .group = GROUP, \
+     .encode = {encode_raw, encode_q8, encode_q6, encode_q4, encode_q3}, \
+     .decode = {decode_raw, decode_q8, decode_q6, decode_q4, decode_q3}}

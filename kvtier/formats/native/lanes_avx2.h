@@ -1,0 +1,159 @@
+/* Groups of 16 numbers in AVX2 registers, with F16C for fp16. What a group must offer is listed in kernels.h. */
+#include <immintrin.h>
+
+#define GROUP 16
+#define PARTS 2        /* registers of floats */
+#define SHORT_PARTS 1  /* registers of 16-bit whole numbers */
+
+typedef __m256 Floats;
+typedef __m256i Shorts;
+
+static inline Floats floats_add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+static inline Floats floats_sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+static inline Floats floats_mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+static inline Floats floats_fused(Floats a, Floats b, Floats c) { return _mm256_add_ps(_mm256_mul_ps(a, b), c); }
+static inline Floats floats_all(float number) { return _mm256_set1_ps(number); }
+static inline Floats floats_load(const float *from) { return _mm256_loadu_ps(from); }
+static inline void floats_store(float *to, Floats a) { _mm256_storeu_ps(to, a); }
+static inline Shorts shorts_add(Shorts a, Shorts b) { return _mm256_add_epi16(a, b); }
+static inline Shorts shorts_sub(Shorts a, Shorts b) { return _mm256_sub_epi16(a, b); }
+
+static inline float floats_sum(Floats a) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+static inline Floats magnitude_max(Floats most, Floats a) {
+    const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7FFFFFFF));
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(most), magnitude));
+}
+
+static inline float magnitude_of(Floats most) {
+    const __m256i bits = _mm256_castps_si256(most);
+    __m128i half = _mm_max_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4E));
+    return float_of((uint32_t)_mm_cvtsi128_si32(_mm_max_epi32(half, _mm_shuffle_epi32(half, 0xB1))));
+}
+
+static inline void rows_sum(float results[16], const Floats rows[16]) {
+    for (int row = 0; row < 16; row++) results[row] = floats_sum(rows[row]);
+}
+
+static inline void rows_magnitude(float results[16], const Floats rows[16]) {
+    for (int row = 0; row < 16; row++) results[row] = magnitude_of(rows[row]);
+}
+
+static inline void group_load(Floats group[PARTS], const void *numbers, int dtype) {
+    for (int part = 0; part < PARTS; part++) {
+        const char *from = (const char *)numbers + part * 8 * (dtype == FP32 ? 4 : 2);
+        if (dtype == FP32) group[part] = _mm256_loadu_ps((const void *)from);
+        else if (dtype == FP16) group[part] = _mm256_cvtph_ps(_mm_loadu_si128((const void *)from));
+        else group[part] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)from)), 16));
+    }
+}
+
+/* bf16 of 8 finite floats, as 32-bit numbers. */
+static inline __m256i rounded_to_bf16(Floats a) {
+    const __m256i bits = _mm256_castps_si256(a);
+    const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), even), 16);
+}
+
+static inline void group_store(void *numbers, const Floats group[PARTS], int dtype) {
+    if (dtype == FP32) {
+        for (int part = 0; part < PARTS; part++) _mm256_storeu_ps((float *)numbers + part * 8, group[part]);
+    } else if (dtype == FP16) {
+        const Floats most = _mm256_set1_ps(65504), least = _mm256_set1_ps(-65504);
+        const __m128i low = _mm256_cvtps_ph(_mm256_max_ps(_mm256_min_ps(group[0], most), least), _MM_FROUND_TO_NEAREST_INT);
+        const __m128i high = _mm256_cvtps_ph(_mm256_max_ps(_mm256_min_ps(group[1], most), least), _MM_FROUND_TO_NEAREST_INT);
+        _mm256_storeu_si256(numbers, _mm256_set_m128i(high, low));
+    } else {
+        const __m256i packed = _mm256_packus_epi32(rounded_to_bf16(group[0]), rounded_to_bf16(group[1]));
+        _mm256_storeu_si256(numbers, _mm256_permute4x64_epi64(packed, 0xD8));
+    }
+}
+
+/* Lane i meets lane i ^ distance: `signs` is -0.0 where the lane is the upper one and becomes the difference. */
+static inline Floats meet(Floats a, Floats other, Floats signs) { return floats_add(other, _mm256_xor_ps(a, signs)); }
+
+static inline void group_rotate(Floats group[PARTS]) {
+    for (int part = 0; part < PARTS; part++) {
+        Floats a = group[part];
+        a = meet(a, _mm256_permute_ps(a, 0xB1), _mm256_setr_ps(0.f, -0.f, 0.f, -0.f, 0.f, -0.f, 0.f, -0.f));
+        a = meet(a, _mm256_permute_ps(a, 0x4E), _mm256_setr_ps(0.f, 0.f, -0.f, -0.f, 0.f, 0.f, -0.f, -0.f));
+        group[part] = meet(a, _mm256_permute2f128_ps(a, a, 0x01), _mm256_setr_ps(0.f, 0.f, 0.f, 0.f, -0.f, -0.f, -0.f, -0.f));
+    }
+    const Floats sum = floats_add(group[0], group[1]);
+    group[1] = floats_sub(group[0], group[1]);
+    group[0] = sum;
+}
+
+static inline Shorts meet_codes(Shorts a, Shorts other, Shorts signs) { return shorts_add(other, _mm256_sign_epi16(a, signs)); }
+
+/* The rotation of 16 codes but for its last step, in which group_widen lets adjacent numbers meet: hence the two halves are interleaved. */
+static inline void group_rotate_codes(Shorts group[SHORT_PARTS], const int8_t *codes) {
+    const __m128i order = _mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+    Shorts a = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(_mm_loadu_si128((const void *)codes), order));
+    a = meet_codes(a, _mm256_shuffle_epi32(a, 0xB1), _mm256_set1_epi64x((int64_t)0xFFFFFFFF00010001));
+    a = meet_codes(a, _mm256_shuffle_epi32(a, 0x4E), _mm256_setr_epi64x(0x0001000100010001, -1, 0x0001000100010001, -1));
+    group[0] = meet_codes(a, _mm256_permute2x128_si256(a, a, 0x01), _mm256_setr_epi64x(0x0001000100010001, 0x0001000100010001, -1, -1));
+}
+
+static inline void group_widen(Floats group[PARTS], const Shorts whole[SHORT_PARTS]) {
+    group[0] = _mm256_cvtepi32_ps(_mm256_madd_epi16(whole[0], _mm256_set1_epi16(1)));
+    group[1] = _mm256_cvtepi32_ps(_mm256_madd_epi16(whole[0], _mm256_set1_epi32((int32_t)0xFFFF0001)));
+}
+
+/* 16 whole numbers as bytes, saturated. */
+static inline __m128i bytes_of(__m256i a, __m256i b) {
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xD8);
+    return _mm_packs_epi16(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1));
+}
+
+static inline void group_round(int8_t *codes, const Floats group[PARTS], int largest) {
+    const __m128i bytes = bytes_of(_mm256_cvtps_epi32(group[0]), _mm256_cvtps_epi32(group[1]));
+    const __m128i most = _mm_set1_epi8((int8_t)largest), least = _mm_set1_epi8((int8_t)-largest);
+    _mm_storeu_si128((void *)codes, _mm_max_epi8(_mm_min_epi8(bytes, most), least));
+}
+
+static inline void group_cells(int8_t *cells, const Floats group[PARTS]) {
+    const __m256i low = _mm256_cvtps_epi32(_mm256_floor_ps(group[0])), high = _mm256_cvtps_epi32(_mm256_floor_ps(group[1]));
+    _mm_storeu_si128((void *)cells, bytes_of(low, high));
+}
+
+/* Cells to codes, in place; see tables.h. Three or seven comparisons are faster than a look-up in a table of 128. */
+static inline void group_codes(int8_t *cells, const uint8_t steps[128], int levels) {
+    static const int8_t boundaries[2][7] = {{28, 59, 98}, {12, 24, 36, 49, 64, 82, 107}};
+    (void)steps;
+    const __m128i cell = _mm_loadu_si128((const void *)cells), negative = _mm_cmpgt_epi8(_mm_setzero_si128(), cell);
+    const __m128i mirrored = _mm_xor_si128(cell, negative);
+    __m128i code = _mm_set1_epi8((int8_t)(levels / 2));
+    for (int i = 0; i < levels / 2 - 1; i++) {
+        code = _mm_sub_epi8(code, _mm_cmpgt_epi8(mirrored, _mm_set1_epi8((int8_t)(boundaries[levels == 16][i] - 1))));
+    }
+    const __m128i all = _mm_set1_epi8((int8_t)(levels - 1));
+    _mm_storeu_si128((void *)cells, _mm_xor_si128(code, _mm_and_si128(negative, all)));
+}
+
+/* Codes below 16 to what the table holds for them. */
+static inline void group_lookup(int8_t *values, const int8_t *codes, const int8_t table[16]) {
+    const __m128i found = _mm_shuffle_epi8(_mm_loadu_si128((const void *)table), _mm_loadu_si128((const void *)codes));
+    _mm_storeu_si128((void *)values, found);
+}
+
+static inline void group_from_bytes(Floats group[PARTS], const int8_t *bytes) {
+    for (int part = 0; part < PARTS; part++) {
+        group[part] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(bytes + 8 * part))));
+    }
+}
+
+static inline void halves_store(uint16_t *halves, const float *numbers) {
+    for (int i = 0; i < 16; i += 8) {
+        _mm_storeu_si128((void *)(halves + i), _mm256_cvtps_ph(_mm256_loadu_ps(numbers + i), _MM_FROUND_TO_NEAREST_INT));
+    }
+}
+
+static inline void halves_load(float *numbers, const uint16_t *halves) {
+    for (int i = 0; i < 16; i += 8) _mm256_storeu_ps(numbers + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(halves + i))));
+}

@@ -1,0 +1,192 @@
+/* Groups of 64 numbers in AVX-512 registers. What a group must offer is listed in kernels.h. */
+#include <immintrin.h>
+
+#define GROUP 64
+#define PARTS 4        /* registers of floats */
+#define SHORT_PARTS 2  /* registers of 16-bit whole numbers */
+
+typedef __m512 Floats;
+typedef __m512i Shorts;
+
+static inline Floats floats_add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+static inline Floats floats_sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+static inline Floats floats_mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+static inline Floats floats_fused(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+static inline Floats floats_all(float number) { return _mm512_set1_ps(number); }
+static inline Floats floats_load(const float *from) { return _mm512_loadu_ps(from); }
+static inline void floats_store(float *to, Floats a) { _mm512_storeu_ps(to, a); }
+static inline Shorts shorts_add(Shorts a, Shorts b) { return _mm512_add_epi16(a, b); }
+static inline Shorts shorts_sub(Shorts a, Shorts b) { return _mm512_sub_epi16(a, b); }
+
+static inline Floats magnitude_max(Floats most, Floats a) {
+    const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7FFFFFFF));
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(most), magnitude));
+}
+
+/* Across the lanes of 16 registers at once: halves of two registers meet until each lane holds what one register had. */
+#define ACROSS(name, combine) \
+    static inline void name(float results[16], const Floats rows[16]) { \
+        Floats pairs[8], fours[4]; \
+        for (int i = 0; i < 8; i++) { \
+            pairs[i] = combine(_mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]), _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1])); \
+        } \
+        for (int i = 0; i < 4; i++) { \
+            const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]); \
+            fours[i] = combine(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b))); \
+        } \
+        const Floats low = combine(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88), _mm512_shuffle_f32x4(fours[0], fours[1], 0xDD)); \
+        const Floats high = combine(_mm512_shuffle_f32x4(fours[2], fours[3], 0x88), _mm512_shuffle_f32x4(fours[2], fours[3], 0xDD)); \
+        _mm512_storeu_ps(results, combine(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xDD))); \
+    }
+
+ACROSS(rows_sum, floats_add)
+ACROSS(rows_magnitude, magnitude_max)
+
+/* bf16 numbers are the upper halves of floats: each goes to an odd place, zeros between them. */
+static inline void load_bf16(Floats pair[2], const void *numbers) {
+    const __m512i low = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1,
+        1, 0, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16)), line = _mm512_loadu_si512(numbers);
+    pair[0] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, low, line));
+    pair[1] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, high, line));
+}
+
+static inline void group_load(Floats group[PARTS], const void *numbers, int dtype) {
+    for (int part = 0; part < PARTS; part++) {
+        if (dtype == FP32) group[part] = _mm512_loadu_ps((const float *)numbers + part * 16);
+        else if (dtype == FP16) group[part] = _mm512_cvtph_ps(_mm256_loadu_si256((const void *)((const uint16_t *)numbers + part * 16)));
+        else if (part % 2 == 0) load_bf16(group + part, (const uint16_t *)numbers + part * 16);
+    }
+}
+
+#if defined(WITH_AVX512_BF16)
+/* The instruction flushes subnormal numbers; decoded ones are never smaller than 2**-61. */
+static inline __m512i to_bf16_line(Floats a, Floats b) { return (__m512i)_mm512_cvtne2ps_pbh(b, a); }
+#else
+/* bf16 of 16 finite floats, in the upper halves. */
+static inline __m512i rounded_to_bf16(Floats a) {
+    const __m512i bits = _mm512_castps_si512(a);
+    const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), even);
+}
+
+static inline __m512i to_bf16_line(Floats a, Floats b) {
+    const __m512i upper_halves = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21,
+        19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_permutex2var_epi16(rounded_to_bf16(a), upper_halves, rounded_to_bf16(b));
+}
+#endif
+
+static inline __m256i to_fp16_half_line(Floats a) {
+    const Floats within = _mm512_max_ps(_mm512_min_ps(a, _mm512_set1_ps(65504)), _mm512_set1_ps(-65504));
+    return _mm512_cvtps_ph(within, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+static inline void group_store(void *numbers, const Floats group[PARTS], int dtype) {
+    for (int part = 0; part < PARTS; part++) {
+        uint16_t *const halves = (uint16_t *)numbers + part * 16;
+        if (dtype == FP32) _mm512_storeu_ps((float *)numbers + part * 16, group[part]);
+        else if (dtype == FP16) _mm256_storeu_si256((void *)halves, to_fp16_half_line(group[part]));
+        else if (part % 2 == 0) _mm512_storeu_si512(halves, to_bf16_line(group[part], group[part + 1]));
+    }
+}
+
+/* In one register: lane i meets lane i ^ distance; the lower becomes the sum, the upper the difference. Multiplying by +-1 is exact. */
+static inline Floats meet(Floats a, Floats other, __mmask16 upper) {
+    return _mm512_fmadd_ps(a, _mm512_mask_blend_ps(upper, _mm512_set1_ps(1), _mm512_set1_ps(-1)), other);
+}
+
+static inline void group_rotate(Floats group[PARTS]) {
+    for (int part = 0; part < PARTS; part++) {
+        Floats a = group[part];
+        a = meet(a, _mm512_permute_ps(a, 0xB1), 0xAAAA);
+        a = meet(a, _mm512_permute_ps(a, 0x4E), 0xCCCC);
+        a = meet(a, _mm512_shuffle_f32x4(a, a, 0xB1), 0xF0F0);
+        group[part] = meet(a, _mm512_shuffle_f32x4(a, a, 0x4E), 0xFF00);
+    }
+    const Floats a = floats_add(group[0], group[1]), b = floats_sub(group[0], group[1]);
+    const Floats c = floats_add(group[2], group[3]), d = floats_sub(group[2], group[3]);
+    group[0] = floats_add(a, c), group[1] = floats_add(b, d), group[2] = floats_sub(a, c), group[3] = floats_sub(b, d);
+}
+
+/* The rotation of 64 codes but for its last step, which group_widen does. Bit k of a code's index decides about step k. Steps are taken
+   where they are cheapest: adjacent bytes and, in the end, adjacent 16-bit numbers meet in one multiply-add each; between them two
+   registers exchange halves, so that what has to meet lies in different registers. That moves numbers about; reading the codes
+   in the right order in the first place brings every number to its place. */
+static inline void group_rotate_codes(Shorts group[SHORT_PARTS], const int8_t *codes) {
+    static const uint8_t order[64] = {
+        0, 4, 16, 20, 32, 36, 48, 52, 1, 5, 17, 21, 33, 37, 49, 53,
+        2, 6, 18, 22, 34, 38, 50, 54, 3, 7, 19, 23, 35, 39, 51, 55,
+        8, 12, 24, 28, 40, 44, 56, 60, 9, 13, 25, 29, 41, 45, 57, 61,
+        10, 14, 26, 30, 42, 46, 58, 62, 11, 15, 27, 31, 43, 47, 59, 63,
+    };
+    const __m512i bytes = _mm512_permutexvar_epi8(_mm512_loadu_si512(order), _mm512_loadu_si512(codes));
+    const __m512i ones = _mm512_set1_epi8(1), signs = _mm512_set1_epi16((int16_t)0xFF01), offset = _mm512_set1_epi8(-128);
+    Shorts a = _mm512_maddubs_epi16(ones, bytes), b = _mm512_maddubs_epi16(_mm512_xor_si512(bytes, offset), signs);
+    Shorts u = _mm512_shuffle_i64x2(a, b, 0x44), v = _mm512_shuffle_i64x2(a, b, 0xEE);
+    a = shorts_add(u, v), b = shorts_sub(u, v);
+    u = _mm512_shuffle_i64x2(a, b, 0x88), v = _mm512_shuffle_i64x2(a, b, 0xDD);
+    a = shorts_add(u, v), b = shorts_sub(u, v);
+    u = _mm512_unpacklo_epi32(a, b), v = _mm512_unpackhi_epi32(a, b);
+    a = shorts_add(u, v), b = shorts_sub(u, v);
+    u = _mm512_unpacklo_epi32(a, b), v = _mm512_unpackhi_epi32(a, b);
+    group[0] = shorts_add(u, v), group[1] = shorts_sub(u, v);
+}
+
+static inline void group_widen(Floats group[PARTS], const Shorts whole[SHORT_PARTS]) {
+    const __m512i ones = _mm512_set1_epi16(1), signs = _mm512_set1_epi32((int32_t)0xFFFF0001);
+    for (int part = 0; part < SHORT_PARTS; part++) {
+        group[2 * part] = _mm512_cvtepi32_ps(_mm512_madd_epi16(whole[part], ones));
+        group[2 * part + 1] = _mm512_cvtepi32_ps(_mm512_madd_epi16(whole[part], signs));
+    }
+}
+
+/* 64 whole numbers as bytes, saturated. */
+static inline __m512i bytes_of(__m512i a, __m512i b, __m512i c, __m512i d) {
+    const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+    return _mm512_permutexvar_epi32(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), packed);
+}
+
+static inline void group_round(int8_t *codes, const Floats group[PARTS], int largest) {
+    const __m512i low[2] = {_mm512_cvtps_epi32(group[0]), _mm512_cvtps_epi32(group[1])};
+    const __m512i bytes = bytes_of(low[0], low[1], _mm512_cvtps_epi32(group[2]), _mm512_cvtps_epi32(group[3]));
+    const __m512i most = _mm512_set1_epi8((int8_t)largest), least = _mm512_set1_epi8((int8_t)-largest);
+    _mm512_storeu_si512(codes, _mm512_max_epi8(_mm512_min_epi8(bytes, most), least));
+}
+
+static inline __m512i floor_of(Floats a) { return _mm512_cvt_roundps_epi32(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+
+static inline void group_cells(int8_t *cells, const Floats group[PARTS]) {
+    _mm512_storeu_si512(cells, bytes_of(floor_of(group[0]), floor_of(group[1]), floor_of(group[2]), floor_of(group[3])));
+}
+
+/* Cells to codes, in place; see tables.h. */
+static inline void group_codes(int8_t *cells, const uint8_t steps[128], int levels) {
+    const __m512i cell = _mm512_loadu_si512(cells);
+    const __mmask64 negative = _mm512_movepi8_mask(cell);
+    const __m512i mirrored = _mm512_xor_si512(cell, _mm512_movm_epi8(negative));
+    const __m512i above = _mm512_permutex2var_epi8(_mm512_loadu_si512(steps), mirrored, _mm512_loadu_si512(steps + 64));
+    const __m512i code = _mm512_add_epi8(above, _mm512_set1_epi8((int8_t)(levels / 2)));
+    _mm512_storeu_si512(cells, _mm512_mask_sub_epi8(code, negative, _mm512_set1_epi8((int8_t)(levels - 1)), code));
+}
+
+/* Codes below 16 to what the table holds for them. */
+static inline void group_lookup(int8_t *values, const int8_t *codes, const int8_t table[16]) {
+    const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table));
+    _mm512_storeu_si512(values, _mm512_shuffle_epi8(all, _mm512_loadu_si512(codes)));
+}
+
+static inline void group_from_bytes(Floats group[PARTS], const int8_t *bytes) {
+    for (int part = 0; part < PARTS; part++) {
+        group[part] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(bytes + 16 * part))));
+    }
+}
+
+static inline void halves_store(uint16_t *halves, const float *numbers) {
+    const __m256i rounded = _mm512_cvtps_ph(_mm512_loadu_ps(numbers), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256((void *)halves, rounded);
+}
+
+static inline void halves_load(float *numbers, const uint16_t *halves) {
+    _mm512_storeu_ps(numbers, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)halves)));
+}

@@ -1,0 +1,125 @@
+/* Groups of 16 numbers in plain C, for any CPU. What a group must offer is listed in kernels.h. */
+#include <math.h>
+
+#include "half.h"
+
+#define GROUP 16
+#define PARTS 1
+#define SHORT_PARTS 1
+
+typedef struct { float lane[GROUP]; } Floats;
+typedef struct { int16_t lane[GROUP]; } Shorts;
+
+#define EACH(type, expression) \
+    type result; \
+    for (int i = 0; i < GROUP; i++) result.lane[i] = (expression); \
+    return result
+
+static inline Floats floats_add(Floats a, Floats b) { EACH(Floats, a.lane[i] + b.lane[i]); }
+static inline Floats floats_sub(Floats a, Floats b) { EACH(Floats, a.lane[i] - b.lane[i]); }
+static inline Floats floats_mul(Floats a, Floats b) { EACH(Floats, a.lane[i] * b.lane[i]); }
+static inline Floats floats_fused(Floats a, Floats b, Floats c) { EACH(Floats, a.lane[i] * b.lane[i] + c.lane[i]); }
+static inline Floats floats_all(float number) { EACH(Floats, number); }
+static inline Floats floats_load(const float *from) { EACH(Floats, from[i]); }
+static inline Shorts shorts_add(Shorts a, Shorts b) { EACH(Shorts, (int16_t)(a.lane[i] + b.lane[i])); }
+static inline Shorts shorts_sub(Shorts a, Shorts b) { EACH(Shorts, (int16_t)(a.lane[i] - b.lane[i])); }
+
+static inline void floats_store(float *to, Floats a) { memcpy(to, a.lane, sizeof a.lane); }
+
+static inline float floats_sum(Floats a) {
+    float sum = 0;
+    for (int i = 0; i < GROUP; i++) sum += a.lane[i];
+    return sum;
+}
+
+static inline uint32_t magnitude_bits(float number) { return bits_of(number) & 0x7FFFFFFF; }
+
+static inline Floats magnitude_max(Floats most, Floats a) {
+    EACH(Floats, float_of(magnitude_bits(a.lane[i]) > bits_of(most.lane[i]) ? magnitude_bits(a.lane[i]) : bits_of(most.lane[i])));
+}
+
+static inline float magnitude_of(Floats most) {
+    uint32_t bits = 0;
+    for (int i = 0; i < GROUP; i++) bits = bits_of(most.lane[i]) > bits ? bits_of(most.lane[i]) : bits;
+    return float_of(bits);
+}
+
+static inline void rows_sum(float results[16], const Floats rows[16]) {
+    for (int row = 0; row < 16; row++) results[row] = floats_sum(rows[row]);
+}
+
+static inline void rows_magnitude(float results[16], const Floats rows[16]) {
+    for (int row = 0; row < 16; row++) results[row] = magnitude_of(rows[row]);
+}
+
+static inline void group_load(Floats group[PARTS], const void *numbers, int dtype) {
+    const uint16_t *halves = numbers;
+    if (dtype == FP32) memcpy(group->lane, numbers, sizeof group->lane);
+    else if (dtype == FP16) for (int i = 0; i < GROUP; i++) group->lane[i] = from_fp16(halves[i]);
+    else for (int i = 0; i < GROUP; i++) group->lane[i] = from_bf16(halves[i]);
+}
+
+static inline void group_store(void *numbers, const Floats group[PARTS], int dtype) {
+    uint16_t *halves = numbers;
+    if (dtype == FP32) memcpy(numbers, group->lane, sizeof group->lane);
+    else if (dtype == FP16) for (int i = 0; i < GROUP; i++) halves[i] = to_fp16(fmaxf(fminf(group->lane[i], 65504), -65504));
+    else for (int i = 0; i < GROUP; i++) halves[i] = to_bf16(group->lane[i]);
+}
+
+/* Neighbours meet in each of four steps; sums go to the lower half, differences to the upper one, which brings every number back to its
+   place in the end. All steps alike, without branches: compilers make vector instructions of them. */
+#define ROTATE(lane, type) \
+    for (int step = 0; step < 4; step++) { \
+        type before[GROUP]; \
+        memcpy(before, lane, sizeof before); \
+        for (int i = 0; i < GROUP / 2; i++) lane[i] = (type)(before[2 * i] + before[2 * i + 1]); \
+        for (int i = 0; i < GROUP / 2; i++) lane[i + GROUP / 2] = (type)(before[2 * i] - before[2 * i + 1]); \
+    }
+
+static inline void group_rotate(Floats group[PARTS]) { ROTATE(group->lane, float) }
+
+static inline void group_rotate_codes(Shorts group[SHORT_PARTS], const int8_t *codes) {
+    for (int i = 0; i < GROUP; i++) group->lane[i] = codes[i];
+    ROTATE(group->lane, int16_t)
+}
+
+static inline void group_widen(Floats group[PARTS], const Shorts whole[SHORT_PARTS]) {
+    for (int i = 0; i < GROUP; i++) group->lane[i] = whole->lane[i];
+}
+
+static inline int8_t within(float number, int least, int most) {
+    return (int8_t)(number < (float)least ? least : number > (float)most ? most : (int)number);
+}
+
+static inline void group_round(int8_t *codes, const Floats group[PARTS], int largest) {
+    for (int i = 0; i < GROUP; i++) codes[i] = within(rintf(group->lane[i]), -largest, largest);
+}
+
+static inline void group_cells(int8_t *cells, const Floats group[PARTS]) {
+    for (int i = 0; i < GROUP; i++) cells[i] = within(floorf(group->lane[i]), -128, 127);
+}
+
+/* Cells to codes, in place; see tables.h. */
+static inline void group_codes(int8_t *cells, const uint8_t steps[128], int levels) {
+    for (int i = 0; i < GROUP; i++) {
+        const int above = levels / 2 + steps[cells[i] < 0 ? ~cells[i] : cells[i]];
+        cells[i] = (int8_t)(cells[i] < 0 ? levels - 1 - above : above);
+    }
+}
+
+/* Codes below 16 to what the table holds for them. */
+static inline void group_lookup(int8_t *values, const int8_t *codes, const int8_t table[16]) {
+    for (int i = 0; i < GROUP; i++) values[i] = table[codes[i]];
+}
+
+static inline void group_from_bytes(Floats group[PARTS], const int8_t *bytes) {
+    for (int i = 0; i < GROUP; i++) group->lane[i] = bytes[i];
+}
+
+static inline void halves_store(uint16_t *halves, const float *numbers) {
+    for (int i = 0; i < 16; i++) halves[i] = to_fp16(numbers[i]);
+}
+
+static inline void halves_load(float *numbers, const uint16_t *halves) {
+    for (int i = 0; i < 16; i++) numbers[i] = from_fp16(halves[i]);
+}

@@ -1,0 +1,197 @@
+/* What Python sees of the codecs: argument checks, batches of pages, the interpreter's lock. Everything that computes is elsewhere.
+
+   All checks come before the first byte is written. Kernels run without the lock; the buffers are held meanwhile. The only memory
+   taken is the list of held buffers. */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "dispatch.h"
+#include "plan.h"
+#include "tables.h"
+
+typedef struct {
+    Py_buffer payload;
+    size_t row;
+} Page;
+
+typedef struct {
+    Plan plan;
+    Py_buffer plan_bytes;
+    Page *pages;
+    Py_ssize_t count, held;
+    char *address;
+} Batch;
+
+static void batch_close(Batch *batch) {
+    while (batch->held > 0) PyBuffer_Release(&batch->pages[--batch->held].payload);
+    PyMem_Free(batch->pages);
+    PyBuffer_Release(&batch->plan_bytes);
+}
+
+static int hold_page(Batch *batch, PyObject *rows, PyObject *payloads, int writable) {
+    Page *page = &batch->pages[batch->held];
+    PyObject *row = PySequence_GetItem(rows, batch->held);
+    if (!row) return -1;
+    const Py_ssize_t number = PyLong_AsSsize_t(row);
+    Py_DECREF(row);
+    if (number == -1 && PyErr_Occurred()) return -1;
+    PyObject *payload = PySequence_GetItem(payloads, batch->held);
+    if (!payload) return -1;
+    const int failed = PyObject_GetBuffer(payload, &page->payload, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE);
+    Py_DECREF(payload);
+    if (failed) return -1;
+    batch->held++;
+    page->row = (size_t)number;
+    if (number < 0) {
+        PyErr_Format(PyExc_ValueError, "row %zd of a batch of pages; expected 0 or more", number);
+        return -1;
+    }
+    if ((size_t)page->payload.len != batch->plan.payload_bytes) {
+        PyErr_Format(PyExc_ValueError, "a payload has %zd bytes; the plan says %zu", page->payload.len, batch->plan.payload_bytes);
+        return -1;
+    }
+    return 0;
+}
+
+static int batch_open(Batch *batch, PyObject *plan, PyObject *address, PyObject *rows, PyObject *payloads, int writable) {
+    *batch = (Batch){0};
+    if (PyObject_GetBuffer(plan, &batch->plan_bytes, PyBUF_SIMPLE)) return -1;
+    const char *error = plan_open(&batch->plan, batch->plan_bytes.buf, (size_t)batch->plan_bytes.len);
+    batch->address = PyLong_AsVoidPtr(address);
+    batch->count = PySequence_Size(payloads);
+    const Py_ssize_t given = PySequence_Size(rows);
+    if (!PyErr_Occurred() && !error && given != batch->count) error = "as many rows as payloads are needed";
+    if (error) PyErr_SetString(PyExc_ValueError, error);
+    if (!PyErr_Occurred()) {
+        batch->pages = PyMem_Malloc((size_t)(batch->count + 1) * sizeof(Page));
+        if (!batch->pages) PyErr_NoMemory();
+    }
+    while (!PyErr_Occurred() && batch->held < batch->count && !hold_page(batch, rows, payloads, writable)) {}
+    if (!PyErr_Occurred()) return 0;
+    batch_close(batch);
+    return -1;
+}
+
+static int expect_arguments(const char *signature, Py_ssize_t given, Py_ssize_t expected) {
+    if (given == expected) return 0;
+    PyErr_Format(PyExc_TypeError, "%s takes %zd arguments; %zd were given", signature, expected, given);
+    return -1;
+}
+
+static PyObject *encode(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    (void)self;
+    Batch batch;
+    if (expect_arguments("encode(plan, address, rows, outs)", given, 4)) return NULL;
+    if (batch_open(&batch, arguments[0], arguments[1], arguments[2], arguments[3], 1)) return NULL;
+    const Kernels *kernels = kernels_for(chosen_set(), &batch.plan.shape);
+    const size_t plane_bytes = block_bytes(&batch.plan.shape), page_bytes = batch.plan.layers * batch.plan.layer_bytes;
+    Py_BEGIN_ALLOW_THREADS;
+    for (Py_ssize_t i = 0; i < batch.count; i++) {
+        const char *numbers = batch.address + batch.pages[i].row * page_bytes;
+        for (int layer = 0; layer < batch.plan.layers; layer++) {
+            for (int plane = 0; plane < batch.plan.planes; plane++, numbers += plane_bytes) {
+                const Entry entry = plan_entry(&batch.plan, layer, plane);
+                kernels->encode[entry.codec](&entry.shape, numbers, (uint8_t *)batch.pages[i].payload.buf + entry.offset);
+            }
+        }
+    }
+    Py_END_ALLOW_THREADS;
+    batch_close(&batch);
+    Py_RETURN_NONE;
+}
+
+static PyObject *decode(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    (void)self;
+    Batch batch;
+    if (expect_arguments("decode(plan, payloads, address, rows, first_layer, stop_layer, row_bytes)", given, 7)) return NULL;
+    const long first = PyLong_AsLong(arguments[4]), stop = PyLong_AsLong(arguments[5]);
+    const size_t row_bytes = PyLong_AsSize_t(arguments[6]);
+    if (PyErr_Occurred() || batch_open(&batch, arguments[0], arguments[2], arguments[3], arguments[1], 0)) return NULL;
+    if (first < 0 || first > stop || stop > batch.plan.layers) {
+        PyErr_Format(PyExc_ValueError, "layers %ld to %ld of %d", first, stop, batch.plan.layers);
+        batch_close(&batch);
+        return NULL;
+    }
+    const Kernels *kernels = kernels_for(chosen_set(), &batch.plan.shape);
+    const size_t plane_bytes = block_bytes(&batch.plan.shape);
+    Py_BEGIN_ALLOW_THREADS;
+    for (Py_ssize_t i = 0; i < batch.count; i++) {
+        char *numbers = batch.address + batch.pages[i].row * row_bytes;
+        for (int layer = (int)first; layer < stop; layer++) {
+            for (int plane = 0; plane < batch.plan.planes; plane++, numbers += plane_bytes) {
+                const Entry entry = plan_entry(&batch.plan, layer, plane);
+                kernels->decode[entry.codec](&entry.shape, (const uint8_t *)batch.pages[i].payload.buf + entry.offset, numbers);
+            }
+        }
+    }
+    Py_END_ALLOW_THREADS;
+    batch_close(&batch);
+    Py_RETURN_NONE;
+}
+
+static PyObject *supports(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    (void)self;
+    if (expect_arguments("supports(codec, dtype, tokens, heads, head_dim)", given, 5)) return NULL;
+    int numbers[5];
+    for (int i = 0; i < 5; i++) {
+        const long number = PyLong_AsLong(arguments[i]);
+        if (number == -1 && PyErr_Occurred()) return NULL;
+        numbers[i] = number < INT32_MIN || number > INT32_MAX ? -1 : (int)number;
+    }
+    const Shape shape = {numbers[1], numbers[2], numbers[3], numbers[4], false};
+    return PyBool_FromLong(numbers[0] >= 0 && numbers[0] < CODECS && shape_supported(&shape));
+}
+
+static PyObject *features(PyObject *self, PyObject *none) {
+    (void)self, (void)none;
+    return PyUnicode_FromString(set_name(chosen_set()));
+}
+
+static PyObject *available(PyObject *self, PyObject *none) {
+    (void)self, (void)none;
+    PyObject *names = PyList_New(0);
+    for (int set = 0; names && set < kernel_sets(); set++) {
+        if (!set_available(set)) continue;
+        PyObject *name = PyUnicode_FromString(set_name(set));
+        if (!name || PyList_Append(names, name)) Py_CLEAR(names);
+        Py_XDECREF(name);
+    }
+    return names;
+}
+
+static PyObject *use(PyObject *self, PyObject *name) {
+    (void)self;
+    for (int set = 0; set < kernel_sets(); set++) {
+        if (set_available(set) && PyUnicode_CompareWithASCIIString(name, set_name(set)) == 0) {
+            choose_set(set);
+            Py_RETURN_NONE;
+        }
+    }
+    PyErr_Format(PyExc_ValueError, "this CPU and build have no %R kernels; available() lists them", name);
+    return NULL;
+}
+
+static int prepare(PyObject *module) {
+    (void)module;
+    tables_fill();
+    int set = 0;
+    while (!set_available(set)) set++;
+    choose_set(set);
+    return 0;
+}
+
+static PyMethodDef methods[] = {
+    {"encode", (PyCFunction)(void (*)(void))encode, METH_FASTCALL, "Pages to payloads."},
+    {"decode", (PyCFunction)(void (*)(void))decode, METH_FASTCALL, "Payloads to pages."},
+    {"supports", (PyCFunction)(void (*)(void))supports, METH_FASTCALL, "Whether there are kernels for a codec and block shape."},
+    {"features", features, METH_NOARGS, "The instruction set in use."},
+    {"available", available, METH_NOARGS, "The instruction sets this CPU and build have, fastest first."},
+    {"use", use, METH_O, "Use one of available() from now on."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, prepare}, {0, NULL}};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_codecs", "Native codecs of kvtier.", 0, methods, slots, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__codecs(void) { return PyModuleDef_Init(&definition); }

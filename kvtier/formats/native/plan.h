@@ -1,0 +1,26 @@
+/* The plan: what the caller says about its pages and payloads, as bytes: struct "<8i" dtype, layers, planes, tokens, heads, head_dim,
+   entries, reserved; then per layer and plane "<iiq" codec, is-key-plane, offset in the payload; then "<q" payload bytes. */
+#ifndef KVTIER_PLAN_H
+#define KVTIER_PLAN_H
+
+#include "shape.h"
+
+typedef struct {
+    int codec;
+    size_t offset;
+    Shape shape;
+} Entry;
+
+typedef struct {
+    const unsigned char *entries;
+    Shape shape;
+    int layers, planes;
+    size_t payload_bytes, layer_bytes;
+} Plan;
+
+/* NULL, or why these bytes are no plan that the kernels can carry out. */
+const char *plan_open(Plan *plan, const void *bytes, size_t size);
+
+Entry plan_entry(const Plan *plan, int layer, int plane);
+
+#endif

@@ -1,0 +1,9 @@
+/* The kernels for any CPU. */
+#include "half.h"
+#include "shape.h"
+
+#include "lanes_portable.h"
+
+#include "kernels.h"
+
+const Kernels portable_kernels = KERNELS("portable");

@@ -1,0 +1,91 @@
+/* q6: mean of keys, fp16 scales [tokens, heads] with the sign bit set where the mean was subtracted, codes; see kvtier/formats/q6.py. */
+
+/* The largest magnitudes of up to 16 rows without their means. */
+INLINE void rows_largest(float largest[16], const float *rows, const float *const means[16], int count, int head_dim) {
+    Floats most[16];
+    for (int row = 0; row < 16; row++) most[row] = floats_all(0);
+    for (int row = 0; row < count; row++) {
+        for (int i = 0; i < head_dim; i += GROUP) {
+            Floats group[PARTS];
+            row_group_without(group, rows + row * head_dim, means + row, i);
+            for (int part = 0; part < PARTS; part++) most[row] = magnitude_max(most[row], group[part]);
+        }
+    }
+    rows_magnitude(largest, most);
+}
+
+INLINE void encode_even_steps(const Shape *shape, const void *numbers, uint8_t *coded, bool keys, int head_dim) {
+    const int heads = shape->heads, rows = tile_rows(shape);
+    const size_t vector_bytes = head_dim * value_bytes(shape->dtype), stride = heads * vector_bytes, packed_bytes = head_dim / 4 * 3;
+    const float norm = norm_of(shape);
+    uint8_t *const coded_scales = coded + mean_bytes(shape), *const packed = coded_scales + 2 * (size_t)shape->tokens * heads;
+    Tile tile;
+    float mean[MAX_HEAD_DIM];
+    for (int head = 0; head < heads; head++) {
+        if (keys) encode_mean(&tile, mean, shape, head, numbers, coded, head_dim);
+        for (int token = 0; token < shape->tokens; token += 16) {
+            const int count = fewer(shape->tokens - token, 16), first = token % rows;
+            if (first == 0 && !(keys && shape->tokens <= rows)) {
+                const char *const place = (const char *)numbers + head * vector_bytes + token * stride;
+                load_tile(&tile, shape, place, stride, fewer(shape->tokens - token, rows), FP16_MAX);
+            }
+            const float *const vectors = tile.rows + first * head_dim, *means[16];
+            float energies[16], scales[16];
+            uint16_t halves[16];
+            memcpy(scales, tile.largest + first, sizeof scales);
+            if (keys) {
+                choose_means(means, energies, mean, vectors, count, head_dim);
+                rows_largest(scales, vectors, means, count, head_dim);
+            }
+            for (int i = 0; i < 16; i++) scales[i] = scales[i] * norm / 31;
+            round_scales(halves, scales);
+            for (int row = 0; row < count; row++) {
+                const size_t vector = (size_t)(token + row) * heads + head;
+                const uint16_t signed_scale = halves[row] | (uint16_t)((keys && means[row] != no_mean) << 15);
+                const Floats factor = floats_all(norm * inverse(scales[row]));
+                uint8_t codes[MAX_HEAD_DIM];
+                for (int i = 0; i < head_dim; i += GROUP) {
+                    Floats group[PARTS];
+                    row_group_without(group, vectors + row * head_dim, keys ? means + row : NULL, i);
+                    for (int part = 0; part < PARTS; part++) group[part] = floats_mul(group[part], factor);
+                    group_round((int8_t *)codes + i, group, 31);
+                }
+                for (int i = 0; i < head_dim; i++) codes[i] += 32;
+                memcpy(coded_scales + 2 * vector, &signed_scale, 2);
+                pack_codes(packed + vector * packed_bytes, codes, head_dim, 6);
+            }
+        }
+    }
+}
+
+INLINE void encode_q6_of(const Shape *shape, const void *numbers, uint8_t *coded, int head_dim) {
+    if (shape->keys) encode_even_steps(shape, numbers, coded, true, head_dim);
+    else encode_even_steps(shape, numbers, coded, false, head_dim);
+}
+
+INLINE void decode_q6_of(const Shape *shape, const uint8_t *coded, void *numbers, int head_dim) {
+    const int heads = shape->heads, vectors = shape->tokens * heads;
+    const float norm = norm_of(shape);
+    const uint8_t *const coded_scales = coded + mean_bytes(shape), *const packed = coded_scales + 2 * (size_t)vectors;
+    uint8_t codes[16 * MAX_HEAD_DIM];
+    float means[MAX_HEADS_TIMES_DIM];
+    if (shape->keys) decode_means(means, shape, coded, head_dim);
+    for (int first = 0, head = 0; first < vectors; first += 16) {
+        const int count = fewer(vectors - first, 16);
+        float factors[16];
+        const float *chosen[16];
+        load_scales(factors, coded_scales + 2 * first, count);
+        for (int row = 0; row < count; row++) {
+            chosen[row] = signbit(factors[row]) ? means + head * head_dim : no_mean;
+            factors[row] = fabsf(factors[row]) * norm;
+            if (++head == heads) head = 0;
+            unpack_codes(codes + row * head_dim, packed + (size_t)(first + row) * (head_dim / 4 * 3), head_dim, 6);
+        }
+        for (int i = 0; i < count * head_dim; i++) codes[i] -= 32;
+        char *const place = (char *)numbers + (size_t)first * head_dim * value_bytes(shape->dtype);
+        unrotate_rows(place, (const int8_t *)codes, factors, shape->keys ? chosen : NULL, count, head_dim, shape->dtype);
+    }
+}
+
+FOR_HEAD_DIMS(encode_q6, (const Shape *shape, const void *numbers, uint8_t *coded), shape, numbers, coded)
+FOR_HEAD_DIMS(decode_q6, (const Shape *shape, const uint8_t *coded, void *numbers), shape, coded, numbers)

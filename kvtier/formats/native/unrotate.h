@@ -1,0 +1,62 @@
+/* From codes to numbers of a page: the +-1 transform on whole numbers, exact in 16 bits, then one factor per vector, then perhaps a mean.
+   Products and sums are rounded one by one, as in the torch reference, so the bits are the same. */
+
+INLINE void unrotate_rows_of(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
+    int dtype, bool add_means, int block) {
+    const int groups = block / GROUP;
+    for (int row = 0; row < count; row++) {
+        const Floats factor = floats_all(factors[row]);
+        for (int start = 0; start < head_dim; start += block) {
+            Shorts whole[MAX_BLOCK / GROUP][SHORT_PARTS];
+            for (int group = 0; group < groups; group++) {
+                group_rotate_codes(whole[group], codes + (size_t)row * head_dim + start + group * GROUP);
+            }
+            for (int distance = 1; distance < groups; distance *= 2) {
+                for (int group = 0; group < groups; group++) {
+                    if (group & distance) continue;
+                    for (int part = 0; part < SHORT_PARTS; part++) {
+                        const Shorts a = whole[group][part], b = whole[group + distance][part];
+                        whole[group][part] = shorts_add(a, b), whole[group + distance][part] = shorts_sub(a, b);
+                    }
+                }
+            }
+            for (int group = 0; group < groups; group++) {
+                const int place = start + group * GROUP;
+                Floats values[PARTS];
+                group_widen(values, whole[group]);
+                for (int part = 0; part < PARTS; part++) {
+                    values[part] = floats_mul(values[part], factor);
+                    if (add_means) values[part] = floats_add(values[part], floats_load(means[row] + place + part * (GROUP / PARTS)));
+                }
+                group_store(numbers + ((size_t)row * head_dim + place) * value_bytes(dtype), values, dtype);
+            }
+        }
+    }
+}
+
+/* The block is a constant in each case, so that its loops unroll and the block stays in registers. */
+INLINE void unrotate_rows_as(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
+    int dtype, bool add_means) {
+    switch (head_dim & -head_dim) {
+#if GROUP <= 16
+    case 16: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, add_means, 16); break;
+    case 32: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, add_means, 32); break;
+#endif
+    case 64: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, add_means, 64); break;
+    case 128: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, add_means, 128); break;
+    case 256: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, add_means, 256); break;
+    }
+}
+
+/* `count` vectors, one after the other, as numbers of `dtype`; `means` is NULL or the row to add to each vector. */
+static void unrotate_rows(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
+    int dtype) {
+    switch (dtype * 2 + (means != NULL)) {
+    case BF16 * 2: unrotate_rows_as(numbers, codes, factors, means, count, head_dim, BF16, false); break;
+    case FP16 * 2: unrotate_rows_as(numbers, codes, factors, means, count, head_dim, FP16, false); break;
+    case FP32 * 2: unrotate_rows_as(numbers, codes, factors, means, count, head_dim, FP32, false); break;
+    case BF16 * 2 + 1: unrotate_rows_as(numbers, codes, factors, means, count, head_dim, BF16, true); break;
+    case FP16 * 2 + 1: unrotate_rows_as(numbers, codes, factors, means, count, head_dim, FP16, true); break;
+    case FP32 * 2 + 1: unrotate_rows_as(numbers, codes, factors, means, count, head_dim, FP32, true); break;
+    }
+}
