@@ -1,7 +1,7 @@
 """The threads of a file engine: a fixed few that work through batches of requests, one request of each batch in turn, beside the callers.
 
 All state belongs to `_wake`'s lock, which is never held across I/O. A thread takes its next request under that lock instead of being handed
-each one, and a caller with nothing to collect takes one as well: waking a thread costs about as much CPU as a read. Threads start when
+each one, and a caller with nothing else to do takes one as well: waking a thread costs about as much CPU as a read. Threads start when
 first needed and sleep while there is nothing to do; they are daemons, so that a forgotten `stop` does not keep a process from ending.
 """
 
@@ -34,10 +34,10 @@ class _Batch:
 
 
 class RequestPool:
-    """`depth - 1` threads named `name`-0, `name`-1, ...; the caller of a batch is the one that is missing."""
+    """Up to `depth` threads named `name`-0, `name`-1, ...; one less work for a caller who helps."""
 
     def __init__(self, depth: int, name: str) -> None:
-        self._most_threads = depth - 1
+        self._depth = depth
         self._name = name
         self._wake = threading.Condition(threading.Lock())
         self._batches: deque[_Batch] = deque()
@@ -45,20 +45,24 @@ class RequestPool:
         self._threads: list[threading.Thread] = []
         self._stopped = False
 
-    def each(self, work: Work, requests: Sequence[Request]) -> Outcomes:
+    def each(self, work: Work, requests: Sequence[Request], helping: bool) -> Outcomes:
         """`work(request)` for each, as (index, result) in the order they end; what `work` raises is raised here.
 
-        While the caller is busy with a result, the threads go on. However the generator ends, no `work` of it runs afterwards.
+        While the caller is busy with a result, the threads go on. `helping`: the caller has nothing else to do, so its thread works too,
+        which saves waking another; at depth 1 it always does, and nothing is done ahead. However the generator ends, no `work` of it runs
+        afterwards.
         """
         if not requests:
             return
+        helping = helping or self._depth == 1 or len(requests) == 1
         batch = _Batch(work, requests)
         collected = 0
-        self._begin(batch)
+        self._begin(batch, helping)
         try:
-            batch.carry_out(0)
+            if helping:
+                batch.carry_out(0)
             while collected < len(requests):
-                if batch.done.empty() and (index := self._take(batch)) is not None:
+                if helping and batch.done.empty() and (index := self._take(batch)) is not None:
                     batch.carry_out(index)
                 index, outcome = batch.done.get()
                 collected += 1
@@ -79,12 +83,12 @@ class RequestPool:
         for thread in self._threads:
             thread.join()
 
-    def _begin(self, batch: _Batch) -> None:
-        """Show the batch to the threads, all but the first request, which is the caller's."""
-        batch.begun = 1
-        if len(batch.requests) == 1:
+    def _begin(self, batch: _Batch, helping: bool) -> None:
+        """Show the batch to the threads, all but the first request of a caller who helps."""
+        batch.begun = int(helping)
+        if len(batch.requests) == batch.begun:
             return
-        helpers = min(self._most_threads, len(batch.requests) - 1)
+        helpers = min(self._depth, len(batch.requests)) - batch.begun
         with self._wake:
             self._batches.append(batch)
             for number in range(len(self._threads), helpers):

@@ -48,13 +48,13 @@ class PooledEngine(FileEngine):
     def read_each(self, requests: Sequence[Request]) -> Outcomes:
         for request in requests:
             self._check(request.offset, request.buffer)
-        return self._pool.each(self._read, requests)
+        return self._pool.each(self._read, requests, helping=False)
 
     def write_all(self, requests: Sequence[Request]) -> list[OSError | None]:
         for request in requests:
             self._check(request.offset, request.buffer)
         results: list[OSError | None] = [None] * len(requests)
-        for index, outcome in self._pool.each(self._write, requests):
+        for index, outcome in self._pool.each(self._write, requests, helping=True):
             if isinstance(outcome, OSError):
                 results[index] = outcome
         return results

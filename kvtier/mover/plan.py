@@ -12,6 +12,10 @@ SMALLEST_PIECE_BYTES = 256 << 10
 """Page bytes of a piece that is worth its calls: at 5 GB/s they take 50 us, the calls about 5."""
 
 
+ARRIVAL_BYTES = 1 << 20
+"""Page bytes to decode at once behind a disk: 200 us of work, in which a fast one delivers as much."""
+
+
 def pages_per_piece(encoded_bytes: int, page_bytes: int, cache_bytes: int, most_pages: int) -> int:
     """Pages to code at once: encoded and decoded form of all of them in half of the cache, but a piece that is worth its calls.
 
@@ -20,6 +24,11 @@ def pages_per_piece(encoded_bytes: int, page_bytes: int, cache_bytes: int, most_
     fitting = cache_bytes // 2 // (encoded_bytes + page_bytes)
     worthwhile = -(-SMALLEST_PIECE_BYTES // page_bytes)
     return max(1, min(most_pages, max(fitting, worthwhile)))
+
+
+def pages_per_arrival(page_bytes: int, most_pages: int) -> int:
+    """Pages to decode at once while others are being read: as few as are worth a call, since whoever waits for more leaves a core idle."""
+    return max(1, min(most_pages, -(-ARRIVAL_BYTES // page_bytes)))
 
 
 def pieces(pages: int, at_once: int) -> Iterator[slice]:

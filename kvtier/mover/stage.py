@@ -25,7 +25,7 @@ from kvtier.layout import PageLayout
 from kvtier.machine import last_level_cache_bytes
 from kvtier.memory.region import aligned_array
 from kvtier.mover.packing import Packer
-from kvtier.mover.plan import layers_per_step, pages_per_piece, pieces
+from kvtier.mover.plan import layers_per_step, pages_per_arrival, pages_per_piece, pieces
 from kvtier.mover.transfer import Move, Transfer
 from kvtier.tiers.base import DeviceSlots, Refused, Slots, Tier
 
@@ -134,6 +134,7 @@ def _restore_by_layer(transfer: Transfer, start: int, moves: Sequence[Move], sou
 
 
 def _restore_as_read(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: DeviceSlots, scratch: Scratch) -> int:
+    at_once = pages_per_arrival(source.layout.page_bytes, len(scratch.pages))
     slots: list[int] = []
     payloads: list[Payload] = []
     moved = 0
@@ -141,7 +142,7 @@ def _restore_as_read(transfer: Transfer, start: int, moves: Sequence[Move], sour
         slots.append(transfer.moves[index].target_slot)
         payloads.append(payload)
         moved += len(payload)
-        if len(slots) == len(scratch.pages):
+        if len(slots) == at_once:
             _place(target, slots, payloads, slice(None), source.format, scratch)
             slots, payloads = [], []
     if slots:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kvtier import columns
 from kvtier.errors import ConfigError, IntegrityError
 from kvtier.formats import get_format
 from kvtier.layout import PageLayout
@@ -45,6 +46,7 @@ class DevicePool(DeviceSlots):
             ) from error
         self._free = list(range(slots - 1, -1, -1))
         self._taken = bytearray(slots)
+        self._loops = columns.loops()
 
     @property
     def bytes_used(self) -> int:
@@ -61,12 +63,16 @@ class DevicePool(DeviceSlots):
     def reserve(self, count: int) -> list[int] | None:
         if count > len(self._free):
             return None
+        if self._loops is not None:
+            return self._loops.take_slots(self._free, self._taken, count)
         slots = [self._free.pop() for _ in range(count)]
         for slot in slots:
             self._taken[slot] = 1
         return slots
 
     def free(self, slots: Sequence[int]) -> None:
+        if self._loops is not None and isinstance(slots, list | tuple) and self._loops.give_slots(self._free, self._taken, slots):
+            return
         for slot in slots:
             if not 0 <= slot < self.capacity_slots or not self._taken[slot]:
                 raise IntegrityError(f"device slot {slot} is freed, but nobody reserved it")

@@ -37,7 +37,7 @@ def test_a_batch_runs_depth_requests_at_once_one_of_them_on_the_callers_thread(p
             running -= 1
         return request.offset
 
-    assert sorted(pool.each(work, requests(6))) == [(i, i) for i in range(6)]
+    assert sorted(pool.each(work, requests(6), helping=True)) == [(i, i) for i in range(6)]
     assert most == 3
     assert len(ran_in) == 3
     assert threading.get_ident() in ran_in
@@ -58,7 +58,7 @@ def test_callers_of_several_batches_share_the_threads(pool):
             running -= 1
         return request.offset
 
-    callers = [threading.Thread(target=lambda: list(pool.each(work, requests(6)))) for _ in range(2)]
+    callers = [threading.Thread(target=lambda: list(pool.each(work, requests(6), helping=True))) for _ in range(2)]
     for caller in callers:
         caller.start()
     for caller in callers:
@@ -86,7 +86,7 @@ def test_a_small_batch_does_not_wait_for_the_end_of_a_large_one():
 
     def call(count: int, file: int) -> None:
         callers.add(threading.get_ident())
-        list(pool.each(work, requests(count, file)))
+        list(pool.each(work, requests(count, file), helping=True))
 
     large = threading.Thread(target=call, args=(8, 1))
     small = threading.Thread(target=call, args=(2, 2))
@@ -119,7 +119,7 @@ def test_leaving_early_begins_nothing_more_and_waits_for_what_runs(pool):
             gate.wait(10)
         return request.offset
 
-    batch = pool.each(work, requests(50))
+    batch = pool.each(work, requests(50), helping=True)
     index, outcome = next(batch)
     assert index == outcome
     closing = threading.Thread(target=batch.close)
@@ -131,6 +131,21 @@ def test_leaving_early_begins_nothing_more_and_waits_for_what_runs(pool):
     assert sorted(begun) == [0, 1, 2]
 
 
+def test_a_caller_who_is_busy_gets_depth_threads_and_none_of_the_work_but_at_depth_1(pool):
+    here, all_busy = threading.get_ident(), threading.Barrier(3)
+
+    def work(request: Request) -> int:
+        all_busy.wait(10)  # broken unless three run at once
+        return threading.get_ident()
+
+    done = dict(pool.each(work, requests(6), helping=False))
+    assert here not in done.values()
+    assert len(set(done.values())) == 3
+    alone = RequestPool(1, "test")
+    assert sorted(alone.each(lambda request: threading.get_ident(), requests(3), helping=False)) == [(i, here) for i in range(3)]
+    assert alone._threads == []
+
+
 def test_what_the_work_raises_is_raised_where_the_batch_is_waited_for_and_the_pool_lives_on(pool):
     def work(request: Request) -> int:
         if request.offset == 2:
@@ -138,22 +153,22 @@ def test_what_the_work_raises_is_raised_where_the_batch_is_waited_for_and_the_po
         return request.offset
 
     with pytest.raises(MemoryError, match="none left"):
-        list(pool.each(work, requests(9)))
-    assert sorted(pool.each(lambda request: request.offset, requests(9))) == [(i, i) for i in range(9)]
+        list(pool.each(work, requests(9), helping=True))
+    assert sorted(pool.each(lambda request: request.offset, requests(9), helping=True)) == [(i, i) for i in range(9)]
 
 
 def test_at_depth_1_and_for_one_request_the_caller_does_it_all(pool):
     alone = RequestPool(1, "test")
     here = threading.get_ident()
     for few, count in ((pool, 1), (alone, 5)):
-        assert sorted(few.each(lambda request: threading.get_ident(), requests(count))) == [(i, here) for i in range(count)]
-        assert list(few.each(lambda request: 0, [])) == []
+        assert sorted(few.each(lambda request: threading.get_ident(), requests(count), helping=True)) == [(i, here) for i in range(count)]
+        assert list(few.each(lambda request: 0, [], helping=True)) == []
         assert few._threads == []
         assert not few._batches
 
 
 def test_stop_lets_a_batch_finish(pool):
-    batch = pool.each(lambda request: request.offset, requests(40))
+    batch = pool.each(lambda request: request.offset, requests(40), helping=True)
     found = [next(batch)]
     stopping = threading.Thread(target=pool.stop)
     stopping.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.mover.plan import SMALLEST_PIECE_BYTES, layers_per_step, pages_per_piece, pieces
+from kvtier.mover.plan import ARRIVAL_BYTES, SMALLEST_PIECE_BYTES, layers_per_step, pages_per_arrival, pages_per_piece, pieces
 
 sizes = st.integers(1, 1 << 30)
 
@@ -31,3 +31,10 @@ def test_a_step_of_layers_is_at_least_one_and_never_more_than_all(pages, layers,
     count = layers_per_step(pages, layers, page, cache)
     assert 1 <= count <= layers
     assert count == 1 or (count - 1) * (pages * page // layers) < SMALLEST_PIECE_BYTES
+
+
+@given(page=sizes, most=st.integers(1, 4096))
+def test_pages_that_arrive_are_decoded_as_soon_as_they_are_worth_a_call(page, most):
+    count = pages_per_arrival(page, most)
+    assert 1 <= count <= most
+    assert count == 1 or (count - 1) * page < ARRIVAL_BYTES

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LEAST_CHUNK_BYTES, MOST_CHUNK_BYTES = 256 << 10, 1 << 20
-_CHUNKS_PER_REQUEST_UNDER_WAY = 2
+_CHUNKS_PER_REQUEST_UNDER_WAY = 4
 
 
 @dataclass(frozen=True, slots=True)
