@@ -14,6 +14,7 @@ from kvtier import columns
 from kvtier.errors import ConfigError, IntegrityError
 from kvtier.formats import get_format
 from kvtier.layout import PageLayout
+from kvtier.memory.region import aligned_array
 from kvtier.tiers.base import DeviceSlots
 
 
@@ -38,8 +39,8 @@ class DevicePool(DeviceSlots):
         self.capacity_bytes = slots * self.slot_bytes
         self.place = _resolve(place)
         try:
-            self._pool = torch.empty((slots, *layout.shape), dtype=layout.torch_dtype, device=self.place)
-        except (RuntimeError, MemoryError) as error:
+            self._pool = _allocate((slots, *layout.shape), layout, self.place)
+        except (RuntimeError, MemoryError, OSError) as error:
             why = str(error).splitlines()[0]
             raise ConfigError(
                 f"device.capacity_bytes: {self.capacity_bytes} bytes cannot be allocated on {self.place}: {why}; lower it"
@@ -116,6 +117,14 @@ class DevicePool(DeviceSlots):
 
     def close(self) -> None:
         self._pool = torch.empty((0, *self.layout.shape), dtype=self.layout.torch_dtype)
+
+
+def _allocate(shape: tuple[int, ...], layout: PageLayout, place: torch.device) -> torch.Tensor:
+    if place.type != "cpu":
+        return torch.empty(shape, dtype=layout.torch_dtype, device=place)
+    # In huge pages where there are: fewer page faults when a slot is first written, fewer misses of the address translation later.
+    memory = torch.from_numpy(aligned_array(shape[0] * layout.page_bytes))
+    return memory.view(layout.torch_dtype).view(shape)
 
 
 def _resolve(place: str) -> torch.device:
