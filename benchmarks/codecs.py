@@ -32,7 +32,7 @@ LAYOUTS = {
 }
 SMALL = PageLayout(layers=4, planes=2, page_tokens=16, kv_heads=4, head_dim=64, dtype="bf16")
 """A page of 64 KiB."""
-FORMATS = ("q8", "q4", "q6", "q3")
+FORMATS = ("q8", "q4", "q6", "q3", "q8_0", "q4_0")
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -14,9 +15,12 @@ from kvtier.errors import KVTierError
 
 app = typer.Typer(help="Measure this machine and kvtier on it, each figure beside its ceiling.", no_args_is_help=True)
 
+Number = TypeVar("Number", int, float)
 PlotOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the rows (.svg, .png, .pdf).")]
 TinyOption = Annotated[bool, typer.Option(help="Very small sizes: shows that it works, the figures say nothing.")]
 RepeatsOption = Annotated[int, typer.Option(min=1, help="How often each thing is measured; the median counts.")]
+LayoutOption = Annotated[str, typer.Option(help="Whose pages: smollm2 (3 heads of 64) or llama (8 of 128), bf16.")]
+PathOption = Annotated[Path | None, typer.Option(metavar="DIR", help="Where the disk tier is. Default: the system's temporary directory.")]
 
 
 def measured(
@@ -36,7 +40,7 @@ def measured(
         rows = program.measure(kit.Run(repeats, tiny, progress), **options)
     machine = describe_machine()
     kit.show(console, rows, f"{machine['cpu']}, {machine['cores']} cores; medians of {repeats} repeats{note and '; '}{note}")
-    write_json({"machine": machine, "bench": name, "rows": [row.as_json() for row in rows]}, json)
+    write_json({"machine": machine, "bench": name.replace("_", "-"), "rows": [row.as_json() for row in rows]}, json)
     if plot is not None:
         try:
             kit.plot(rows, plot)
@@ -124,3 +128,96 @@ def codecs(
         raise KVTierError(f"--size-bytes {size_bytes}: {error}") from None
     note = importlib.import_module("kvtier.bench.codecs").note()
     measured("codecs", repeats, tiny, json, plot, profile, note, layout=layout, formats=formats.split(","), size_bytes=size)
+
+
+@app.command()
+def links(
+    layout: LayoutOption = "smollm2",
+    path: PathOption = None,
+    repeats: RepeatsOption = 5,
+    tiny: TinyOption = False,
+    json: JsonOption = None,
+    plot: PlotOption = None,
+    profile: ProfileOption = None,
+) -> None:
+    """How fast pages cross each link between tiers, one page to 64 MiB at once; restoring a long prefix from the disk."""
+    ceiling = importlib.import_module("kvtier.bench.disk").ceiling_note()
+    note = f"pages of {layout}; restore: {ceiling}"
+    measured("links", repeats, tiny, json, plot, profile, note, layout=layout, path=_directory(path))
+
+
+@app.command()
+def tiers(
+    layout: LayoutOption = "smollm2",
+    sequence_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each sequence.")] = 512,
+    path: PathOption = None,
+    repeats: RepeatsOption = 5,
+    tiny: TinyOption = False,
+    json: JsonOption = None,
+    plot: PlotOption = None,
+    profile: ProfileOption = None,
+) -> None:
+    """Offload and restore of 1 to 64 sequences at once through one cache, beside a plain copy of their pages."""
+    note = f"pages of {layout}, sequences of {sequence_tokens} tokens"
+    measured("tiers", repeats, tiny, json, plot, profile, note, layout=layout, sequence_tokens=sequence_tokens, path=_directory(path))
+
+
+@app.command()
+def load(
+    layout: LayoutOption = "smollm2",
+    batch: Annotated[str, typer.Option(metavar="N,...", help="Sequences per request.")] = "1",
+    sequence_tokens: Annotated[str, typer.Option(metavar="N,...", help="Tokens of each sequence.")] = "1024",
+    concurrency: Annotated[str, typer.Option(metavar="N,...", help="Threads that serve requests.")] = "8",
+    rate: Annotated[str, typer.Option(metavar="R,...", help="Requests that arrive per second, served or not.")] = "20",
+    duration: Annotated[float, typer.Option(metavar="SECONDS", help="How long requests arrive, per combination.")] = 20.0,
+    ramp_up: Annotated[float, typer.Option(metavar="SECONDS", help="How much of that the rate takes to climb.")] = 5.0,
+    path: PathOption = None,
+    repeats: RepeatsOption = 1,
+    tiny: TinyOption = False,
+    json: JsonOption = None,
+    plot: PlotOption = None,
+    profile: ProfileOption = None,
+) -> None:
+    """Throughput, latency and stress of the whole cache under random requests; fails if one fails or a page comes back wrong.
+
+    Options with N,... take several values: every combination is measured.
+    """
+    options: dict[str, Any] = {
+        "batches": _numbers("--batch", batch, int),
+        "sequence_tokens": _numbers("--sequence-tokens", sequence_tokens, int),
+        "concurrency": _numbers("--concurrency", concurrency, int),
+        "rates": _numbers("--rate", rate, float),
+    }
+    note = f"pages of {layout}"
+    options |= {"layout": layout, "duration_s": duration, "ramp_up_s": ramp_up, "path": _directory(path)}
+    measured("load", repeats, tiny, json, plot, profile, note, **options)
+
+
+@app.command("no-reuse")
+def no_reuse(
+    model: Annotated[str, typer.Option(metavar="NAME|DIR", help="synthetic, packaged, or a Hugging Face folder.")] = "synthetic",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, computed at once.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed one by one after it.")] = 32,
+    path: PathOption = None,
+    repeats: RepeatsOption = 9,
+    tiny: TinyOption = False,
+    json: JsonOption = None,
+    plot: PlotOption = None,
+    profile: ProfileOption = None,
+) -> None:
+    """What the cache costs work that never finds anything in it: the same requests with and without it, in turns."""
+    options = {"model": model, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "path": _directory(path)}
+    measured("no_reuse", repeats, tiny, json, plot, profile, f"engine: {model}", **options)
+
+
+def _directory(path: Path | None) -> Path | None:
+    if path is not None and not path.is_dir():
+        raise KVTierError(f"--path {path} is not a directory; name an existing one")
+    return path
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise KVTierError(f"{option} {text}: expected numbers with commas between, like 1,4") from None

@@ -89,12 +89,16 @@ def quality(
         plot_frontier(rows, plot)
 
 
+MIXED = ("q6/q4", "q4/q3", "q4/q3+zstd", "q8/sparse24", "raw+zstd")
+"""Formats of several parts that are worth their row: more bits for keys, a smaller payload, what sparsity costs, what lossless gains."""
+
+
 def fitting_formats(layout: PageLayout) -> list[Format]:
-    """Every named format that can hold pages of `layout`."""
+    """Every named format, and the mixed ones worth a row, that can hold pages of `layout`."""
     from kvtier.formats import FORMAT_NAMES, get_format
 
     fitting = []
-    for format in map(get_format, FORMAT_NAMES):
+    for format in map(get_format, (*FORMAT_NAMES, *MIXED)):
         try:
             format.payload_bytes(layout)
         except LayoutError:
