@@ -163,7 +163,7 @@ class Writer:
         if written:
             shape = (layout.layers, layout.planes, count, layout.page_tokens, layout.kv_heads, layout.head_dim)
             pages = kv[:, :, : count * layout.page_tokens].reshape(shape).permute(2, 0, 1, 3, 4, 5)
-            residency.device.scatter(slots, pages[written])
+            residency.device.scatter(slots, pages if len(written) == count else pages[written])
         with residency.lock:
             placed, collided = self._place(lease, keys, rows, written, slots, stop)
             left = rows[placed:]
