@@ -1,6 +1,7 @@
-"""What pyproject.toml cannot say: the benchmarks are installed as `kvtier.bench`, and the native codecs are compiled where that works.
+"""What pyproject.toml cannot say: the benchmarks are installed as `kvtier.bench`, and the native codecs and loops are compiled where that
+works.
 
-Without a C compiler the extension is left out and everything runs on the torch reference. Nothing is compiled for this machine's CPU in
+Without a C compiler the extensions are left out and everything runs on torch and NumPy. Nothing is compiled for this machine's CPU in
 particular: the sources hold kernels for several instruction sets and choose when they are loaded.
 """
 
@@ -9,6 +10,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 
 NATIVE = Path("kvtier/formats/native")
+COLUMNS = Path("kvtier/columns")
 
 codecs = Extension(
     "kvtier.formats.native._codecs",
@@ -21,9 +23,19 @@ codecs = Extension(
     optional=True,
 )
 
+loops = Extension(
+    "kvtier.columns._loops",
+    sources=sorted(map(str, COLUMNS.glob("*.c"))),
+    depends=sorted(map(str, COLUMNS.glob("*.h"))),
+    extra_compile_args=["-std=c11", "-O2", "-g0"],
+    define_macros=[("Py_LIMITED_API", "0x030B0000")],
+    py_limited_api=True,
+    optional=True,
+)
+
 setup(
     packages=[*find_packages(include=["kvtier*"]), "kvtier.bench"],
     package_dir={"kvtier.bench": "benchmarks"},
-    ext_modules=[codecs],
+    ext_modules=[codecs, loops],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -6,17 +6,20 @@ never evicted. A page may have a copy per tier, each ABSENT, WRITING (reserved, 
 but with children is *hollow*: lookups end there, and it disappears with its last child.
 
 No tensors, no I/O, no lock of its own: `kvtier.residency` calls it under its lock. Methods take arrays of rows, no row twice in a call,
-because a request touches hundreds at once.
+because a request touches hundreds at once. Where the compiled loops of `kvtier.columns` are, they do the usual case of a method, to the
+same bits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Container, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtier import columns
 from kvtier.errors import IntegrityError
 from kvtier.keys import PageKey
 from kvtier.tiers.base import PageId
@@ -27,6 +30,7 @@ NO_TIER = -1
 MOST_TIERS = 8
 
 Rows = NDArray[np.int64]
+_Item = TypeVar("_Item")
 
 # Arrays without dimensions: with a Python number, NumPy spends longer on finding the type than on a whole request's rows.
 _ONE = np.array(1)
@@ -42,6 +46,11 @@ _COLUMNS = (
     *("key", "parent_key", "parent", "children", "depth", "fill", "leases", "uses", "pin_tier", "pin_until", "attention", "leaving"),
     *("prefetched_from", "slot", "readers", "_used", "_open", "_copies"),
 )
+
+
+def _plain(numbers: Sequence[_Item]) -> Sequence[_Item]:
+    """A list or tuple with these items, as the compiled loops want them."""
+    return numbers if isinstance(numbers, list | tuple) else list(numbers)
 
 
 class PageTable:
@@ -89,6 +98,7 @@ class PageTable:
         self._pinned_until = -math.inf
         """No pin lasts longer."""
         self._alone = [np.array(cell) for cell in (np.eye(MOST_TIERS, dtype=np.uint8) * _READY).view(np.uint64)[:, 0]]
+        self._loops: columns.TableLoops | None = None
         self._grow(1024)
 
     def __len__(self) -> int:
@@ -113,6 +123,9 @@ class PageTable:
 
     def find(self, keys: Sequence[PageKey]) -> Rows:
         """Rows of the longest prefix of `keys` of which every page has a READY copy somewhere."""
+        if self._loops is not None:
+            rows = np.empty(len(keys), np.int64)
+            return rows[: self._loops.find(self._row_of, _plain(keys), rows)]
         known = iter(map(self._row_of.get, keys).__next__, None)  # up to the first key without a row, or the last
         rows = np.fromiter(known, np.int64)
         visible = self._copies[rows] & _READY_ANYWHERE
@@ -144,6 +157,16 @@ class PageTable:
         for warmer in range(tier):
             above |= self.state[warmer][rows] != _ABSENT
         return above
+
+    def links(self, rows: Rows) -> tuple[Rows, Rows, NDArray[np.bool_] | None]:
+        """The rows before these (NO_ROW where there is none), their depths, and for which attention was reported (None: for none)."""
+        if self._loops is not None:
+            parents, depths = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
+            if self._loops.links(rows, parents, depths) == 0:
+                return parents, depths, None
+        mass = self.attention[rows]
+        attended = mass == mass  # not NaN
+        return self.parent[rows], self.depth[rows], attended if 1 in attended.tobytes() else None
 
     def is_alone(self, rows: Rows, tier: int) -> NDArray[np.bool_]:
         """Which of these have a READY copy in `tier`, and none anywhere else, not even on its way."""
@@ -188,6 +211,8 @@ class PageTable:
 
     def add_chain(self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int = NO_ROW) -> Rows:
         """As `add` for pages that follow each other: rows of all `keys`, the first at `depth` after the page `before` (row `parent`)."""
+        if self._loops is not None and (added := self._add_chain(_plain(keys), before, depth, parent)) is not None:
+            return added
         known = np.fromiter(iter(map(self._row_of.get, keys).__next__, None), np.int64)
         if count := len(known):
             for index in np.flatnonzero(self.parent[known] == _NO_ROW).tolist():
@@ -246,15 +271,27 @@ class PageTable:
     def begin(self, rows: Rows | Sequence[int], tier: int, slots: Sequence[int]) -> None:
         """Reserve a copy per row: invisible until `commit`. IntegrityError, and nothing begun, if one already has or awaits one there."""
         rows = np.asarray(rows, np.int64)
+        if self._loops is not None and self._loops.begin(rows, tier, _plain(slots)):
+            return
         state = self.state[tier]
         if np.count_nonzero(state[rows]):
             raise IntegrityError(f"row {rows[state[rows] != _ABSENT][0]} already has a copy in tier {tier}")
         self.slot[tier][rows] = slots
         state[rows] = _WRITING
 
+    def settle(self, rows: Rows, tier: int, slots: Sequence[int]) -> None:
+        """`begin`, `commit`, `lease` and `use` at once: copies that are already written. IntegrityError, and nothing done, as `begin`."""
+        if self._loops is None or not self._loops.settle(rows, tier, _plain(slots)):
+            self.begin(rows, tier, slots)
+            self.commit(rows, tier)
+            self.lease(rows)
+            self.use(rows)
+
     def commit(self, rows: Rows | Sequence[int], tier: int) -> None:
         """Make WRITING copies visible. IntegrityError, and nothing done, if one of them is not WRITING."""
         rows = np.asarray(rows, np.int64)
+        if self._loops is not None and self._loops.commit(rows, tier):
+            return
         state = self.state[tier]
         if 1 in (wrong := state[rows] != _WRITING).tobytes():
             raise IntegrityError(f"row {rows[wrong][0]} has nothing to commit in tier {tier}")
@@ -266,15 +303,19 @@ class PageTable:
         IntegrityError, and nothing dropped, if one has no copy or is being read.
         """
         rows = np.asarray(rows, np.int64)
+        if self._loops is not None and (dropped := self._loops.drop(rows, tier, self._row_of, self._free_count)) is not None:
+            slots, self._free_count, hollow = dropped
+            self.hollow |= hollow
+            return slots
         state = self.state[tier]
         if 0 in state[rows].tobytes():
             raise IntegrityError(f"row {rows[state[rows] == _ABSENT][0]} has no copy in tier {tier}")
         if np.count_nonzero(readers := self.readers[tier][rows]):
             raise IntegrityError(f"row {rows[readers != 0][0]} is being read in tier {tier}")
         state[rows] = _ABSENT
-        slots: list[int] = self.slot[tier][rows].tolist()
+        freed: list[int] = self.slot[tier][rows].tolist()
         self._reap(rows)
-        return slots
+        return freed
 
     def hold(self, rows: Rows | Sequence[int], tier: int) -> None:
         """A transfer reads these copies: they may not be dropped until `unhold`."""
@@ -288,7 +329,13 @@ class PageTable:
 
     def lease(self, rows: Rows) -> None:
         """Count one more holder of each row."""
-        self.leases[rows] += _ONE
+        if self._loops is None or not self._loops.lease(rows):
+            self.leases[rows] += _ONE
+
+    def use(self, rows: Rows) -> None:
+        """Count one more use of each row."""
+        if self._loops is None or not self._loops.use(rows):
+            self.uses[rows] += _ONE
 
     def release(self, rows: Rows | Sequence[int]) -> list[int]:
         """One holder less; returns device slots of open pages that nobody holds any more, for the caller to free.
@@ -296,6 +343,10 @@ class PageTable:
         IntegrityError, and nothing released, if one of them is not leased.
         """
         held = np.asarray(rows, np.int64)
+        if self._loops is not None and (released := self._loops.release(held, self._row_of, self._free_count)) is not None:
+            self._free_count, hollow = released
+            self.hollow |= hollow
+            return []
         left = self.leases[held] - _ONE
         if len(left) and left[left.argmin()] < 0:
             raise IntegrityError(f"row {held[left.argmin()]} is not leased")
@@ -308,6 +359,17 @@ class PageTable:
             held = held[~ended]
         self._reap(held)
         return freed
+
+    def held(self, rows: Rows, tier: int) -> NDArray[np.bool_]:
+        """Which of these are leased or being read in `tier`. A lease holds the device copy, or what it will be made from."""
+        if self._loops is not None and self._loops.protect(rows, tier, held := np.empty(len(rows), np.bool_)):
+            return held
+        leased: NDArray[np.bool_] = self.leases[rows] != _NOBODY
+        if tier != 0:
+            leased &= self.state[0][rows] != _READY
+        if np.count_nonzero(readers := self.readers[tier][rows]):
+            leased |= readers != _NOBODY
+        return leased
 
     def pin(self, rows: Rows, tier: int, until: float) -> None:
         """Keep these pages in `tier` or warmer until the clock reads `until` (math.inf for ever)."""
@@ -336,6 +398,26 @@ class PageTable:
         self.pin_until[rows] = _NOT_PINNED
         self.attention[rows] = _NO_ATTENTION
         self.prefetched_from[rows] = _NO_TIER
+        return rows
+
+    def _add_chain(self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int) -> Rows | None:
+        """As `add_chain` where no known key is followed by an unknown one and no link has to be made; else None, and nothing done."""
+        loops, rows = self._loops, np.empty(len(keys), np.int64)
+        if loops is None or (count := loops.known(self._row_of, keys, rows)) < 0:
+            return None
+        if (missing := len(keys) - count) == 0:
+            return rows
+        if count:
+            before, depth, parent = keys[count - 1], depth + count, int(rows[count - 1])
+        elif depth > 0 and parent == NO_ROW:
+            return None
+        fresh = max(0, missing - self._free_count)
+        if self._size + fresh >= len(self.parent):
+            self._grow(max(self._size + fresh, 2 * self._size))
+            return self._add_chain(keys, before, depth, parent)
+        loops.add_chain(self._row_of, keys, count, before, depth, parent, self.page_tokens, self._size, self._free_count, rows)
+        self._free_count = max(0, self._free_count - missing)
+        self._size += fresh
         return rows
 
     def _new_chain(self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int) -> Rows:
@@ -417,6 +499,16 @@ class PageTable:
         free = np.empty(rows, np.int64)
         free[: self._free_count] = self._free[: self._free_count]
         self._free = free
+        self._loops = self.attach()
+
+    def attach(self) -> columns.TableLoops | None:
+        """The compiled loops over the columns as they are now; None where there are none."""
+        loops = columns.loops()
+        if loops is None:
+            return None
+        links = (self.parent, self.slot, self.readers, self.children, self.depth, self.fill, self.leases, self.uses, self.prefetched_from)
+        others = (self.pin_until, self.attention, self._copies, self._used, self._open, self.key, self.parent_key, self._free)
+        return loops.Table(*links, *others)
 
     def check_integrity(self) -> None:
         """IntegrityError if the columns contradict each other. Slow; for tests."""

@@ -10,9 +10,8 @@ import numpy as np
 from kvtier.pages import ABSENT, READY, PageTable, Rows
 from kvtier.policy import Mask
 
-_DEVICE = 0
 # Without dimensions: with a Python number, NumPy spends longer on finding the type than on a whole request's rows.
-_NOBODY, _ONE, _READY = np.array(0), np.array(1), np.array(READY, np.uint8)
+_NOBODY, _ONE = np.array(0), np.array(1)
 
 
 class Protected:
@@ -38,11 +37,7 @@ class Protected:
     def __call__(self, pages: Rows) -> Mask:
         """Which of these pages may not leave."""
         table, tier = self._table, self._tier
-        kept: Mask = table.leases[pages] != _NOBODY
-        if tier != _DEVICE:  # a lease holds the device copy, or what it will be made from
-            kept &= table.state[_DEVICE][pages] != _READY
-        if np.count_nonzero(readers := table.readers[tier][pages]):
-            kept |= readers != _NOBODY
+        kept: Mask = table.held(pages, tier)
         if (pinned := table.any_pinned(pages, self._now)) is not None:
             for index in np.flatnonzero(pinned & ~kept).tolist():
                 kept[index] = self._is_pinned_here(int(pages[index]))

@@ -45,8 +45,6 @@ DEVICE = 0
 WRITE_BACK, SELECTIVE = "write_back", "write_through_selective"
 
 _NO_ROWS = np.empty(0, np.int64)
-# Without dimensions: with a Python number, NumPy spends longer on finding the type than on a whole request's rows.
-_ONE = np.array(1)
 
 
 class Residency:
@@ -152,6 +150,8 @@ class Residency:
 
         A colder copy inherits the page's recency.
         """
+        if not len(rows):
+            return
         table, heirs = self.table, rows
         for below in range(tier + 1, len(self.tiers)):
             known = self.policies[below].here(heirs)
@@ -180,11 +180,11 @@ class Residency:
     def admit(self, rows: Rows, tier: int) -> None:
         """READY copies of pages with a key are from now on candidates of the tier's policy. Lock held."""
         table, policy = self.table, self.policies[tier]
-        policy.insert(rows, table.parent[rows], table.depth[rows], self.clock())
-        mass = table.attention[rows]
-        if 1 in (known := mass == mass).tobytes():  # not NaN
-            for row, value in zip(rows[known].tolist(), mass[known].tolist(), strict=True):
-                policy.record_attention(row, value)
+        parents, depths, attended = table.links(rows)
+        policy.insert(rows, parents, depths, self.clock())
+        if attended is not None:
+            for row in rows[attended].tolist():
+                policy.record_attention(row, float(table.attention[row]))
 
     def touch(self, rows: Rows, tier: int) -> None:
         """Copies in `tier` were used; those that its policy does not know (on their way out) are passed over. Lock held."""
@@ -220,7 +220,7 @@ class Residency:
         table, metrics = self.table, self.metrics
         rows = table.find(keys)
         table.lease(rows)
-        table.uses[rows] += _ONE
+        table.use(rows)
         metrics.lookups += bool(len(keys))
         metrics.tokens_asked += len(keys) * table.page_tokens
         if not len(rows):
@@ -256,21 +256,22 @@ class Residency:
         """
         table = self.table
         rows = table.add_chain(keys, before, depth, parent)
-        table.begin(rows, DEVICE, slots)
-        table.commit(rows, DEVICE)
-        table.lease(rows)
-        self.written(rows)
+        table.settle(rows, DEVICE, slots)
+        self._arrived(rows)
         return rows
 
     def written(self, rows: Rows) -> None:
         """The engine wrote these pages, which are on the device now. Lock held."""
-        self.table.uses[rows] += _ONE
+        self.table.use(rows)
+        self._arrived(rows)
+
+    def _arrived(self, rows: Rows) -> None:
         self.admit(rows, DEVICE)
         self.metrics.tiers[DEVICE].pages_in += len(rows)
 
     def used(self, rows: Rows) -> None:
         """The engine wrote pages that are on the device already. Lock held."""
-        self.table.uses[rows] += _ONE
+        self.table.use(rows)
         self.touch(rows, DEVICE)
 
     def release(self, rows: Rows | Sequence[int]) -> None:

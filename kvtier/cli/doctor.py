@@ -40,7 +40,7 @@ def doctor(
     if path is not None and not path.is_dir():
         raise KVTierError(f"--path {path} is not a directory; name the one the disk tier will live in, or its parent")
     try:
-        findings = [*_memory(), *_codecs(), *_disk(path), *_packages()]
+        findings = [*_memory(), *_codecs(), *_bookkeeping(), *_disk(path), *_packages()]
     except OSError as error:
         raise KVTierError(
             f"{path or tempfile.gettempdir()} cannot hold a disk tier: {error.strerror}; name another directory with --path"
@@ -82,6 +82,13 @@ def _codecs() -> list[Finding]:
 
     native = codecs()
     return [Finding("native codecs", native is not None, f"compiled kernels for {native.features()}" if native else why_missing())]
+
+
+def _bookkeeping() -> list[Finding]:
+    from kvtier.columns import loops, why_missing
+
+    native = loops() is not None
+    return [Finding("native bookkeeping", native, "compiled loops for page table and LRU" if native else why_missing())]
 
 
 def _disk(path: Path | None) -> list[Finding]:

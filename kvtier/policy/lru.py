@@ -7,6 +7,8 @@ The order is a journal: every touch appends (time, key) for all its pages at onc
 oldest moment of the journal is sorted, deepest page first, when eviction gets there; children touched with or after their parents so
 leave before them, many in one step. What that order cannot foresee waits in a small heap: a parent that became a leaf after its turn, a
 page that was protected at its turn. (A log swept from one end is the lazy queue of log-structured stores; no source beyond that.)
+
+Where the compiled loops of `kvtier.columns` are, they do the usual cases, to the same bits.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from heapq import heapify, heappop, heappush
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtier import columns
 from kvtier.errors import IntegrityError
 from kvtier.policy.base import ROOT, EvictionPolicy, Mask, Pages, Protection
 
@@ -30,6 +33,8 @@ DEEPEST = (1 << (63 - PAGE_BITS)) - 1
 ABSENT = -1
 """The key of a page that is not here."""
 NEVER = -math.inf
+LAST = (math.inf, 0)
+"""An entry after all others."""
 SPARE_ENTRIES = 1024
 
 # Arrays without dimensions: with a Python number, NumPy spends longer on finding the type than on a whole request's pages.
@@ -51,7 +56,7 @@ class _Choice:
         self.protected = protected
         self.head, self.sorted, self.front = head, sorted, front
         """The journal as it was."""
-        self.left: list[tuple[Pages, float]] = []
+        self.left: list[tuple[Pages, float | NDArray[np.float64]]] = []
         """Keys of pages that are out, and when they were used last."""
         self.popped: list[Entry] = []
         """Entries taken from the heap, of pages that left or are protected."""
@@ -67,7 +72,7 @@ class _Choice:
         pages: Pages = keys & PAGE_MASK
         return pages
 
-    def add(self, keys: Pages, time: float) -> None:
+    def add(self, keys: Pages, time: float | NDArray[np.float64]) -> None:
         self.left.append((keys, time))
         self.wanted -= len(keys)
 
@@ -104,9 +109,23 @@ class LRU(EvictionPolicy):
         self._head = self._sorted = self._tail = 0
         self._set_front(NEVER)
         self._late: list[Entry] = []
+        self._loops = self.attach()
+
+    def attach(self) -> columns.OrderLoops | None:
+        """The compiled loops over columns and journal as they are now; None where there are none."""
+        loops = columns.loops()
+        if loops is None:
+            return None
+        return loops.Order(self._key, self._parent, self._children, self._last, self._unqueued, self._keys, self._times)
 
     def insert(self, pages: Pages, parents: Pages, depths: Pages, now: float) -> None:
         if not len(pages):
+            return
+        if self._loops is not None and self._loops.arrive(pages, parents, depths):
+            self._count += len(pages)
+            self._note(now)
+            if not self._append(pages):
+                self._queue(pages, self._key[pages])
             return
         keys = _DEEPEST - depths << _BITS | pages
         if keys[keys.argmin()] < 0 or parents[parents.argmin()] < ROOT:
@@ -126,6 +145,8 @@ class LRU(EvictionPolicy):
         self._queue(pages, keys)
 
     def touch(self, pages: Pages, now: float) -> None:
+        if self._append(pages, now):
+            return
         keys = self._require(pages)
         self._note(now)
         self._queue(pages, keys)
@@ -211,8 +232,21 @@ class LRU(EvictionPolicy):
             larger = np.full(max(pages, 2 * held) + 1, empty, column.dtype)
             larger[:held] = column[:held]
             setattr(self, name, larger)
+        self._loops = self.attach()
 
     # -- entries ---------------------------------------------------------------------------------------------------------------
+
+    def _append(self, pages: Pages, now: float = NEVER) -> bool:
+        """Entries for pages that were used now or at the latest moment, where loops and room are there and the moment is not sorted yet.
+
+        Else False, and nothing done.
+        """
+        latest = max(self._latest, now)
+        if self._loops is None or latest == self._front or not self._loops.queue(pages, self._tail, latest):
+            return False
+        self._latest = latest
+        self._tail += len(pages)
+        return True
 
     def _queue(self, pages: Pages, keys: Pages) -> None:
         """Entries for pages that were used at the latest moment."""
@@ -248,6 +282,7 @@ class LRU(EvictionPolicy):
         room = 2 * (most + more)
         if len(self._keys) < room or len(self._keys) > 4 * room:
             self._keys, self._times = np.empty(room, np.int64), np.empty(room)
+            self._loops = self.attach()
         self._keys[: self._tail], self._times[: self._tail] = keys, times
 
     def _living(self, keys: Pages, times: NDArray[np.float64]) -> tuple[Pages, NDArray[np.float64]]:
@@ -274,6 +309,11 @@ class LRU(EvictionPolicy):
         while self._head == self._sorted < self._tail:
             start = self._sorted
             self._set_front(float(self._times[start]))
+            if self._loops is not None:
+                head, self._sorted = self._loops.moment(start, self._tail)
+                self._keys[head : self._sorted].sort()
+                self._head = self._loops.single(start, head, self._sorted)
+                continue
             self._sorted = start + int(self._times[start : self._tail].searchsorted(self._front_cell, "right"))
             entries = self._keys[start : self._sorted]
             alive = self._alive(entries, self._front_cell)
@@ -299,10 +339,13 @@ class LRU(EvictionPolicy):
         try:
             while choice.wanted:
                 more = self._head < self._sorted or self._next_moment()
-                if self._late and not (more and self._late[0] > (self._front, self._keys[self._head])):
+                before = LAST
+                if self._late and more:
+                    before = (self._front, int(self._keys[self._head]))
+                if self._late and self._late[0] <= before:
                     entry = heappop(self._late)
                     choice.popped.append(entry)
-                    if not self._step(entry, choice):
+                    if not self._step(entry, min(self._late[0], before) if self._late else before, choice):
                         choice.popped.pop()
                 elif more:
                     self._stride(choice)
@@ -316,6 +359,9 @@ class LRU(EvictionPolicy):
     def _stride(self, choice: _Choice) -> None:
         """The next pages of the sorted moment: as many at once as leave one after the other, else a few one by one."""
         front, start = self._front, self._head
+        if self._loops is not None:
+            self._stride_in_loops(self._loops, choice)
+            return
         keys = self._keys[start : min(start + choice.wanted, self._sorted)]
         if self._late and self._late[0][0] == front:
             keys = keys[: keys.searchsorted(self._late[0][1])]
@@ -348,6 +394,38 @@ class LRU(EvictionPolicy):
         else:
             self._head = start + read
 
+    def _stride_in_loops(self, loops: columns.OrderLoops, choice: _Choice) -> None:
+        front, start = self._front, self._head
+        stop = min(start + choice.wanted, self._sorted)
+        if self._late and self._late[0][0] == front:
+            stop = start + int(self._keys[start:stop].searchsorted(self._late[0][1]))
+        keys, pages = np.empty(stop - start, np.int64), np.empty(stop - start, np.int64)
+        count, leave = loops.leaving(start, stop, front, keys, pages)
+        if leave:
+            leaving = pages if leave == len(pages) else pages[:leave]
+            stays = choice.ask(leaving)
+            if 1 in stays.tobytes():
+                choice.answers.update(zip(leaving.tolist(), stays.tolist(), strict=True))
+                leave = int(stays.argmax())
+        if leave:
+            if leave < len(keys):
+                choice.add(keys[:leave], front)
+                self._leave(loops, pages[:leave])
+            else:
+                choice.add(keys, front)
+                self._leave(loops, pages)
+        elif count:
+            leave = self._pass(choice, keys[:count])
+        # No entry of a sorted moment is there twice.
+        self._head = stop if leave == count else start + int(self._keys[start:stop].searchsorted(keys[leave]))
+
+    def _leave(self, loops: columns.OrderLoops, pages: Pages) -> None:
+        """As `_take_out` for pages of which only the last may have a parent that waits for it."""
+        waiting = loops.leave(pages)
+        self._count -= len(pages)
+        if waiting != ROOT:
+            self._free(np.array([waiting]))
+
     def _leading(self, choice: _Choice, pages: Pages, parents: Pages) -> int:
         """How many of `pages` leave one after the other. Child counts are those after all of them left."""
         leave = len(pages)
@@ -366,6 +444,8 @@ class LRU(EvictionPolicy):
 
     def _pass(self, choice: _Choice, keys: Pages) -> int:
         """Steps over the first pages that cannot leave; how many they are."""
+        if self._loops is not None and not choice.answers:
+            return self._loops.step_over(keys)
         for passed, key in enumerate(keys.tolist()):
             page = key & int(PAGE_MASK)
             if self._children[page]:
@@ -376,8 +456,11 @@ class LRU(EvictionPolicy):
                 return passed
         return len(keys)
 
-    def _step(self, entry: Entry, choice: _Choice) -> bool:
-        """One page, if its entry is alive, no child keeps it and it is not protected; whether the entry is to be kept for later."""
+    def _step(self, entry: Entry, before: Entry, choice: _Choice) -> bool:
+        """A page of the heap and those before it that wait only for it, if its entry is alive and no child keeps it.
+
+        They leave up to the first that is protected, or comes after the entry `before`. Whether the entry is to be kept for later.
+        """
         time, key = entry
         page = key & int(PAGE_MASK)
         if self._last[page] != time or self._key[page] != key:
@@ -385,15 +468,37 @@ class LRU(EvictionPolicy):
         if self._children[page]:
             self._unqueued[page] = True
             return False
-        pages = np.array([page])
-        stays = choice.ask(pages)
-        if stays[0]:
-            choice.answers[page] = True
+        keys, times = self._chain(page, before, choice.wanted)
+        pages = keys & PAGE_MASK
+        leave, stays = len(pages), choice.ask(pages)
+        if 1 in stays.tobytes():
+            choice.answers.update(zip(pages.tolist(), stays.tolist(), strict=True))
+            leave = int(stays.argmax())
+        if not leave:
             choice.passed.append(entry)
+            return True
+        choice.add(keys[:leave], times[:leave])
+        choice.popped += zip(times[1:leave].tolist(), keys[1:leave].tolist(), strict=True)
+        if self._loops is None:
+            self._take_out(pages[:leave])
         else:
-            choice.add(np.array([key]), time)
-            self._take_out(pages)
+            self._leave(self._loops, pages[:leave])
         return True
+
+    def _chain(self, page: int, before: Entry, most: int) -> tuple[Pages, NDArray[np.float64]]:
+        """Keys and last touches of `page` and of pages that come to the top of the heap as the one before leaves; `most` in all."""
+        if self._loops is not None:
+            keys, times = np.empty(most, np.int64), np.empty(most)
+            count = self._loops.chain(page, *before, keys, times)
+            return keys[:count], times[:count]
+        chain = [(float(self._last[page]), int(self._key[page]))]
+        while len(chain) < most:
+            page = int(self._parent[page])
+            entry = (float(self._last[page]), int(self._key[page]))
+            if not self._unqueued[page] or self._children[page] != 1 or entry >= before:
+                break
+            chain.append(entry)
+        return np.array([key for _, key in chain]), np.array([time for time, _ in chain])
 
     def _put_back(self, choice: _Choice) -> None:
         """Undo a choice. The journal's head goes back to where the entries are that were read; entries of the heap return to it."""

@@ -1,0 +1,143 @@
+"""Compiled loops over the columns of the page table, of the LRU order and of free lists: `loops()` gives them, or None where the extension
+was not built or does not load.
+
+The state stays where it is, in NumPy columns and Python objects with one owner; the loops hold nothing but views of the columns, and
+keep the interpreter's lock. Each does what a few lines of NumPy beside its caller do, to the same bits. One that meets anything unusual
+(a row out of range, a copy that is not there, a full journal) answers False, None or -1 and has changed nothing: those lines then
+do the work, or raise the error. Indices are checked, whatever columns and arguments hold; a wrong type is a TypeError.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+Numbers = NDArray[np.int64]
+"""Rows, pages or keys `[n]`, of any stride."""
+Column = NDArray[Any]
+Index = dict[bytes, int]
+"""Rows by page key."""
+
+
+class TableLoops(Protocol):
+    """Loops over one page table's columns, until it grows: methods of `kvtier.pages.PageTable`, named alike.
+
+    Methods that give rows up take the number of entries on the free list and answer with the new one, and whether a row became hollow.
+    """
+
+    def find(self, row_of: Index, keys: Sequence[bytes], out: Numbers, /) -> int:
+        """Rows of the visible prefix of `keys` into `out`; how many."""
+
+    def known(self, row_of: Index, keys: Sequence[bytes], out: Numbers, /) -> int:
+        """Rows of the first keys into `out`; how many. -1 unless all those have a parent and no other key has a row."""
+
+    def links(self, rows: Numbers, parents: Numbers, depths: Numbers, /) -> int:
+        """Parents and depths of `rows` into the other two; whether attention was reported for any (-1: not done)."""
+
+    def add_chain(
+        self,
+        row_of: Index,
+        keys: Sequence[bytes],
+        first: int,
+        before: bytes,
+        depth: int,
+        parent: int,
+        fill: int,
+        size: int,
+        free_count: int,
+        out: Numbers,
+        /,
+    ) -> None:
+        """Rows for `keys[first:]`, from the free list and then from `size` up, into `out[first:]`. ValueError if there are not so many."""
+
+    def begin(self, rows: Numbers, tier: int, slots: Sequence[int], /) -> bool:
+        """Absent copies become WRITING ones."""
+
+    def settle(self, rows: Numbers, tier: int, slots: Sequence[int], /) -> bool:
+        """Absent copies become READY ones, each leased and used once more."""
+
+    def commit(self, rows: Numbers, tier: int, /) -> bool:
+        """WRITING copies become READY ones."""
+
+    def drop(self, rows: Numbers, tier: int, row_of: Index, free_count: int, /) -> tuple[list[int], int, bool] | None:
+        """Copies that nobody reads go, and rows with them: their slots first in the answer."""
+
+    def lease(self, rows: Numbers, /) -> bool:
+        """One more holder of each."""
+
+    def use(self, rows: Numbers, /) -> bool:
+        """One more use of each."""
+
+    def release(self, rows: Numbers, row_of: Index, free_count: int, /) -> tuple[int, bool] | None:
+        """One holder less of each, none of which is an open page."""
+
+    def protect(self, rows: Numbers, tier: int, out: NDArray[np.bool_], /) -> bool:
+        """Into `out` which of these are leased (where that counts) or being read in `tier`."""
+
+
+class OrderLoops(Protocol):
+    """Loops over one LRU order's columns and journal, until one of them grows: see `kvtier.policy.lru`."""
+
+    def arrive(self, pages: Numbers, parents: Numbers, depths: Numbers, /) -> bool:
+        """Keys, links and child counts of pages that are not here yet."""
+
+    def queue(self, pages: Numbers, tail: int, time: float, /) -> bool:
+        """Entries from `tail` on for pages that are here and were used at `time`."""
+
+    def moment(self, start: int, tail: int, /) -> tuple[int, int]:
+        """Moves the living entries of the moment that begins at `start` to its end: (the first of them, the end)."""
+
+    def single(self, start: int, head: int, stop: int, /) -> int:
+        """Moves the sorted entries [head, stop), each once, to the end; what comes before, from `start`, repeats the first of them."""
+
+    def leaving(self, head: int, stop: int, time: float, keys: Numbers, pages: Numbers, /) -> tuple[int, int]:
+        """Into `keys` and `pages` what in [head, stop) was last used at `time`: (how many, how many of these could leave one by one)."""
+
+    def step_over(self, keys: Numbers, /) -> int:
+        """How many of the first pages have children; from now on they wait for them."""
+
+    def chain(self, page: int, before_time: float, before_key: int, keys: Numbers, times: NDArray[np.float64], /) -> int:
+        """Into `keys` and `times` a page and, one after the other, the pages before it that only wait for it and come before an entry."""
+
+    def leave(self, pages: Numbers, /) -> int:
+        """Pages are not here any more; the parent of the last, if it waited for its children, else -1. ValueError for unknown pages."""
+
+
+class Loops(Protocol):
+    """What the extension offers."""
+
+    def Table(self, *columns: Column) -> TableLoops:
+        """Loops over these columns, in the order of `PageTable.attach`. ValueError if their sizes do not fit each other."""
+
+    def Order(self, *columns: Column) -> OrderLoops:
+        """Loops over these columns, in the order of `LRU.attach`. ValueError if their sizes do not fit each other."""
+
+    def take_slots(self, free: list[int], taken: bytearray, count: int, /) -> list[int]:
+        """The last `count` of `free`, last first, marked as taken. ValueError, and none, if there are fewer."""
+
+    def give_slots(self, free: list[int], taken: bytearray, slots: Sequence[int], /) -> bool:
+        """Slots back onto `free`; False, and none, if one is not marked as taken."""
+
+
+def loops() -> Loops | None:
+    """The compiled loops, or None; `why_missing()` then says why."""
+    return _load()[0]
+
+
+def why_missing() -> str:
+    """One line: why there are no compiled loops and what to do; empty if there are."""
+    return _load()[1]
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[Loops | None, str]:
+    try:
+        return cast(Loops, importlib.import_module("kvtier.columns._loops")), ""
+    except ImportError as error:
+        remedy = "install a C compiler (Debian, Ubuntu: apt-get install gcc python3-dev) and install kvtier again"
+        return None, f"not built or not loadable ({error}); NumPy does the work, a few times slower; {remedy}"

@@ -1,0 +1,291 @@
+/* The loops of the least-recently-used order: what `kvtier.policy.lru` does with its columns and its journal. As in table.c, False or a
+   negative number says that nothing has changed and that the method in Python is to do it.
+
+   A journal entry is a key (depth above page id) and a time; it is alive while its page has this key and this last touch. */
+#include "rows.h"
+
+enum { PAGE_BITS = 40, ABSENT = -1, ROOT = -1 };
+static const int64_t PAGE_MASK = ((int64_t)1 << PAGE_BITS) - 1, DEEPEST = ((int64_t)1 << (63 - PAGE_BITS)) - 1;
+
+typedef struct {
+    PyObject_HEAD
+    int64_t *key, *parent, *children, *keys;
+    double *last, *times;
+    uint8_t *unqueued;
+    Py_ssize_t pages, room; /* pages is one less than there are cells: the last cell is ROOT's */
+    int held;
+    Py_buffer columns[7];
+} Order;
+
+static void order_dealloc(PyObject *self) {
+    Order *order = (Order *)self;
+    PyTypeObject *type = Py_TYPE(self);
+    while (order->held > 0) PyBuffer_Release(&order->columns[--order->held]);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+}
+
+static void *hold_column(Order *order, PyObject *columns, Py_ssize_t size, Py_ssize_t cells) {
+    Py_buffer *column = &order->columns[order->held];
+    PyObject *array = PyTuple_GetItem(columns, order->held);
+    if (!array) return NULL;
+    const int failed = column_open(column, array, size, cells);
+    if (column->obj) order->held++;
+    return failed ? NULL : column->buf;
+}
+
+static PyObject *order_new(PyTypeObject *type, PyObject *columns, PyObject *named) {
+    (void)named;
+    if (expect_arguments("Order(key, parent, children, last, unqueued, keys, times)", PyTuple_Size(columns), 7)) return NULL;
+    Order *order = (Order *)PyType_GenericAlloc(type, 0);
+    if (!order) return NULL;
+    bool good = (order->key = hold_column(order, columns, 8, -1));
+    const Py_ssize_t cells = good ? order->columns[0].len / 8 : 0;
+    order->pages = cells - 1;
+    good = good && cells > 0 && (order->parent = hold_column(order, columns, 8, cells)) &&
+           (order->children = hold_column(order, columns, 8, cells)) && (order->last = hold_column(order, columns, 8, cells)) &&
+           (order->unqueued = hold_column(order, columns, 1, cells)) && (order->keys = hold_column(order, columns, 8, -1));
+    order->room = good ? order->columns[5].len / 8 : 0;
+    good = good && (order->times = hold_column(order, columns, 8, order->room));
+    if (good) return (PyObject *)order;
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "an order needs a cell for ROOT");
+    Py_DECREF(order);
+    return NULL;
+}
+
+static inline Py_ssize_t cell(const Order *order, int64_t page) { return (uint64_t)page < (uint64_t)order->pages ? page : order->pages; }
+
+/* A number of journal entries or a position among them. */
+static int64_t place_of(const Order *order, PyObject *object, bool *failed) {
+    const int64_t place = number_of(object, failed);
+    if (!*failed && (place < 0 || place > order->room)) {
+        PyErr_Format(PyExc_ValueError, "place %lld of a journal with room for %zd entries", (long long)place, order->room);
+        *failed = true;
+    }
+    return place;
+}
+
+static double time_of(PyObject *object, bool *failed) {
+    const double time = PyFloat_AsDouble(object);
+    if (time == -1 && PyErr_Occurred()) *failed = true;
+    return time;
+}
+
+static PyObject *arrive(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    if (expect_arguments("arrive(pages, parents, depths)", given, 3)) return NULL;
+    Order *order = (Order *)self;
+    Rows rows[3];
+    int opened = 0;
+    while (opened < 3 && rows_open(&rows[opened], arguments[opened], false)) opened++;
+    bool usual = false;
+    if (opened == 3) {
+        const Rows *pages = &rows[0], *parents = &rows[1], *depths = &rows[2];
+        usual = parents->count == pages->count && depths->count == pages->count && rows_within(pages, order->pages);
+        for (Py_ssize_t i = 0; usual && i < pages->count; i++) {
+            const int64_t depth = *row_at(depths, i), parent = *row_at(parents, i);
+            usual = order->key[*row_at(pages, i)] == ABSENT && depth >= 0 && depth <= DEEPEST && parent >= -1 && parent < order->pages;
+        }
+        for (Py_ssize_t i = 0; usual && i < pages->count; i++) {
+            const int64_t page = *row_at(pages, i);
+            order->parent[page] = *row_at(parents, i);
+            order->key[page] = (DEEPEST - *row_at(depths, i)) << PAGE_BITS | page;
+            order->children[cell(order, *row_at(parents, i))]++;
+        }
+    }
+    for (int i = 0; i < opened; i++) rows_close(&rows[i]);
+    return opened < 3 ? NULL : PyBool_FromLong(usual);
+}
+
+static PyObject *queue(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    if (expect_arguments("queue(pages, tail, time)", given, 3)) return NULL;
+    Order *order = (Order *)self;
+    bool failed = false;
+    const int64_t tail = place_of(order, arguments[1], &failed);
+    const double time = time_of(arguments[2], &failed);
+    Rows pages;
+    if (failed || !rows_open(&pages, arguments[0], false)) return NULL;
+    bool usual = pages.count <= order->room - tail && rows_within(&pages, order->pages);
+    for (Py_ssize_t i = 0; usual && i < pages.count; i++) usual = order->key[*row_at(&pages, i)] != ABSENT;
+    for (Py_ssize_t i = 0; usual && i < pages.count; i++) {
+        const int64_t page = *row_at(&pages, i);
+        order->last[page] = time;
+        order->unqueued[page] = 0;
+        order->keys[tail + i] = order->key[page];
+        order->times[tail + i] = time;
+    }
+    rows_close(&pages);
+    return PyBool_FromLong(usual);
+}
+
+static inline bool is_alive(const Order *order, int64_t key, double time) {
+    const Py_ssize_t page = cell(order, key & PAGE_MASK);
+    return order->key[page] == key && order->last[page] == time;
+}
+
+/* Where the moment that begins at `start` ends, by halving. */
+static int64_t moment_end(const Order *order, int64_t start, int64_t tail) {
+    const double time = order->times[start];
+    int64_t inside = start, outside = tail;
+    while (outside - inside > 1) {
+        const int64_t middle = inside + (outside - inside) / 2;
+        if (order->times[middle] <= time) inside = middle;
+        else outside = middle;
+    }
+    return outside;
+}
+
+static PyObject *moment(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    if (expect_arguments("moment(start, tail)", given, 2)) return NULL;
+    Order *order = (Order *)self;
+    bool failed = false;
+    const int64_t start = place_of(order, arguments[0], &failed), tail = place_of(order, arguments[1], &failed);
+    if (failed) return NULL;
+    if (start >= tail) {
+        PyErr_SetString(PyExc_ValueError, "the journal has no next moment");
+        return NULL;
+    }
+    const double time = order->times[start];
+    const int64_t stop = moment_end(order, start, tail);
+    int64_t alive = 0;
+    for (int64_t i = start; i < stop; i++) alive += is_alive(order, order->keys[i], time);
+    if (alive) { /* else they are all left as they are */
+        int64_t head = stop;
+        for (int64_t i = stop - 1; i >= start; i--) {
+            if (is_alive(order, order->keys[i], time)) order->keys[--head] = order->keys[i];
+        }
+    }
+    return Py_BuildValue("(LL)", (long long)(stop - alive), (long long)stop);
+}
+
+static PyObject *single(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    if (expect_arguments("single(start, head, stop)", given, 3)) return NULL;
+    Order *order = (Order *)self;
+    bool failed = false;
+    const int64_t start = place_of(order, arguments[0], &failed);
+    const int64_t head = place_of(order, arguments[1], &failed), stop = place_of(order, arguments[2], &failed);
+    if (failed) return NULL;
+    if (start > head || head > stop) {
+        PyErr_SetString(PyExc_ValueError, "a moment begins before it ends");
+        return NULL;
+    }
+    int64_t first = stop;
+    for (int64_t i = stop - 1; i >= head; i--) {
+        if (first == stop || order->keys[first] != order->keys[i]) order->keys[--first] = order->keys[i];
+    }
+    for (int64_t i = start; first < stop && i < first; i++) order->keys[i] = order->keys[first];
+    return PyLong_FromLongLong(first);
+}
+
+static PyObject *leaving(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    if (expect_arguments("leaving(head, stop, time, keys, pages)", given, 5)) return NULL;
+    Order *order = (Order *)self;
+    bool failed = false;
+    const int64_t head = place_of(order, arguments[0], &failed), stop = place_of(order, arguments[1], &failed);
+    const double time = time_of(arguments[2], &failed);
+    Rows keys, pages;
+    if (failed || !rows_open(&keys, arguments[3], true)) return NULL;
+    if (!rows_open(&pages, arguments[4], true)) {
+        rows_close(&keys);
+        return NULL;
+    }
+    const bool fits = keys.count >= stop - head && pages.count >= stop - head;
+    int64_t count = 0, leave = INT64_MAX;
+    for (int64_t i = head; fits && i < stop; i++) {
+        const int64_t key = order->keys[i], page = cell(order, key & PAGE_MASK);
+        if (page == order->pages || order->last[page] != time) continue;
+        const Py_ssize_t parent = cell(order, order->parent[page]);
+        *row_at(&keys, count) = key;
+        *row_at(&pages, count++) = page;
+        order->children[parent]--;
+        if (order->unqueued[parent] && leave > count) leave = count; /* its turn is before that of the next page */
+    }
+    if (leave > count) leave = count;
+    for (int64_t i = 0; i < leave; i++) {
+        if (order->children[*row_at(&pages, i)]) leave = i;
+    }
+    for (int64_t i = 0; i < count; i++) order->children[cell(order, order->parent[*row_at(&pages, i)])]++;
+    rows_close(&pages);
+    rows_close(&keys);
+    if (fits) return Py_BuildValue("(LL)", (long long)count, (long long)leave);
+    PyErr_SetString(PyExc_ValueError, "less room for keys and pages than there are entries");
+    return NULL;
+}
+
+static PyObject *step_over(PyObject *self, PyObject *array) {
+    Order *order = (Order *)self;
+    Rows keys;
+    if (!rows_open(&keys, array, false)) return NULL;
+    Py_ssize_t passed = 0;
+    for (; passed < keys.count; passed++) {
+        const Py_ssize_t page = cell(order, *row_at(&keys, passed) & PAGE_MASK);
+        if (page == order->pages || !order->children[page]) break;
+        order->unqueued[page] = 1;
+    }
+    rows_close(&keys);
+    return PyLong_FromSsize_t(passed);
+}
+
+static PyObject *chain(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    if (expect_arguments("chain(page, before_time, before_key, keys, times)", given, 5)) return NULL;
+    const Order *order = (Order *)self;
+    bool failed = false;
+    int64_t page = number_of(arguments[0], &failed);
+    const double before_time = time_of(arguments[1], &failed);
+    const int64_t before_key = number_of(arguments[2], &failed);
+    Rows keys;
+    Py_buffer times;
+    if (failed || !rows_open(&keys, arguments[3], true)) return NULL;
+    if (column_open(&times, arguments[4], 8, keys.count)) {
+        if (times.obj) PyBuffer_Release(&times);
+        rows_close(&keys);
+        return NULL;
+    }
+    Py_ssize_t count = 0;
+    for (; count < keys.count && cell(order, page) != order->pages; count++) {
+        const bool first = !count, sooner = order->last[page] < before_time;
+        const bool next = order->unqueued[page] && order->children[page] == 1;
+        if (!first && !(next && (sooner || (order->last[page] == before_time && order->key[page] < before_key)))) break;
+        *row_at(&keys, count) = order->key[page];
+        ((double *)times.buf)[count] = order->last[page];
+        page = order->parent[page];
+    }
+    PyBuffer_Release(&times);
+    rows_close(&keys);
+    return PyLong_FromSsize_t(count);
+}
+
+static PyObject *leave(PyObject *self, PyObject *array) {
+    Order *order = (Order *)self;
+    Rows pages;
+    if (!rows_open(&pages, array, false)) return NULL;
+    const bool usual = rows_within(&pages, order->pages);
+    for (Py_ssize_t i = 0; usual && i < pages.count; i++) {
+        const int64_t page = *row_at(&pages, i);
+        order->children[cell(order, order->parent[page])]--;
+        order->key[page] = ABSENT;
+        order->last[page] = -INFINITY;
+        order->unqueued[page] = 0;
+    }
+    const Py_ssize_t parent = usual && pages.count ? cell(order, order->parent[*row_at(&pages, pages.count - 1)]) : order->pages;
+    rows_close(&pages);
+    if (!usual) {
+        PyErr_SetString(PyExc_ValueError, "pages leave that the order has no room for");
+        return NULL;
+    }
+    return PyLong_FromSsize_t(parent < order->pages && order->unqueued[parent] ? parent : ROOT);
+}
+
+static PyMethodDef methods[] = {
+    {"arrive", FAST(arrive), NULL}, {"queue", FAST(queue), NULL},     {"moment", FAST(moment), NULL}, {"single", FAST(single), NULL},
+    {"leaving", FAST(leaving), NULL}, {"chain", FAST(chain), NULL}, {"step_over", step_over, METH_O, NULL},
+    {"leave", leave, METH_O, NULL}, {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_new, order_new},
+    {Py_tp_dealloc, order_dealloc},
+    {Py_tp_methods, methods},
+    {0, NULL},
+};
+
+PyType_Spec order_spec = {"kvtier.columns._loops.Order", sizeof(Order), 0, Py_TPFLAGS_DEFAULT, slots};

@@ -1,0 +1,56 @@
+/* Arguments of the loops; see rows.h. */
+#include "rows.h"
+
+#include <string.h>
+
+bool rows_open(Rows *rows, PyObject *array, bool writable) {
+    const int flags = PyBUF_STRIDES | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0);
+    if (PyObject_GetBuffer(array, &rows->buffer, flags)) return false;
+    const Py_buffer *buffer = &rows->buffer;
+    const char *format = buffer->format ? buffer->format : "B";
+    const bool whole = buffer->itemsize == 8 && (!strcmp(format, "l") || !strcmp(format, "q"));
+    if (!whole || buffer->ndim != 1 || buffer->strides[0] % 8 || (uintptr_t)buffer->buf % 8) {
+        PyErr_Format(PyExc_TypeError, "an array of format %s with %d dimensions; expected rows: aligned int64 [n]", format, buffer->ndim);
+        PyBuffer_Release(&rows->buffer);
+        return false;
+    }
+    rows->count = buffer->shape[0];
+    return true;
+}
+
+bool rows_within(const Rows *rows, Py_ssize_t limit) {
+    bool within = true;
+    for (Py_ssize_t i = 0; i < rows->count; i++) within &= (uint64_t)*row_at(rows, i) < (uint64_t)limit;
+    return within;
+}
+
+int column_open(Py_buffer *column, PyObject *array, Py_ssize_t size, Py_ssize_t cells) {
+    if (PyObject_GetBuffer(array, column, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE)) return -1;
+    if (column->itemsize == size && (cells < 0 || column->len == cells * size) && (uintptr_t)column->buf % (uintptr_t)size == 0) return 0;
+    PyErr_Format(PyExc_ValueError, "a column of %zd cells of %zd bytes; expected %zd (negative: any) of %zd", column->len / column->itemsize,
+                 column->itemsize, cells, size);
+    return -1;
+}
+
+int expect_arguments(const char *method, Py_ssize_t given, Py_ssize_t expected) {
+    if (given == expected) return 0;
+    PyErr_Format(PyExc_TypeError, "%s takes %zd arguments; %zd were given", method, expected, given);
+    return -1;
+}
+
+int64_t number_of(PyObject *object, bool *failed) {
+    const long long number = PyLong_AsLongLong(object);
+    if (number == -1 && PyErr_Occurred()) *failed = true;
+    return number;
+}
+
+Py_ssize_t item_count(PyObject *sequence) {
+    if (PyList_Check(sequence)) return PyList_Size(sequence);
+    if (PyTuple_Check(sequence)) return PyTuple_Size(sequence);
+    PyErr_Format(PyExc_TypeError, "%R where a list or a tuple was expected", (PyObject *)Py_TYPE(sequence));
+    return -1;
+}
+
+PyObject *item(PyObject *sequence, Py_ssize_t index) {
+    return PyTuple_Check(sequence) ? PyTuple_GetItem(sequence, index) : PyList_GetItem(sequence, index);
+}

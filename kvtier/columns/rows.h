@@ -1,0 +1,54 @@
+/* Arguments as the loops want them: columns held for as long as their owner lives, arrays of row numbers held for one call.
+
+   Nothing here trusts a number from Python: what is read as an index has been compared with the length of what it indexes. */
+#pragma once
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <math.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#define NO_ROW (-1)
+
+/* A one-dimensional int64 array of any stride. */
+typedef struct {
+    Py_buffer buffer;
+    Py_ssize_t count;
+} Rows;
+
+/* False with an exception if `array` is something else; else `rows_close` it. */
+bool rows_open(Rows *rows, PyObject *array, bool writable);
+
+static inline void rows_close(Rows *rows) { PyBuffer_Release(&rows->buffer); }
+
+static inline int64_t *row_at(const Rows *rows, Py_ssize_t index) {
+    return (int64_t *)((char *)rows->buffer.buf + index * rows->buffer.strides[0]);
+}
+
+/* Whether all rows are below `limit` and none is negative. */
+bool rows_within(const Rows *rows, Py_ssize_t limit);
+
+/* A C-contiguous column of `cells` cells of `size` bytes, to be written; -1 with an exception if it is something else. `cells` below 0:
+   any number. */
+int column_open(Py_buffer *column, PyObject *array, Py_ssize_t size, Py_ssize_t cells);
+
+/* -1 with an exception unless as many arguments are given as the method takes. */
+int expect_arguments(const char *method, Py_ssize_t given, Py_ssize_t expected);
+
+/* A whole number, `*failed` set and an exception where it is none; `*failed` stays as it was otherwise. */
+int64_t number_of(PyObject *object, bool *failed);
+
+/* Number of items of a list or tuple; -1 with an exception for anything else. */
+Py_ssize_t item_count(PyObject *sequence);
+
+/* Item `index` of a list or tuple, borrowed; NULL with an exception if it has none. */
+PyObject *item(PyObject *sequence, Py_ssize_t index);
+
+#define FAST(function) ((PyCFunction)(void (*)(void))function), METH_FASTCALL
+
+/* What module.c offers to Python; `kvtier/columns/__init__.py` says what each does. */
+extern PyType_Spec table_spec, order_spec;
+PyObject *take_slots(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *give_slots(PyObject *self, PyObject *const *arguments, Py_ssize_t given);

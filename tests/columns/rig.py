@@ -1,0 +1,92 @@
+"""Twins: the same calls on an object with the compiled loops and on one without, whose answers, errors and state must be the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvtier import columns
+from kvtier.pages import _COLUMNS, PageTable
+from kvtier.policy import LRU
+
+needs_loops = pytest.mark.skipif(columns.loops() is None, reason=f"compiled loops: {columns.why_missing()}")
+
+
+class PlainTable(PageTable):
+    """A page table without compiled loops."""
+
+    def attach(self) -> None:
+        return None
+
+
+class PlainLRU(LRU):
+    """An LRU order without compiled loops."""
+
+    def attach(self) -> None:
+        return None
+
+
+def table_state(table: PageTable) -> dict[str, Any]:
+    """Everything a table holds, as it is in memory."""
+    state = {name: getattr(table, name) for name in _COLUMNS}
+    plain = {name: column.tolist() if column.dtype == object else column.tobytes() for name, column in state.items()}
+    numbers = (table._size, table._free_count, table.hollow, table._pinned_until)
+    return plain | {"free": table._free[: table._free_count].tolist(), "index": list(table._row_of.items()), "numbers": numbers}
+
+
+def order_state(policy: LRU) -> dict[str, Any]:
+    """Everything an order holds that is ever looked at, as it is in memory. A heap may hold the same in several orders."""
+    names = ("_key", "_parent", "_children", "_last", "_unqueued")
+    journal = (policy._keys[: policy._tail].tobytes(), policy._times[: policy._tail].tobytes(), len(policy._keys))
+    numbers = (policy._latest, policy._count, policy._front, policy._head, policy._sorted, policy._tail)
+    columns_ = {name: getattr(policy, name).tobytes() for name in names}
+    return columns_ | {"journal": journal, "numbers": numbers, "late": sorted(policy._late)}
+
+
+class Twins:
+    """`native` and `plain` as one object. Attributes are those of `native`; a call goes to both."""
+
+    def __init__(self, native: Any, plain: Any, state: Callable[[Any], dict[str, Any]]) -> None:
+        assert native._loops is not None
+        assert plain._loops is None
+        self._native, self._plain, self._state = native, plain, state
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._native, name)
+        return (lambda *given, **named: self._both(name, given, named)) if callable(found) else found
+
+    def __len__(self) -> int:
+        return int(self._both("__len__", (), {}))
+
+    def __contains__(self, page: object) -> bool:
+        return bool(self._both("__contains__", (page,), {}))
+
+    def _both(self, name: str, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        again = copy.deepcopy(given)
+        answers = [_outcome(getattr(self._native, name), given, named), _outcome(getattr(self._plain, name), again, named)]
+        assert _comparable(answers[0]) == _comparable(answers[1]), name
+        ours, theirs = self._state(self._native), self._state(self._plain)
+        for part, held in ours.items():
+            assert held == theirs[part], f"{part} after {name}{given}"
+        if isinstance(answers[0], Exception):
+            raise answers[0]
+        return answers[0]
+
+
+def _outcome(call: Callable[..., Any], given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    try:
+        return call(*given, **named)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other twin must say the same
+        return error
+
+
+def _comparable(answer: Any) -> Any:
+    if isinstance(answer, Exception):
+        return type(answer), str(answer)
+    if isinstance(answer, tuple | list):
+        return [_comparable(part) for part in answer]
+    return (answer.dtype, answer.tolist()) if isinstance(answer, np.ndarray) else answer
