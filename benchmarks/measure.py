@@ -88,8 +88,9 @@ def percentile(samples: Sequence[float], share: float) -> float:
 def show(console: Console, rows: Sequence[Row], note: str) -> None:
     """One line per row: figure, unit, ceiling and ratio."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold cyan")
-    for title in ("", "value", "unit", "ceiling", "ratio"):
-        table.add_column(title, justify="left" if title in ("", "unit") else "right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for title in ("value", "unit", "ceiling", "ratio"):
+        table.add_column(title, justify="left" if title == "unit" else "right", no_wrap=True, min_width=7)
     for row in rows:
         compared = ("", "") if row.ceiling is None or row.ratio is None else (f"{row.ceiling:.4g}", f"{row.ratio:.1%}")
         table.add_row(row.name, f"{row.value:.4g}", row.unit, *compared)
