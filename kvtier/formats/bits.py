@@ -1,6 +1,6 @@
 """Codes of 2, 3, 4 and 6 bits as bytes, in planes that vector instructions take apart with shifts.
 
-A vector of head_dim codes becomes, one after the other:
+A vector of head_dim codes becomes one or two planes, put one after the other by `pack`:
     4 bits   low plane, head_dim / 2 bytes: byte i holds codes i and i + head_dim / 2 (upper half)
     3 bits   two low bits of all codes, head_dim / 4 bytes: byte i holds codes i, i + d/4, i + 2d/4, i + 3d/4, lowest first;
              then the third bits, head_dim / 8 bytes: byte i holds codes i + k d/8 in bit k
@@ -10,6 +10,8 @@ A vector of head_dim codes becomes, one after the other:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 _PLANES = {2: ((0, 2),), 4: ((0, 4),), 3: ((0, 2), (2, 1)), 6: ((0, 4), (4, 2))}
@@ -18,14 +20,29 @@ _PLANES = {2: ((0, 2),), 4: ((0, 4),), 3: ((0, 2), (2, 1)), 6: ((0, 4), (4, 2))}
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 `[..., head_dim * bits / 8]` of uint8 codes `[..., head_dim]`."""
-    return torch.cat([_join(codes >> shift & (1 << width) - 1, width) for shift, width in _PLANES[bits]], -1)
+    return torch.cat(pack_planes(codes, bits), -1)
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 codes `[..., head_dim]` of `pack`'s result."""
-    head_dim = packed.shape[-1] * 8 // bits
-    planes = packed.split_with_sizes([head_dim * width // 8 for _, width in _PLANES[bits]], -1)
-    codes = torch.zeros(*packed.shape[:-1], head_dim, dtype=torch.uint8, device=packed.device)
+    return unpack_planes(packed.split_with_sizes(plane_bytes(packed.shape[-1] * 8 // bits, bits), -1), bits)
+
+
+def plane_bytes(head_dim: int, bits: int) -> list[int]:
+    """Bytes of each plane of a vector."""
+    return [head_dim * width // 8 for _, width in _PLANES[bits]]
+
+
+def pack_planes(codes: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    """The planes of `pack`, each by itself: uint8 `[..., plane_bytes]`."""
+    return [_join(codes >> shift & (1 << width) - 1, width) for shift, width in _PLANES[bits]]
+
+
+def unpack_planes(planes: Sequence[torch.Tensor], bits: int) -> torch.Tensor:
+    """uint8 codes `[..., head_dim]` of `pack_planes`' result."""
+    first = planes[0]
+    head_dim = first.shape[-1] * 8 // _PLANES[bits][0][1]
+    codes = torch.zeros(*first.shape[:-1], head_dim, dtype=torch.uint8, device=first.device)
     for (shift, width), plane in zip(_PLANES[bits], planes, strict=True):
         parts = [plane >> place * width & (1 << width) - 1 for place in range(8 // width)]
         codes |= torch.cat(parts, -1) << shift

@@ -69,17 +69,16 @@ class BlockCodec(ABC):
         """Coded blocks, uint8 `[m, block_bytes]` on the same device, of `blocks` `[m, tokens, heads, head_dim]`, any strides."""
 
     def encode_first(self, blocks: torch.Tensor, shape: BlockShape) -> torch.Tensor:
-        """As `encode`, for blocks that begin a sequence. Codecs that treat these differently say so in the bit of `first_flag`."""
+        """As `encode`, for blocks that begin a sequence. Codecs that treat these differently say so in the block: `decode` finds out."""
         return self.encode(blocks, shape)
-
-    def first_flag(self, shape: BlockShape) -> int | None:
-        """The byte of a coded block whose top bit tells `encode_first` from `encode`; None if they are the same. Kernels know only the
-        latter."""
-        return None
 
     @abstractmethod
     def decode(self, coded: torch.Tensor, shape: BlockShape) -> torch.Tensor:
         """Numbers `[m, tokens, heads, head_dim]` in the shape's dtype, of uint8 `coded` `[m, block_bytes]`."""
+
+    def sections(self, shape: BlockShape) -> tuple[int, ...]:
+        """Bytes of each stretch of a coded block that holds bytes of one kind, such as scales or codes; zeros for what is missing."""
+        return (self.block_bytes(shape),)
 
     def element_bytes(self, shape: BlockShape) -> int:
         """Bytes of each number if a coded block is a plain row of them, else 1."""
@@ -98,14 +97,11 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Plan:
-    """All blocks of one format and layout, by layer and plane, and the same for the native kernels (None if they cannot do it).
-
-    `first_flag`: the byte of a payload whose top bit says that the page was coded as one that begins a sequence."""
+    """All blocks of one format and layout, by layer and plane, and the same for the native kernels (None if they cannot do it)."""
 
     places: tuple[tuple[_Place, ...], ...]
     payload_bytes: int
     streams: tuple[Stream, ...]
-    first_flag: int | None
     native: bytes | None
 
     def blocks(self, payload: Payload, first: int, stop: int, plane: int) -> Payload:
@@ -166,17 +162,13 @@ class BlockFormat(Format):
         plan = self._plan(layout)
         payloads = room_for(len(rows), plan.payload_bytes, out)
         native = native_codecs() if plan.native is not None and pages.device.type == "cpu" and pages.is_contiguous() else None
-        special = sorted(first) if plan.first_flag is not None else []
-        if special:
-            self._encode_reference(pages, layout, [rows[i] for i in special], [payloads[i] for i in special], True)
-            others = [index for index in range(len(rows)) if index not in first]
-            rows, rest = [rows[i] for i in others], [payloads[i] for i in others]
-        else:
-            rest = payloads
         if native is not None and plan.native is not None:
-            native.encode(plan.native, pages.data_ptr(), rows, rest)
-        else:
-            self._encode_reference(pages, layout, rows, rest, False)
+            begins = bytes(index in first for index in range(len(rows))) if first else bytes(len(rows))
+            native.encode(plan.native, pages.data_ptr(), rows, payloads, begins)
+            return payloads
+        for special in (False, True):
+            some = [index for index in range(len(rows)) if (index in first) == special]
+            self._encode_reference(pages, layout, [rows[i] for i in some], [payloads[i] for i in some], special)
         return payloads
 
     def decode(
@@ -199,12 +191,6 @@ class BlockFormat(Format):
         if native is None or plan.native is None:
             self._decode_reference(payloads, layout, begin, end, out, rows)
             return out
-        flag = plan.first_flag
-        special = [] if flag is None else [index for index, payload in enumerate(payloads) if payload[flag] & 0x80]
-        if special:
-            self._decode_reference([payloads[i] for i in special], layout, begin, end, out, [rows[i] for i in special])
-            others = [index for index in range(len(payloads)) if index not in special]
-            payloads, rows = [payloads[i] for i in others], [rows[i] for i in others]
         native.decode(plan.native, payloads, out.data_ptr(), rows, begin, end, out.stride(0) * out.element_size())
         return out
 
@@ -243,20 +229,22 @@ class BlockFormat(Format):
                 row.append(_Place(codec, shape, offset, codec.block_bytes(shape)))
                 offset += row[-1].size
             places.append(tuple(row))
-        flags = (place.offset + flag for row in places for place in row if (flag := place.codec.first_flag(place.shape)) is not None)
-        return _Plan(tuple(places), offset, _streams(places), next(flags, None), _native_plan(places, layout, offset))
+        return _Plan(tuple(places), offset, _streams(places), _native_plan(places, layout, offset))
 
 
 def _streams(places: Sequence[Sequence[_Place]]) -> tuple[Stream, ...]:
-    """One for each codec and plane: keys and values have different statistics."""
-    alike: dict[tuple[BlockCodec, bool], list[_Place]] = {}
-    for row in places:
-        for place in row:
-            alike.setdefault((place.codec, place.shape.keys), []).append(place)
-    return tuple(
-        Stream(codec.element_bytes(members[0].shape), tuple((place.offset, place.size) for place in members))
-        for (codec, _), members in alike.items()
-    )
+    """One for each kind of bytes of each codec and plane: keys and values have different statistics."""
+    alike: dict[tuple[BlockCodec, bool, int], list[tuple[int, int]]] = {}
+    elements: dict[tuple[BlockCodec, bool, int], int] = {}
+    for place in (place for row in places for place in row):
+        start = place.offset
+        for kind, size in enumerate(place.codec.sections(place.shape)):
+            if size:
+                key = place.codec, place.shape.keys, kind
+                alike.setdefault(key, []).append((start, size))
+                elements[key] = place.codec.element_bytes(place.shape)
+            start += size
+    return tuple(Stream(elements[key], tuple(spans)) for key, spans in alike.items())
 
 
 def _native_plan(places: Sequence[Sequence[_Place]], layout: PageLayout, payload_bytes: int) -> bytes | None:

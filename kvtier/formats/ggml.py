@@ -18,7 +18,7 @@ torch encode speed, bf16 side, one thread: min and max alone 0.101 / 0.082, 0.50
 The *_0 formats need a head_dim that is a multiple of 32, the *_k formats tokens * heads * head_dim that is one of 256. NaN counts as 0;
 magnitudes saturate at 127 * 65504 (q8_0), 8 * 65504 (q4_0), 3e38 (q8_k), 63 * 65504 (q4_k), and 65504 in an fp16 page. One infinity makes
 its neighbours in the block vanish. Zeros stay zeros. Blocks of magnitude below 4e-6 (q8_0), 2.4e-7 (q4_0), about 3e-5 (q4_k) come back as
-zeros or coarse, because d is an fp16 subnormal. Output is always finite. No native kernels: torch computes.
+zeros or coarse, because d is an fp16 subnormal. Output is always finite. The *_k formats have no native kernels.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class Q8Zero(_GgmlCodec):
     """See the file's head."""
 
     name = "q8_0"
+    native_id = 5
     block_values = 32
     coded_bytes = 34
     limit = 127 * FP16_MAX
@@ -95,6 +96,7 @@ class Q4Zero(_GgmlCodec):
     """See the file's head."""
 
     name = "q4_0"
+    native_id = 6
     block_values = 32
     coded_bytes = 18
     limit = 8 * FP16_MAX

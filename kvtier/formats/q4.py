@@ -8,7 +8,8 @@ Block, little-endian, vectors in the rotated basis:
     mean    see page_mean.py                     keys only
     supers  fp16   [heads]                       the largest scale of the head in this page; sign bit: see below
     scales  uint8  [tokens, heads]               low 7 bits c: scale = super * 2**(-c / 32), 0 for c = 127; bit 7: the mean was subtracted
-    codes   uint8  [tokens, heads, head_dim * bits / 8]   q4: two codes a byte, i and i + head_dim / 2 together; q3: see bits.py
+    codes   uint8  plane by plane (see bits.py): q4 [tokens, heads, head_dim / 2]; q3 the two low bits (the level's magnitude) of all
+                   vectors [tokens, heads, head_dim / 4], then the third (its sign) of all [tokens, heads, head_dim / 8]
     value = (LEVELS[codes] @ H) * (scale * block**-0.5 / PER_RMS) + (bit 7 ? mean : 0)   with H the +-1 Hadamard matrix
 
 LEVELS are the Lloyd-Max levels in even whole numbers: that costs 0.2 % of squared error, every boundary between levels is a whole number,
@@ -19,8 +20,8 @@ largest is small against the error of the others.
 
 A page that begins a sequence has the sign bit of its supers set. Its first token, which attention looks at more than at all others (the
 attention sink of StreamingLLM, Xiao et al. 2023), has whole-number codes of 8 bits instead of levels, int8 `[heads, head_dim]`; the
-8 - bits tokens behind it pay for that with one bit less each; then come the others as usual. That one token takes a third of the KL away.
-Pages too short to pay are coded as all others.
+8 - bits tokens behind it pay for that with one bit less each; then come the others as usual, these two lots each plane by plane. That one
+token takes a third of the KL away. Pages too short to pay are coded as all others.
 
 head_dim must be a multiple of 4 (q4) or 8 (q3). NaN counts as 0, +-Inf as 65504, which is where magnitudes saturate. Zeros stay zeros; a
 vector 24 times smaller than the largest of its head in the page gets a scale that is too large by up to its own size, a 32 times smaller
@@ -36,7 +37,7 @@ from functools import lru_cache
 import torch
 
 from kvtier.errors import LayoutError
-from kvtier.formats.bits import pack, unpack
+from kvtier.formats.bits import pack_planes, plane_bytes, unpack_planes
 from kvtier.formats.blocks import BlockCodec, BlockShape
 from kvtier.formats.hadamard import rotate, unrotate_factor, unrotate_whole
 from kvtier.formats.levels import LEVELS2, LEVELS3, LEVELS4, Levels
@@ -62,15 +63,14 @@ class Gaussian(BlockCodec):
     def block_bytes(self, shape: BlockShape) -> int:
         if shape.head_dim % (multiple := {4: 4, 3: 8}[self.levels.bits]):
             raise LayoutError(f"{self.name} needs a head_dim that is a multiple of {multiple}, not {shape.head_dim}; use q8")
-        return sum(self._sections(shape))
+        return sum(self.sections(shape))
 
-    def _sections(self, shape: BlockShape) -> tuple[int, int, int, int]:
+    def sections(self, shape: BlockShape) -> tuple[int, ...]:
         mean = mean_bytes(shape) if shape.keys else 0
-        return mean, shape.heads * 2, shape.vectors, shape.vectors * shape.head_dim * self.levels.bits // 8
+        return mean, shape.heads * 2, shape.vectors, *(shape.vectors * each for each in plane_bytes(shape.head_dim, self.levels.bits))
 
-    def first_flag(self, shape: BlockShape) -> int | None:
-        mean, _, _, _ = self._sections(shape)
-        return mean + 1 if shape.tokens > self._payers else None
+    def _can_begin(self, shape: BlockShape) -> bool:
+        return shape.tokens > self._payers
 
     @property
     def _payers(self) -> int:
@@ -82,11 +82,11 @@ class Gaussian(BlockCodec):
         codes, scales = self.levels.encode(vectors)
         supers = fp16_scale(scales.amax(1, keepdim=True))
         steps = _scale_steps(scales, supers.float()) | reduced << 7
-        parts += [supers.flatten(1).view(torch.uint8), steps.to(torch.uint8).flatten(1), pack(codes, self.levels.bits).flatten(1)]
+        parts += [supers.flatten(1).view(torch.uint8), steps.to(torch.uint8).flatten(1), *_packed(codes, self.levels)]
         return torch.cat(parts, 1)
 
     def encode_first(self, blocks: torch.Tensor, shape: BlockShape) -> torch.Tensor:
-        if self.first_flag(shape) is None:
+        if not self._can_begin(shape):
             return self.encode(blocks, shape)
         parts, vectors, reduced = _without_mean(blocks, shape)
         first, short, rest = vectors.split_with_sizes(self._first_tokens(shape), 1)
@@ -103,12 +103,13 @@ class Gaussian(BlockCodec):
         first_codes = (first * inverse(factors)).round_().clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int8)
         marked = supers.flatten(1).view(torch.int16) | -0x8000
         parts += [marked.view(torch.uint8), (steps | reduced << 7).to(torch.uint8).flatten(1), first_codes.view(torch.uint8).flatten(1)]
-        parts += [pack(short_codes, fewer.bits).flatten(1), pack(rest_codes, self.levels.bits).flatten(1)]
+        parts += [*_packed(short_codes, fewer), *_packed(rest_codes, self.levels)]
         return torch.cat(parts, 1)
 
     def decode(self, coded: torch.Tensor, shape: BlockShape) -> torch.Tensor:
-        mean, supers, steps, codes = coded.split_with_sizes(self._sections(shape), 1)
-        begins = (supers[:, 1] >= 0x80) & (self.first_flag(shape) is not None)
+        before = self.sections(shape)[:3]
+        mean, supers, steps, codes = coded.split_with_sizes([*before, coded.shape[1] - sum(before)], 1)
+        begins = (supers[:, 1] >= 0x80) & self._can_begin(shape)
         whole = torch.empty(len(coded), shape.tokens, shape.heads, shape.head_dim, device=coded.device)
         per_rms = torch.full((len(coded), shape.tokens, 1, 1), _factor(shape.head_dim, self.levels.per_rms), device=coded.device)
         whole[~begins] = self._levels(codes[~begins], self.levels, shape)
@@ -119,7 +120,7 @@ class Gaussian(BlockCodec):
         scales = largest * _step_values().to(coded.device)[step & 127]
         numbers = unrotate_whole(whole) * (scales * per_rms)
         if shape.keys:
-            numbers += PageMean.decode(mean, shape).values() * (step >> 7)
+            numbers += torch.where(step >= 128, PageMean.decode(mean, shape).values(), 0.0)
         return as_page_dtype(numbers, shape.torch_dtype)
 
     def _decode_first(
@@ -146,9 +147,16 @@ class Gaussian(BlockCodec):
 
     @staticmethod
     def _levels(packed: torch.Tensor, levels: Levels, shape: BlockShape) -> torch.Tensor:
-        vector_bytes = shape.head_dim * levels.bits // 8
-        tokens = packed.shape[1] // (shape.heads * vector_bytes)
-        return levels.decode(unpack(packed.reshape(len(packed), tokens, shape.heads, vector_bytes), levels.bits))
+        sizes = plane_bytes(shape.head_dim, levels.bits)
+        vectors = packed.shape[1] // sum(sizes)
+        planes = packed.split_with_sizes([vectors * size for size in sizes], 1)
+        each = [plane.reshape(len(packed), vectors // shape.heads, shape.heads, size) for plane, size in zip(planes, sizes, strict=True)]
+        return levels.decode(unpack_planes(each, levels.bits))
+
+
+def _packed(codes: torch.Tensor, levels: Levels) -> list[torch.Tensor]:
+    """The bytes of some tokens' codes, plane by plane: uint8 `[m, n]` each."""
+    return [plane.flatten(1) for plane in pack_planes(codes, levels.bits)]
 
 
 def _without_mean(blocks: torch.Tensor, shape: BlockShape) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:

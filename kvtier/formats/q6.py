@@ -40,9 +40,9 @@ class Q6(BlockCodec):
     def block_bytes(self, shape: BlockShape) -> int:
         if shape.head_dim % 4:
             raise LayoutError(f"q6 needs a head_dim that is a multiple of 4, not {shape.head_dim}; use q8")
-        return sum(self._sections(shape))
+        return sum(self.sections(shape))
 
-    def _sections(self, shape: BlockShape) -> tuple[int, int, int]:
+    def sections(self, shape: BlockShape) -> tuple[int, ...]:
         return mean_bytes(shape) if shape.keys else 0, shape.vectors * 2, shape.vectors * shape.head_dim * 6 // 8
 
     def encode(self, blocks: torch.Tensor, shape: BlockShape) -> torch.Tensor:
@@ -59,11 +59,11 @@ class Q6(BlockCodec):
         return torch.cat([*parts, scales.flatten(1).view(torch.uint8), packed.flatten(1)], 1)
 
     def decode(self, coded: torch.Tensor, shape: BlockShape) -> torch.Tensor:
-        mean, scales, packed = coded.split_with_sizes(self._sections(shape), 1)
+        mean, scales, packed = coded.split_with_sizes(self.sections(shape), 1)
         codes = unpack(packed.reshape(-1, shape.tokens, shape.heads, shape.head_dim * 6 // 8), 6)
         whole = unrotate_whole(codes.float() - OFFSET)
         signed = numbers_of(scales, torch.float16).view(-1, shape.tokens, shape.heads, 1)
         numbers = whole * (signed.float().abs() * unrotate_factor(shape.head_dim))
         if shape.keys:
-            numbers += PageMean.decode(mean, shape).values() * torch.signbit(signed)
+            numbers += torch.where(torch.signbit(signed), PageMean.decode(mean, shape).values(), 0.0)
         return as_page_dtype(numbers, shape.torch_dtype)

@@ -109,9 +109,9 @@ def test_layers_must_be_a_slice_with_step_one(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "streams"),
-    [("raw", 2), ("q4", 2), ("q8/q4", 2), ("raw/q4", 2), ("q4;0-1:q8", 4), ("q4;0-1:raw/q4", 3)],
+    [("raw", 2), ("q4", 7), ("q8/q4", 4), ("q4/q3", 8), ("raw/q6", 3), ("q4;0-1:q8", 9), ("q4;0-1:raw/q4", 8)],
 )
-def test_streams_are_every_byte_once_by_codec_and_plane(name: str, streams: int) -> None:
+def test_streams_are_every_byte_once_by_codec_and_plane_and_kind(name: str, streams: int) -> None:
     format = get_format(name)
     found = format.streams(LAYOUT)
     assert len(found) == streams

@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 LAYOUTS = [PageLayout(3, planes, 9, 2, head_dim, "fp32") for planes in (1, 2) for head_dim in (64, 80, 96)]
 LEVELS: dict[int, tuple[list[int], float]] = {
     4: ([-122, -92, -72, -56, -42, -30, -18, -6, 6, 18, 30, 42, 56, 72, 92, 122], 44.64),
-    3: ([-120, -76, -42, -14, 14, 42, 76, 120], 56.0),
+    3: ([14, 42, 76, 120, -14, -42, -76, -120], 56.0),
     2: ([-120, -36, 36, 120], 79.5),
 }
 
@@ -33,15 +33,15 @@ class Reader:
         return np.frombuffer(section, dtype).reshape(shape).astype(np.float64)
 
     def codes(self, bits: int, tokens: int, heads: int, head_dim: int) -> NDArray[np.int64]:
-        """Packed codes, one vector after the other: (bits of the plane, where they go) plane by plane."""
+        """Packed codes: (bits of the plane, where they go) plane by plane; the planes of 6 bits vector by vector, those of 3 bits apart."""
         codes = np.zeros((tokens, heads, head_dim), np.int64)
-        raw = self.take("u1", tokens, heads, head_dim * bits // 8).astype(np.int64)
+        sixes = self.take("u1", tokens, heads, head_dim * 6 // 8).astype(np.int64) if bits == 6 else np.zeros(0)
         for width, shift in {2: [(2, 0)], 3: [(2, 0), (1, 2)], 4: [(4, 0)], 6: [(4, 0), (2, 4)]}[bits]:
             part, size = 8 // width, head_dim * width // 8
+            plane, sixes = (sixes[..., :size], sixes[..., size:]) if bits == 6 else (self.take("u1", tokens, heads, size), sixes)
             for code in range(head_dim):
                 byte, place = code % (head_dim // part), code // (head_dim // part)
-                codes[..., code] |= (raw[..., byte] >> (place * width) & (2**width - 1)) << shift
-            raw = raw[..., size:]
+                codes[..., code] |= (plane[..., byte].astype(np.int64) >> (place * width) & (2**width - 1)) << shift
         return codes
 
 
@@ -226,7 +226,7 @@ def test_levels_are_those_of_lloyd_and_max(bits: int, error: float, close: float
         3: [0.2451, 0.7560, 1.3439, 2.1519],
         2: [0.4528, 1.5104],
     }[bits]
-    levels = np.array(LEVELS[bits][0]) / LEVELS[bits][1]
+    levels = np.sort(LEVELS[bits][0]) / LEVELS[bits][1]
     assert np.abs(levels[len(levels) // 2 :] - np.array(optimum)).max() < close
     grid = np.linspace(-8, 8, 400_001)
     density = np.exp(-(grid**2) / 2) / np.sqrt(2 * np.pi)

@@ -91,7 +91,7 @@ def test_fp32_shrinks_too(name: str, most: float) -> None:
 
 
 def test_each_part_is_stored_or_compressed_by_itself() -> None:
-    """Of keys that are all zero and values that are noise, only the keys shrink; quantized bytes are one part per codec and plane."""
+    """Of keys that are all zero and values that are noise, only the keys shrink; bytes of q8 are one part per plane."""
     page = make_pages(LAYOUT, "bits", 1, seed=0)
     page[:, :, 0] = 0
     for name, expected in (("raw+zstd", [1, 1, 0, 0]), ("q8/raw+zstd", [1, 0, 0]), ("q8/raw+lz4", [1, 0, 0])):
@@ -104,7 +104,7 @@ def test_each_part_is_stored_or_compressed_by_itself() -> None:
 def test_constant_pages_shrink_to_almost_nothing_and_come_back(name: str) -> None:
     format, page = get_format(name), torch.zeros(1, *LAYOUT.shape, dtype=torch.bfloat16)
     packed = format.encode(page, LAYOUT)
-    assert len(packed[0]) < 0.03 * format.payload_bytes(LAYOUT)
+    assert len(packed[0]) < 0.05 * format.payload_bytes(LAYOUT)
     assert torch.equal(format.decode(format.unpack(packed, LAYOUT), LAYOUT), page)
 
 

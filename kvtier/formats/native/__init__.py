@@ -19,17 +19,18 @@ class NativeCodecs(Protocol):
     """What the extension offers.
 
     `plan` describes pages and payloads: struct "<8i" dtype (0 bf16, 1 fp16, 2 fp32), layers, planes, tokens, heads, head_dim, number of
-    blocks, 0; for each layer and plane "<iiq" codec (0 raw, 1 q8, 2 q6, 3 q4, 4 q3), whether it holds the keys of two planes, offset of
-    the block in the payload; then "<q" bytes of a payload. ValueError if it is none, if a shape has no kernels, if a payload has another
-    size or a row is negative; nothing has been written then. That the addresses are good is the caller's promise. The interpreter's lock is
-    released meanwhile.
+    blocks, 0; for each layer and plane "<iiq" codec (0 raw, 1 q8, 2 q6, 3 q4, 4 q3, 5 q8_0, 6 q4_0), whether it holds the keys of two
+    planes, offset of the block in the payload; then "<q" bytes of a payload. ValueError if it is none, if a shape has no kernels, if a
+    payload has another size or a row is negative; nothing has been written then. That the addresses are good is the caller's promise. The
+    interpreter's lock is released meanwhile.
     """
 
     def supports(self, codec: int, dtype: int, tokens: int, heads: int, head_dim: int, /) -> bool:
         """Whether there are kernels for such blocks: a Hadamard block of 16 to 256 and sizes that fit the stack."""
 
-    def encode(self, plan: bytes, source: int, rows: Sequence[int], outs: Sequence[Payload], /) -> None:
-        """Page `rows[i]` of the contiguous pages at address `source` into the writable buffer `outs[i]`."""
+    def encode(self, plan: bytes, source: int, rows: Sequence[int], outs: Sequence[Payload], begins: bytes, /) -> None:
+        """Page `rows[i]` of the contiguous pages at address `source` into the writable buffer `outs[i]`; one that begins a sequence if
+        `begins[i]` is not 0."""
 
     def decode(
         self, plan: bytes, payloads: Sequence[Payload], target: int, rows: Sequence[int], first: int, stop: int, row_bytes: int, /

@@ -5,7 +5,11 @@
    (magnitude_max; NaN counts as larger than everything), the total or largest magnitude of each of 16 registers (rows_sum,
    rows_magnitude), groups from and to memory (group_load, group_store, group_from_bytes), the +-1 Hadamard transform of a group of floats
    (group_rotate) and of codes (group_rotate_codes, then group_widen to floats), rounding to codes (group_round, group_cells, group_codes),
-   table look-up, and 16 fp16 numbers at once (halves_*).
+   table look-up, and 16 fp16 numbers at once (halves_*). For ggml blocks of 32 numbers in BLOCK_PARTS registers of floats:
+   from and to memory (block_load, block_store, block_from_bytes), rounded to the nearest, halves away from zero, of magnitude up to 127
+   (block_round), cut to 0..15 and packed (block_nibbles), looked up in a table of 16 numbers of 16 bits (nibble_numbers); and whole
+   numbers that order numbers whose 13 lowest bits are 0 by magnitude, the first of equals in front, with the sign in their lowest bit
+   (extreme_keys, keys_max; rows_key, the largest of each of 16 registers).
 
    Rotated vectors are kept without the factor block**-0.5: it goes into the scale, where it costs nothing. */
 #include <float.h>
@@ -37,9 +41,10 @@
 #include "q8.h"
 #include "q6.h"
 #include "q4.h"
+#include "ggml.h"
 
 #define KERNELS(instruction_set) \
     {.name = instruction_set, \
      .group = GROUP, \
-     .encode = {encode_raw, encode_q8, encode_q6, encode_q4, encode_q3}, \
-     .decode = {decode_raw, decode_q8, decode_q6, decode_q4, decode_q3}}
+     .encode = {encode_raw, encode_q8, encode_q6, encode_q4, encode_q3, encode_q8_0, encode_q4_0}, \
+     .decode = {decode_raw, decode_q8, decode_q6, decode_q4, decode_q3, decode_q8_0, decode_q4_0}}

@@ -122,17 +122,18 @@ static inline void group_cells(int8_t *cells, const Floats group[PARTS]) {
     _mm_storeu_si128((void *)cells, bytes_of(low, high));
 }
 
-/* Cells to codes, in place; see tables.h. Three or seven comparisons are faster than a look-up in a table of 128. */
+/* Cells to codes, in place; see tables.h. A few comparisons are faster than a look-up in a table of 128. */
 static inline void group_codes(int8_t *cells, const uint8_t steps[128], int levels) {
-    static const int8_t boundaries[2][7] = {{28, 59, 98}, {12, 24, 36, 49, 64, 82, 107}};
+    static const int8_t boundaries[3][7] = {{78}, {28, 59, 98}, {12, 24, 36, 49, 64, 82, 107}};
+    const int8_t *const bounds = boundaries[levels == 16 ? 2 : levels == 8];
     (void)steps;
     const __m128i cell = _mm_loadu_si128((const void *)cells), negative = _mm_cmpgt_epi8(_mm_setzero_si128(), cell);
     const __m128i mirrored = _mm_xor_si128(cell, negative);
-    __m128i code = _mm_set1_epi8((int8_t)(levels / 2));
+    __m128i code = _mm_set1_epi8((int8_t)(levels == 8 ? 0 : levels / 2));
     for (int i = 0; i < levels / 2 - 1; i++) {
-        code = _mm_sub_epi8(code, _mm_cmpgt_epi8(mirrored, _mm_set1_epi8((int8_t)(boundaries[levels == 16][i] - 1))));
+        code = _mm_sub_epi8(code, _mm_cmpgt_epi8(mirrored, _mm_set1_epi8((int8_t)(bounds[i] - 1))));
     }
-    const __m128i all = _mm_set1_epi8((int8_t)(levels - 1));
+    const __m128i all = _mm_set1_epi8((int8_t)(levels == 8 ? 4 : levels - 1)); /* of 8 levels only the sign differs */
     _mm_storeu_si128((void *)cells, _mm_xor_si128(code, _mm_and_si128(negative, all)));
 }
 
@@ -156,4 +157,71 @@ static inline void halves_store(uint16_t *halves, const float *numbers) {
 
 static inline void halves_load(float *numbers, const uint16_t *halves) {
     for (int i = 0; i < 16; i += 8) _mm256_storeu_ps(numbers + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(halves + i))));
+}
+
+/* ggml blocks of 32 numbers; see kernels.h. */
+enum { BLOCK_PARTS = 4 };
+
+static inline void block_load(Floats block[BLOCK_PARTS], const void *numbers, int dtype) {
+    for (int half = 0; half < 2; half++) group_load(block + 2 * half, (const char *)numbers + half * 16 * (dtype == FP32 ? 4 : 2), dtype);
+}
+
+static inline void block_store(void *numbers, const Floats block[BLOCK_PARTS], int dtype) {
+    for (int half = 0; half < 2; half++) group_store((char *)numbers + half * 16 * (dtype == FP32 ? 4 : 2), block + 2 * half, dtype);
+}
+
+static inline void block_from_bytes(Floats block[BLOCK_PARTS], const int8_t *bytes) {
+    for (int half = 0; half < 2; half++) group_from_bytes(block + 2 * half, bytes + 16 * half);
+}
+
+static inline void block_round(int8_t *codes, const Floats block[BLOCK_PARTS]) {
+    __m256i whole[BLOCK_PARTS];
+    for (int part = 0; part < BLOCK_PARTS; part++) {
+        const Floats half = _mm256_or_ps(_mm256_and_ps(block[part], _mm256_set1_ps(-0.f)), _mm256_set1_ps(0x1.fffffep-2f));
+        whole[part] = _mm256_cvttps_epi32(floats_add(block[part], half));
+    }
+    _mm_storeu_si128((void *)codes, bytes_of(whole[0], whole[1]));
+    _mm_storeu_si128((void *)(codes + 16), bytes_of(whole[2], whole[3]));
+}
+
+static inline void block_nibbles(uint8_t packed[16], const Floats block[BLOCK_PARTS]) {
+    __m256i codes[BLOCK_PARTS];
+    for (int part = 0; part < BLOCK_PARTS; part++) codes[part] = _mm256_min_epi32(_mm256_cvttps_epi32(block[part]), _mm256_set1_epi32(15));
+    const __m256i low = _mm256_or_si256(codes[0], _mm256_slli_epi32(codes[2], 4));
+    const __m256i high = _mm256_or_si256(codes[1], _mm256_slli_epi32(codes[3], 4));
+    const __m256i shorts = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xD8);
+    _mm_storeu_si128((void *)packed, _mm_packus_epi16(_mm256_castsi256_si128(shorts), _mm256_extracti128_si256(shorts, 1)));
+}
+
+/* Bytes can be looked up, 16-bit numbers not: their lower and upper bytes are looked up apart. */
+static inline void nibble_numbers(uint16_t numbers[32], const uint8_t packed[16], const uint16_t table[16]) {
+    const __m128i first = _mm_loadu_si128((const void *)table), second = _mm_loadu_si128((const void *)(table + 8));
+    const __m128i byte = _mm_set1_epi16(255), nibble = _mm_set1_epi8(15), codes = _mm_loadu_si128((const void *)packed);
+    const __m128i lower = _mm_packus_epi16(_mm_and_si128(first, byte), _mm_and_si128(second, byte));
+    const __m128i upper = _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8));
+    const __m128i halves[2] = {_mm_and_si128(codes, nibble), _mm_and_si128(_mm_srli_epi16(codes, 4), nibble)};
+    for (int half = 0; half < 2; half++) {
+        const __m128i low = _mm_shuffle_epi8(lower, halves[half]), high = _mm_shuffle_epi8(upper, halves[half]);
+        _mm_storeu_si128((void *)(numbers + 16 * half), _mm_unpacklo_epi8(low, high));
+        _mm_storeu_si128((void *)(numbers + 16 * half + 8), _mm_unpackhi_epi8(low, high));
+    }
+}
+
+static inline Floats extreme_keys(Floats a, int place) {
+    const __m256i bits = _mm256_castps_si256(a), before = _mm256_setr_epi32(62, 60, 58, 56, 54, 52, 50, 48);
+    const __m256i rotated = _mm256_or_si256(_mm256_slli_epi32(bits, 1), _mm256_srli_epi32(bits, 31));
+    return _mm256_castsi256_ps(_mm256_or_si256(rotated, _mm256_sub_epi32(before, _mm256_set1_epi32(2 * place))));
+}
+
+static inline Floats keys_max(Floats a, Floats b) {
+    return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+}
+
+static inline void rows_key(float results[16], const Floats rows[16]) {
+    for (int row = 0; row < 16; row++) {
+        const __m256i bits = _mm256_castps_si256(rows[row]);
+        __m128i half = _mm_max_epu32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+        half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4E));
+        results[row] = float_of((uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(half, _mm_shuffle_epi32(half, 0xB1))));
+    }
 }

@@ -39,7 +39,12 @@ static inline Floats magnitude_max(Floats most, Floats a) {
         _mm512_storeu_ps(results, combine(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xDD))); \
     }
 
+static inline Floats keys_max(Floats a, Floats b) {
+    return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
+
 ACROSS(rows_sum, floats_add)
+ACROSS(rows_key, keys_max)
 ACROSS(rows_magnitude, magnitude_max)
 
 /* bf16 numbers are the upper halves of floats: each goes to an odd place, zeros between them. */
@@ -51,12 +56,20 @@ static inline void load_bf16(Floats pair[2], const void *numbers) {
     pair[1] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, high, line));
 }
 
-static inline void group_load(Floats group[PARTS], const void *numbers, int dtype) {
-    for (int part = 0; part < PARTS; part++) {
-        if (dtype == FP32) group[part] = _mm512_loadu_ps((const float *)numbers + part * 16);
-        else if (dtype == FP16) group[part] = _mm512_cvtph_ps(_mm256_loadu_si256((const void *)((const uint16_t *)numbers + part * 16)));
-        else if (part % 2 == 0) load_bf16(group + part, (const uint16_t *)numbers + part * 16);
+/* Half a group, which is a ggml block of 32 numbers. */
+enum { BLOCK_PARTS = 2 };
+
+static inline void block_load(Floats block[BLOCK_PARTS], const void *numbers, int dtype) {
+    for (int part = 0; part < BLOCK_PARTS && dtype != BF16; part++) {
+        if (dtype == FP32) block[part] = _mm512_loadu_ps((const float *)numbers + part * 16);
+        else block[part] = _mm512_cvtph_ps(_mm256_loadu_si256((const void *)((const uint16_t *)numbers + part * 16)));
     }
+    if (dtype == BF16) load_bf16(block, numbers);
+}
+
+static inline void group_load(Floats group[PARTS], const void *numbers, int dtype) {
+    block_load(group, numbers, dtype);
+    block_load(group + 2, (const char *)numbers + 32 * (dtype == FP32 ? 4 : 2), dtype);
 }
 
 #if defined(WITH_AVX512_BF16)
@@ -82,13 +95,17 @@ static inline __m256i to_fp16_half_line(Floats a) {
     return _mm512_cvtps_ph(within, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-static inline void group_store(void *numbers, const Floats group[PARTS], int dtype) {
-    for (int part = 0; part < PARTS; part++) {
-        uint16_t *const halves = (uint16_t *)numbers + part * 16;
-        if (dtype == FP32) _mm512_storeu_ps((float *)numbers + part * 16, group[part]);
-        else if (dtype == FP16) _mm256_storeu_si256((void *)halves, to_fp16_half_line(group[part]));
-        else if (part % 2 == 0) _mm512_storeu_si512(halves, to_bf16_line(group[part], group[part + 1]));
+static inline void block_store(void *numbers, const Floats block[BLOCK_PARTS], int dtype) {
+    for (int part = 0; part < BLOCK_PARTS && dtype != BF16; part++) {
+        if (dtype == FP32) _mm512_storeu_ps((float *)numbers + part * 16, block[part]);
+        else _mm256_storeu_si256((void *)((uint16_t *)numbers + part * 16), to_fp16_half_line(block[part]));
     }
+    if (dtype == BF16) _mm512_storeu_si512(numbers, to_bf16_line(block[0], block[1]));
+}
+
+static inline void group_store(void *numbers, const Floats group[PARTS], int dtype) {
+    block_store(numbers, group, dtype);
+    block_store((char *)numbers + 32 * (dtype == FP32 ? 4 : 2), group + 2, dtype);
 }
 
 /* In one register: lane i meets lane i ^ distance; the lower becomes the sum, the upper the difference. Multiplying by +-1 is exact. */
@@ -166,6 +183,10 @@ static inline void group_codes(int8_t *cells, const uint8_t steps[128], int leve
     const __mmask64 negative = _mm512_movepi8_mask(cell);
     const __m512i mirrored = _mm512_xor_si512(cell, _mm512_movm_epi8(negative));
     const __m512i above = _mm512_permutex2var_epi8(_mm512_loadu_si512(steps), mirrored, _mm512_loadu_si512(steps + 64));
+    if (levels == 8) {
+        _mm512_storeu_si512(cells, _mm512_mask_add_epi8(above, negative, above, _mm512_set1_epi8(4)));
+        return;
+    }
     const __m512i code = _mm512_add_epi8(above, _mm512_set1_epi8((int8_t)(levels / 2)));
     _mm512_storeu_si512(cells, _mm512_mask_sub_epi8(code, negative, _mm512_set1_epi8((int8_t)(levels - 1)), code));
 }
@@ -189,4 +210,38 @@ static inline void halves_store(uint16_t *halves, const float *numbers) {
 
 static inline void halves_load(float *numbers, const uint16_t *halves) {
     _mm512_storeu_ps(numbers, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)halves)));
+}
+
+/* ggml blocks of 32 numbers; see kernels.h. */
+static inline void block_from_bytes(Floats block[BLOCK_PARTS], const int8_t *bytes) {
+    for (int part = 0; part < BLOCK_PARTS; part++) {
+        block[part] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(bytes + 16 * part))));
+    }
+}
+
+static inline void block_round(int8_t *codes, const Floats block[BLOCK_PARTS]) {
+    for (int part = 0; part < BLOCK_PARTS; part++) {
+        const Floats half = _mm512_or_ps(_mm512_and_ps(block[part], _mm512_set1_ps(-0.f)), _mm512_set1_ps(0x1.fffffep-2f));
+        const __m512i whole = _mm512_cvttps_epi32(floats_add(block[part], half));
+        _mm_storeu_si128((void *)(codes + 16 * part), _mm512_cvtepi32_epi8(whole));
+    }
+}
+
+static inline void block_nibbles(uint8_t packed[16], const Floats block[BLOCK_PARTS]) {
+    const __m512i most = _mm512_set1_epi32(15);
+    const __m512i low = _mm512_min_epi32(_mm512_cvttps_epi32(block[0]), most), high = _mm512_min_epi32(_mm512_cvttps_epi32(block[1]), most);
+    _mm_storeu_si128((void *)packed, _mm512_cvtepi32_epi8(_mm512_or_si512(low, _mm512_slli_epi32(high, 4))));
+}
+
+static inline void nibble_numbers(uint16_t numbers[32], const uint8_t packed[16], const uint16_t table[16]) {
+    const __m128i codes = _mm_loadu_si128((const void *)packed);
+    const __m256i halves = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(codes, 4), codes), _mm256_set1_epi8(15));
+    const __m512i all = _mm512_castsi256_si512(_mm256_loadu_si256((const void *)table)); /* codes never reach the upper half */
+    _mm512_storeu_si512(numbers, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(halves), all));
+}
+
+static inline Floats extreme_keys(Floats a, int place) {
+    const __m512i before = _mm512_setr_epi32(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32);
+    const __m512i rotated = _mm512_rol_epi32(_mm512_castps_si512(a), 1);
+    return _mm512_castsi512_ps(_mm512_or_si512(rotated, _mm512_sub_epi32(before, _mm512_set1_epi32(2 * place))));
 }

@@ -102,8 +102,9 @@ static inline void group_cells(int8_t *cells, const Floats group[PARTS]) {
 /* Cells to codes, in place; see tables.h. */
 static inline void group_codes(int8_t *cells, const uint8_t steps[128], int levels) {
     for (int i = 0; i < GROUP; i++) {
-        const int above = levels / 2 + steps[cells[i] < 0 ? ~cells[i] : cells[i]];
-        cells[i] = (int8_t)(cells[i] < 0 ? levels - 1 - above : above);
+        const int negative = cells[i] < 0, magnitude = steps[negative ? ~cells[i] : cells[i]];
+        if (levels == 8) cells[i] = (int8_t)(magnitude | negative << 2);
+        else cells[i] = (int8_t)(negative ? levels / 2 - 1 - magnitude : levels / 2 + magnitude);
     }
 }
 
@@ -122,4 +123,55 @@ static inline void halves_store(uint16_t *halves, const float *numbers) {
 
 static inline void halves_load(float *numbers, const uint16_t *halves) {
     for (int i = 0; i < 16; i++) numbers[i] = from_fp16(halves[i]);
+}
+
+/* ggml blocks of 32 numbers; see kernels.h. */
+enum { BLOCK_PARTS = 2 };
+
+static inline void block_load(Floats block[BLOCK_PARTS], const void *numbers, int dtype) {
+    const char *const place = numbers;
+    for (int part = 0; part < BLOCK_PARTS; part++) group_load(block + part, place + part * 16 * (dtype == FP32 ? 4 : 2), dtype);
+}
+
+static inline void block_store(void *numbers, const Floats block[BLOCK_PARTS], int dtype) {
+    char *const place = numbers;
+    for (int part = 0; part < BLOCK_PARTS; part++) group_store(place + part * 16 * (dtype == FP32 ? 4 : 2), block + part, dtype);
+}
+
+static inline void block_from_bytes(Floats block[BLOCK_PARTS], const int8_t *bytes) {
+    for (int part = 0; part < BLOCK_PARTS; part++) group_from_bytes(block + part, bytes + 16 * part);
+}
+
+static inline void block_round(int8_t *codes, const Floats block[BLOCK_PARTS]) {
+    for (int i = 0; i < 32; i++) {
+        const float number = block[i / 16].lane[i % 16];
+        codes[i] = (int8_t)(number + copysignf(0x1.fffffep-2f, number));
+    }
+}
+
+static inline void block_nibbles(uint8_t packed[16], const Floats block[BLOCK_PARTS]) {
+    for (int i = 0; i < 16; i++) packed[i] = (uint8_t)(within(block[0].lane[i], 0, 15) | within(block[1].lane[i], 0, 15) << 4);
+}
+
+static inline void nibble_numbers(uint16_t numbers[32], const uint8_t packed[16], const uint16_t table[16]) {
+    uint16_t found[32];
+    for (int i = 0; i < 16; i++) found[i] = table[packed[i] & 15];
+    for (int i = 0; i < 16; i++) found[i + 16] = table[packed[i] >> 4];
+    memcpy(numbers, found, sizeof found);
+}
+
+static inline Floats extreme_keys(Floats a, int place) {
+    EACH(Floats, float_of(bits_of(a.lane[i]) << 1 | bits_of(a.lane[i]) >> 31 | (uint32_t)(31 - place - i) << 1));
+}
+
+static inline Floats keys_max(Floats a, Floats b) {
+    EACH(Floats, bits_of(a.lane[i]) > bits_of(b.lane[i]) ? a.lane[i] : b.lane[i]);
+}
+
+static inline void rows_key(float results[16], const Floats rows[16]) {
+    for (int row = 0; row < 16; row++) {
+        uint32_t most = 0;
+        for (int i = 0; i < GROUP; i++) most = bits_of(rows[row].lane[i]) > most ? bits_of(rows[row].lane[i]) : most;
+        results[row] = float_of(most);
+    }
 }

@@ -29,7 +29,7 @@ INLINE void encode_mean(Tile *tile, float *mean, const Shape *shape, int head, c
     for (int i = 0; i < 16; i++) scales[i] *= norm;
     round_scales(halves, scales);
     memcpy(coded + 2 * head, halves, 2);
-    pack_codes(coded + 2 * shape->heads + head * (head_dim / 2), codes, head_dim, 4);
+    pack_nibbles(coded + 2 * shape->heads + head * (head_dim / 2), codes, head_dim);
     const float factor = scales[0] * (float)(1 / PER_RMS4) / norm;
     for (int i = 0; i < head_dim; i++) mean[i] = factor * levels.values[codes[i]];
 }
@@ -71,7 +71,7 @@ INLINE void decode_means(float *means, const Shape *shape, const uint8_t *coded,
         load_scales(factors, coded + 2 * first, count);
         for (int i = 0; i < 16; i++) factors[i] = fabsf(factors[i]) * part;
         for (int row = 0; row < count; row++) {
-            unpack_codes(codes + row * head_dim, coded + 2 * shape->heads + (first + row) * (head_dim / 2), head_dim, 4);
+            unpack_nibbles(codes + row * head_dim, coded + 2 * shape->heads + (first + row) * (head_dim / 2), head_dim);
         }
         for (int i = 0; i < count * head_dim; i += GROUP) group_lookup((int8_t *)codes + i, (const int8_t *)codes + i, LEVELS4);
         unrotate_rows((char *)(means + first * head_dim), (const int8_t *)codes, factors, NULL, count, head_dim, FP32);

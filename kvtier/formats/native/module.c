@@ -18,6 +18,7 @@ typedef struct {
     Plan plan;
     Py_buffer plan_bytes;
     Page *pages;
+    Py_buffer begins;
     Py_ssize_t count, held;
     char *address;
 } Batch;
@@ -25,6 +26,7 @@ typedef struct {
 static void batch_close(Batch *batch) {
     while (batch->held > 0) PyBuffer_Release(&batch->pages[--batch->held].payload);
     PyMem_Free(batch->pages);
+    PyBuffer_Release(&batch->begins);
     PyBuffer_Release(&batch->plan_bytes);
 }
 
@@ -72,6 +74,16 @@ static int batch_open(Batch *batch, PyObject *plan, PyObject *address, PyObject 
     return -1;
 }
 
+/* One byte for each page. */
+static int hold_begins(Batch *batch, PyObject *begins) {
+    if (PyObject_GetBuffer(begins, &batch->begins, PyBUF_SIMPLE) == 0) {
+        if (batch->begins.len == batch->count) return 0;
+        PyErr_Format(PyExc_ValueError, "begins has %zd bytes for %zd pages; expected one for each", batch->begins.len, batch->count);
+    }
+    batch_close(batch);
+    return -1;
+}
+
 static int expect_arguments(const char *signature, Py_ssize_t given, Py_ssize_t expected) {
     if (given == expected) return 0;
     PyErr_Format(PyExc_TypeError, "%s takes %zd arguments; %zd were given", signature, expected, given);
@@ -81,8 +93,9 @@ static int expect_arguments(const char *signature, Py_ssize_t given, Py_ssize_t 
 static PyObject *encode(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     (void)self;
     Batch batch;
-    if (expect_arguments("encode(plan, address, rows, outs)", given, 4)) return NULL;
+    if (expect_arguments("encode(plan, address, rows, outs, begins)", given, 5)) return NULL;
     if (batch_open(&batch, arguments[0], arguments[1], arguments[2], arguments[3], 1)) return NULL;
+    if (hold_begins(&batch, arguments[4])) return NULL;
     const Kernels *kernels = kernels_for(chosen_set(), &batch.plan.shape);
     const size_t plane_bytes = block_bytes(&batch.plan.shape), page_bytes = batch.plan.layers * batch.plan.layer_bytes;
     Py_BEGIN_ALLOW_THREADS;
@@ -90,7 +103,8 @@ static PyObject *encode(PyObject *self, PyObject *const *arguments, Py_ssize_t g
         const char *numbers = batch.address + batch.pages[i].row * page_bytes;
         for (int layer = 0; layer < batch.plan.layers; layer++) {
             for (int plane = 0; plane < batch.plan.planes; plane++, numbers += plane_bytes) {
-                const Entry entry = plan_entry(&batch.plan, layer, plane);
+                Entry entry = plan_entry(&batch.plan, layer, plane);
+                entry.shape.begins = ((const char *)batch.begins.buf)[i] != 0;
                 kernels->encode[entry.codec](&entry.shape, numbers, (uint8_t *)batch.pages[i].payload.buf + entry.offset);
             }
         }
@@ -138,8 +152,8 @@ static PyObject *supports(PyObject *self, PyObject *const *arguments, Py_ssize_t
         if (number == -1 && PyErr_Occurred()) return NULL;
         numbers[i] = number < INT32_MIN || number > INT32_MAX ? -1 : (int)number;
     }
-    const Shape shape = {numbers[1], numbers[2], numbers[3], numbers[4], false};
-    return PyBool_FromLong(numbers[0] >= 0 && numbers[0] < CODECS && shape_supported(&shape));
+    const Shape shape = {numbers[1], numbers[2], numbers[3], numbers[4], false, false};
+    return PyBool_FromLong(shape_supported(&shape) && codec_supported(numbers[0], &shape));
 }
 
 static PyObject *features(PyObject *self, PyObject *none) {

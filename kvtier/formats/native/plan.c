@@ -7,7 +7,8 @@ enum { HEAD_BYTES = 32, ENTRY_BYTES = 16 };
 
 static const char *check_entry(const Plan *plan, int layer, int plane) {
     const Entry entry = plan_entry(plan, layer, plane);
-    if (entry.codec < 0 || entry.codec >= CODECS) return "plan: unknown codec; expected 0 raw, 1 q8, 2 q6, 3 q4 or 4 q3";
+    if (entry.codec < 0 || entry.codec >= CODECS) return "plan: unknown codec; expected 0 raw, 1 q8, 2 q6, 3 q4, 4 q3, 5 q8_0 or 6 q4_0";
+    if (!codec_supported(entry.codec, &entry.shape)) return "plan: no kernels for this codec and head_dim; ask supports() first";
     const size_t size = coded_bytes(entry.codec, &entry.shape);
     if (entry.offset > plan->payload_bytes || size > plan->payload_bytes - entry.offset) return "plan: a block lies outside the payload";
     return NULL;
@@ -18,7 +19,7 @@ const char *plan_open(Plan *plan, const void *bytes, size_t size) {
     int64_t payload_bytes;
     if (size < HEAD_BYTES + sizeof payload_bytes) return "plan: too short; expected a head of 8 int32, 16 bytes per block, an int64";
     memcpy(head, bytes, sizeof head);
-    plan->shape = (Shape){head[0], head[3], head[4], head[5], false};
+    plan->shape = (Shape){head[0], head[3], head[4], head[5], false, false};
     plan->layers = head[1];
     plan->planes = head[2];
     if (plan->layers < 1 || plan->layers > 4096) return "plan: expected 1 to 4096 layers";

@@ -52,7 +52,7 @@ INLINE void encode_even_steps(const Shape *shape, const void *numbers, uint8_t *
                 }
                 for (int i = 0; i < head_dim; i++) codes[i] += 32;
                 memcpy(coded_scales + 2 * vector, &signed_scale, 2);
-                pack_codes(packed + vector * packed_bytes, codes, head_dim, 6);
+                pack_6(packed + vector * packed_bytes, codes, head_dim);
             }
         }
     }
@@ -79,7 +79,7 @@ INLINE void decode_q6_of(const Shape *shape, const uint8_t *coded, void *numbers
             chosen[row] = signbit(factors[row]) ? means + head * head_dim : no_mean;
             factors[row] = fabsf(factors[row]) * norm;
             if (++head == heads) head = 0;
-            unpack_codes(codes + row * head_dim, packed + (size_t)(first + row) * (head_dim / 4 * 3), head_dim, 6);
+            unpack_6(codes + row * head_dim, packed + (size_t)(first + row) * (head_dim / 4 * 3), head_dim);
         }
         for (int i = 0; i < count * head_dim; i++) codes[i] -= 32;
         char *const place = (char *)numbers + (size_t)first * head_dim * value_bytes(shape->dtype);

@@ -10,6 +10,11 @@ bool shape_supported(const Shape *shape) {
     return hadamard_block(shape) >= MIN_BLOCK && hadamard_block(shape) <= MAX_BLOCK;
 }
 
+bool codec_supported(int codec, const Shape *shape) {
+    if (codec == Q8_0 || codec == Q4_0) return shape->head_dim % 32 == 0;
+    return codec >= 0 && codec < CODECS;
+}
+
 size_t coded_bytes(int codec, const Shape *shape) {
     const size_t values = block_values(shape), vectors = (size_t)shape->tokens * shape->heads, heads = shape->heads;
     switch (codec) {
@@ -17,6 +22,8 @@ size_t coded_bytes(int codec, const Shape *shape) {
     case Q8: return values + 2 * vectors;
     case Q6: return mean_bytes(shape) + 2 * vectors + values / 2 + values / 4;
     case Q4: return mean_bytes(shape) + 2 * heads + vectors + values / 2;
+    case Q8_0: return values / 32 * 34;
+    case Q4_0: return values / 32 * 18;
     default: return mean_bytes(shape) + 2 * heads + vectors + values / 4 + values / 8;
     }
 }

@@ -9,11 +9,12 @@
 #include <stdint.h>
 
 enum { BF16, FP16, FP32, DTYPES };
-enum { RAW, Q8, Q6, Q4, Q3, CODECS };
+enum { RAW, Q8, Q6, Q4, Q3, Q8_0, Q4_0, CODECS };
 
 typedef struct {
     int dtype, tokens, heads, head_dim;
-    bool keys; /* plane 0 of a page with two planes: Q6, Q4 and Q3 subtract its mean */
+    bool keys;   /* plane 0 of a page with two planes: Q6, Q4 and Q3 subtract its mean */
+    bool begins; /* to be encoded as the begin of a sequence; when decoding, the block says it */
 } Shape;
 
 /* Limits that keep every temporary on the stack: a tile of rotated vectors, one number per token, one vector per head. */
@@ -31,6 +32,10 @@ static inline size_t block_bytes(const Shape *shape) { return block_values(shape
 static inline size_t mean_bytes(const Shape *shape) { return shape->keys ? (size_t)shape->heads * (2 + shape->head_dim / 2) : 0; }
 
 bool shape_supported(const Shape *shape);
+
+/* For a codec and a supported shape: whether the codec has kernels for it. */
+bool codec_supported(int codec, const Shape *shape);
+
 size_t coded_bytes(int codec, const Shape *shape);
 
 #endif
