@@ -304,6 +304,8 @@ def test_the_reference_is_up_to_date_and_names_every_key():
 def test_a_format_may_be_a_mapping_and_is_kept_as_its_name(tmp_path):
     given = {"k": "q8", "v": "q4", "layers": {"0-1": "q8", 29: {"k": "q6", "v": "q4"}}}
     config = load_config(env={}, overrides={"host.format": given, "disk": {"path": "x", "format": "raw+zstd"}})
+    assert config.host is not None
+    assert config.disk is not None
     assert (config.host.format, config.disk.format) == ("q8/q4;0-1:q8;29:q6/q4", "raw+zstd")
     path = write(tmp_path, config.to_yaml())
     assert load_config(path, env={}) == config

@@ -54,18 +54,26 @@ def test_lossless_profile_end_to_end(tmp_path):
     assert result["tokens_identical"] is True, done.stdout + done.stderr
     assert result["quality"]["kl"] == pytest.approx(0, abs=1e-6)
     assert result["quality"]["top1_agreement"] == 1.0
-    assert result["tiers"]["disk"]["format"] == "raw+lz4"
+    assert result["tiers"]["disk"]["format"] == "raw+zstd"
 
 
 def test_a_profile_that_damages_the_model_fails_the_run(tmp_path, monkeypatch):
     """The perplexity check can fail: with a format that loses everything, it does."""
     from kvtier.config import resolve_config
     from kvtier.engines.models import load_model
-    from kvtier.formats.q4 import Q4
+    from kvtier.formats import BlockFormat
     from kvtier.job.job import run_job
     from kvtier.job.workload import Size
 
-    monkeypatch.setattr(Q4, "decode", lambda self, *args, decode=Q4.decode, **kwargs: decode(self, *args, **kwargs) * 0)
+    really = BlockFormat.decode
+
+    def lose(self, payloads, layout, layers=slice(None), out=None, rows=None):
+        pages = really(self, payloads, layout, layers, out, rows)
+        if self.name == "q4":
+            pages[list(range(len(payloads)) if rows is None else rows)] = 0
+        return pages
+
+    monkeypatch.setattr(BlockFormat, "decode", lose)
     size = Size(
         sessions=4, turns=2, context_tokens=192, question_tokens=16, new_tokens=4, probe_tokens=48, device_share=0.4, host_share=0.4
     )
