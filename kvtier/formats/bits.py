@@ -50,9 +50,7 @@ def unpack_planes(planes: Sequence[torch.Tensor], bits: int) -> torch.Tensor:
 
 
 def _join(values: torch.Tensor, width: int) -> torch.Tensor:
-    joined: torch.Tensor | None = None
-    for place, part in enumerate(values.chunk(8 // width, -1)):
-        shifted = part << place * width
-        joined = shifted if joined is None else joined | shifted
-    assert joined is not None
+    joined, *others = values.chunk(8 // width, -1)
+    for place, part in enumerate(others, 1):
+        joined = joined | part << place * width
     return joined
