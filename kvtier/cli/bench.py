@@ -48,6 +48,16 @@ def measured(
             raise KVTierError(f"--plot {plot}: {error.strerror}; the rows are above") from None
 
 
+def _size(text: str) -> int:
+    """Bytes of a `--size-bytes`; KVTierError if that is no size."""
+    from kvtier.config.units import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise KVTierError(f"--size-bytes {text}: {error}") from None
+
+
 @app.command()
 def arena(
     size_bytes: Annotated[str, typer.Option(metavar="SIZE", help="How much memory, like 4GiB; at most half of what can be had.")] = "4GiB",
@@ -59,12 +69,7 @@ def arena(
     profile: ProfileOption = None,
 ) -> None:
     """How long a host tier's memory takes to be ready, beside touching it page by page; how fast it is then."""
-    from kvtier.config.units import parse_bytes
-
-    try:
-        size = parse_bytes(size_bytes)
-    except ValueError as error:
-        raise KVTierError(f"--size-bytes {size_bytes}: {error}") from None
+    size = _size(size_bytes)
     if size == 0:
         raise KVTierError("--size-bytes 0: give at least one page of memory, better gigabytes")
     measured("arena", repeats, tiny, json, plot, profile, size_bytes=size, raise_pool=raise_pool)
@@ -81,12 +86,7 @@ def disk(
     profile: ProfileOption = None,
 ) -> None:
     """How fast the file engines read and write at random, beside fio with the same block size and depth."""
-    from kvtier.config.units import parse_bytes
-
-    try:
-        size = parse_bytes(size_bytes)
-    except ValueError as error:
-        raise KVTierError(f"--size-bytes {size_bytes}: {error}") from None
+    size = _size(size_bytes)
     note = importlib.import_module("kvtier.bench.disk").ceiling_note()
     measured("disk", repeats, tiny, json, plot, profile, note, path=path, size_bytes=size)
 
@@ -120,12 +120,7 @@ def codecs(
     profile: ProfileOption = None,
 ) -> None:
     """How fast pages are encoded and decoded on the CPU, beside copying them with one thread."""
-    from kvtier.config.units import parse_bytes
-
-    try:
-        size = parse_bytes(size_bytes)
-    except ValueError as error:
-        raise KVTierError(f"--size-bytes {size_bytes}: {error}") from None
+    size = _size(size_bytes)
     note = importlib.import_module("kvtier.bench.codecs").note()
     measured("codecs", repeats, tiny, json, plot, profile, note, layout=layout, formats=formats.split(","), size_bytes=size)
 
