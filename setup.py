@@ -1,8 +1,8 @@
-"""What pyproject.toml cannot say: the benchmarks are installed as `kvtier.bench`, and the native codecs and loops are compiled where that
-works.
+"""What pyproject.toml cannot say: the benchmarks are installed as `kvtier.bench`, and the native codecs, loops and file threads are
+compiled where that works.
 
-Without a C compiler the extensions are left out and everything runs on torch and NumPy. Nothing is compiled for this machine's CPU in
-particular: the sources hold kernels for several instruction sets and choose when they are loaded.
+Without a C compiler the extensions are left out and everything runs on torch, NumPy and Python threads. Nothing is compiled for this
+machine's CPU in particular: the sources hold kernels for several instruction sets and choose when they are loaded.
 """
 
 from pathlib import Path
@@ -33,9 +33,19 @@ loops = Extension(
     optional=True,
 )
 
+requests = Extension(
+    "kvtier.io._requests",
+    sources=["kvtier/io/requests.c"],
+    extra_compile_args=["-std=c11", "-O2", "-g0", "-pthread"],
+    extra_link_args=["-pthread"],
+    define_macros=[("Py_LIMITED_API", "0x030B0000")],
+    py_limited_api=True,
+    optional=True,
+)
+
 setup(
     packages=[*find_packages(include=["kvtier*"]), "kvtier.bench"],
     package_dir={"kvtier.bench": "benchmarks"},
-    ext_modules=[codecs, loops],
+    ext_modules=[codecs, loops, requests],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -39,7 +39,7 @@ BELOW = {
     "engines": {"cache", "config", "errors", "layout", "lease"},
     "quality": {"engines", "errors", "formats", "layout"},
     "job": {"cache", "config", "engines", "errors", "formats", "layout", "machine", "quality"},
-    "cli": {"columns", "config", "engines", "errors", "formats", "job", "layout", "tiers", "memory", "machine", "quality"},
+    "cli": {"columns", "config", "engines", "errors", "formats", "io", "job", "layout", "tiers", "memory", "machine", "quality"},
     "testing": {"errors", "io", "layout", "keys", "formats", "policy", "tiers"},
     "errors": set(),
 }

@@ -40,7 +40,7 @@ def doctor(
     if path is not None and not path.is_dir():
         raise KVTierError(f"--path {path} is not a directory; name the one the disk tier will live in, or its parent")
     try:
-        findings = [*_memory(), *_codecs(), *_bookkeeping(), *_disk(path), *_packages()]
+        findings = [*_memory(), *_codecs(), *_bookkeeping(), *_file_threads(), *_disk(path), *_packages()]
     except OSError as error:
         raise KVTierError(
             f"{path or tempfile.gettempdir()} cannot hold a disk tier: {error.strerror}; name another directory with --path"
@@ -89,6 +89,13 @@ def _bookkeeping() -> list[Finding]:
 
     native = loops() is not None
     return [Finding("native bookkeeping", native, "compiled loops for page table and LRU" if native else why_missing())]
+
+
+def _file_threads() -> list[Finding]:
+    from kvtier.io.native_pool import why_missing
+
+    missing = why_missing()
+    return [Finding("native file threads", not missing, missing or "reads and writes of batches by compiled threads")]
 
 
 def _disk(path: Path | None) -> list[Finding]:

@@ -28,6 +28,7 @@ class AsyncFilesEngine(PooledEngine):
     """aiofiles on at most `depth` threads, buffers of any alignment."""
 
     name = "aiofiles"
+    native = False
 
     def __init__(self, depth: int = DEPTH) -> None:
         super().__init__(depth)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +33,7 @@ def address_of(buffer: Bytes) -> int:
     return address
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One piece of a batch: the 1-D contiguous `buffer` is filled from, or written to, `offset` of `file`."""
 
     file: int

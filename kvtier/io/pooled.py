@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvtier.errors import AlignmentError
-from kvtier.io import holes
+from kvtier.io import holes, native_pool
 from kvtier.io.files import BLOCK_BYTES, Bytes, FileEngine, Outcomes, Request, address_of, page_aligned
 from kvtier.io.pool import RequestPool
 
@@ -25,11 +25,14 @@ class PooledEngine(FileEngine):
 
     flags = 0
     """Beyond what every file is opened with."""
+    native = True
+    """Whether batches go to compiled threads where there are any, instead of to `_pread` and `_pwrite` on Python's."""
 
     def __init__(self, depth: int = DEPTH, alignment_bytes: int = 1) -> None:
         self.depth = depth
         self.alignment_bytes = alignment_bytes
         self._pool = RequestPool(depth, f"kvtier-{self.name}")
+        self._native_pool = native_pool.make(depth, alignment_bytes) if self.native else None
 
     def open(self, path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | self.flags, 0o600)
@@ -48,13 +51,13 @@ class PooledEngine(FileEngine):
     def read_each(self, requests: Sequence[Request]) -> Outcomes:
         for request in requests:
             self._check(request.offset, request.buffer)
-        return self._pool.each(self._read, requests, helping=False)
+        return self._carry(requests, writing=False, helping=False)
 
     def write_all(self, requests: Sequence[Request]) -> list[OSError | None]:
         for request in requests:
             self._check(request.offset, request.buffer)
         results: list[OSError | None] = [None] * len(requests)
-        for index, outcome in self._pool.each(self._write, requests, helping=True):
+        for index, outcome in self._carry(requests, writing=True, helping=True):
             if isinstance(outcome, OSError):
                 results[index] = outcome
         return results
@@ -97,6 +100,13 @@ class PooledEngine(FileEngine):
 
     def stop(self) -> None:
         self._pool.stop()
+        if self._native_pool is not None:
+            self._native_pool.stop()
+
+    def _carry(self, requests: Sequence[Request], writing: bool, helping: bool) -> Outcomes:
+        if self._native_pool is not None:
+            return self._native_pool.each(requests, writing, helping)
+        return self._pool.each(self._write if writing else self._read, requests, helping)
 
     def _pread(self, file: int, offset: int, buffer: Bytes) -> int:
         view = buffer.data

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kvtier.tiers.base import PageId, Refused
 
@@ -24,8 +25,7 @@ class Priority(enum.IntEnum):
     DEMOTION = 2
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(NamedTuple):
     """One page of a transfer: its row and identity, the slot it is read from and the slot it is written to."""
 
     row: int

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +22,7 @@ from kvtier.keys import PageKey
 from kvtier.layout import PageLayout
 
 
-@dataclass(frozen=True)
-class PageId:
+class PageId(NamedTuple):
     """What a copy says about itself: its key, its parent's key (the root key for depth 0) and how many pages stand before it."""
 
     key: PageKey

@@ -26,6 +26,15 @@ class TestBuffered(FileEngineContract):
         return BufferedEngine(depth)
 
 
+class PythonThreads(BufferedEngine):
+    native = False
+
+
+class TestBufferedOnPythonThreads(FileEngineContract):
+    def make_engine(self, depth):
+        return PythonThreads(depth)
+
+
 class TestAsyncFiles(FileEngineContract):
     def make_engine(self, depth):
         return AsyncFilesEngine(depth)

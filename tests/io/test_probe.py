@@ -29,6 +29,12 @@ def without_direct(monkeypatch):
     monkeypatch.setattr(os, "open", refuse)
 
 
+@pytest.fixture
+def python_threads(monkeypatch):
+    """Batches go through the methods that a test replaces."""
+    monkeypatch.setattr(PooledEngine, "native", False)
+
+
 @pytest.mark.parametrize("wanted", ["buffered", "aiofiles"])
 def test_an_engine_asked_for_by_name_is_given(tmp_path, wanted):
     chosen = choose_engine(tmp_path, wanted, 3)
@@ -48,6 +54,7 @@ def test_auto_takes_direct_with_the_alignment_that_works(tmp_path):
     chosen.engine.stop()
 
 
+@pytest.mark.usefixtures("python_threads")
 def test_a_directory_that_needs_4096_gets_4096(tmp_path, monkeypatch):
     real = DirectEngine._pwrite
 
@@ -82,6 +89,7 @@ def test_an_engine_asked_for_by_name_that_is_refused_is_an_error_and_leaves_noth
     assert threading.active_count() == before
 
 
+@pytest.mark.usefixtures("python_threads")
 def test_an_engine_whose_bytes_do_not_come_back_is_not_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(DirectEngine, "_pread", lambda self, file, offset, buffer: buffer.nbytes)
     chosen = choose_engine(tmp_path)
@@ -89,6 +97,7 @@ def test_an_engine_whose_bytes_do_not_come_back_is_not_taken(tmp_path, monkeypat
     chosen.engine.stop()
 
 
+@pytest.mark.usefixtures("python_threads")
 def test_a_full_disk_is_no_reason_to_refuse_an_engine(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

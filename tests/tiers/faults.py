@@ -20,6 +20,7 @@ class FaultyEngine(BufferedEngine):
     fits staying; syncs; punches."""
 
     name = "faulty"
+    native = False
 
     def __init__(self) -> None:
         super().__init__(depth=2)
@@ -67,6 +68,7 @@ class GatedEngine(BufferedEngine):
     """Writes and punches wait before the gate; `waiting` is set when one does."""
 
     name = "gated"
+    native = False
 
     def __init__(self) -> None:
         super().__init__(depth=2)
@@ -97,6 +99,7 @@ class NoHolesEngine(BufferedEngine):
     """A file system that cannot punch holes."""
 
     name = "no holes"
+    native = False
 
     def can_punch(self, directory: Path) -> bool:
         return False
@@ -110,6 +113,7 @@ class VolatileEngine(BufferedEngine):
     """A disk with a write cache that loses blocks in a power failure: each block not synced is old or new, by chance."""
 
     name = "volatile"
+    native = False
 
     def __init__(self) -> None:
         super().__init__(depth=2)

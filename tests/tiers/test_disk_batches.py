@@ -15,6 +15,7 @@ import pytest
 from kvtier.errors import ConfigError, IntegrityError, LayoutError, StoreError
 from kvtier.io.buffered import BufferedEngine
 from kvtier.io.files import page_aligned
+from kvtier.testing.engines import ended, threads
 from kvtier.testing.tiers import get, holds, page_id, payload, put, staging
 from kvtier.tiers.base import Refused
 from kvtier.tiers.disk import plan
@@ -34,6 +35,8 @@ class TestDiskOnAsyncFiles(DiskContract):
 
 class RecordingEngine(BufferedEngine):
     """Notes the calls; reads beyond the file's first slot wait at `gate`, writes that touch byte `bad` fail."""
+
+    native = False
 
     def __init__(self) -> None:
         super().__init__(depth=4)
@@ -287,7 +290,7 @@ def test_law_7_an_engine_that_was_asked_for_and_is_refused_is_an_error_before_an
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_law_6_close_leaves_no_thread(tmp_path, engine):
-    before = set(threading.enumerate())
+    before = threads()
     try:
         tier = open_disk(tmp_path, engine=engine, depth=3)
     except ConfigError as error:
@@ -296,17 +299,17 @@ def test_law_6_close_leaves_no_thread(tmp_path, engine):
     tier.free(slots[1::2])
     assert holds(tier, slots[0], 0)
     tier.load(slots[::2], keys(range(0, 16, 2)), staging(tier, 8))
-    assert 0 < len(set(threading.enumerate()) - before) <= 4
+    assert 0 < len(threads() - before) <= 4
     tier.close()
-    assert set(threading.enumerate()) <= before
+    assert ended(before)
 
 
 def test_a_store_that_could_not_be_opened_leaves_no_thread(tmp_path):
-    before = set(threading.enumerate())
+    before = threads()
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(StoreError, match="no disk store"):
         open_disk(tmp_path, engine="aiofiles")  # trying it starts its loop
-    assert set(threading.enumerate()) <= before
+    assert ended(before)
 
 
 def test_refusals_of_a_batch_are_each_their_own(tmp_path):

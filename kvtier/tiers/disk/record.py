@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -26,8 +26,7 @@ _CHECKSUM = struct.Struct("<Q")
 _CHECKED_BYTES = HEADER_BYTES - _CHECKSUM.size
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What a record says about itself. `sequence` grows with every record a store writes."""
 
     sequence: int

@@ -1,0 +1,80 @@
+"""The threads of a file engine in C: what `pool` does, without Python or its lock at each request. `make` gives one, or None where the
+extension was not built or does not load.
+
+All state is the extension's (`requests.c`). Python hands over a batch and is told what ended, as much at once as there is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Protocol, cast
+
+from kvtier.io.files import Outcomes, Request
+
+
+class _Batch(Protocol):
+    def ended(self) -> list[tuple[int, int]]:
+        """(index, bytes or -errno) of requests that ended since the last call; waits for one. Empty once all were told."""
+
+    def withdraw(self) -> None:
+        """Begin no more of it and wait for what is under way."""
+
+
+class _Threads(Protocol):
+    def begin(self, requests: list[Request], writing: bool, helping: bool, /) -> _Batch:
+        """Start on a batch. `helping`: calls of `ended` carry requests, too."""
+
+    def stop(self) -> None:
+        """End the threads once all batches are done. Safe to call twice; later batches are carried by who waits for them."""
+
+
+class _Extension(Protocol):
+    def Pool(self, depth: int, alignment_bytes: int, /) -> _Threads:
+        """Up to `depth` threads, started when first needed. Reads that end off the alignment are at the end of the file."""
+
+
+class NativePool:
+    """Up to `depth` threads; one less work for a caller who helps."""
+
+    def __init__(self, threads: _Threads, depth: int) -> None:
+        self._threads = threads
+        self._depth = depth
+
+    def each(self, requests: Sequence[Request], writing: bool, helping: bool) -> Outcomes:
+        """As `RequestPool.each`, for whole reads or writes of these requests."""
+        if not requests:
+            return
+        batch = self._threads.begin(list(requests), writing, helping or self._depth == 1 or len(requests) == 1)
+        try:
+            while outcomes := batch.ended():
+                for index, outcome in outcomes:
+                    yield index, outcome if outcome >= 0 else OSError(-outcome, os.strerror(-outcome))
+        finally:
+            batch.withdraw()
+
+    def stop(self) -> None:
+        """End the threads once all batches are done. Safe to call twice."""
+        self._threads.stop()
+
+
+def make(depth: int, alignment_bytes: int) -> NativePool | None:
+    """A pool whose reads and writes start at multiples of `alignment_bytes`, or None; `why_missing()` then says why."""
+    extension = _load()[0]
+    return None if extension is None else NativePool(extension.Pool(depth, alignment_bytes), depth)
+
+
+def why_missing() -> str:
+    """One line: why there is no such pool and what to do; empty if there is."""
+    return _load()[1]
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[_Extension | None, str]:
+    try:
+        return cast(_Extension, importlib.import_module("kvtier.io._requests")), ""
+    except ImportError as error:
+        remedy = "install a C compiler (Debian, Ubuntu: apt-get install gcc python3-dev) and install kvtier again"
+        return None, f"not built or not loadable ({error}); Python threads do the work, with more CPU time per request; {remedy}"
