@@ -12,8 +12,8 @@ SMALLEST_PIECE_BYTES = 256 << 10
 """Page bytes of a piece that is worth its calls: at 5 GB/s they take 50 us, the calls about 5."""
 
 
-ARRIVAL_BYTES = 4 << 20
-"""Page bytes to decode at once behind a disk: 200 us of work, in which a fast one delivers as much."""
+ARRIVAL_BYTES = 2 << 20
+"""Page bytes to decode at once behind a disk: some 300 us of work, in which a fast one delivers as much."""
 
 
 def pages_per_piece(encoded_bytes: int, page_bytes: int, cache_bytes: int, most_pages: int) -> int:

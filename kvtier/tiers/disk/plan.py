@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LEAST_CHUNK_BYTES, MOST_CHUNK_BYTES = 512 << 10, 1 << 20
+LEAST_CHUNK_BYTES, MOST_CHUNK_BYTES = 256 << 10, 1 << 20
 _CHUNKS_PER_REQUEST_UNDER_WAY = 2
 
 
