@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kvtier.config import Config, load_config
 from kvtier.errors import Closed, LeaseError
@@ -70,33 +71,32 @@ class TieredKVCache:
         with residency.lock:
             rows = residency.table.find(keys)
             tiers = residency.table.warmest(rows)
-        counts = np.bincount(tiers, minlength=len(residency.tiers))
-        restore_bytes, restore_s = 0, 0.0
-        for tier in range(1, len(residency.tiers)):
-            moved = int(counts[tier]) * residency.tiers[tier].format.payload_bytes(self.layout)
-            restore_bytes += moved
-            speed = residency.metrics.link(tier, DEVICE).gb_per_s * 1e9
-            restore_s += moved / speed if speed else math.nan if moved else 0.0
+            counts = np.bincount(tiers, minlength=len(residency.tiers))
+            moved = counts * residency.page_bytes
+            restore_s = residency.prices.restore_s(moved)
+            recompute_s = residency.prices.recompute_s(0, len(rows) * self.layout.page_tokens)
         return Match(
             tokens=len(rows) * self.layout.page_tokens,
             ids=ids[: len(rows) * self.layout.page_tokens],
             keys=tuple(keys[: len(rows)]),
             root=root,
             pages_by_tier={name: int(count) for name, count in zip(residency.names, counts, strict=True)},
-            restore_bytes=restore_bytes,
-            restore_s=None if math.isnan(restore_s) else restore_s,
+            restore_bytes=int(moved[1:].sum()),
+            restore_s=restore_s,
+            recompute_s=recompute_s,
         )
 
     def acquire(self, match: Match) -> Lease:
         """Hold the pages of `match` and start bringing the colder ones to the device; returns at once.
 
-        The lease covers what is still there, which may be less than `match.tokens`; after `wait` (or `ready`) `lease.tokens` is final.
+        The lease covers what is still there and worth bringing up (`mover.restore`), which may be less than `match.tokens`; after `wait`
+        (or `ready`) `lease.tokens` is final.
         """
         residency = self._open()
         page_tokens = self.layout.page_tokens
         with residency.lock:
             table = residency.table
-            rows = residency.claim(match.keys)
+            rows = residency.claim(match.keys[: self._worthwhile(match)])
             lease = Lease(
                 residency=residency,
                 root=match.root,
@@ -107,8 +107,11 @@ class TieredKVCache:
                 give_back=self._release,
             )
             missing = bool((table.state[DEVICE][rows] != READY).any())
+            if missing:
+                homes = table.warmest(rows)
+                moved = np.bincount(homes, minlength=len(residency.tiers)) * residency.page_bytes
         if missing:
-            residency.start(self._restore(lease))
+            residency.start(self._restore(lease, moved, time.perf_counter()))
         else:
             lease.known = True
             lease.submitted.set()
@@ -118,12 +121,28 @@ class TieredKVCache:
     def begin(self, salt: str = "") -> Lease:
         """A lease on nothing yet: the start of a new sequence of tenant `salt`, to be grown with `append`."""
         empty = np.empty(0, np.int64)
-        return self.acquire(Match(0, empty, (), root_key(self._namespace, salt), {}, 0, 0.0))
+        return self.acquire(Match(0, empty, (), root_key(self._namespace, salt), {}, 0, 0.0, 0.0))
 
-    async def _restore(self, lease: Lease) -> None:
-        """Bring the lease's pages to the device, as far as there is room; cut the lease where one does not come."""
+    def _worthwhile(self, match: Match) -> int:
+        """How many of the match's pages are worth bringing up, counting as declined those that are not. Lock held."""
+        residency = self._residency
+        if not match.keys or self.config.mover.restore == "always":
+            return len(match.keys)
+        rows = residency.table.find(match.keys)
+        pages = residency.prices.pages_to_restore(residency.table.warmest(rows), residency.page_bytes)
+        if pages == len(rows):
+            return len(match.keys)
+        residency.metrics.tokens_declined += (len(rows) - pages) * self.layout.page_tokens
+        return pages
+
+    async def _restore(self, lease: Lease, moved: NDArray[np.int64], asked_s: float) -> None:
+        """Bring the lease's pages to the device, as far as there is room; cut the lease where one does not come.
+
+        `moved`: encoded bytes by tier that this takes if nobody else brings any of them; `asked_s`: when it was asked for.
+        """
         residency, table = self._residency, self._residency.table
         asked: set[int] = set()
+        alone, tokens = True, lease.tokens
 
         def join() -> list[Transfer]:
             """Go along with every transfer that brings pages of this lease, whoever started it."""
@@ -142,6 +161,7 @@ class TieredKVCache:
         try:
             while True:
                 joined = join()
+                alone = alone and not joined
                 if not any(transfer.cancelled for transfer in joined):  # else a hint was taken back this moment: see what is left then
                     with residency.lock:
                         rows = [] if lease.released else lease.rows
@@ -156,8 +176,12 @@ class TieredKVCache:
             with residency.lock:
                 if not lease.released:
                     self._cut(lease)
+            whole, seconds = alone and lease.tokens == tokens, time.perf_counter() - asked_s
             lease.submitted.set()
             lease.restored.set_result(None)
+            if whole:
+                with residency.lock:
+                    residency.prices.restored(moved, seconds)
 
     def _cut(self, lease: Lease) -> None:
         """Shorten a lease to the prefix that is on the device and let the rest go. Lock held."""
@@ -276,6 +300,18 @@ class TieredKVCache:
                     if row in policy:
                         policy.record_attention(row, value)
 
+    def record_prefill(self, start: int, tokens: int, seconds: float) -> None:
+        """Tell what computing costs: the KV of `tokens` tokens, after `start` others, was computed in one go in `seconds`.
+
+        With that, `acquire` restores only as much of a prefix as is faster to restore than to compute again (`mover.restore`).
+        LeaseError for numbers that cannot be.
+        """
+        residency = self._open()
+        if not (start >= 0 and tokens > 0 and 0 < seconds < math.inf):
+            raise LeaseError(f"record_prefill: {tokens} tokens after {start} in {seconds} s; expected tokens and a time above 0")
+        with residency.lock:
+            residency.prices.computed(start, tokens, seconds)
+
     def pin(self, match: Match, ttl: float | None = None, tier: str | None = None) -> int:
         """Keep the pages of `match` in `tier` or warmer for `ttl` seconds (None: until `unpin`); returns how many pages are pinned.
 
@@ -365,6 +401,8 @@ class TieredKVCache:
                 "prefetch": vars(metrics.prefetch).copy(),
                 "lookups": metrics.lookups,
                 "tokens_asked": metrics.tokens_asked,
+                "tokens_declined": metrics.tokens_declined,
+                "prices": residency.prices.as_json(),
                 "attention_ignored": metrics.attention_ignored,
                 "pages": len(residency.table),
                 "leased_pages": int((residency.table.leases[: residency.table.rows] > 0).sum()),

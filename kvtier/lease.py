@@ -34,8 +34,8 @@ class Match:
     """The longest prefix of some tokens that the cache holds, as it was when `lookup` was called. Holds nothing.
 
     `tokens`: tokens covered, a multiple of the page size; `ids` are those tokens. `pages_by_tier`: pages per tier name, counted where
-    they are warmest. `restore_s`: seconds to bring the colder ones up at the link speeds measured so far, None before the first
-    measurement.
+    they are warmest. `restore_s`: seconds to bring the colder ones up, as far as restores so far tell; `recompute_s`: seconds that
+    computing all `tokens` adds to a prefill, as far as `record_prefill` told. None before the first measurement.
     """
 
     tokens: int
@@ -45,6 +45,7 @@ class Match:
     pages_by_tier: dict[str, int]
     restore_bytes: int
     restore_s: float | None
+    recompute_s: float | None
 
     def __bool__(self) -> bool:
         return self.tokens > 0

@@ -71,6 +71,8 @@ class Metrics:
     lookups: int = 0
     tokens_asked: int = 0
     """Tokens of full pages that `acquire` was asked for."""
+    tokens_declined: int = 0
+    """Tokens of cached pages that `acquire` left out, because computing them again was expected to be faster."""
     attention_ignored: int = 0
     """Attention values that were NaN, negative, above one or for pages no longer held."""
 

@@ -33,6 +33,7 @@ from kvtier.mover.mover import Mover
 from kvtier.mover.transfer import Move, Outcome, Priority, Transfer, ended
 from kvtier.pages import ABSENT, NO_TIER, READY, PageTable, Rows
 from kvtier.policy import A2CRParameters, EvictionPolicy, Mask, PressureBand, SmoothedPressure, make_policy
+from kvtier.pricing import Prices
 from kvtier.protection import Protected
 from kvtier.tiers.base import Slots, Tier
 from kvtier.tiers.device import DevicePool
@@ -74,6 +75,9 @@ class Residency:
         self.policies: list[EvictionPolicy] = [make_policy(config.policy.name, _parameters(config)) for _ in self.tiers]
         self._smoothed = [SmoothedPressure() for _ in self.tiers]
         self.metrics = Metrics([TierMetrics() for _ in self.tiers])
+        self.prices = Prices(len(self.tiers), layout.page_tokens)
+        self.page_bytes = np.array([tier.format.payload_bytes(layout) for tier in self.tiers])
+        """Encoded bytes of a page in each tier, the most it can take where that varies."""
         self.inflight: dict[tuple[int, int], Transfer] = {}
         self._jobs: set[Future[None]] = set()
         self._copying_from: list[list[asyncio.Future[None]]] = [[] for _ in self.tiers]

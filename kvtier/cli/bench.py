@@ -205,6 +205,21 @@ def no_reuse(
     measured("no_reuse", repeats, tiny, json, plot, profile, f"engine: {model}", **options)
 
 
+@app.command()
+def pricing(
+    layout: LayoutOption = "smollm2",
+    path: PathOption = None,
+    repeats: RepeatsOption = 5,
+    tiny: TinyOption = False,
+    json: JsonOption = None,
+    plot: PlotOption = None,
+    profile: ProfileOption = None,
+) -> None:
+    """Whether the choice between restoring and recomputing ever takes the slower way, for engines of many speeds."""
+    note = f"pages of {layout}; ceiling: the faster of restoring all and computing all"
+    measured("pricing", repeats, tiny, json, plot, profile, note, layout=layout, path=_directory(path))
+
+
 def _directory(path: Path | None) -> Path | None:
     if path is not None and not path.is_dir():
         raise KVTierError(f"--path {path} is not a directory; name an existing one")

@@ -166,6 +166,11 @@ class PolicyConfig(_Section):
 class MoverConfig(_Section):
     workers: int = Field(default=2, ge=1, le=256, description="Threads that carry pages between tiers.")
     staging_bytes: Bytes = Field(default=64 * MiB, gt=0, description="Most scratch memory for transfers under way.")
+    restore: Literal["auto", "always"] = Field(
+        default="auto",
+        description="Which cached pages are brought up. `auto`: as many of a prefix's first ones as are faster to restore than to compute "
+        "again, once the engine tells what computing takes (`record_prefill`). `always`: all of them.",
+    )
     prefetch_budget_bytes: Bytes = Field(default=64 * MiB, ge=0, description="Most bytes prefetched but not yet used; 0: no prefetching.")
     queue_bytes: Bytes = Field(default=256 * MiB, gt=0, description="Most bytes queued per link (pair of tiers) before back-pressure.")
     clean_pressure: float = Field(

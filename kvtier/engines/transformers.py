@@ -14,6 +14,7 @@ import torch
 
 from kvtier.cache import TieredKVCache
 from kvtier.config import ModelConfig
+from kvtier.engines.stopwatch import Stopwatch
 from kvtier.errors import LayoutError, MissingExtra, ModelError
 from kvtier.layout import PageLayout
 from kvtier.lease import Lease
@@ -55,14 +56,17 @@ def layout_of(model: Any, page_tokens: int = 16) -> PageLayout:
 class TieredLayer(DynamicLayer):  # type: ignore[misc]
     """One layer: a leased prefix that is gathered when the model first gets here, then what the model adds."""
 
-    def __init__(self, lease: Lease, index: int) -> None:
+    def __init__(self, lease: Lease, index: int, stopwatch: Stopwatch) -> None:
         super().__init__()
         self._lease: Lease | None = lease if lease.tokens else None
         self._index = index
+        self._stopwatch = stopwatch
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """New `[1, kv_heads, new, head_dim]` in, all `[1, kv_heads, total, head_dim]` out."""
-        self._gather(key_states.device)
+        self._stopwatch.reached(self._index, self.get_seq_length(), key_states.shape[-2], key_states.device)
+        with self._stopwatch.waiting():
+            self._gather(key_states.device)
         both: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
         return both
 
@@ -135,7 +139,8 @@ class TieredCache(Cache):  # type: ignore[misc]
             self.lease.release()
             raise
         self.restored = self.lease.tokens
-        super().__init__(layers=[TieredLayer(self.lease, index) for index in range(cache.layout.layers)])
+        self._stopwatch = Stopwatch(cache.layout.layers)
+        super().__init__(layers=[TieredLayer(self.lease, index, self._stopwatch) for index in range(cache.layout.layers)])
 
     def commit(self, token_ids: Sequence[int] | torch.Tensor) -> int:
         """Keep the KV computed since the prefix; `token_ids` is the whole sequence, of which at least the cached part has KV.
@@ -143,6 +148,8 @@ class TieredCache(Cache):  # type: ignore[misc]
         Returns how many tokens of the sequence are cached now. Full pages only; LayoutError for batches.
         """
         ids = token_ids.tolist() if isinstance(token_ids, torch.Tensor) else list(token_ids)
+        if prefill := self._stopwatch.result():
+            self.tiered.record_prefill(prefill.start, prefill.tokens, prefill.seconds)
         length = min(self.get_seq_length(), len(ids))
         self.lease.wait()
         start = self.lease.tokens

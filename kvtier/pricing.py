@@ -1,0 +1,159 @@
+"""Restore or recompute: what bringing pages back takes, what computing them again would, and where to cut a prefix between the two.
+
+Both are learned from what they took so far: seconds as sums of a few non-negative terms, fitted to the relative error of recent
+observations (exponential forgetting, so that a busier disk or a faster model is noticed). Plain numbers, no clock; state belongs to the
+cache's lock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+FORGET = 0.93
+"""Weight that an observation keeps at each later one: half is left after ten."""
+LEAST_OBSERVATIONS = 3
+"""Fewer say too little to give up a restore for."""
+OUTLIER = 4.0
+"""What took more times longer than foreseen counts as so many times longer: one stall must not hide ten restores."""
+EXPLORE_SHARE = 0.02
+"""This much of the time that declined restores take to compute is spent on restores that do not seem to pay: links change, and only
+restores show how."""
+
+MOST_SWEEPS = 200
+FITTED = 1e-5
+"""Relative change of what is foreseen below which a fit has settled."""
+
+Amounts = Sequence[float] | NDArray[np.int64]
+"""Encoded bytes by tier."""
+
+
+class CostModel:
+    """Seconds as the sum of `terms` times weights, weights 0 or more; `terms` are what a piece of work consists of, such as (1, bytes).
+
+    Plain Python: a few numbers, at moments when an engine waits and NumPy's code is in no cache.
+    """
+
+    def __init__(self, terms: int) -> None:
+        self.observations = 0
+        self.weights = [0.0] * terms
+        self._seen = [False] * terms
+        self._gram = [[0.0] * terms for _ in range(terms)]
+        self._moment = [0.0] * terms
+
+    def seconds(self, terms: Sequence[float]) -> float | None:
+        """What that work takes; None while a term it has was never seen."""
+        if any(term > 0 and not seen for term, seen in zip(terms, self._seen, strict=True)):
+            return None
+        return sum(term * weight for term, weight in zip(terms, self.weights, strict=True))
+
+    def observe(self, terms: Sequence[float], seconds: float) -> None:
+        """Work of these terms took so long. ValueError unless terms and seconds are finite, 0 or more, and not all 0."""
+        if not (all(0 <= term < math.inf for term in terms) and any(terms) and 0 < seconds < math.inf):
+            raise ValueError(f"work of {list(terms)} took {seconds} s; expected terms of 0 or more, one above 0, and a positive time")
+        foreseen = self.seconds(terms)
+        if foreseen and self.observations >= LEAST_OBSERVATIONS:
+            seconds = min(seconds, OUTLIER * foreseen)
+        for i, term in enumerate(terms):
+            self._seen[i] = self._seen[i] or term > 0
+            self._moment[i] = FORGET * self._moment[i] + term / seconds
+            for j, other in enumerate(terms):
+                self._gram[i][j] = FORGET * self._gram[i][j] + term / seconds * other / seconds
+        self.observations += 1
+        self._fit()
+
+    def _fit(self) -> None:
+        """One weight after the other to its best beside the others, or 0, until none moves: the least squares of non-negative weights.
+
+        Where observations cannot tell terms apart, the first one takes all."""
+        weights = self.weights
+        for _ in range(MOST_SWEEPS):
+            moved = 0.0
+            for i, row in enumerate(self._gram):
+                if not row[i]:
+                    continue
+                rest = self._moment[i] - sum(weight * entry for weight, entry in zip(weights, row, strict=True)) + weights[i] * row[i]
+                best = max(0.0, rest / row[i])
+                moved = max(moved, abs(best - weights[i]) * math.sqrt(row[i]))
+                weights[i] = best
+            if moved < FITTED:
+                return
+
+
+class Prices:
+    """What a cache with `tiers` tiers knows of both ways. Tier 0 is the device, whose pages cost nothing."""
+
+    def __init__(self, tiers: int, page_tokens: int) -> None:
+        self.page_tokens = page_tokens
+        self.restoring = CostModel(tiers)
+        """Terms: encoded bytes from each colder tier, then 1."""
+        self.computing = CostModel(3)
+        """Terms: tokens, tokens times the mean number of tokens they attend to, 1."""
+        self._explore_s = 0.0
+        """Seconds saved up for exploring."""
+        self._tiers = tiers
+
+    def restored(self, bytes_by_tier: Amounts, seconds: float) -> None:
+        """Bringing up so many encoded bytes of each colder tier (index 0 is ignored) took so long, from asking to the last page."""
+        self.restoring.observe([*map(float, bytes_by_tier[1:]), 1.0], seconds)
+
+    def computed(self, start: int, tokens: int, seconds: float) -> None:
+        """Computing the KV of `tokens` tokens in one go, after `start` others, took so long."""
+        self.computing.observe(_prefill_terms(start, tokens), seconds)
+
+    def restore_s(self, bytes_by_tier: Amounts) -> float | None:
+        """Seconds to bring so many encoded bytes of each tier to the device (index 0 is free); None if that was never measured."""
+        if not any(bytes_by_tier[1:]):
+            return 0.0
+        return self.restoring.seconds([*map(float, bytes_by_tier[1:]), 1.0])
+
+    def recompute_s(self, start: int, tokens: int) -> float | None:
+        """Seconds that computing `tokens` tokens after `start` others adds to a prefill that is needed anyway; None if never measured."""
+        if self.computing.observations == 0:
+            return None
+        return self.computing.seconds([*_prefill_terms(start, tokens)[:2], 0.0])
+
+    def pages_to_restore(self, homes: NDArray[np.intp], page_bytes: NDArray[np.int64]) -> int:
+        """How many of a prefix's first pages to bring up so that restoring them and computing the rest of the prefix is fastest.
+
+        `homes[i]`: the warmest tier of page i; `page_bytes[tier]`: encoded bytes of a page there. All of them while one side was measured
+        too little, and now and then to measure again. More rather than fewer where it makes no difference.
+        """
+        pages = len(homes)
+        if not homes.any() or min(self.restoring.observations, self.computing.observations) < LEAST_OBSERVATIONS:
+            return pages
+        if self.restore_s(np.bincount(homes, minlength=self._tiers)) is None:
+            return pages
+        *per_byte, fixed = self.restoring.weights
+        seconds = np.array([0.0, *per_byte])[homes] * page_bytes[homes]
+        restore = np.concatenate(([0.0], np.cumsum(seconds) + fixed * (np.cumsum(homes > 0) > 0)))
+        starts = np.arange(pages + 1) * float(self.page_tokens)
+        left = pages * self.page_tokens - starts
+        recompute = self.computing.weights[0] * left + self.computing.weights[1] * left * (starts + left / 2)
+        total = restore + recompute
+        cut = pages - int(np.argmin(total[::-1]))
+        if cut == pages or not homes[cut:].any():
+            return pages
+        self._explore_s += EXPLORE_SHARE * float(total[cut])
+        if self._explore_s < total[pages] - total[cut]:
+            return cut
+        self._explore_s = 0.0
+        return pages
+
+    def as_json(self) -> dict[str, object]:
+        """What was learned, for `stats()`: seconds per restore and per gigabyte of each colder tier, and of computing 1,000 tokens."""
+        thousand = self.recompute_s(0, 1000)
+        return {
+            "restores_observed": self.restoring.observations,
+            "restore_fixed_s": self.restoring.weights[-1],
+            "restore_s_per_gb": [weight * 1e9 for weight in self.restoring.weights[:-1]],
+            "prefills_observed": self.computing.observations,
+            "recompute_s_per_1000_tokens": thousand,
+        }
+
+
+def _prefill_terms(start: int, tokens: int) -> list[float]:
+    return [float(tokens), tokens * (start + tokens / 2), 1.0]
