@@ -17,9 +17,6 @@
 #include <string.h>
 
 #include "dispatch.h"
-#include "tables.h"
-
-#define INLINE static inline __attribute__((always_inline))
 
 /* Defines `name` from `name##_of`, which takes head_dim last: the usual ones as constants, so that loops over a vector unroll. */
 #define FOR_HEAD_DIMS(name, arguments, ...) \
