@@ -178,6 +178,17 @@ static inline void group_levels(uint8_t *codes, Floats values[PARTS], const Floa
     values_of(values, code, levels);
 }
 
+#define LEVELS_AT_ONCE 1
+
+INLINE void groups_levels(uint8_t *const *codes, Floats (*values)[PARTS], const float *const *rows, const Floats *factors, int count,
+    const LevelTable *levels) {
+    for (int i = 0; i < count; i++) {
+        Floats group[PARTS];
+        for (int part = 0; part < PARTS; part++) group[part] = floats_load(rows[i] + part * (GROUP / PARTS));
+        group_levels(codes[i], values[i], group, factors[i], levels);
+    }
+}
+
 /* Codes below 16 to what the table holds for them. */
 static inline void group_lookup(int8_t *values, const int8_t *codes, const int8_t table[16]) {
     const __m128i found = _mm_shuffle_epi8(_mm_loadu_si128((const void *)table), _mm_loadu_si128((const void *)codes));

@@ -309,17 +309,31 @@ static inline void group_values(Floats values[PARTS], const uint8_t *codes, cons
     values_of(values, _mm512_loadu_si512(codes), levels);
 }
 
-static inline void group_levels(uint8_t *codes, Floats values[PARTS], const Floats group[PARTS], Floats factor, const LevelTable *levels) {
-    Floats whole[PARTS];
-    for (int part = 0; part < PARTS; part++) {
-        whole[part] = _mm512_fmadd_round_ps(group[part], factor, floats_all(WHOLE), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#define LEVELS_AT_ONCE 2
+
+/* `count` is a constant; each step is taken for all groups before the next one. */
+INLINE void groups_levels(uint8_t *const *codes, Floats (*values)[PARTS], const float *const *rows, const Floats *factors, int count,
+    const LevelTable *levels) {
+    const __m512i *const table = (const void *)levels->codes;
+    const __m512i above = _mm512_loadu_si512(table), far_above = _mm512_loadu_si512(table + 1);
+    const __m512i far_below = _mm512_loadu_si512(table + 2), below = _mm512_loadu_si512(table + 3);
+    __m512i code[LEVELS_AT_ONCE];
+    for (int i = 0; i < count; i++) {
+        for (int part = 0; part < PARTS; part++) {
+            values[i][part] = _mm512_fmadd_round_ps(floats_load(rows[i] + part * 16), factors[i], floats_all(WHOLE),
+                _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        }
     }
-    const __m512i cells = bytes_of(whole), *const table = (const void *)levels->codes;
-    const __m512i positive = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), cells, _mm512_loadu_si512(table + 1));
-    const __m512i negative = _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 2), cells, _mm512_loadu_si512(table + 3));
-    const __m512i code = _mm512_mask_blend_epi8(_mm512_movepi8_mask(cells), positive, negative);
-    _mm512_storeu_si512(codes, code);
-    values_of(values, code, levels);
+    for (int i = 0; i < count; i++) code[i] = bytes_of(values[i]);
+    for (int i = 0; i < count; i++) {
+        const __m512i positive = _mm512_permutex2var_epi8(above, code[i], far_above);
+        const __m512i negative = _mm512_permutex2var_epi8(far_below, code[i], below);
+        code[i] = _mm512_mask_blend_epi8(_mm512_movepi8_mask(code[i]), positive, negative);
+    }
+    for (int i = 0; i < count; i++) {
+        _mm512_storeu_si512(codes[i], code[i]);
+        values_of(values[i], code[i], levels);
+    }
 }
 
 /* Codes below 16 to what the table holds for them. */

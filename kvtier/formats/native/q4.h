@@ -49,41 +49,64 @@ INLINE void scale_bytes(uint8_t *bytes, const Sizes *sizes, int count, int head,
     }
 }
 
+/* Up to 16 vectors ready to be coded. */
+typedef struct {
+    Tile tile;
+    float rest[TILE_VALUES] __attribute__((aligned(64)));
+    const float *rows[16];
+    float energies[16];
+    bool reduced[16];
+    int first, count, head;
+} Batch;
+
+INLINE void open_batch(Batch *batch, const Sizes *sizes, const Shape *shape, const char *numbers, bool keys, int head_dim) {
+    const size_t vector_bytes = head_dim * value_bytes(shape->dtype);
+    float *const tile = batch->tile.rows;
+    load_tile(&batch->tile, shape, numbers + batch->first * vector_bytes, batch->count, FP16_MAX);
+    for (int row = 0; row < 16; row++) batch->rows[row] = tile + row * head_dim, batch->reduced[row] = false;
+    if (!keys) {
+        rows_energy(batch->energies, tile, batch->count, head_dim);
+        return;
+    }
+    choose_rows(batch->rows, batch->reduced, batch->energies, batch->rest, tile, sizes->means, batch->head, shape->heads, batch->count, head_dim);
+}
+
 /* Vectors `start` to `stop`, from the first head of one token to the last of another: a run of codes alike, at `packed`, and their scales.
-   Of 8 bits only the scales. */
+   Of 8 bits only the scales. The CPU gets the next vectors to prepare before the codes of those that wait for roots and quotients. */
 INLINE void encode_run(Sizes *sizes, const Shape *shape, const char *numbers, uint8_t *steps, uint8_t *packed, const Levels levels, int start,
     int stop, bool keys, int head_dim) {
     const int heads = shape->heads;
-    const size_t vector_bytes = head_dim * value_bytes(shape->dtype);
-    const float norm = norm_of(shape);
     const bool all_kept = shape->tokens * heads <= KEPT_SCALES;
-    Tile tile, rest;
+    const Floats norm = floats_all(norm_of(shape));
+    Batch batches[2];
     uint8_t codes[16 * MAX_HEAD_DIM];
-    for (int first = start, head = 0, next = 0; first < stop; first += 16, head = next) {
-        const int count = fewer(stop - first, 16), kept = all_kept ? first : 0;
-        const float *rows[16];
-        float energies[16], *const scales = sizes->scales + kept;
-        load_tile(&tile, shape, numbers + first * vector_bytes, count, FP16_MAX);
-        for (int row = 0; row < count; row++) rows[row] = tile.rows + row * head_dim;
-        next = (head + count) % heads;
-        if (keys) choose_rows(rows, sizes->reduced + kept, energies, rest.rows, tile.rows, sizes->means, head, heads, count, head_dim);
-        else rows_energy(energies, tile.rows, count, head_dim);
+    int head = 0;
+    for (int next = start, turn = 0; next < stop + 16; next += 16, turn ^= 1) {
+        if (next < stop) {
+            batches[turn].first = next, batches[turn].count = fewer(stop - next, 16), batches[turn].head = (next - start) % heads;
+            open_batch(&batches[turn], sizes, shape, numbers, keys, head_dim);
+        }
+        if (next == start) continue;
+        const Batch *const batch = &batches[!turn];
+        const int first = batch->first, count = batch->count, kept = all_kept ? first : 0;
+        float *const scales = sizes->scales + kept;
         if (levels.bits == 8) {
-            rows_largest(scales, rows, count, head_dim);
+            rows_largest(scales, batch->rows, count, head_dim);
             SIXTEEN(scales, floats_mul(floats_load(scales + i), floats_all((float)(levels.per_rms / LARGEST_CODE))));
         } else {
-            encode_levels(codes, scales, &levels, rows, energies, count, head_dim);
+            encode_levels(codes, scales, &levels, batch->rows, batch->energies, count, head_dim);
             for (int row = 0; row < count; row++) {
                 pack_codes(packed, codes + row * head_dim, (size_t)(first - start + row), (size_t)(stop - start), head_dim, levels.bits);
             }
         }
-        SIXTEEN(scales, floats_mul(floats_load(scales + i), floats_all(norm)));
+        SIXTEEN(scales, floats_mul(floats_load(scales + i), norm));
+        memcpy(sizes->reduced + kept, batch->reduced, sizeof batch->reduced);
+        if (sizes->complete) scale_bytes(steps + first, sizes, count, batch->head, heads);
         for (int row = 0; row < count && !sizes->complete; row++) {
             float *const largest = sizes->largest + head;
             *largest = scales[row] > *largest ? scales[row] : *largest;
             if (++head == heads) head = 0;
         }
-        if (sizes->complete) scale_bytes(steps + first, sizes, count, head, heads);
     }
 }
 
@@ -133,7 +156,6 @@ INLINE void encode_gaussian(const Shape *shape, const char *numbers, uint8_t *co
     sizes.means = keys ? means : NULL;
     sizes.complete = false;
     memset(sizes.largest, 0, heads * sizeof(float));
-    memset(sizes.reduced, 0, (size_t)fewer(vectors, KEPT_SCALES) + 16);
     if (keys) encode_means(means, shape, numbers, coded, head_dim);
     for (int again = vectors > KEPT_SCALES; again >= 0; again--) {
         if (special) encode_special(&sizes, shape, numbers, steps, packed, &levels, special);
