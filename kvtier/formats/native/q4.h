@@ -68,7 +68,8 @@ INLINE void open_batch(Batch *batch, const Sizes *sizes, const Shape *shape, con
         rows_energy(batch->energies, tile, batch->count, head_dim);
         return;
     }
-    choose_rows(batch->rows, batch->reduced, batch->energies, batch->rest, tile, sizes->means, batch->head, shape->heads, batch->count, head_dim);
+    choose_rows(batch->rows, batch->reduced, batch->energies, batch->rest, tile, sizes->means, batch->head, shape->heads, batch->count,
+        head_dim);
 }
 
 /* Vectors `start` to `stop`, from the first head of one token to the last of another: a run of codes alike, at `packed`, and their scales.
