@@ -2,9 +2,9 @@
 
 Rows: `q8.encode`, `q8.decode`, ... in GB/s of the page's own bf16 bytes, one thread, over a working set far larger than the caches, through
 the formats as tiers use them (native kernels where they are built). The ceiling is a copy of the same bytes in the same rounds.
-`.2threads`: two threads at once, beside twice one thread. `.1page`: microseconds for one page of 64 KiB that is in the cache, beside its
-copy; less is better. `.torch`: the torch reference. `q8.encode+checksum`: encoded and hashed (xxh3-64) page by page; `.share`: what the
-hash takes of that time.
+`.2threads`: two threads at once, beside twice one thread; `.2threads.copy`: the same beside the copy of two threads, which is what the
+memory can do. `.1page`: microseconds for one page of 64 KiB that is in the cache, beside its copy; less is better. `.torch`: the torch
+reference. `q8.encode+checksum`: encoded and hashed (xxh3-64) page by page; `.share`: what the hash takes of that time.
 """
 
 from __future__ import annotations
@@ -120,9 +120,11 @@ def _rows_of(run: Run, name: str, layout: PageLayout, pages: torch.Tensor, targe
     for what, seconds in (("encode", encode), ("decode", decode)):
         rows.append(Row(f"{name}.{what}", count / seconds / 1e9, "GB/s", count / copy / 1e9))
     run.step(f"{name} on two threads")
-    for what, one in (("encode", encode), ("decode", decode)):
-        both = side_by_side([_on_two_threads(bench, what)], run.repeats)[0]
+    works = [_on_two_threads(bench, what) for what in ("encode", "decode", "copy")]
+    *coded, copies = side_by_side(works, run.repeats)
+    for what, both, one in zip(("encode", "decode"), coded, (encode, decode), strict=True):
         rows.append(Row(f"{name}.{what}.2threads", count / both / 1e9, "GB/s", 2 * count / one / 1e9))
+        rows.append(Row(f"{name}.{what}.2threads.copy", count / both / 1e9, "GB/s", count / copies / 1e9))
     run.step(f"{name} and checksum")
     singly, hashed, alone = side_by_side([bench.encode_one_by_one, bench.encode_and_hash, bench.hash], run.repeats)
     rows.append(Row(f"{name}.encode+checksum", count / hashed / 1e9, "GB/s", count / copy / 1e9))

@@ -18,6 +18,8 @@ from kvtier.errors import LayoutError
 from kvtier.layout import PageLayout
 
 Payload = NDArray[np.uint8]
+UINT8 = np.dtype(np.uint8)
+"""Comparing with this is several times faster than with `np.uint8`."""
 
 
 @dataclass(frozen=True)
@@ -116,15 +118,16 @@ def room_for(count: int, payload_bytes: int, out: Sequence[Payload] | None) -> l
     """Where `encode` writes `count` payloads: the first bytes of each array in `out`, or new arrays. LayoutError if `out` does not fit."""
     if out is None:
         return [np.empty(payload_bytes, np.uint8) for _ in range(count)]
-    if len(out) < count or not all(_can_take(place, payload_bytes) for place in out[:count]):
+    places = []
+    for place in out[:count]:
+        flags = place.flags
+        if place.dtype != UINT8 or place.ndim != 1 or place.size < payload_bytes or not flags.c_contiguous or not flags.writeable:
+            break
+        places.append(place[:payload_bytes])
+    if len(places) < count:
         expected = f"that many writable, contiguous uint8 arrays of one dimension, at least {payload_bytes} bytes each"
         raise LayoutError(f"encode: out has no room for {count} payloads; expected {expected}")
-    return [place[:payload_bytes] for place in out[:count]]
-
-
-def _can_take(place: Payload, payload_bytes: int) -> bool:
-    flags = place.flags
-    return place.dtype == np.uint8 and place.ndim == 1 and len(place) >= payload_bytes and flags.c_contiguous and flags.writeable
+    return places
 
 
 def span_of(layers: slice, layout: PageLayout) -> tuple[int, int]:
@@ -144,12 +147,13 @@ def target_of(
         if rows is not None:
             raise LayoutError("decode: rows without out; give the tensor whose rows they are")
         return torch.empty((count, *shape), dtype=layout.torch_dtype), range(count)
-    if out.device.type != "cpu" or out.dtype != layout.torch_dtype or out.shape[1:] != shape:
+    places, *each = out.shape
+    if not out.is_cpu or out.dtype != layout.torch_dtype or tuple(each) != shape:
         expected = f"{layout.torch_dtype} {['m', *shape]} on cpu"
         raise LayoutError(f"decode: out is {out.dtype} {tuple(out.shape)} on {out.device}; expected {expected}")
-    if out.stride()[1:] != layout.strides and len(out) and not out[0].is_contiguous():
+    if not out.is_contiguous() and out.stride()[1:] != layout.strides and places and not out[0].is_contiguous():
         raise LayoutError(f"decode: the rows of out have strides {out.stride()[1:]}; expected contiguous rows of shape {shape}")
     rows = range(count) if rows is None else rows
-    if len(rows) != count or (count and not 0 <= min(rows) <= max(rows) < len(out)):
-        raise LayoutError(f"decode: {len(rows)} rows for {count} pages into {len(out)} places; expected one row from 0 up per page")
+    if len(rows) != count or (count and not 0 <= min(rows) <= max(rows) < places):
+        raise LayoutError(f"decode: {len(rows)} rows for {count} pages into {places} places; expected one row from 0 up per page")
     return out, rows

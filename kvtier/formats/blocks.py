@@ -21,7 +21,7 @@ import torch
 
 from kvtier.errors import LayoutError
 from kvtier.format_spec import FormatSpec
-from kvtier.formats.base import Format, Payload, Stream, check_pages, room_for, span_of, target_of
+from kvtier.formats.base import UINT8, Format, Payload, Stream, check_pages, room_for, span_of, target_of
 from kvtier.formats.native import codecs as native_codecs
 from kvtier.layout import PageLayout
 
@@ -156,12 +156,13 @@ class BlockFormat(Format):
         first: Collection[int] = (),
     ) -> list[Payload]:
         check_pages(pages, layout)
-        rows = range(len(pages)) if rows is None else rows
-        if rows and not 0 <= min(rows) <= max(rows) < len(pages):
-            raise LayoutError(f"encode: rows from {min(rows)} to {max(rows)} of {len(pages)} pages")
+        given = pages.shape[0]
+        rows = range(given) if rows is None else rows
+        if rows and not 0 <= min(rows) <= max(rows) < given:
+            raise LayoutError(f"encode: rows from {min(rows)} to {max(rows)} of {given} pages")
         plan = self._plan(layout)
         payloads = room_for(len(rows), plan.payload_bytes, out)
-        native = native_codecs() if plan.native is not None and pages.device.type == "cpu" and pages.is_contiguous() else None
+        native = native_codecs() if plan.native is not None and pages.is_cpu and pages.is_contiguous() else None
         if native is not None and plan.native is not None:
             begins = bytes(index in first for index in range(len(rows))) if first else bytes(len(rows))
             native.encode(plan.native, pages.data_ptr(), rows, payloads, begins)
@@ -181,7 +182,7 @@ class BlockFormat(Format):
     ) -> torch.Tensor:
         plan = self._plan(layout)
         for payload in payloads:
-            if payload.dtype != np.uint8 or payload.shape != (plan.payload_bytes,):
+            if payload.dtype != UINT8 or payload.shape != (plan.payload_bytes,):
                 raise ValueError(
                     f"{self.name} payload is {payload.dtype} {payload.shape}; expected uint8 ({plan.payload_bytes},) for {layout}"
                 )

@@ -19,7 +19,7 @@ def test_tiny_run_reports_every_row(tmp_path):
     rows = {row["name"]: row for row in json.loads(target.read_text())["rows"]}
     for name in ("q8", "q4"):
         for what in ("encode", "decode"):
-            for suffix in ("", ".2threads", ".1page", ".torch"):
+            for suffix in ("", ".2threads", ".2threads.copy", ".1page", ".torch"):
                 assert rows[f"{name}.{what}{suffix}"]["ratio"] > 0
         assert {f"{name}.encode+checksum", f"{name}.encode+checksum.share", f"{name}.checksum"} <= rows.keys()
     assert "native codecs" in done.output

@@ -229,6 +229,20 @@ class TestAgainstTheReference:
 
 
 @needs_native
+@pytest.mark.parametrize("name", ["q4", "q3"])
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("features", INSTRUCTION_SETS)
+def test_blocks_of_too_many_vectors_to_keep_their_scales_are_those_of_the_reference(codecs, features, name, begins):
+    codecs.use(features)
+    layout = PageLayout(1, 2, 600, 7, 16, "bf16")
+    pages = usual_pages(layout, 1)
+    given, expected = encode(codecs, name, pages, layout, begins)[0], reference_payloads(name, pages, layout, begins)[0]
+    assert np.mean(given == expected) >= 0.999
+    difference = codes_of(name, given, layout, begins) - codes_of(name, expected, layout, begins)
+    assert difference.abs().max() <= 1
+
+
+@needs_native
 class TestTheExtension:
     LAYOUT = PageLayout(2, 2, 16, 2, 64, "bf16")
 

@@ -8,6 +8,7 @@
 
 #include "half.h"
 #include "shape.h"
+#include "tables.h"
 
 #include "lanes_avx2.h"
 

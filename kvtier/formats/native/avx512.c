@@ -9,6 +9,7 @@
 
 #include "half.h"
 #include "shape.h"
+#include "tables.h"
 
 #include "lanes_avx512.h"
 

@@ -10,6 +10,7 @@
 
 #include "half.h"
 #include "shape.h"
+#include "tables.h"
 
 #define WITH_AVX512_BF16
 #include "lanes_avx512.h"

@@ -1,7 +1,7 @@
 /* q8_0 and q4_0: rows of ggml blocks of 32 numbers, neither rotated nor reduced by a mean; see kvtier/formats/ggml.py. Bytes are those of
    the torch reference. Sixteen blocks at a time, so that quotients and fp16 scales are computed side by side. */
 
-enum { LANES = GROUP / PARTS, Q8_0_BYTES = 34, Q4_0_BYTES = 18, SCALE_BYTES = 2 };
+enum { Q8_0_BYTES = 34, Q4_0_BYTES = 18, SCALE_BYTES = 2 };
 
 static int ggml_blocks(const Shape *shape) { return (int)(block_values(shape) / 32); }
 

@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#define INLINE static inline __attribute__((always_inline))
+
 static inline uint32_t bits_of(float number) {
     uint32_t bits;
     memcpy(&bits, &number, 4);

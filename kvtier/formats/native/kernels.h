@@ -2,9 +2,10 @@
 
    A group is GROUP numbers, as PARTS registers of floats or SHORT_PARTS of 16-bit whole numbers. The lanes files offer: arithmetic on
    registers (floats_*, shorts_*; floats_fused may round once or twice and is for sums that need not be exact), the largest magnitude
-   (magnitude_max; NaN counts as larger than everything), the total or largest magnitude of each of 16 registers (rows_sum,
-   rows_magnitude), groups from and to memory (group_load, group_store, group_from_bytes), the +-1 Hadamard transform of a group of floats
-   (group_rotate) and of codes (group_rotate_codes, then group_widen to floats), rounding to codes (group_round, group_cells, group_codes),
+   (magnitude_max; NaN counts as larger than everything; group_magnitude, of a group), the total or largest magnitude of each of 16
+   registers (rows_sum, rows_magnitude), groups from and to memory (group_load, group_store), sums over rows (group_sums), the +-1
+   Hadamard transform of groups from memory (groups_load_rotated, GROUPS_AT_ONCE side by side) and of codes (group_rotate_codes, then
+   group_widen to floats), rounding to codes (group_round; groups_levels, LEVELS_AT_ONCE side by side; group_values back to floats),
    table look-up, and 16 fp16 numbers at once (halves_*). For ggml blocks of 32 numbers in BLOCK_PARTS registers of floats:
    from and to memory (block_load, block_store, block_from_bytes), rounded to the nearest, halves away from zero, of magnitude up to 127
    (block_round), cut to 0..15 and packed (block_nibbles), looked up in a table of 16 numbers of 16 bits (nibble_numbers); and whole
@@ -17,9 +18,6 @@
 #include <string.h>
 
 #include "dispatch.h"
-#include "tables.h"
-
-#define INLINE static inline __attribute__((always_inline))
 
 /* Defines `name` from `name##_of`, which takes head_dim last: the usual ones as constants, so that loops over a vector unroll. */
 #define FOR_HEAD_DIMS(name, arguments, ...) \

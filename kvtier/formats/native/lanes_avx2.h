@@ -13,6 +13,12 @@ static inline Floats floats_sub(Floats a, Floats b) { return _mm256_sub_ps(a, b)
 static inline Floats floats_mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 static inline Floats floats_fused(Floats a, Floats b, Floats c) { return _mm256_add_ps(_mm256_mul_ps(a, b), c); }
 static inline Floats floats_all(float number) { return _mm256_set1_ps(number); }
+static inline Floats floats_div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+static inline Floats floats_root(Floats a) { return _mm256_sqrt_ps(a); }
+static inline Floats floats_at_most(Floats a, Floats most) { return _mm256_min_ps(a, most); }
+static inline Floats floats_zero_below(Floats a, Floats key, float least) {
+    return _mm256_and_ps(a, _mm256_cmp_ps(key, _mm256_set1_ps(least), _CMP_GE_OQ));
+}
 static inline Floats floats_load(const float *from) { return _mm256_loadu_ps(from); }
 static inline void floats_store(float *to, Floats a) { _mm256_storeu_ps(to, a); }
 static inline Shorts shorts_add(Shorts a, Shorts b) { return _mm256_add_epi16(a, b); }
@@ -27,6 +33,10 @@ static inline float floats_sum(Floats a) {
 static inline Floats magnitude_max(Floats most, Floats a) {
     const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7FFFFFFF));
     return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(most), magnitude));
+}
+
+static inline Floats keys_max(Floats a, Floats b) {
+    return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
 }
 
 static inline float magnitude_of(Floats most) {
@@ -53,6 +63,21 @@ static inline void group_load(Floats group[PARTS], const void *numbers, int dtyp
     }
 }
 
+/* Sums of a group of numbers of each of `count` rows; `most` becomes at least as large as each magnitude. */
+static inline void group_sums(float sums[GROUP], Floats *most, const char *numbers, size_t stride, int count, int dtype) {
+    Floats total[PARTS] = {floats_all(0), floats_all(0)}, group[PARTS];
+    for (int row = 0; row < count; row++) {
+        group_load(group, numbers + row * stride, dtype);
+        for (int part = 0; part < PARTS; part++) {
+            total[part] = floats_add(total[part], group[part]);
+            *most = magnitude_max(*most, group[part]);
+        }
+    }
+    for (int part = 0; part < PARTS; part++) floats_store(sums + 8 * part, total[part]);
+}
+
+static inline Floats group_magnitude(const Floats group[PARTS]) { return magnitude_max(magnitude_max(floats_all(0), group[0]), group[1]); }
+
 /* bf16 of 8 finite floats, as 32-bit numbers. */
 static inline __m256i rounded_to_bf16(Floats a) {
     const __m256i bits = _mm256_castps_si256(a);
@@ -77,7 +102,8 @@ static inline void group_store(void *numbers, const Floats group[PARTS], int dty
 /* Lane i meets lane i ^ distance: `signs` is -0.0 where the lane is the upper one and becomes the difference. */
 static inline Floats meet(Floats a, Floats other, Floats signs) { return floats_add(other, _mm256_xor_ps(a, signs)); }
 
-static inline void group_rotate(Floats group[PARTS]) {
+static inline void group_load_rotated(Floats group[PARTS], const void *numbers, int dtype) {
+    group_load(group, numbers, dtype);
     for (int part = 0; part < PARTS; part++) {
         Floats a = group[part];
         a = meet(a, _mm256_permute_ps(a, 0xB1), _mm256_setr_ps(0.f, -0.f, 0.f, -0.f, 0.f, -0.f, 0.f, -0.f));
@@ -87,6 +113,12 @@ static inline void group_rotate(Floats group[PARTS]) {
     const Floats sum = floats_add(group[0], group[1]);
     group[1] = floats_sub(group[0], group[1]);
     group[0] = sum;
+}
+
+#define GROUPS_AT_ONCE 1
+
+INLINE void groups_load_rotated(Floats (*groups)[PARTS], const char *const *numbers, int count, int dtype) {
+    for (int i = 0; i < count; i++) group_load_rotated(groups[i], numbers[i], dtype);
 }
 
 static inline Shorts meet_codes(Shorts a, Shorts other, Shorts signs) { return shorts_add(other, _mm256_sign_epi16(a, signs)); }
@@ -111,42 +143,56 @@ static inline __m128i bytes_of(__m256i a, __m256i b) {
     return _mm_packs_epi16(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1));
 }
 
-static inline void group_round(int8_t *codes, const Floats group[PARTS], int largest) {
-    const __m128i bytes = bytes_of(_mm256_cvtps_epi32(group[0]), _mm256_cvtps_epi32(group[1]));
-    const __m128i most = _mm_set1_epi8((int8_t)largest), least = _mm_set1_epi8((int8_t)-largest);
-    _mm_storeu_si128((void *)codes, _mm_max_epi8(_mm_min_epi8(bytes, most), least));
+static inline void group_round(int8_t *codes, const Floats group[PARTS], Floats factor, int largest) {
+    const __m256i low = _mm256_cvtps_epi32(floats_mul(group[0], factor)), high = _mm256_cvtps_epi32(floats_mul(group[1], factor));
+    const __m128i bytes = _mm_max_epi8(bytes_of(low, high), _mm_set1_epi8((int8_t)-largest));
+    _mm_storeu_si128((void *)codes, largest < 127 ? _mm_min_epi8(bytes, _mm_set1_epi8((int8_t)largest)) : bytes);
 }
 
-static inline void group_cells(int8_t *cells, const Floats group[PARTS]) {
-    const __m256i low = _mm256_cvtps_epi32(_mm256_floor_ps(group[0])), high = _mm256_cvtps_epi32(_mm256_floor_ps(group[1]));
-    _mm_storeu_si128((void *)cells, bytes_of(low, high));
+static inline __m256i floor_of(Floats a) { return _mm256_cvttps_epi32(_mm256_floor_ps(a)); }
+
+static inline void values_of(Floats values[PARTS], __m128i codes, const LevelTable *levels) {
+    const __m128i found = _mm_shuffle_epi8(_mm_loadu_si128((const void *)levels->values), codes);
+    values[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(found));
+    values[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(found, 8)));
 }
 
-/* Cells to codes, in place; see tables.h. A few comparisons are faster than a look-up in a table of 128. */
-static inline void group_codes(int8_t *cells, const uint8_t steps[128], int levels) {
+static inline void group_values(Floats values[PARTS], const uint8_t *codes, const LevelTable *levels) {
+    values_of(values, _mm_loadu_si128((const void *)codes), levels);
+}
+
+/* A few comparisons are faster than a look-up in a table of 256. */
+static inline void group_levels(uint8_t *codes, Floats values[PARTS], const Floats group[PARTS], Floats factor, const LevelTable *levels) {
     static const int8_t boundaries[3][7] = {{78}, {28, 59, 98}, {12, 24, 36, 49, 64, 82, 107}};
-    const int8_t *const bounds = boundaries[levels == 16 ? 2 : levels == 8];
-    (void)steps;
-    const __m128i cell = _mm_loadu_si128((const void *)cells), negative = _mm_cmpgt_epi8(_mm_setzero_si128(), cell);
-    const __m128i mirrored = _mm_xor_si128(cell, negative);
-    __m128i code = _mm_set1_epi8((int8_t)(levels == 8 ? 0 : levels / 2));
-    for (int i = 0; i < levels / 2 - 1; i++) {
+    const int count = levels == &LEVELS4 ? 16 : levels == &LEVELS3 ? 8 : 4;
+    const int8_t *const bounds = boundaries[count == 16 ? 2 : count == 8];
+    const __m128i cell = bytes_of(floor_of(floats_mul(group[0], factor)), floor_of(floats_mul(group[1], factor)));
+    const __m128i negative = _mm_cmpgt_epi8(_mm_setzero_si128(), cell), mirrored = _mm_xor_si128(cell, negative);
+    __m128i code = _mm_set1_epi8((int8_t)(count == 8 ? 0 : count / 2));
+    for (int i = 0; i < count / 2 - 1; i++) {
         code = _mm_sub_epi8(code, _mm_cmpgt_epi8(mirrored, _mm_set1_epi8((int8_t)(bounds[i] - 1))));
     }
-    const __m128i all = _mm_set1_epi8((int8_t)(levels == 8 ? 4 : levels - 1)); /* of 8 levels only the sign differs */
-    _mm_storeu_si128((void *)cells, _mm_xor_si128(code, _mm_and_si128(negative, all)));
+    const __m128i all = _mm_set1_epi8((int8_t)(count == 8 ? 4 : count - 1)); /* of 8 levels only the sign differs */
+    code = _mm_xor_si128(code, _mm_and_si128(negative, all));
+    _mm_storeu_si128((void *)codes, code);
+    values_of(values, code, levels);
+}
+
+#define LEVELS_AT_ONCE 1
+
+INLINE void groups_levels(uint8_t *const *codes, Floats (*values)[PARTS], const float *const *rows, const Floats *factors, int count,
+    const LevelTable *levels) {
+    for (int i = 0; i < count; i++) {
+        Floats group[PARTS];
+        for (int part = 0; part < PARTS; part++) group[part] = floats_load(rows[i] + part * (GROUP / PARTS));
+        group_levels(codes[i], values[i], group, factors[i], levels);
+    }
 }
 
 /* Codes below 16 to what the table holds for them. */
 static inline void group_lookup(int8_t *values, const int8_t *codes, const int8_t table[16]) {
     const __m128i found = _mm_shuffle_epi8(_mm_loadu_si128((const void *)table), _mm_loadu_si128((const void *)codes));
     _mm_storeu_si128((void *)values, found);
-}
-
-static inline void group_from_bytes(Floats group[PARTS], const int8_t *bytes) {
-    for (int part = 0; part < PARTS; part++) {
-        group[part] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(bytes + 8 * part))));
-    }
 }
 
 static inline void halves_store(uint16_t *halves, const float *numbers) {
@@ -171,7 +217,9 @@ static inline void block_store(void *numbers, const Floats block[BLOCK_PARTS], i
 }
 
 static inline void block_from_bytes(Floats block[BLOCK_PARTS], const int8_t *bytes) {
-    for (int half = 0; half < 2; half++) group_from_bytes(block + 2 * half, bytes + 16 * half);
+    for (int part = 0; part < BLOCK_PARTS; part++) {
+        block[part] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(bytes + 8 * part))));
+    }
 }
 
 static inline void block_round(int8_t *codes, const Floats block[BLOCK_PARTS]) {
@@ -211,10 +259,6 @@ static inline Floats extreme_keys(Floats a, int place) {
     const __m256i bits = _mm256_castps_si256(a), before = _mm256_setr_epi32(62, 60, 58, 56, 54, 52, 50, 48);
     const __m256i rotated = _mm256_or_si256(_mm256_slli_epi32(bits, 1), _mm256_srli_epi32(bits, 31));
     return _mm256_castsi256_ps(_mm256_or_si256(rotated, _mm256_sub_epi32(before, _mm256_set1_epi32(2 * place))));
-}
-
-static inline Floats keys_max(Floats a, Floats b) {
-    return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
 }
 
 static inline void rows_key(float results[16], const Floats rows[16]) {

@@ -13,6 +13,12 @@ static inline Floats floats_sub(Floats a, Floats b) { return _mm512_sub_ps(a, b)
 static inline Floats floats_mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 static inline Floats floats_fused(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 static inline Floats floats_all(float number) { return _mm512_set1_ps(number); }
+static inline Floats floats_div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+static inline Floats floats_root(Floats a) { return _mm512_sqrt_ps(a); }
+static inline Floats floats_at_most(Floats a, Floats most) { return _mm512_min_ps(a, most); }
+static inline Floats floats_zero_below(Floats a, Floats key, float least) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(key, _mm512_set1_ps(least), _CMP_GE_OQ), a);
+}
 static inline Floats floats_load(const float *from) { return _mm512_loadu_ps(from); }
 static inline void floats_store(float *to, Floats a) { _mm512_storeu_ps(to, a); }
 static inline Shorts shorts_add(Shorts a, Shorts b) { return _mm512_add_epi16(a, b); }
@@ -45,7 +51,7 @@ static inline Floats keys_max(Floats a, Floats b) {
 
 ACROSS(rows_sum, floats_add)
 ACROSS(rows_key, keys_max)
-ACROSS(rows_magnitude, magnitude_max)
+ACROSS(rows_magnitude, keys_max) /* magnitudes have no sign */
 
 /* bf16 numbers are the upper halves of floats: each goes to an odd place, zeros between them. */
 static inline void load_bf16(Floats pair[2], const void *numbers) {
@@ -113,17 +119,127 @@ static inline Floats meet(Floats a, Floats other, __mmask16 upper) {
     return _mm512_fmadd_ps(a, _mm512_mask_blend_ps(upper, _mm512_set1_ps(1), _mm512_set1_ps(-1)), other);
 }
 
-static inline void group_rotate(Floats group[PARTS]) {
-    for (int part = 0; part < PARTS; part++) {
-        Floats a = group[part];
-        a = meet(a, _mm512_permute_ps(a, 0xB1), 0xAAAA);
-        a = meet(a, _mm512_permute_ps(a, 0x4E), 0xCCCC);
-        a = meet(a, _mm512_shuffle_f32x4(a, a, 0xB1), 0xF0F0);
-        group[part] = meet(a, _mm512_shuffle_f32x4(a, a, 0x4E), 0xFF00);
+/* Two registers: what has to meet in adjacent 128-bit lanes gets into different registers, meets, and stays there. */
+static inline void meet_lanes(Floats *a, Floats *b) {
+    const Floats low = _mm512_shuffle_f32x4(*a, *b, 0x88), high = _mm512_shuffle_f32x4(*a, *b, 0xDD);
+    *a = floats_add(low, high), *b = floats_sub(low, high);
+}
+
+#if defined(WITH_AVX512_BF16)
+#define BF16_PAIRS 1
+
+/* `first` numbers +- `second` numbers, 16 of each, both halves of the result at once, where adjacent numbers have met already: their sums,
+   or with `odd` -1 their differences. */
+static inline Floats met_pairs(__m512bh first, __m512bh second, int odd) {
+    const int plus = odd < 0 ? (int)0xBF803F80 : 0x3F803F80, minus = odd < 0 ? 0x3F80BF80 : (int)0xBF80BF80;
+    const __m512i lower = _mm512_set1_epi32(plus), both = _mm512_mask_blend_epi32(0xFF00, lower, _mm512_set1_epi32(minus));
+    return _mm512_dpbf16_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), first, (__m512bh)lower), second, (__m512bh)both);
+}
+
+static inline __m512bh twice(const char *numbers) { return (__m512bh)_mm512_broadcast_i64x4(_mm256_loadu_si256((const void *)numbers)); }
+#else
+#define BF16_PAIRS 0
+#endif
+
+/* How many groups to rotate side by side: the CPU does not see far enough ahead to do that by itself. */
+#define GROUPS_AT_ONCE 4
+
+/* Rotated numbers stand in another order, so that four registers of them pack to bytes in the usual one: number 16 * a + 4 * b + c of a
+   group is number 4 * a + c of register b. `count` is a constant; each step is taken for all groups before the next one. */
+INLINE void groups_load_rotated(Floats (*groups)[PARTS], const char *const *numbers, int count, int dtype) {
+#if defined(WITH_AVX512_BF16)
+    /* Bits 0, 4 and 5 of the index, then 2, 1 and 3. */
+    for (int i = 0; i < count && dtype == BF16; i++) {
+        const __m512bh a = twice(numbers[i]), b = twice(numbers[i] + 32), c = twice(numbers[i] + 64), d = twice(numbers[i] + 96);
+        groups[i][0] = met_pairs(a, b, 1), groups[i][1] = met_pairs(a, b, -1);
+        groups[i][2] = met_pairs(c, d, 1), groups[i][3] = met_pairs(c, d, -1);
     }
-    const Floats a = floats_add(group[0], group[1]), b = floats_sub(group[0], group[1]);
-    const Floats c = floats_add(group[2], group[3]), d = floats_sub(group[2], group[3]);
-    group[0] = floats_add(a, c), group[1] = floats_add(b, d), group[2] = floats_sub(a, c), group[3] = floats_sub(b, d);
+    for (int i = 0; i < count && dtype == BF16; i++) {
+        Floats *const group = groups[i];
+        const Floats a = floats_add(group[0], group[2]), b = floats_add(group[1], group[3]);
+        const Floats c = floats_sub(group[0], group[2]), d = floats_sub(group[1], group[3]);
+        group[0] = a, group[1] = b, group[2] = c, group[3] = d;
+    }
+    for (int i = 0; i < count && dtype == BF16; i++) {
+        for (int part = 0; part < PARTS; part += 2) {
+            Floats *const pair = groups[i] + part;
+            const Floats low = _mm512_unpacklo_ps(pair[0], pair[1]), high = _mm512_unpackhi_ps(pair[0], pair[1]);
+            pair[0] = floats_add(low, high), pair[1] = floats_sub(low, high);
+        }
+    }
+#endif
+    if (dtype != BF16 || !BF16_PAIRS) {
+        for (int i = 0; i < count; i++) group_load(groups[i], numbers[i], dtype);
+        for (int i = 0; i < count; i++) {
+            for (int part = 0; part < PARTS; part++) {
+                groups[i][part] = meet(groups[i][part], _mm512_permute_ps(groups[i][part], 0xB1), 0xAAAA);
+            }
+        }
+        for (int i = 0; i < count; i++) {
+            Floats *const group = groups[i];
+            const Floats a = floats_add(group[0], group[1]), b = floats_sub(group[0], group[1]);
+            const Floats c = floats_add(group[2], group[3]), d = floats_sub(group[2], group[3]);
+            group[0] = floats_add(a, c), group[1] = floats_add(b, d), group[2] = floats_sub(a, c), group[3] = floats_sub(b, d);
+            meet_lanes(&group[0], &group[1]);
+            meet_lanes(&group[2], &group[3]);
+        }
+    }
+    for (int i = 0; i < count; i++) {
+        for (int part = 0; part < PARTS; part++) {
+            groups[i][part] = meet(groups[i][part], _mm512_permute_ps(groups[i][part], 0x4E), 0xCCCC);
+        }
+    }
+    for (int i = 0; i < count; i++) {
+        meet_lanes(&groups[i][0], &groups[i][2]);
+        meet_lanes(&groups[i][1], &groups[i][3]);
+    }
+}
+
+/* Sums of a group of numbers of each of `count` rows, in the order of memory; `most` becomes at least as large as each magnitude. */
+static inline void group_sums(float sums[GROUP], Floats *most, const char *numbers, size_t stride, int count, int dtype) {
+    Floats total[PARTS] = {floats_all(0), floats_all(0), floats_all(0), floats_all(0)};
+#if defined(WITH_AVX512_BF16)
+    if (dtype == BF16) {
+        const __m512bh even = (__m512bh)_mm512_set1_epi32(0x3F80), odd = (__m512bh)_mm512_set1_epi32(0x3F800000);
+        const __m512i magnitude = _mm512_set1_epi16(0x7FFF);
+        __m512i largest = _mm512_setzero_si512();
+        for (int row = 0; row < count; row++) {
+            for (int line = 0; line < 2; line++) {
+                const __m512i values = _mm512_loadu_si512(numbers + row * stride + line * 64);
+                total[2 * line] = _mm512_dpbf16_ps(total[2 * line], (__m512bh)values, even);
+                total[2 * line + 1] = _mm512_dpbf16_ps(total[2 * line + 1], (__m512bh)values, odd);
+                largest = _mm512_max_epu16(largest, _mm512_and_si512(values, magnitude));
+            }
+        }
+        *most = magnitude_max(magnitude_max(*most, _mm512_castsi512_ps(_mm512_slli_epi32(largest, 16))), _mm512_castsi512_ps(largest));
+        const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        for (int line = 0; line < 2; line++) {
+            const Floats first = _mm512_permutex2var_ps(total[2 * line], low, total[2 * line + 1]);
+            const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+            floats_store(sums + 32 * line, first);
+            floats_store(sums + 32 * line + 16, _mm512_permutex2var_ps(total[2 * line], high, total[2 * line + 1]));
+        }
+        return;
+    }
+#endif
+    for (int row = 0; row < count; row++) {
+        Floats group[PARTS];
+        group_load(group, numbers + row * stride, dtype);
+        for (int part = 0; part < PARTS; part++) {
+            total[part] = floats_add(total[part], group[part]);
+            *most = magnitude_max(*most, group[part]);
+        }
+    }
+    for (int part = 0; part < PARTS; part++) floats_store(sums + 16 * part, total[part]);
+}
+
+/* The largest magnitudes in a group; not a number and infinite where all numbers are one of the two. */
+static inline Floats group_magnitude(const Floats group[PARTS]) {
+    const int largest_magnitude = 0xB;
+    const Floats low = _mm512_range_ps(group[0], group[1], largest_magnitude);
+    const Floats high = _mm512_range_ps(group[2], group[3], largest_magnitude);
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(_mm512_range_ps(low, high, largest_magnitude)),
+        _mm512_set1_epi32(0x7FFFFFFF)));
 }
 
 /* The rotation of 64 codes but for its last step, which group_widen does. Bit k of a code's index decides about step k. Steps are taken
@@ -158,49 +274,72 @@ static inline void group_widen(Floats group[PARTS], const Shorts whole[SHORT_PAR
     }
 }
 
-/* 64 whole numbers as bytes, saturated. */
-static inline __m512i bytes_of(__m512i a, __m512i b, __m512i c, __m512i d) {
-    const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
-    return _mm512_permutexvar_epi32(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), packed);
+/* Added to a number below 2**15 and rounded, this leaves a whole number in the 16 lowest bits. */
+#define WHOLE 0x1.8p23f
+
+/* Whole numbers that WHOLE was added to, as bytes, saturated. */
+static inline __m512i bytes_of(const Floats whole[PARTS]) {
+    const __m512i even = _mm512_set_epi16(62, 60, 58, 56, 30, 28, 26, 24, 54, 52, 50, 48, 22, 20, 18, 16, 46, 44, 42, 40, 14, 12, 10, 8,
+        38, 36, 34, 32, 6, 4, 2, 0);
+    const __m512i low = _mm512_permutex2var_epi16(_mm512_castps_si512(whole[0]), even, _mm512_castps_si512(whole[1]));
+    const __m512i high = _mm512_permutex2var_epi16(_mm512_castps_si512(whole[2]), even, _mm512_castps_si512(whole[3]));
+    return _mm512_packs_epi16(low, high);
 }
 
-static inline void group_round(int8_t *codes, const Floats group[PARTS], int largest) {
-    const __m512i low[2] = {_mm512_cvtps_epi32(group[0]), _mm512_cvtps_epi32(group[1])};
-    const __m512i bytes = bytes_of(low[0], low[1], _mm512_cvtps_epi32(group[2]), _mm512_cvtps_epi32(group[3]));
-    const __m512i most = _mm512_set1_epi8((int8_t)largest), least = _mm512_set1_epi8((int8_t)-largest);
-    _mm512_storeu_si512(codes, _mm512_max_epi8(_mm512_min_epi8(bytes, most), least));
+static inline void group_round(int8_t *codes, const Floats group[PARTS], Floats factor, int largest) {
+    Floats whole[PARTS];
+    for (int part = 0; part < PARTS; part++) whole[part] = floats_fused(group[part], factor, floats_all(WHOLE));
+    const __m512i bytes = _mm512_max_epi8(bytes_of(whole), _mm512_set1_epi8((int8_t)-largest));
+    _mm512_storeu_si512(codes, largest < 127 ? _mm512_min_epi8(bytes, _mm512_set1_epi8((int8_t)largest)) : bytes);
 }
 
-static inline __m512i floor_of(Floats a) { return _mm512_cvt_roundps_epi32(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
-
-static inline void group_cells(int8_t *cells, const Floats group[PARTS]) {
-    _mm512_storeu_si512(cells, bytes_of(floor_of(group[0]), floor_of(group[1]), floor_of(group[2]), floor_of(group[3])));
-}
-
-/* Cells to codes, in place; see tables.h. */
-static inline void group_codes(int8_t *cells, const uint8_t steps[128], int levels) {
-    const __m512i cell = _mm512_loadu_si512(cells);
-    const __mmask64 negative = _mm512_movepi8_mask(cell);
-    const __m512i mirrored = _mm512_xor_si512(cell, _mm512_movm_epi8(negative));
-    const __m512i above = _mm512_permutex2var_epi8(_mm512_loadu_si512(steps), mirrored, _mm512_loadu_si512(steps + 64));
-    if (levels == 8) {
-        _mm512_storeu_si512(cells, _mm512_mask_add_epi8(above, negative, above, _mm512_set1_epi8(4)));
-        return;
+/* Levels are exact in bf16, the upper halves of floats: their two bytes are looked up and put in place. */
+static inline void values_of(Floats values[PARTS], __m512i code, const LevelTable *levels) {
+    const __m512i lower = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)levels->bf16_low)), code);
+    const __m512i upper = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)levels->bf16_high)), code);
+    const __m512i zero = _mm512_setzero_si512();
+    for (int half = 0; half < 2; half++) {
+        const __m512i numbers = half ? _mm512_unpackhi_epi8(lower, upper) : _mm512_unpacklo_epi8(lower, upper);
+        values[2 * half] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, numbers));
+        values[2 * half + 1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, numbers));
     }
-    const __m512i code = _mm512_add_epi8(above, _mm512_set1_epi8((int8_t)(levels / 2)));
-    _mm512_storeu_si512(cells, _mm512_mask_sub_epi8(code, negative, _mm512_set1_epi8((int8_t)(levels - 1)), code));
+}
+
+static inline void group_values(Floats values[PARTS], const uint8_t *codes, const LevelTable *levels) {
+    values_of(values, _mm512_loadu_si512(codes), levels);
+}
+
+#define LEVELS_AT_ONCE 2
+
+/* `count` is a constant; each step is taken for all groups before the next one. */
+INLINE void groups_levels(uint8_t *const *codes, Floats (*values)[PARTS], const float *const *rows, const Floats *factors, int count,
+    const LevelTable *levels) {
+    const __m512i *const table = (const void *)levels->codes;
+    const __m512i above = _mm512_loadu_si512(table), far_above = _mm512_loadu_si512(table + 1);
+    const __m512i far_below = _mm512_loadu_si512(table + 2), below = _mm512_loadu_si512(table + 3);
+    __m512i code[LEVELS_AT_ONCE];
+    for (int i = 0; i < count; i++) {
+        for (int part = 0; part < PARTS; part++) {
+            values[i][part] = _mm512_fmadd_round_ps(floats_load(rows[i] + part * 16), factors[i], floats_all(WHOLE),
+                _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        }
+    }
+    for (int i = 0; i < count; i++) code[i] = bytes_of(values[i]);
+    for (int i = 0; i < count; i++) {
+        const __m512i positive = _mm512_permutex2var_epi8(above, code[i], far_above);
+        const __m512i negative = _mm512_permutex2var_epi8(far_below, code[i], below);
+        code[i] = _mm512_mask_blend_epi8(_mm512_movepi8_mask(code[i]), positive, negative);
+    }
+    for (int i = 0; i < count; i++) {
+        _mm512_storeu_si512(codes[i], code[i]);
+        values_of(values[i], code[i], levels);
+    }
 }
 
 /* Codes below 16 to what the table holds for them. */
 static inline void group_lookup(int8_t *values, const int8_t *codes, const int8_t table[16]) {
     const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table));
     _mm512_storeu_si512(values, _mm512_shuffle_epi8(all, _mm512_loadu_si512(codes)));
-}
-
-static inline void group_from_bytes(Floats group[PARTS], const int8_t *bytes) {
-    for (int part = 0; part < PARTS; part++) {
-        group[part] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(bytes + 16 * part))));
-    }
 }
 
 static inline void halves_store(uint16_t *halves, const float *numbers) {

@@ -20,6 +20,10 @@ static inline Floats floats_sub(Floats a, Floats b) { EACH(Floats, a.lane[i] - b
 static inline Floats floats_mul(Floats a, Floats b) { EACH(Floats, a.lane[i] * b.lane[i]); }
 static inline Floats floats_fused(Floats a, Floats b, Floats c) { EACH(Floats, a.lane[i] * b.lane[i] + c.lane[i]); }
 static inline Floats floats_all(float number) { EACH(Floats, number); }
+static inline Floats floats_div(Floats a, Floats b) { EACH(Floats, a.lane[i] / b.lane[i]); }
+static inline Floats floats_root(Floats a) { EACH(Floats, sqrtf(a.lane[i])); }
+static inline Floats floats_at_most(Floats a, Floats most) { EACH(Floats, a.lane[i] < most.lane[i] ? a.lane[i] : most.lane[i]); }
+static inline Floats floats_zero_below(Floats a, Floats key, float least) { EACH(Floats, key.lane[i] >= least ? a.lane[i] : 0); }
 static inline Floats floats_load(const float *from) { EACH(Floats, from[i]); }
 static inline Shorts shorts_add(Shorts a, Shorts b) { EACH(Shorts, (int16_t)(a.lane[i] + b.lane[i])); }
 static inline Shorts shorts_sub(Shorts a, Shorts b) { EACH(Shorts, (int16_t)(a.lane[i] - b.lane[i])); }
@@ -36,6 +40,10 @@ static inline uint32_t magnitude_bits(float number) { return bits_of(number) & 0
 
 static inline Floats magnitude_max(Floats most, Floats a) {
     EACH(Floats, float_of(magnitude_bits(a.lane[i]) > bits_of(most.lane[i]) ? magnitude_bits(a.lane[i]) : bits_of(most.lane[i])));
+}
+
+static inline Floats keys_max(Floats a, Floats b) {
+    EACH(Floats, float_of(bits_of(a.lane[i]) > bits_of(b.lane[i]) ? bits_of(a.lane[i]) : bits_of(b.lane[i])));
 }
 
 static inline float magnitude_of(Floats most) {
@@ -59,6 +67,19 @@ static inline void group_load(Floats group[PARTS], const void *numbers, int dtyp
     else for (int i = 0; i < GROUP; i++) group->lane[i] = from_bf16(halves[i]);
 }
 
+/* Sums of a group of numbers of each of `count` rows; `most` becomes at least as large as each magnitude. */
+static inline void group_sums(float sums[GROUP], Floats *most, const char *numbers, size_t stride, int count, int dtype) {
+    Floats total = floats_all(0), group;
+    for (int row = 0; row < count; row++) {
+        group_load(&group, numbers + row * stride, dtype);
+        total = floats_add(total, group);
+        *most = magnitude_max(*most, group);
+    }
+    floats_store(sums, total);
+}
+
+static inline Floats group_magnitude(const Floats group[PARTS]) { return magnitude_max(floats_all(0), group[0]); }
+
 static inline void group_store(void *numbers, const Floats group[PARTS], int dtype) {
     uint16_t *halves = numbers;
     if (dtype == FP32) memcpy(numbers, group->lane, sizeof group->lane);
@@ -76,7 +97,16 @@ static inline void group_store(void *numbers, const Floats group[PARTS], int dty
         for (int i = 0; i < GROUP / 2; i++) lane[i + GROUP / 2] = (type)(before[2 * i] - before[2 * i + 1]); \
     }
 
-static inline void group_rotate(Floats group[PARTS]) { ROTATE(group->lane, float) }
+static inline void group_load_rotated(Floats group[PARTS], const void *numbers, int dtype) {
+    group_load(group, numbers, dtype);
+    ROTATE(group->lane, float)
+}
+
+#define GROUPS_AT_ONCE 1
+
+INLINE void groups_load_rotated(Floats (*groups)[PARTS], const char *const *numbers, int count, int dtype) {
+    for (int i = 0; i < count; i++) group_load_rotated(groups[i], numbers[i], dtype);
+}
 
 static inline void group_rotate_codes(Shorts group[SHORT_PARTS], const int8_t *codes) {
     for (int i = 0; i < GROUP; i++) group->lane[i] = codes[i];
@@ -91,30 +121,33 @@ static inline int8_t within(float number, int least, int most) {
     return (int8_t)(number < (float)least ? least : number > (float)most ? most : (int)number);
 }
 
-static inline void group_round(int8_t *codes, const Floats group[PARTS], int largest) {
-    for (int i = 0; i < GROUP; i++) codes[i] = within(rintf(group->lane[i]), -largest, largest);
+static inline void group_round(int8_t *codes, const Floats group[PARTS], Floats factor, int largest) {
+    for (int i = 0; i < GROUP; i++) codes[i] = within(rintf(group->lane[i] * factor.lane[i]), -largest, largest);
 }
 
-static inline void group_cells(int8_t *cells, const Floats group[PARTS]) {
-    for (int i = 0; i < GROUP; i++) cells[i] = within(floorf(group->lane[i]), -128, 127);
+static inline void group_values(Floats values[PARTS], const uint8_t *codes, const LevelTable *levels) {
+    for (int i = 0; i < GROUP; i++) values->lane[i] = levels->values[codes[i]];
 }
 
-/* Cells to codes, in place; see tables.h. */
-static inline void group_codes(int8_t *cells, const uint8_t steps[128], int levels) {
-    for (int i = 0; i < GROUP; i++) {
-        const int negative = cells[i] < 0, magnitude = steps[negative ? ~cells[i] : cells[i]];
-        if (levels == 8) cells[i] = (int8_t)(magnitude | negative << 2);
-        else cells[i] = (int8_t)(negative ? levels / 2 - 1 - magnitude : levels / 2 + magnitude);
+static inline void group_levels(uint8_t *codes, Floats values[PARTS], const Floats group[PARTS], Floats factor, const LevelTable *levels) {
+    for (int i = 0; i < GROUP; i++) codes[i] = levels->codes[(uint8_t)within(floorf(group->lane[i] * factor.lane[i]), -128, 127)];
+    group_values(values, codes, levels);
+}
+
+#define LEVELS_AT_ONCE 1
+
+INLINE void groups_levels(uint8_t *const *codes, Floats (*values)[PARTS], const float *const *rows, const Floats *factors, int count,
+    const LevelTable *levels) {
+    for (int i = 0; i < count; i++) {
+        Floats group[PARTS];
+        for (int part = 0; part < PARTS; part++) group[part] = floats_load(rows[i] + part * (GROUP / PARTS));
+        group_levels(codes[i], values[i], group, factors[i], levels);
     }
 }
 
 /* Codes below 16 to what the table holds for them. */
 static inline void group_lookup(int8_t *values, const int8_t *codes, const int8_t table[16]) {
     for (int i = 0; i < GROUP; i++) values[i] = table[codes[i]];
-}
-
-static inline void group_from_bytes(Floats group[PARTS], const int8_t *bytes) {
-    for (int i = 0; i < GROUP; i++) group->lane[i] = bytes[i];
 }
 
 static inline void halves_store(uint16_t *halves, const float *numbers) {
@@ -139,7 +172,7 @@ static inline void block_store(void *numbers, const Floats block[BLOCK_PARTS], i
 }
 
 static inline void block_from_bytes(Floats block[BLOCK_PARTS], const int8_t *bytes) {
-    for (int part = 0; part < BLOCK_PARTS; part++) group_from_bytes(block + part, bytes + 16 * part);
+    for (int i = 0; i < 32; i++) block[i / GROUP].lane[i % GROUP] = bytes[i];
 }
 
 static inline void block_round(int8_t *codes, const Floats block[BLOCK_PARTS]) {
@@ -162,10 +195,6 @@ static inline void nibble_numbers(uint16_t numbers[32], const uint8_t packed[16]
 
 static inline Floats extreme_keys(Floats a, int place) {
     EACH(Floats, float_of(bits_of(a.lane[i]) << 1 | bits_of(a.lane[i]) >> 31 | (uint32_t)(31 - place - i) << 1));
-}
-
-static inline Floats keys_max(Floats a, Floats b) {
-    EACH(Floats, bits_of(a.lane[i]) > bits_of(b.lane[i]) ? a.lane[i] : b.lane[i]);
 }
 
 static inline void rows_key(float results[16], const Floats rows[16]) {

@@ -3,62 +3,107 @@
 /* What is subtracted from, and added to, vectors that keep their mean. */
 static const float no_mean[MAX_HEAD_DIM];
 
-/* The rotated mean of one head as it will be decoded, without the factor of the rotation, like the rows of a tile. All tokens are in
-   the tile afterwards if they fit. */
-INLINE void encode_mean(Tile *tile, float *mean, const Shape *shape, int head, const char *numbers, uint8_t *coded, int head_dim) {
-    const int rows = tile_rows(shape);
-    const size_t vector_bytes = head_dim * value_bytes(shape->dtype), stride = shape->heads * vector_bytes;
-    const Levels levels = levels4();
-    const float norm = norm_of(shape), share = 1 / (float)shape->tokens;
-    memset(mean, 0, head_dim * sizeof(float));
-    for (int first = 0; first < shape->tokens; first += rows) {
-        const int count = fewer(shape->tokens - first, rows);
-        load_tile(tile, shape, numbers + head * vector_bytes + first * stride, stride, count, FP16_MAX);
-        for (int i = 0; i < head_dim; i += GROUP / PARTS) {
-            Floats sum = floats_load(mean + i);
-            for (int row = 0; row < count; row++) sum = floats_add(sum, floats_load(tile->rows + row * head_dim + i));
-            floats_store(mean + i, sum);
-        }
-    }
-    for (int i = 0; i < head_dim; i += GROUP / PARTS) floats_store(mean + i, floats_mul(floats_load(mean + i), floats_all(share)));
-    float energies[16], scales[16];
-    uint8_t codes[MAX_HEAD_DIM];
-    uint16_t halves[16];
-    rows_energy(energies, mean, 1, head_dim);
-    encode_levels(codes, scales, &levels, mean, NULL, energies, 1, head_dim);
-    for (int i = 0; i < 16; i++) scales[i] *= norm;
-    round_scales(halves, scales);
-    memcpy(coded + 2 * head, halves, 2);
-    pack_nibbles(coded + 2 * shape->heads + head * (head_dim / 2), codes, head_dim);
-    const float factor = scales[0] * (float)(1 / PER_RMS4) / norm;
-    for (int i = 0; i < head_dim; i++) mean[i] = factor * levels.values[codes[i]];
+/* The largest magnitude among the numbers of one head, or a larger one, and the sums of its vectors, not yet rotated. */
+INLINE void head_sums(float *sums, Floats *most, const Shape *shape, const char *numbers, int head_dim, int dtype) {
+    const size_t stride = shape->heads * head_dim * value_bytes(dtype);
+    *most = floats_all(0);
+    for (int i = 0; i < head_dim; i += GROUP) group_sums(sums + i, most, numbers + i * value_bytes(dtype), stride, shape->tokens, dtype);
 }
 
-/* For up to 16 rows: the mean, or none where the vector is shorter with it, and the energy of what remains. */
-INLINE void choose_means(const float *means[16], float energies[16], const float *mean, const float *rows, int count, int head_dim) {
-    Floats with[16], without[16];
-    float rest[16];
-    for (int row = count; row < 16; row++) with[row] = without[row] = floats_all(0);
-    for (int row = 0; row < count; row++) {
-        Floats whole_sums[PARTS], rest_sums[PARTS];
-        for (int part = 0; part < PARTS; part++) whole_sums[part] = rest_sums[part] = floats_all(0);
-        for (int i = 0; i < head_dim; i += GROUP) {
-            Floats group[PARTS], reduced[PARTS];
-            row_group(group, rows + row * head_dim + i);
-            row_group_without(reduced, rows + row * head_dim, &mean, i);
-            for (int part = 0; part < PARTS; part++) {
-                whole_sums[part] = floats_fused(group[part], group[part], whole_sums[part]);
-                rest_sums[part] = floats_fused(reduced[part], reduced[part], rest_sums[part]);
+/* The same where a number has to be cleaned first. */
+static __attribute__((noinline)) void clean_sums(float *sums, const Shape *shape, const char *numbers) {
+    const size_t number_bytes = value_bytes(shape->dtype), stride = shape->heads * shape->head_dim * number_bytes;
+    for (int i = 0; i < shape->head_dim; i += GROUP) {
+        float total[GROUP] = {0}, some[GROUP];
+        for (int token = 0; token < shape->tokens; token++) {
+            Floats group[PARTS];
+            group_load(group, numbers + token * stride + i * number_bytes, shape->dtype);
+            for (int part = 0; part < PARTS; part++) floats_store(some + part * (GROUP / PARTS), group[part]);
+            for (int j = 0; j < GROUP; j++) total[j] += clean_number(some[j], FP16_MAX);
+        }
+        memcpy(sums + i, total, sizeof total);
+    }
+}
+
+/* Codes the rotated means of all heads. `means` [heads, head_dim]: as they will be decoded, but like the rows of a tile without the factor
+   of the rotation. Sixteen heads at a time. */
+INLINE void encode_means(float *means, const Shape *shape, const char *numbers, uint8_t *coded, int head_dim) {
+    const Levels levels = levels4();
+    const float norm = norm_of(shape), share = 1 / (float)shape->tokens;
+    for (int first = 0; first < shape->heads; first += 16) {
+        const int count = fewer(shape->heads - first, 16);
+        const size_t vector_bytes = head_dim * value_bytes(shape->dtype);
+        const char *const place = numbers + first * vector_bytes;
+        Floats most[16];
+        float largest[16], energies[16], scales[16];
+        const float *rows[16];
+        uint8_t codes[16 * MAX_HEAD_DIM];
+        uint16_t halves[16];
+        Tile tile;
+        float *const sums = means + first * head_dim;
+        for (unsigned row = (unsigned)count; row < 16; row++) most[row] = floats_all(0);
+        for (int row = 0; row < count; row++) {
+            float *const own = sums + row * head_dim;
+            const char *const from = place + row * vector_bytes;
+            switch (shape->dtype) {
+            case BF16: head_sums(own, most + row, shape, from, head_dim, BF16); break;
+            case FP16: head_sums(own, most + row, shape, from, head_dim, FP16); break;
+            case FP32: head_sums(own, most + row, shape, from, head_dim, FP32); break;
             }
         }
-        with[row] = parts_sum(whole_sums), without[row] = parts_sum(rest_sums);
+        rows_magnitude(largest, most);
+        for (int row = 0; row < count; row++) {
+            if (!(largest[row] <= FP16_MAX)) clean_sums(sums + row * head_dim, shape, place + row * vector_bytes);
+        }
+        for (int i = 0; i < count * head_dim; i += GROUP / PARTS) {
+            floats_store(sums + i, floats_mul(floats_load(sums + i), floats_all(share)));
+        }
+        rotate_rows(tile.rows, tile.largest, (const char *)sums, head_dim * sizeof(float), count, head_dim, FP32);
+        for (int row = 0; row < 16; row++) rows[row] = tile.rows + row * head_dim;
+        rows_energy(energies, tile.rows, count, head_dim);
+        encode_levels(codes, scales, &levels, rows, energies, count, head_dim);
+        SIXTEEN(scales, floats_mul(floats_load(scales + i), floats_all(norm)));
+        round_scales(halves, scales);
+        copy_halves(coded + 2 * first, halves, count);
+        for (int row = 0; row < count; row++) {
+            const Floats factor = floats_all(scales[row] * (float)(1 / PER_RMS4) / norm);
+            pack_nibbles(coded + 2 * shape->heads + (first + row) * (head_dim / 2), codes + row * head_dim, head_dim);
+            for (int i = 0; i < head_dim; i += GROUP) {
+                Floats values[PARTS];
+                group_values(values, codes + row * head_dim + i, &LEVELS4);
+                for (int part = 0; part < PARTS; part++) {
+                    floats_store(sums + row * head_dim + i + part * (GROUP / PARTS), floats_mul(values[part], factor));
+                }
+            }
+        }
+    }
+}
+
+/* Up to 16 rows, one after the other, the first of `head`, each perhaps without the mean of its head: what is coded, in `chosen`, is the
+   shorter vector, and `reduced` says which. `rest` takes rows without their means. */
+INLINE void choose_rows(const float *chosen[16], bool reduced[16], float energies[16], float *rest, const float *rows, const float *means,
+    int head, int heads, int count, int head_dim) {
+    Floats with[16], without[16];
+    float shorter[16];
+    for (unsigned row = (unsigned)count; row < 16; row++) with[row] = without[row] = floats_all(0);
+    for (int row = 0; row < count; row++) {
+        const float *const mean = means + head * head_dim;
+        if (++head == heads) head = 0;
+        with[row] = without[row] = floats_all(0);
+        for (int i = 0; i < head_dim; i += GROUP / PARTS) {
+            const Floats whole = floats_load(rows + row * head_dim + i), less = floats_sub(whole, floats_load(mean + i));
+            floats_store(rest + row * head_dim + i, less);
+            with[row] = floats_fused(whole, whole, with[row]);
+            without[row] = floats_fused(less, less, without[row]);
+        }
     }
     rows_sum(energies, with);
-    rows_sum(rest, without);
-    for (int row = 0; row < 16; row++) {
-        means[row] = rest[row] < energies[row] ? mean : no_mean;
-        energies[row] = at_most(rest[row], energies[row]);
+    rows_sum(shorter, without);
+    for (int row = 0; row < count; row++) {
+        reduced[row] = shorter[row] < energies[row];
+        chosen[row] = (reduced[row] ? rest : rows) + row * head_dim;
     }
+    SIXTEEN(energies, floats_at_most(floats_load(shorter + i), floats_load(energies + i)));
 }
 
 /* fp32 means [heads, head_dim] as they are added to decoded numbers. */
@@ -73,7 +118,7 @@ INLINE void decode_means(float *means, const Shape *shape, const uint8_t *coded,
         for (int row = 0; row < count; row++) {
             unpack_nibbles(codes + row * head_dim, coded + 2 * shape->heads + (first + row) * (head_dim / 2), head_dim);
         }
-        for (int i = 0; i < count * head_dim; i += GROUP) group_lookup((int8_t *)codes + i, (const int8_t *)codes + i, LEVELS4);
+        for (int i = 0; i < count * head_dim; i += GROUP) group_lookup((int8_t *)codes + i, (const int8_t *)codes + i, LEVELS4.values);
         unrotate_rows((char *)(means + first * head_dim), (const int8_t *)codes, factors, NULL, count, head_dim, FP32);
     }
 }

@@ -1,6 +1,7 @@
 /* The kernels for any CPU. */
 #include "half.h"
 #include "shape.h"
+#include "tables.h"
 
 #include "lanes_portable.h"
 

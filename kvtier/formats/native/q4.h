@@ -15,104 +15,167 @@ static size_t special_bytes(const Shape *shape, int bits, int special) {
 
 static Levels fewer_levels(int bits) { return bits == 4 ? levels3() : levels2(); }
 
-/* Steps below the super, from the bits of the ratio: the same on every machine. `super` must be the largest scale, rounded. */
-static void scale_steps(int *steps, const float *scales, float super, int count) {
-    for (int i = 0; i < count; i++) {
-        const uint32_t bits = bits_of(at_most(scales[i] / super, 1));
-        const int step = (127 - (int)(bits >> 23)) * STEPS_PER_OCTAVE - SCALE_LOG[bits >> 15 & 255];
-        const int nearest = step < 0 ? 0 : step > SMALLEST_SCALE ? SMALLEST_SCALE : step;
-        const bool none = step > SMALLEST_SCALE + STEPS_PER_OCTAVE || scales[i] == 0 || super == 0;
-        steps[i] = none ? NO_SCALE : nearest;
+/* What encoding leaves for the end of a block, which is when the largest scale of a head is known: [tokens, heads] scales. A block of more
+   vectors than that is coded twice: first for the largest scales alone. */
+enum { KEPT_SCALES = 4096 };
+
+typedef struct {
+    const float *means;
+    float largest[MAX_HEADS_TIMES_DIM / MIN_BLOCK]; /* by head; rounded to fp16 when complete */
+    float scales[KEPT_SCALES + 16];
+    bool reduced[KEPT_SCALES + 16];
+    bool complete;
+} Sizes;
+
+/* Scale bytes of the scales that are kept, the first of them of `head`: steps below the super, from the bits of the ratio: the same on every machine. */
+INLINE void scale_bytes(uint8_t *bytes, const Sizes *sizes, int count, int head, int heads) {
+    for (int first = 0; first < count; first += 16) {
+        const float *const scales = sizes->scales + first;
+        const int some = fewer(count - first, 16);
+        float supers[16] = {0};
+        uint8_t steps[16];
+        for (int i = 0; i < some; i++) {
+            supers[i] = sizes->largest[head];
+            if (++head == heads) head = 0;
+        }
+        for (int i = 0; i < 16; i++) {
+            const uint32_t bits = bits_of(at_most(scales[i] / supers[i], 1));
+            const int step = (127 - (int)(bits >> 23)) * STEPS_PER_OCTAVE - SCALE_LOG[bits >> 15 & 255];
+            const int nearest = step < 0 ? 0 : step > SMALLEST_SCALE ? SMALLEST_SCALE : step;
+            const bool none = step > SMALLEST_SCALE + STEPS_PER_OCTAVE || scales[i] == 0 || supers[i] == 0;
+            steps[i] = (uint8_t)((none ? NO_SCALE : nearest) | sizes->reduced[first + i] << 7);
+        }
+        memcpy(bytes + first, steps, (size_t)some);
     }
 }
 
-/* One head of the first tokens, up to 16: scales, and codes of all but the very first, whose vector without its mean goes to `first`. */
-static __attribute__((noinline)) void encode_first_tokens(const Shape *shape, int head, uint8_t *codes, float scales[32], float *first,
-    uint8_t *packed, const Levels *levels, const float *rows, const float *const *means, const float energies[16], int count) {
-    const int head_dim = shape->head_dim, heads = shape->heads, special = special_tokens(shape, levels->bits, true), paying = special - 1;
-    const Levels fewer = fewer_levels(levels->bits);
-    float rest[32] = {0}, largest = 0;
-    memcpy(rest, energies, 16 * sizeof(float));
-    for (int i = 0; i < head_dim; i++) {
-        first[i] = rows[i] - (means ? means[0][i] : 0);
-        largest = fabsf(first[i]) > largest ? fabsf(first[i]) : largest;
+/* Up to 16 vectors ready to be coded. */
+typedef struct {
+    Tile tile;
+    float rest[TILE_VALUES] __attribute__((aligned(64)));
+    const float *rows[16];
+    float energies[16];
+    bool reduced[16];
+    int first, count, head;
+} Batch;
+
+INLINE void open_batch(Batch *batch, const Sizes *sizes, const Shape *shape, const char *numbers, bool keys, int head_dim) {
+    const size_t vector_bytes = head_dim * value_bytes(shape->dtype);
+    float *const tile = batch->tile.rows;
+    load_tile(&batch->tile, shape, numbers + batch->first * vector_bytes, batch->count, FP16_MAX);
+    for (int row = 0; row < 16; row++) batch->rows[row] = tile + row * head_dim, batch->reduced[row] = false;
+    if (!keys) {
+        rows_energy(batch->energies, tile, batch->count, head_dim);
+        return;
     }
-    encode_levels(codes + head_dim, scales + 1, &fewer, rows + head_dim, means ? means + 1 : NULL, rest + 1, paying, head_dim);
-    encode_levels(codes + special * head_dim, scales + special, levels, rows + special * head_dim, means ? means + special : NULL,
-        rest + special, count - special, head_dim);
-    scales[0] = largest * (float)(levels->per_rms / LARGEST_CODE);
-    for (int i = 0; i < paying; i++) {
-        const size_t vector = (size_t)i * heads + head;
-        pack_codes(packed + heads * head_dim, codes + (1 + i) * head_dim, vector, (size_t)paying * heads, head_dim, fewer.bits);
+    choose_rows(batch->rows, batch->reduced, batch->energies, batch->rest, tile, sizes->means, batch->head, shape->heads, batch->count,
+        head_dim);
+}
+
+/* Vectors `start` to `stop`, from the first head of one token to the last of another: a run of codes alike, at `packed`, and their scales.
+   Of 8 bits only the scales. The CPU gets the next vectors to prepare before the codes of those that wait for roots and quotients. */
+INLINE void encode_run(Sizes *sizes, const Shape *shape, const char *numbers, uint8_t *steps, uint8_t *packed, const Levels levels, int start,
+    int stop, bool keys, int head_dim) {
+    const int heads = shape->heads;
+    const bool all_kept = shape->tokens * heads <= KEPT_SCALES;
+    const Floats norm = floats_all(norm_of(shape));
+    Batch batches[2];
+    uint8_t codes[16 * MAX_HEAD_DIM];
+    int head = 0;
+    for (int next = start, turn = 0; next < stop + 16; next += 16, turn ^= 1) {
+        if (next < stop) {
+            batches[turn].first = next, batches[turn].count = fewer(stop - next, 16), batches[turn].head = (next - start) % heads;
+            open_batch(&batches[turn], sizes, shape, numbers, keys, head_dim);
+        }
+        if (next == start) continue;
+        const Batch *const batch = &batches[!turn];
+        const int first = batch->first, count = batch->count, kept = all_kept ? first : 0;
+        float *const scales = sizes->scales + kept;
+        if (levels.bits == 8) {
+            rows_largest(scales, batch->rows, count, head_dim);
+            SIXTEEN(scales, floats_mul(floats_load(scales + i), floats_all((float)(levels.per_rms / LARGEST_CODE))));
+        } else {
+            encode_levels(codes, scales, &levels, batch->rows, batch->energies, count, head_dim);
+            for (int row = 0; row < count; row++) {
+                pack_codes(packed, codes + row * head_dim, (size_t)(first - start + row), (size_t)(stop - start), head_dim, levels.bits);
+            }
+        }
+        SIXTEEN(scales, floats_mul(floats_load(scales + i), norm));
+        memcpy(sizes->reduced + kept, batch->reduced, sizeof batch->reduced);
+        if (sizes->complete) scale_bytes(steps + first, sizes, count, batch->head, heads);
+        for (int row = 0; row < count && !sizes->complete; row++) {
+            float *const largest = sizes->largest + head;
+            *largest = scales[row] > *largest ? scales[row] : *largest;
+            if (++head == heads) head = 0;
+        }
     }
 }
 
-/* Codes of 8 bits for the first token, by a step of its scale that is not smaller than the scale itself. */
-static __attribute__((noinline)) void encode_first_codes(int8_t *codes, int *step, const float *first, float scale, float super,
-    float norm, const Levels *levels, int head_dim) {
-    if (*step > 0 && *step < NO_SCALE && super * SCALE_STEP[*step] < scale) --*step;
-    const float factor = inverse(super * SCALE_STEP[*step] / (float)levels->per_rms);
-    for (int i = 0; i < head_dim; i++) {
-        const float code = rintf(first[i] * norm * factor);
-        codes[i] = (int8_t)(code < -LARGEST_CODE ? -LARGEST_CODE : code > LARGEST_CODE ? LARGEST_CODE : code);
+/* The tokens before the usual ones. */
+static __attribute__((noinline)) void encode_special(Sizes *sizes, const Shape *shape, const char *numbers, uint8_t *steps, uint8_t *packed,
+    const Levels *levels, int special) {
+    const Levels whole = {.bits = 8, .per_rms = levels->per_rms};
+    const int heads = shape->heads, head_dim = shape->head_dim;
+    encode_run(sizes, shape, numbers, steps, packed, whole, 0, heads, sizes->means != NULL, head_dim);
+    packed += (size_t)heads * head_dim;
+    encode_run(sizes, shape, numbers, steps, packed, fewer_levels(levels->bits), heads, special * heads, sizes->means != NULL, head_dim);
+}
+
+/* Codes of 8 bits for the first token, by steps of its scales that are not smaller than the scales themselves. */
+static __attribute__((noinline)) void encode_first_token(const Sizes *sizes, const Shape *shape, const char *numbers, uint8_t *steps,
+    int8_t *codes, const Levels *levels) {
+    const int head_dim = shape->head_dim;
+    const float norm = norm_of(shape);
+    for (int head = 0; head < shape->heads; head++) {
+        Tile tile;
+        float largest[16];
+        const float *const rows[16] = {tile.rows}, *const row = tile.rows;
+        const int reduced = steps[head] & 128, step = steps[head] & 127;
+        load_tile(&tile, shape, numbers + head * head_dim * value_bytes(shape->dtype), 1, FP16_MAX);
+        for (int i = 0; i < head_dim && reduced; i += GROUP / PARTS) {
+            floats_store(tile.rows + i, floats_sub(floats_load(row + i), floats_load(sizes->means + head * head_dim + i)));
+        }
+        rows_largest(largest, rows, 1, head_dim);
+        const float scale = largest[0] * (float)(levels->per_rms / LARGEST_CODE) * norm, super = sizes->largest[head];
+        const int larger = step - (step > 0 && step < NO_SCALE && super * SCALE_STEP[step] < scale);
+        steps[head] = (uint8_t)(larger | reduced);
+        const Floats factor = floats_all(norm * inverse(super * SCALE_STEP[larger] / (float)levels->per_rms));
+        for (int i = 0; i < head_dim; i += GROUP) {
+            Floats group[PARTS];
+            row_group(group, row + i);
+            group_round(codes + head * head_dim + i, group, factor, LARGEST_CODE);
+        }
     }
 }
 
 INLINE void encode_gaussian(const Shape *shape, const char *numbers, uint8_t *coded, const Levels levels, bool keys, int head_dim) {
-    const int heads = shape->heads, rows = tile_rows(shape), special = special_tokens(shape, levels.bits, shape->begins);
-    const size_t vector_bytes = head_dim * value_bytes(shape->dtype), stride = heads * vector_bytes;
-    const size_t usual = (size_t)(shape->tokens - special) * heads;
-    const float norm = norm_of(shape);
-    uint8_t *const supers = coded + mean_bytes(shape), *const steps = supers + 2 * heads;
-    uint8_t *const packed = steps + (size_t)shape->tokens * heads;
-    uint8_t *const usual_packed = packed + special_bytes(shape, levels.bits, special);
-    Tile tile;
-    float mean[MAX_HEAD_DIM], scales[MAX_TOKENS + 32], first[MAX_HEAD_DIM];
-    bool reduced[MAX_TOKENS + 16];
-    int nearest[MAX_TOKENS];
-    for (int head = 0; head < heads; head++) {
-        float largest[16] = {0};
-        uint16_t halves[16];
-        if (keys) encode_mean(&tile, mean, shape, head, numbers, coded, head_dim);
-        for (int token = 0; token < shape->tokens; token += 16) {
-            const int count = fewer(shape->tokens - token, 16), row = token % rows;
-            if (row == 0 && !(keys && shape->tokens <= rows)) {
-                const char *const place = numbers + head * vector_bytes + token * stride;
-                load_tile(&tile, shape, place, stride, fewer(shape->tokens - token, rows), FP16_MAX);
-            }
-            const float *const vectors = tile.rows + row * head_dim, *chosen[16];
-            const float *const *const means = keys ? chosen : NULL;
-            float energies[16];
-            uint8_t codes[16 * MAX_HEAD_DIM];
-            if (keys) choose_means(chosen, energies, mean, vectors, count, head_dim);
-            else rows_energy(energies, vectors, count, head_dim);
-            if (token < special) {
-                encode_first_tokens(shape, head, codes, scales, first, packed, &levels, vectors, means, energies, count);
-            } else {
-                encode_levels(codes, scales + token, &levels, vectors, means, energies, count, head_dim);
-            }
-            for (int i = token < special ? special : 0; i < count; i++) {
-                const size_t vector = (size_t)(token + i - special) * heads + head;
-                pack_codes(usual_packed, codes + i * head_dim, vector, usual, head_dim, levels.bits);
-            }
-            for (int i = 0; i < count; i++) reduced[token + i] = keys && chosen[i] != no_mean;
+    const int heads = shape->heads, vectors = shape->tokens * heads, special = special_tokens(shape, levels.bits, shape->begins);
+    uint8_t *const supers = coded + mean_bytes(shape), *const steps = supers + 2 * heads, *const packed = steps + vectors;
+    uint8_t *const usual = packed + special_bytes(shape, levels.bits, special);
+    Sizes sizes;
+    float means[MAX_HEADS_TIMES_DIM];
+    sizes.means = keys ? means : NULL;
+    sizes.complete = false;
+    memset(sizes.largest, 0, heads * sizeof(float));
+    if (keys) encode_means(means, shape, numbers, coded, head_dim);
+    for (int again = vectors > KEPT_SCALES; again >= 0; again--) {
+        if (special) encode_special(&sizes, shape, numbers, steps, packed, &levels, special);
+        encode_run(&sizes, shape, numbers, steps, usual, levels, special * heads, vectors, keys, head_dim);
+        for (int head = 0; head < heads && !sizes.complete; head += 16) {
+            const int some = fewer(heads - head, 16);
+            float largest[16] = {0};
+            uint16_t halves[16];
+            memcpy(largest, sizes.largest + head, some * sizeof(float));
+            round_scales(halves, largest);
+            memcpy(sizes.largest + head, largest, some * sizeof(float));
+            copy_halves(supers + 2 * head, halves, some);
         }
-        for (int token = 0; token < shape->tokens; token++) {
-            scales[token] *= norm;
-            largest[0] = scales[token] > largest[0] ? scales[token] : largest[0];
-        }
-        round_scales(halves, largest);
-        memcpy(supers + 2 * head, halves, 2);
-        scale_steps(nearest, scales, largest[0], shape->tokens);
-        if (special) {
-            supers[2 * head + 1] |= BEGINS;
-            int8_t *const codes = (int8_t *)packed + (size_t)head * head_dim;
-            encode_first_codes(codes, nearest, first, scales[0], largest[0], norm, &levels, head_dim);
-        }
-        for (int token = 0; token < shape->tokens; token++) {
-            steps[(size_t)token * heads + head] = (uint8_t)(nearest[token] | reduced[token] << 7);
-        }
+        sizes.complete = true;
     }
+    if (vectors <= KEPT_SCALES) scale_bytes(steps, &sizes, vectors, 0, heads);
+    if (!special) return;
+    for (int head = 0; head < heads; head++) supers[2 * head + 1] |= BEGINS;
+    encode_first_token(&sizes, shape, numbers, steps, (int8_t *)packed, &levels);
 }
 
 /* What all vectors of a block are decoded with. */
@@ -141,7 +204,7 @@ INLINE void decode_run(const Shape *shape, void *numbers, const Sides *sides, co
             else unpack_codes(codes + row * head_dim, packed, vector, (size_t)(stop - start), head_dim, levels.bits);
         }
         for (int i = 0; i < count * head_dim && levels.bits != 8; i += GROUP) {
-            group_lookup((int8_t *)codes + i, (const int8_t *)codes + i, levels.values);
+            group_lookup((int8_t *)codes + i, (const int8_t *)codes + i, levels.table->values);
         }
         char *const place = (char *)numbers + (size_t)first * head_dim * value_bytes(shape->dtype);
         unrotate_rows(place, (const int8_t *)codes, factors, shape->keys ? chosen : NULL, count, head_dim, shape->dtype);

@@ -1,59 +1,55 @@
 /* q6: mean of keys, fp16 scales [tokens, heads] with the sign bit set where the mean was subtracted, codes; see kvtier/formats/q6.py. */
 
-/* The largest magnitudes of up to 16 rows without their means. */
-INLINE void rows_largest(float largest[16], const float *rows, const float *const means[16], int count, int head_dim) {
+/* The largest magnitudes of up to 16 rows. */
+INLINE void rows_largest(float largest[16], const float *const rows[16], int count, int head_dim) {
     Floats most[16];
     for (int row = 0; row < 16; row++) most[row] = floats_all(0);
     for (int row = 0; row < count; row++) {
         for (int i = 0; i < head_dim; i += GROUP) {
             Floats group[PARTS];
-            row_group_without(group, rows + row * head_dim, means + row, i);
-            for (int part = 0; part < PARTS; part++) most[row] = magnitude_max(most[row], group[part]);
+            row_group(group, rows[row] + i);
+            most[row] = keys_max(most[row], group_magnitude(group));
         }
     }
     rows_magnitude(largest, most);
 }
 
-INLINE void encode_even_steps(const Shape *shape, const void *numbers, uint8_t *coded, bool keys, int head_dim) {
-    const int heads = shape->heads, rows = tile_rows(shape);
-    const size_t vector_bytes = head_dim * value_bytes(shape->dtype), stride = heads * vector_bytes, packed_bytes = head_dim / 4 * 3;
+INLINE void encode_even_steps(const Shape *shape, const char *numbers, uint8_t *coded, bool keys, int head_dim) {
+    const int heads = shape->heads, vectors = shape->tokens * heads;
+    const size_t vector_bytes = head_dim * value_bytes(shape->dtype), packed_bytes = head_dim / 4 * 3;
     const float norm = norm_of(shape);
-    uint8_t *const coded_scales = coded + mean_bytes(shape), *const packed = coded_scales + 2 * (size_t)shape->tokens * heads;
-    Tile tile;
-    float mean[MAX_HEAD_DIM];
-    for (int head = 0; head < heads; head++) {
-        if (keys) encode_mean(&tile, mean, shape, head, numbers, coded, head_dim);
-        for (int token = 0; token < shape->tokens; token += 16) {
-            const int count = fewer(shape->tokens - token, 16), first = token % rows;
-            if (first == 0 && !(keys && shape->tokens <= rows)) {
-                const char *const place = (const char *)numbers + head * vector_bytes + token * stride;
-                load_tile(&tile, shape, place, stride, fewer(shape->tokens - token, rows), FP16_MAX);
+    uint8_t *const coded_scales = coded + mean_bytes(shape), *const packed = coded_scales + 2 * (size_t)vectors;
+    Tile tile, rest;
+    float means[MAX_HEADS_TIMES_DIM];
+    if (keys) encode_means(means, shape, numbers, coded, head_dim);
+    for (int first = 0, head = 0; first < vectors; first += 16) {
+        const int count = fewer(vectors - first, 16);
+        const float *rows[16];
+        float energies[16], scales[16];
+        bool reduced[16] = {false};
+        uint16_t halves[16];
+        load_tile(&tile, shape, numbers + first * vector_bytes, count, FP16_MAX);
+        for (int row = 0; row < count; row++) rows[row] = tile.rows + row * head_dim;
+        memcpy(scales, tile.largest, sizeof scales);
+        if (keys) {
+            choose_rows(rows, reduced, energies, rest.rows, tile.rows, means, head, heads, count, head_dim);
+            rows_largest(scales, rows, count, head_dim);
+            head = (head + count) % heads;
+        }
+        SIXTEEN(scales, floats_div(floats_mul(floats_load(scales + i), floats_all(norm)), floats_all(31)));
+        round_scales(halves, scales);
+        for (int row = 0; row < count; row++) {
+            const uint16_t signed_scale = halves[row] | (uint16_t)(reduced[row] << 15);
+            const Floats factor = floats_all(norm * inverse(scales[row]));
+            uint8_t codes[MAX_HEAD_DIM];
+            for (int i = 0; i < head_dim; i += GROUP) {
+                Floats group[PARTS];
+                row_group(group, rows[row] + i);
+                group_round((int8_t *)codes + i, group, factor, 31);
             }
-            const float *const vectors = tile.rows + first * head_dim, *means[16];
-            float energies[16], scales[16];
-            uint16_t halves[16];
-            memcpy(scales, tile.largest + first, sizeof scales);
-            if (keys) {
-                choose_means(means, energies, mean, vectors, count, head_dim);
-                rows_largest(scales, vectors, means, count, head_dim);
-            }
-            for (int i = 0; i < 16; i++) scales[i] = scales[i] * norm / 31;
-            round_scales(halves, scales);
-            for (int row = 0; row < count; row++) {
-                const size_t vector = (size_t)(token + row) * heads + head;
-                const uint16_t signed_scale = halves[row] | (uint16_t)((keys && means[row] != no_mean) << 15);
-                const Floats factor = floats_all(norm * inverse(scales[row]));
-                uint8_t codes[MAX_HEAD_DIM];
-                for (int i = 0; i < head_dim; i += GROUP) {
-                    Floats group[PARTS];
-                    row_group_without(group, vectors + row * head_dim, keys ? means + row : NULL, i);
-                    for (int part = 0; part < PARTS; part++) group[part] = floats_mul(group[part], factor);
-                    group_round((int8_t *)codes + i, group, 31);
-                }
-                for (int i = 0; i < head_dim; i++) codes[i] += 32;
-                memcpy(coded_scales + 2 * vector, &signed_scale, 2);
-                pack_6(packed + vector * packed_bytes, codes, head_dim);
-            }
+            for (int i = 0; i < head_dim; i++) codes[i] += 32;
+            memcpy(coded_scales + 2 * (first + row), &signed_scale, 2);
+            pack_6(packed + (first + row) * packed_bytes, codes, head_dim);
         }
     }
 }

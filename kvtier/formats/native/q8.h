@@ -4,36 +4,39 @@
 INLINE void q8_scales(uint8_t *coded, float factors[16], const float largest[16], float norm, int count) {
     float scales[16];
     uint16_t halves[16];
-    for (int i = 0; i < 16; i++) scales[i] = largest[i] * norm / 127;
+    SIXTEEN(scales, floats_div(floats_mul(floats_load(largest + i), floats_all(norm)), floats_all(127)));
     round_scales(halves, scales);
     copy_halves(coded, halves, count);
-    for (int i = 0; i < 16; i++) factors[i] = norm * inverse(scales[i]);
+    SIXTEEN(factors, floats_mul(floats_all(norm), inverses(floats_load(scales + i))));
 }
 
 INLINE void q8_codes(int8_t *codes, const float *rows, const float factors[16], int count, int head_dim) {
     for (int row = 0; row < count; row++) {
-        const Floats factor = floats_all(factors[row]);
         for (int i = 0; i < head_dim; i += GROUP) {
             Floats group[PARTS];
             row_group(group, rows + row * head_dim + i);
-            for (int part = 0; part < PARTS; part++) group[part] = floats_mul(group[part], factor);
-            group_round(codes + row * head_dim + i, group, 127);
+            group_round(codes + row * head_dim + i, group, floats_all(factors[row]), 127);
         }
     }
 }
 
+/* Scales take long, one after the other: the CPU gets the next rows to rotate before the codes of those that wait for them. */
 INLINE void encode_q8_of(const Shape *shape, const void *numbers, uint8_t *coded, int head_dim) {
     const int vectors = shape->tokens * shape->heads;
-    const size_t stride = head_dim * value_bytes(shape->dtype);
+    const size_t vector_bytes = head_dim * value_bytes(shape->dtype);
     const float norm = norm_of(shape), limit = 127 * FP16_MAX * norm;
     uint8_t *const scales = coded + block_values(shape);
-    Tile tile;
-    float factors[16];
-    for (int first = 0; first < vectors; first += 16) {
-        const int count = fewer(vectors - first, 16);
-        load_tile(&tile, shape, (const char *)numbers + first * stride, stride, count, limit);
-        q8_scales(scales + 2 * first, factors, tile.largest, norm, count);
-        q8_codes((int8_t *)coded + (size_t)first * head_dim, tile.rows, factors, count, head_dim);
+    Tile tiles[2];
+    float factors[2][16];
+    for (int first = 0, turn = 0; first < vectors + 16; first += 16, turn ^= 1) {
+        if (first < vectors) {
+            const int count = fewer(vectors - first, 16);
+            load_tile(&tiles[turn], shape, (const char *)numbers + first * vector_bytes, count, limit);
+            q8_scales(scales + 2 * first, factors[turn], tiles[turn].largest, norm, count);
+        }
+        if (first == 0) continue;
+        int8_t *const codes = (int8_t *)coded + (size_t)(first - 16) * head_dim;
+        q8_codes(codes, tiles[!turn].rows, factors[!turn], fewer(vectors - first + 16, 16), head_dim);
     }
 }
 

@@ -1,35 +1,36 @@
-/* From numbers of a page to rotated vectors: a tile of rows in fp32, with the largest magnitude of each.
+/* From numbers of a page to rotated vectors: a tile of rows in fp32, with the largest magnitude of each. Within a group the numbers of
+   a row stand in the order that suits the lanes; codes of them are in the usual order.
 
    The transform of a vector that holds a NaN or an infinity holds one in every number of the block, and one of its finite numbers is at
    least as large as the vector's largest. So the magnitudes, which scales need anyway, tell which rows to clean, and clean pages pay
    nothing for it. */
 
-enum { TILE_ROWS = 64, TILE_VALUES = 16 * MAX_HEAD_DIM };
+enum { TILE_ROWS = 16, TILE_VALUES = TILE_ROWS * MAX_HEAD_DIM };
 
 typedef struct {
     float rows[TILE_VALUES] __attribute__((aligned(64)));
     float largest[TILE_ROWS] __attribute__((aligned(64)));
 } Tile;
 
-/* How many vectors fit: a multiple of 16. */
-static int tile_rows(const Shape *shape) { return fewer(TILE_VALUES / shape->head_dim, TILE_ROWS) & -16; }
-
-/* Up to 16 rows. */
+/* Up to 16 rows, some side by side; the last ones are done twice rather than alone. */
 INLINE void rotate_rows_of(float *rows, float largest_of[16], const char *numbers, size_t stride, int count, int head_dim, int dtype,
     int block) {
-    const int groups = block / GROUP;
+    const int groups = block / GROUP, beside = GROUPS_AT_ONCE > groups ? GROUPS_AT_ONCE / groups : 1;
     Floats largest_in[16];
-    for (int row = count; row < 16; row++) largest_in[row] = floats_all(0);
-    for (int row = 0; row < count; row++) {
-        Floats largest = floats_all(0);
+    for (unsigned row = (unsigned)count; row < 16; row++) largest_in[row] = floats_all(0);
+    for (int first = 0; first < count; first += beside) {
+        int at[GROUPS_AT_ONCE];
+        Floats largest[GROUPS_AT_ONCE];
+        for (int i = 0; i < beside; i++) at[i] = fewer(first + i, count - 1), largest[i] = floats_all(0);
         for (int start = 0; start < head_dim; start += block) {
-            Floats whole[MAX_BLOCK / GROUP][PARTS];
-            for (int group = 0; group < groups; group++) {
-                group_load(whole[group], numbers + row * stride + (size_t)(start + group * GROUP) * value_bytes(dtype), dtype);
-                group_rotate(whole[group]);
+            Floats whole[GROUPS_AT_ONCE + MAX_BLOCK / GROUP][PARTS];
+            const char *from[GROUPS_AT_ONCE + MAX_BLOCK / GROUP];
+            for (int i = 0; i < beside * groups; i++) {
+                from[i] = numbers + at[i / groups] * stride + (size_t)(start + i % groups * GROUP) * value_bytes(dtype);
             }
+            groups_load_rotated(whole, from, beside * groups, dtype);
             for (int distance = 1; distance < groups; distance *= 2) {
-                for (int group = 0; group < groups; group++) {
+                for (int group = 0; group < beside * groups; group++) {
                     if (group & distance) continue;
                     for (int part = 0; part < PARTS; part++) {
                         const Floats a = whole[group][part], b = whole[group + distance][part];
@@ -37,14 +38,13 @@ INLINE void rotate_rows_of(float *rows, float largest_of[16], const char *number
                     }
                 }
             }
-            for (int group = 0; group < groups; group++) {
-                for (int part = 0; part < PARTS; part++) {
-                    largest = magnitude_max(largest, whole[group][part]);
-                    floats_store(rows + row * head_dim + start + group * GROUP + part * (GROUP / PARTS), whole[group][part]);
-                }
+            for (int i = 0; i < beside * groups; i++) {
+                float *const to = rows + at[i / groups] * head_dim + start + i % groups * GROUP;
+                largest[i / groups] = keys_max(largest[i / groups], group_magnitude(whole[i]));
+                for (int part = 0; part < PARTS; part++) floats_store(to + part * LANES, whole[i][part]);
             }
         }
-        largest_in[row] = largest;
+        for (int i = 0; i < beside; i++) largest_in[at[i]] = largest[i];
     }
     rows_magnitude(largest_of, largest_in);
 }
@@ -89,35 +89,20 @@ static __attribute__((noinline)) void clean_row(float *row, float *largest, cons
     *largest = largest_of[0];
 }
 
-/* Vectors `stride` bytes apart. Where that skips other heads, the hardware does not see what comes next: the same vectors of the next
-   block, which follows at once in a page (behind its last block nothing is read, only asked for). */
-static void load_tile(Tile *tile, const Shape *shape, const char *numbers, size_t stride, int count, float limit) {
-    const size_t vector_bytes = shape->head_dim * value_bytes(shape->dtype), next_block = block_bytes(shape);
-    for (int first = 0; first < count; first += 16) {
-        const int some = fewer(count - first, 16);
-        float *const rows = tile->rows + first * shape->head_dim, *const largest = tile->largest + first;
-        const char *const place = numbers + first * stride;
-        rotate_rows(rows, largest, place, stride, some, shape->head_dim, shape->dtype);
-        int clean = 1;
-        for (int i = 0; i < 16; i++) clean &= largest[i] < limit / 2;
-        for (int i = 0; i < some && !clean; i++) {
-            if (!(largest[i] < limit / 2)) clean_row(rows + i * shape->head_dim, largest + i, place + i * stride, shape, limit);
-        }
-        for (int i = 0; i < some && stride != vector_bytes; i++) {
-            for (size_t line = 0; line < vector_bytes; line += 64) __builtin_prefetch(place + i * stride + next_block + line, 0, 2);
-        }
+/* Up to 16 vectors, one after the other. */
+static void load_tile(Tile *tile, const Shape *shape, const char *numbers, int count, float limit) {
+    const size_t vector_bytes = shape->head_dim * value_bytes(shape->dtype);
+    rotate_rows(tile->rows, tile->largest, numbers, vector_bytes, count, shape->head_dim, shape->dtype);
+    int clean = 1;
+    for (int i = 0; i < TILE_ROWS; i++) clean &= tile->largest[i] < limit / 2;
+    for (int i = 0; i < count && !clean; i++) {
+        if (tile->largest[i] < limit / 2) continue;
+        clean_row(tile->rows + i * shape->head_dim, tile->largest + i, numbers + i * vector_bytes, shape, limit);
     }
 }
 
 INLINE void row_group(Floats group[PARTS], const float *row) {
     for (int part = 0; part < PARTS; part++) group[part] = floats_load(row + part * (GROUP / PARTS));
-}
-
-/* The group at `place` of a row without its mean, if there are means. */
-INLINE void row_group_without(Floats group[PARTS], const float *row, const float *const *mean, int place) {
-    row_group(group, row + place);
-    if (!mean) return;
-    for (int part = 0; part < PARTS; part++) group[part] = floats_sub(group[part], floats_load(*mean + place + part * (GROUP / PARTS)));
 }
 
 INLINE Floats parts_sum(const Floats sums[PARTS]) {

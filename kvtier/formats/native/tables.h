@@ -4,16 +4,19 @@
 
 #include <stdint.h>
 
-/* The best 16, 8 and 4 levels for a Gaussian (Lloyd and Max), in whole numbers, so that every boundary between two is whole as well. By
-   code; ascending but for LEVELS3, whose third bit is the sign. Places beyond the levels are unused. */
-extern const int8_t LEVELS4[16], LEVELS3[16], LEVELS2[16];
+/* The best 16, 8 and 4 levels for a Gaussian (Lloyd and Max), in whole numbers, so that every boundary between two is whole as well. */
+typedef struct {
+    int8_t values[16];     /* by code; places beyond the levels are unused */
+    uint8_t bf16_low[16];  /* the same as bf16, byte by byte */
+    uint8_t bf16_high[16];
+    uint8_t codes[256];    /* of what lies from m to m + 1, at m for m = 0 to 127, at m + 256 for m = -128 to -1 */
+} LevelTable;
 
-#define PER_RMS4 44.64 /* LEVELS4 of a vector of rms 1 */
+extern LevelTable LEVELS4, LEVELS3, LEVELS2;
+
+#define PER_RMS4 44.64 /* the level of LEVELS4 that stands for one rms */
 #define PER_RMS3 56.0
 #define PER_RMS2 79.5
-
-/* Cell m holds what lies from m to m + 1: the number of boundaries from 1 to m. Cell ~m has the mirrored level. */
-extern uint8_t STEPS_BELOW4[128], STEPS_BELOW3[128], STEPS_BELOW2[128];
 
 /* A vector's scale is super * SCALE_STEP[code], code 127 being none; 32 steps per octave.
    SCALE_LOG[m] = rint(32 * log2(1 + (m + 0.5) / 256)). */
