@@ -202,18 +202,16 @@ class FormatContract:
     def test_pages_that_begin_a_sequence_have_a_good_first_token_and_payloads_of_the_same_size(self, data: st.DataObject) -> None:
         format, layout = self.make_format(), data.draw(self.layouts())
         kind = data.draw(st.sampled_from(["gaussian", "outlier channels"]))
-        batch = make_pages(layout, kind, 3, seed=data.draw(st.integers(0, 99)))
-        first = data.draw(st.sets(st.integers(0, 2)))
-        payloads = format.encode(batch, layout, first=first)
+        batch = make_pages(layout, kind, 32, seed=data.draw(st.integers(0, 99)))
+        begin = data.draw(st.sampled_from([0, 1]))
+        payloads = format.encode(batch, layout, first=range(begin, 32, 2))
         assert format.fixed_size <= all(len(payload) == format.payload_bytes(layout) for payload in payloads)
-        decoded = format.decode(format.unpack(payloads, layout), layout)
-        plain = self.round_trip(batch, layout)
-        for index in range(3):
-            if index in first:
-                ours, before = (_relative_error(each[index][:, :, :1], batch[index][:, :, :1]) for each in (decoded, plain))
-                assert ours <= 1.01 * before
-            else:
-                assert _relative_error(decoded[index], plain[index]) <= self.outlier_error / 4
+        decoded, plain = format.decode(format.unpack(payloads, layout), layout), self.round_trip(batch, layout)
+        # Of many, not of each: what a page's other tokens give up for its first one may cost that one more than it gains.
+        first, others = slice(begin, None, 2), slice(1 - begin, None, 2)
+        ours, before = (_relative_error(each[first][:, :, :, :1], batch[first][:, :, :, :1]) for each in (decoded, plain))
+        assert ours <= 1.01 * before
+        assert _relative_error(decoded[others], plain[others]) <= self.outlier_error / 4
 
     @law
     @given(st.data())
