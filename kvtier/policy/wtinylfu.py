@@ -44,8 +44,9 @@ class WTinyLFU(QueuedPolicy):
         for page in reversed(pages):
             self.worth[page] = self.latest
             self._window[page] = None
-        beyond = PROBATION if self.full > len(self) else ARRIVING
-        while self.sizes[WINDOW] > max(1.0, WINDOW_SHARE * len(self)):
+        # Until room is needed for the first time all of the tier is the window; then the main part is filled from it, without contest.
+        beyond = ARRIVING if self.sizes[PROBATION] + self.sizes[PROTECTED] else PROBATION
+        while self.sizes[WINDOW] > max(1.0, WINDOW_SHARE * self.full):
             oldest = next(iter(self._window))
             del self._window[oldest]
             self.move(oldest, beyond, self.worth[oldest], self.time[oldest])
