@@ -6,8 +6,8 @@ live cache gives the id of a page that is gone to the next one, often at once, a
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
-from itertools import islice
 from typing import Generic, TypeVar
 
 Fact = TypeVar("Fact")
@@ -17,11 +17,12 @@ GHOSTS_PER_PAGE = 32
 
 
 class Ghosts(Generic[Fact]):
-    """One fact about each of the last `per_page` x pages names that left; the oldest is forgotten first. About 100 bytes a ghost."""
+    """One fact about each of the last `per_page` x pages names that left; the oldest is forgotten first. About 200 bytes a ghost."""
 
     def __init__(self, per_page: float = GHOSTS_PER_PAGE) -> None:
         self.per_page = per_page
-        self._facts: dict[int, Fact] = {}
+        # Not a dict, which would look at all it forgot before it finds its oldest.
+        self._facts: OrderedDict[int, Fact] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._facts)
@@ -33,8 +34,8 @@ class Ghosts(Generic[Fact]):
         """Pages by these names left, and this is what to remember of them; the tier held `pages` pages until now. O(1) a page."""
         known = self._facts
         for name, fact in facts:
-            known.pop(name, None)
             known[name] = fact
+            known.move_to_end(name)
         self.shrink(int(self.per_page * pages))
 
     def recall(self, name: int) -> Fact | None:
@@ -43,6 +44,5 @@ class Ghosts(Generic[Fact]):
 
     def shrink(self, most: int) -> None:
         """Forget the oldest until `most` are left. Paid for by the calls that brought them."""
-        if (excess := len(self._facts) - most) > 0:
-            for name in list(islice(self._facts, excess)):
-                del self._facts[name]
+        while len(self._facts) > most:
+            self._facts.popitem(last=False)

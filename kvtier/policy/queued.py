@@ -80,7 +80,7 @@ class QueuedPolicy(EvictionPolicy):
         return
 
     def candidate(self) -> int:
-        """The leaf whose turn it is, as `head` gives it; NOBODY if there is none.
+        """The leaf whose turn it is, found by `head`; NOBODY if there is none.
 
         May change its mind about pages on the way, by `move` and `change` only: they are undone if nobody leaves in the end.
         """
@@ -290,7 +290,8 @@ class QueuedPolicy(EvictionPolicy):
     def _attempt(self, choice: _Choice, count: int) -> None:
         while len(choice.out) < count and (page := self.candidate()) != NOBODY:
             queue = self.queue[page]
-            heappop(self._heaps[queue])
+            if self._heaps[queue][0] is self._entry[page]:
+                heappop(self._heaps[queue])
             if choice.stays(page):
                 self._entry[page] = None
                 choice.passed.append(page)

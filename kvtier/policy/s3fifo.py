@@ -10,6 +10,8 @@ the small queue before its next turn.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from kvtier.policy.ghosts import Ghosts
 from kvtier.policy.queued import NOBODY, QueuedPolicy
 
@@ -32,7 +34,7 @@ class S3FIFO(QueuedPolicy):
     def __init__(self) -> None:
         super().__init__()
         self._uses: list[int] = self.column(0)
-        self._small: dict[int, None] = {}
+        self._small: OrderedDict[int, None] = OrderedDict()
         """The small queue, inner pages included; the tail of a request comes before its head."""
         self._ghosts: Ghosts[bool] = Ghosts(1)
 

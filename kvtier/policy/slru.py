@@ -8,6 +8,8 @@ used twice and is dead stays until newer twice-used pages drive it out, and on t
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from kvtier.policy.queued import NOBODY, QueuedPolicy
 
 PROBATION, PROTECTED = 0, 1
@@ -23,7 +25,7 @@ class SLRU(QueuedPolicy):
 
     def __init__(self) -> None:
         super().__init__()
-        self._protected: dict[int, None] = {}
+        self._protected: OrderedDict[int, None] = OrderedDict()
         """Least recently used first, inner pages included: also those leave the segment when it is full."""
 
     def entered(self, pages: list[int]) -> None:
@@ -38,8 +40,7 @@ class SLRU(QueuedPolicy):
                 self.time[page] = self.latest
             self._protected[page] = None
         while self.sizes[PROTECTED] > PROTECTED_SHARE * self.full:
-            oldest = next(iter(self._protected))
-            del self._protected[oldest]
+            oldest, _ = self._protected.popitem(last=False)
             self.move(oldest, PROBATION, PROBATION, self.latest)
 
     def candidate(self) -> int:

@@ -11,6 +11,8 @@ every page that was ever used twice.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from kvtier.policy.queued import NOBODY, QueuedPolicy
 
 WINDOW, ARRIVING, PROBATION, PROTECTED = 0, 1, 2, 3
@@ -35,8 +37,8 @@ class WTinyLFU(QueuedPolicy):
         super().__init__()
         self._frequency: dict[int, int] = {}
         self._uses = 0
-        self._window: dict[int, None] = {}
-        self._protected: dict[int, None] = {}
+        self._window: OrderedDict[int, None] = OrderedDict()
+        self._protected: OrderedDict[int, None] = OrderedDict()
         """Least recently used first, inner pages included."""
 
     def entered(self, pages: list[int]) -> None:
@@ -47,24 +49,21 @@ class WTinyLFU(QueuedPolicy):
         # Until room is needed for the first time all of the tier is the window; then the main part is filled from it, without contest.
         beyond = ARRIVING if self.sizes[PROBATION] + self.sizes[PROTECTED] else PROBATION
         while self.sizes[WINDOW] > max(1.0, WINDOW_SHARE * self.full):
-            oldest = next(iter(self._window))
-            del self._window[oldest]
+            oldest, _ = self._window.popitem(last=False)
             self.move(oldest, beyond, self.worth[oldest], self.time[oldest])
 
     def used(self, pages: list[int]) -> None:
         self._tally(pages)
         for page in reversed(pages):
             if self.queue[page] == WINDOW:
-                del self._window[page]
-                self._window[page] = None
+                self._window.move_to_end(page)
                 self.worth[page] = self.time[page] = self.latest
                 continue
             self._protected.pop(page, None)
             self._protected[page] = None
             self.move(page, PROTECTED, self.latest, self.latest)
         while self.sizes[PROTECTED] > PROTECTED_SHARE * (1.0 - WINDOW_SHARE) * self.full:
-            oldest = next(iter(self._protected))
-            del self._protected[oldest]
+            oldest, _ = self._protected.popitem(last=False)
             self.move(oldest, PROBATION, self.latest, self.latest)
 
     def candidate(self) -> int:
@@ -74,7 +73,7 @@ class WTinyLFU(QueuedPolicy):
             return victim if comer == NOBODY else comer
         if self._known(comer) <= self._known(victim):
             return comer
-        self.move(comer, PROBATION, self.worth[comer], self.time[comer])
+        self.move(comer, PROBATION, self.latest, self.latest)
         return victim
 
     def left(self, pages: list[int], evicted: bool) -> None:
