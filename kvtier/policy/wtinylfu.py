@@ -5,12 +5,16 @@ Source: Einziger, Friedman, Manes, "TinyLFU: a highly efficient cache admission 
 window 1 %, protected segment 80 % of the main part, counts up to 15 that are halved every 10 x tier uses. Counts are exact here, not a
 sketch; halving drops those that reach nought, so at most 20 names a page are known.
 
-For very small tiers: the best there. Not for tiers above a few per cent of the distinct pages: a conversation's new pages lose against
-every page that was ever used twice.
+Room is made before it is known what comes, so a page is not measured on arrival but when it has fallen out of the window, by a later
+request; when none of these is left, pages of the main part leave without contest. Tiers of a few requests suffer from that.
+
+For very small tiers before one-shot traffic. Not for tiers above a few per cent of the distinct pages: a conversation's new pages lose
+against every page that was ever used twice.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
 from kvtier.policy.queued import NOBODY, QueuedPolicy
@@ -46,8 +50,8 @@ class WTinyLFU(QueuedPolicy):
         for page in reversed(pages):
             self.worth[page] = self.latest
             self._window[page] = None
-        # Until room is needed for the first time all of the tier is the window; then the main part is filled from it, without contest.
-        beyond = ARRIVING if self.sizes[PROBATION] + self.sizes[PROTECTED] else PROBATION
+        # Until room is needed for the first time new pages have all the room there is; then they go on probation without contest.
+        beyond = ARRIVING if self.sizes[PROBATION] else PROBATION
         while self.sizes[WINDOW] > max(1.0, WINDOW_SHARE * self.full):
             oldest, _ = self._window.popitem(last=False)
             self.move(oldest, beyond, self.worth[oldest], self.time[oldest])
@@ -55,10 +59,11 @@ class WTinyLFU(QueuedPolicy):
     def used(self, pages: list[int]) -> None:
         self._tally(pages)
         for page in reversed(pages):
-            if self.queue[page] == WINDOW:
+            if self.queue[page] == WINDOW and self.full < math.inf:
                 self._window.move_to_end(page)
                 self.worth[page] = self.time[page] = self.latest
                 continue
+            self._window.pop(page, None)
             self._protected.pop(page, None)
             self._protected[page] = None
             self.move(page, PROTECTED, self.latest, self.latest)
@@ -68,7 +73,8 @@ class WTinyLFU(QueuedPolicy):
 
     def candidate(self) -> int:
         comer = self.head(ARRIVING)
-        victim = next((page for queue in (PROBATION, PROTECTED, WINDOW) if (page := self.head(queue)) != NOBODY), NOBODY)
+        order = (PROBATION, PROTECTED, WINDOW) if self.full < math.inf else (WINDOW, PROTECTED)
+        victim = next((page for queue in order if (page := self.head(queue)) != NOBODY), NOBODY)
         if comer == NOBODY or victim == NOBODY:
             return victim if comer == NOBODY else comer
         if self._known(comer) <= self._known(victim):
