@@ -7,8 +7,8 @@ A policy sees neither: here the turn is estimated by how often the page was used
 outliving eviction, and the depth stands for the type (shared prompts, middles, long contexts). A reconstruction, not the authors'
 code.
 
-For large tiers, where it is the best of all here. Not for tiers so small that hardly a page is used twice in them, nor for the first
-minutes: it learns.
+For conversations in tiers of one to ten per cent of the distinct pages. Not for traffic whose kinds of pages behave alike, nor
+for the first minutes: it learns.
 """
 
 from __future__ import annotations
