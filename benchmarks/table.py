@@ -1,7 +1,7 @@
 """What the bookkeeping costs: page table and policies alone at 10^4 to 10^6 pages, and a whole stream of requests on the live cache's own
 objects (the residency with its table, its policy and the slots of a device tier), without the bytes.
 
-`table.OPERATION.PAGES`, `lru.OPERATION.PAGES`, `a2cr-classic.OPERATION.PAGES`: millions of pages per second, in calls of one request's
+`table.OPERATION.PAGES`, `lru.OPERATION.PAGES` and so on for other policies: millions of pages per second, in calls of one request's
 pages; beside it what a plain dict does for the same keys, one by one (for an eviction: an OrderedDict that lets its oldest go).
 `stream.TRACE.POLICY`: microseconds per page that requests name, for all of looking up, leasing what is there, making room (evicting),
 committing the rest, releasing; `.ticking` with a clock that moves between these calls as a real one does, not only between requests. The
@@ -31,7 +31,7 @@ from kvtier.errors import KVTierError
 from kvtier.keys import PageKey
 from kvtier.layout import PageLayout
 from kvtier.pages import NO_ROW, PageTable, Rows
-from kvtier.policy import POLICIES, ROOT, EvictionPolicy, make_policy, nothing_protected
+from kvtier.policy import ROOT, EvictionPolicy, make_policy, nothing_protected
 from kvtier.residency import DEVICE, Residency
 
 from .measure import Row, Run, percentile, side_by_side
@@ -39,6 +39,8 @@ from .measure import Row, Run, percentile, side_by_side
 BLOCK_TOKENS = 512
 CHAIN_PAGES = 25
 """Pages of one call in the rows of single operations: about a mean request of the conversation trace."""
+MEASURED = ("lru", "lfu", "a2cr-classic")
+"""Policies with an order of their own; `lfu` stands for all that queue, `kvtier.policy.queued`."""
 CALLS = 400
 SLOW_REPEATS = 3
 """The most repeats of a stream under a policy that is not the default."""
@@ -80,12 +82,12 @@ def measure(run: Run, trace: Path | None = None, share: float = 0.05) -> list[Ro
         raise KVTierError(f"--share {share}: expected above 0 and at most 1")
     stream = chats(40 if run.tiny else 3000) if trace is None else read_trace(trace)
     sizes = (100, 1000) if run.tiny else (10**4, 10**5, 10**6)
-    run.expect(len(sizes) * (1 + len(POLICIES)) + len(POLICIES) + 1)
+    run.expect(len(sizes) * (1 + len(MEASURED)) + len(MEASURED) + 1)
     rows = []
     for size in sizes:
         run.step(f"a table of {size} pages")
         rows += _table(run, size)
-        for name in POLICIES:
+        for name in MEASURED:
             run.step(f"{name} over {size} pages")
             rows += _policy(run, name, size)
     return rows + _streams(run, stream, max(1, int(stream.distinct * share)))
@@ -193,11 +195,11 @@ class Replay:
 def _streams(run: Run, stream: Stream, capacity: int) -> list[Row]:
     rows = []
     floors = []
-    for name, ticking in [(POLICIES[0], False), (POLICIES[0], True), *((name, False) for name in POLICIES[1:])]:
+    for name, ticking in [(MEASURED[0], False), (MEASURED[0], True), *((name, False) for name in MEASURED[1:])]:
         run.step(f"{stream.name} through {name}")
         label = f"stream.{stream.name}.{name}{'.ticking' * ticking}"
         totals, tails = [], []
-        for _ in range(run.repeats if name == POLICIES[0] else min(run.repeats, SLOW_REPEATS)):
+        for _ in range(run.repeats if name == MEASURED[0] else min(run.repeats, SLOW_REPEATS)):
             floors.append(_ordered_dict(stream, capacity))
             with Replay(name, capacity, ticking) as replay:
                 for request in stream.requests:

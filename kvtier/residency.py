@@ -72,7 +72,9 @@ class Residency:
         self.names = [tier.name for tier in self.tiers]
         self.last = len(self.tiers) - 1
         self.table = PageTable(len(self.tiers), layout.page_tokens)
-        self.policies: list[EvictionPolicy] = [make_policy(config.policy.name, _parameters(config)) for _ in self.tiers]
+        self.policies: list[EvictionPolicy] = [make_policy(config.policy.name, _parameters(config), layout.page_tokens) for _ in self.tiers]
+        for policy in self.policies:
+            policy.names = self.table.names  # rows are used again for other pages
         self._smoothed = [SmoothedPressure() for _ in self.tiers]
         self.metrics = Metrics([TierMetrics() for _ in self.tiers])
         self.prices = Prices(len(self.tiers), layout.page_tokens)

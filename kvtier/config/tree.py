@@ -46,6 +46,25 @@ FixedFormat = Annotated[str, BeforeValidator(_fixed_format), Field(title=_FORMAT
 Place = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$"), Field(title="auto, cpu, cuda or cuda:N")]
 FilePath = Annotated[str, Field(min_length=1, title="a path"), AfterValidator(os.path.expanduser)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
+PolicyName = Literal[
+    "lru",
+    "fifo",
+    "lru-2",
+    "lfu",
+    "lfu-in-cache",
+    "lfu-da",
+    "depth-discounted",
+    "slru",
+    "arc",
+    "s3-fifo",
+    "sieve",
+    "w-tinylfu",
+    "gdsf",
+    "marconi",
+    "reuse-probability",
+    "a2cr-classic",
+]
+"""The names that `kvtier.policy.make_policy` knows."""
 WritePolicy = Literal["write_back", "write_through", "write_through_selective"]
 
 
@@ -123,11 +142,11 @@ class Band(_Section):
 
 
 class PolicyConfig(_Section):
-    name: Literal["lru", "a2cr-classic"] = Field(
+    name: PolicyName = Field(
         default="lru",
-        description="Which pages leave a full tier. `lru`: the least recently used. `a2cr-classic`: those of least attention, use and "
-        "recency, summed. `lru` is the default because it wins on the Mooncake conversation trace: with room for 5 % of the pages it "
-        "finds .2002 of the tokens, `a2cr-classic` .1345.",
+        description="Which pages leave a full tier (docs/policies.md). `lru`: the least recently used. `a2cr-classic`: those of least "
+        "attention, use and recency, summed. The others are published baselines. `lru` is the default because it wins on the Mooncake "
+        "conversation trace: with room for 5 % of the pages it finds .2002 of the tokens, `a2cr-classic` .1345.",
     )
     attention_weight: float = Field(default=0.4, ge=0, description="a2cr-classic: weight of the attention paid to a page, if reported.")
     frequency_weight: float = Field(default=0.3, ge=0, description="a2cr-classic: weight of how often a page is used.")
