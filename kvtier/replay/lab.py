@@ -25,6 +25,10 @@ STEP_REQUESTS = 2000
 _TRUE, _FALSE = np.array(True), np.array(False)
 
 
+def nobody_waits(_requests: int) -> None:
+    """For a replay that needs no word about its progress."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a replay found. `hit_pages` `[requests]`; `inserted` and `evicted` count pages; `seconds` is all time spent."""
@@ -35,7 +39,7 @@ class Outcome:
     seconds: float
 
 
-def replay(trace: Trace, policy: EvictionPolicy, capacity: int, step: Callable[[int], None] = lambda requests: None) -> Outcome:
+def replay(trace: Trace, policy: EvictionPolicy, capacity: int, step: Callable[[int], None] = nobody_waits) -> Outcome:
     """Replay `trace` through a new `policy` for a tier of `capacity` pages (at least 1); `step` hears how many requests are done."""
     resident = np.zeros(trace.distinct, np.bool_)
     running = np.zeros(trace.distinct, np.bool_)
@@ -50,7 +54,7 @@ def replay(trace: Trace, policy: EvictionPolicy, capacity: int, step: Callable[[
         start, stop = starts[request], starts[request + 1]
         named = pages[start : min(stop, start + capacity)]
         # Only leaves leave, so what is here of a prefix is a prefix, and counting it is enough.
-        found = hits[request] = np.count_nonzero(resident[named])
+        found = hits[request] = int(np.count_nonzero(resident[named]))
         if found:
             touch(named[:found], now)
         missing = len(named) - found

@@ -16,6 +16,7 @@ that a tier's policy sees them arrive in the order in which they left, as it wou
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import Counter
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from kvtier.errors import IntegrityError
 from kvtier.policy import EvictionPolicy, Mask, Pages, SmoothedPressure
-from kvtier.replay.lab import STEP_REQUESTS
+from kvtier.replay.lab import STEP_REQUESTS, nobody_waits
 from kvtier.replay.trace import Trace
 
 EXCLUSIVE, WRITE_BACK, WRITE_THROUGH, SELECTIVE = "exclusive", "write_back", "write_through", "write_through_selective"
@@ -40,10 +41,12 @@ NOWHERE = -1
 class TiersOutcome:
     """What a replay found. `served` int8 `[accesses]`: the tier that each page was found in, or NOWHERE.
 
-    `moved` counts pages per link (from, to); `evicted` per tier, whatever became of the page; `seconds` is all time spent.
+    `inserted` counts pages that came into the first tier; `moved` pages per link (from, to); `evicted` per tier, whatever became of the
+    page; `seconds` is all time spent.
     """
 
     served: NDArray[np.int8]
+    inserted: int
     moved: Counter[tuple[int, int]]
     evicted: list[int]
     seconds: float
@@ -70,11 +73,12 @@ class Tiers:
         self.clock = [-math.inf for _ in policies]
         self.smoothed = [SmoothedPressure() for _ in policies]
         self.moved: Counter[tuple[int, int]] = Counter()
+        self.inserted = 0
         self.evicted = [0 for _ in policies]
         self._parents, self._depths = np.empty(trace.distinct, np.int64), np.empty(trace.distinct, np.int64)
         self._parents[trace.pages], self._depths[trace.pages] = trace.parents, trace.depths
 
-    def replay(self, step: Callable[[int], None] = lambda requests: None) -> TiersOutcome:
+    def replay(self, step: Callable[[int], None] = nobody_waits) -> TiersOutcome:
         """Serve all requests; `step` hears how many are done. Once."""
         trace = self.trace
         served = np.full(trace.accesses, NOWHERE, np.int8)
@@ -86,15 +90,15 @@ class Tiers:
             served[start : start + len(homes)] = homes
             if request % STEP_REQUESTS == 0:
                 step(request)
-        return TiersOutcome(served, self.moved, self.evicted, time.perf_counter() - begun)
+        return TiersOutcome(served, self.inserted, self.moved, self.evicted, time.perf_counter() - begun)
 
     def serve(self, named: Pages, now: float) -> NDArray[np.int64]:
         """One request for these pages, which fit the first tier; the tiers of those that were found."""
         self.clock = [max(clock, now) for clock in self.clock]
         here = self.here[:, named]
-        found = here.any(0)
+        found: Mask = np.logical_or.reduce(here)
         head = named if found.all() else named[: int(found.argmin())]
-        homes = here[:, : len(head)].argmax(0)
+        homes: NDArray[np.int64] = here[:, : len(head)].argmax(0)
         self.running[named] = True
         self.policies[0].touch(head[homes == 0], now)
         for tier in range(1, self.last + 1):
@@ -103,6 +107,7 @@ class Tiers:
         self._make_room(0, len(coming))
         self.policies[0].insert(coming, self._parents[coming], self._depths[coming], now)
         self._arrived(coming, 0)
+        self.inserted += len(coming)
         self.uses[named] += 1
         self.used_at[named] = now
         for tier in range(self.last):
@@ -165,7 +170,7 @@ class Tiers:
         room = self._make_room(tier, min(len(pages), self.capacities[tier]))
         placed = pages[:room][::-1]
         bounds = [0, *(np.flatnonzero(np.diff(self.used_at[placed])) + 1).tolist(), len(placed)]
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, stop in itertools.pairwise(bounds):
             part = placed[start:stop]
             self.clock[tier] = math.nextafter(self.clock[tier], math.inf)
             self.policies[tier].insert(part, self._parents[part], self._depths[part], self.clock[tier])
@@ -175,7 +180,7 @@ class Tiers:
         return pages[room:]
 
     def _has_copy_below(self, pages: Pages, tier: int) -> Mask:
-        below: Mask = self.here[tier + 1 :, pages].any(0)
+        below: Mask = np.logical_or.reduce(self.here[tier + 1 :, pages])
         return below
 
     def _is_wanted_below(self, pages: Pages, tier: int) -> Mask:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,8 +130,8 @@ def read_trace(path: Path, block_tokens: int = BLOCK_TOKENS) -> Trace:
     return builder.finish(name)
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The JSON objects of a JSONL file, each with the number of its line; empty lines are passed over. TraceError if there is another."""
+def read_lines(path: Path, expected: str = EXAMPLE) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a JSONL file, each with the number of its line; empty lines are passed over. TraceError for anything else."""
     for number, line in read_text_lines(path):
         if not line.strip():
             continue
@@ -140,7 +140,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except (ValueError, RecursionError):
             fields = None
         if not isinstance(fields, dict):
-            raise TraceError(f"{path}: line {number} is not a JSON object ({_shown(line)}); expected a request like {EXAMPLE}")
+            raise TraceError(f"{path}: line {number} is not a JSON object ({_shown(line)}); expected one like {expected}")
         yield number, fields
 
 
@@ -157,10 +157,8 @@ def read_text_lines(path: Path) -> Iterator[tuple[int, str]]:
 def open_text(path: Path, mode: str = "r") -> TextIO:
     """The file as text, through gzip if its name ends in `.gz`. OSError if it cannot be opened."""
     if path.suffix == ".gz":
-        # The name and the time would make two equal traces unequal files.
-        raw = gzip.open(path, "rt") if mode == "r" else gzip.open(path, "wt", compresslevel=6)
-        return raw  # type: ignore[return-value]
-    return path.open(mode, encoding="utf-8", newline="")
+        return cast(TextIO, gzip.open(path, f"{mode}t", encoding="utf-8", newline=""))
+    return cast(TextIO, path.open(mode, encoding="utf-8", newline=""))
 
 
 def write_trace(requests: Iterable[Request], file: TextIO) -> int:
@@ -180,7 +178,7 @@ def whole(fields: dict[str, Any], key: str, least: int, where: str, default: int
     return value
 
 
-def seconds_or_ms(fields: dict[str, Any], key: str, where: str) -> float:
+def number_at_least_0(fields: dict[str, Any], key: str, where: str) -> float:
     """A time of 0 or more. TraceError that says `where` if it is missing or something else."""
     value = fields.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**53:
@@ -199,7 +197,7 @@ def block_ids(fields: dict[str, Any], where: str) -> list[int]:
 def _request(path: Path, number: int, fields: dict[str, Any]) -> Request:
     where = f"{path}: line {number}"
     return Request(
-        seconds_or_ms(fields, "timestamp", where),
+        number_at_least_0(fields, "timestamp", where),
         whole(fields, "input_length", 1, where),
         whole(fields, "output_length", 0, where, default=0),
         block_ids(fields, where),
