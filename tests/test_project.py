@@ -23,6 +23,7 @@ BELOW = {
     "formats": {"errors", "format_spec", "layout"},
     "columns": set(),
     "policy": {"columns", "errors"},
+    "replay": {"errors", "policy"},
     "tiers": {"columns", "errors", "layout", "keys", "formats", "io", "memory"},
     "pages": {"columns", "errors", "keys", "tiers"},
     "protection": {"pages", "policy"},
@@ -39,7 +40,7 @@ BELOW = {
     "engines": {"cache", "config", "errors", "layout", "lease"},
     "quality": {"engines", "errors", "formats", "layout"},
     "job": {"cache", "config", "engines", "errors", "formats", "layout", "machine", "quality"},
-    "cli": {"columns", "config", "engines", "errors", "formats", "job", "layout", "tiers", "memory", "machine", "quality"},
+    "cli": {"columns", "config", "engines", "errors", "formats", "job", "layout", "tiers", "memory", "machine", "quality", "replay"},
     "testing": {"errors", "io", "layout", "keys", "formats", "policy", "tiers"},
     "errors": set(),
 }
@@ -87,6 +88,8 @@ def test_rooms_import_only_downwards():
     [
         "kvtier",
         "kvtier.policy",
+        "kvtier.replay.runs",
+        "kvtier.replay.show",
         "kvtier.config",
         "kvtier.keys",
         "kvtier.layout",

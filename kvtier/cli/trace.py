@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Make, describe and convert traces of requests.", no_args_is_help=True)
 
-OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="The trace to write, Mooncake JSONL; .gz packs it, - is stdout.")]
+OutArgument = Annotated[str, typer.Argument(metavar="[OUT]", help="The trace to write, Mooncake JSONL; .gz packs it. Default: stdout.")]
 RateOption = Annotated[float, typer.Option(help="Requests a second.")]
 SeedOption = Annotated[int, typer.Option(help="Equal seeds make equal traces.")]
 
 
 @app.command()
 def make(
-    out: OutArgument,
+    out: OutArgument = "-",
     mix: Annotated[
         str,
         typer.Option(metavar="NAME[=SHARE],...", help="Who sends requests: chat, system, retrieval, agents, scan; shares of the requests."),
@@ -77,8 +77,8 @@ def stats(
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="The trace to read, plain or .gz.")],
-    out: OutArgument,
     from_format: Annotated[str, typer.Option("--from", metavar="FORMAT", help="What IN is: mooncake, bailian, azure or sharegpt.")],
+    out: OutArgument = "-",
     block_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a block in OUT.")] = 512,
     from_block_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a block in IN, if it is mooncake's.")] = 512,
     rate: RateOption = 3.4,

@@ -38,7 +38,7 @@ def print_capacities(console: Console, rows: Sequence[Row]) -> None:
         capacities = _each(row.capacity for row in own)
         at = {(row.policy, row.capacity): row for row in own}
         slowest = {name: min(row.accesses_per_s for row in own if row.policy == name) for name in _each(row.policy for row in own)}
-        _heading(console, f"{trace}: token hit ratio by capacity; below, % of the gap between LRU and the optimum closed")
+        _heading(console, f"{trace}: token hit ratio; below, % of the gap from LRU to the optimum")
         table = _table(*capacities, "M/s")
         for name, speed in slowest.items():
             ratios = [_ratio(at[name, capacity].token_hit_ratio) for capacity in capacities]
@@ -57,7 +57,7 @@ def print_tiers(console: Console, rows: Sequence[Row]) -> None:
     for trace, capacity in _each((row.trace, row.capacity) for row in rows):
         own = [row for row in rows if (row.trace, row.capacity) == (trace, capacity)]
         names = [tier.name for tier in own[0].tiers]
-        _heading(console, f"{trace}, {capacity}: token hit ratio by tier, % of the gap between LRU and the optimum closed")
+        _heading(console, f"{trace}, {capacity}: token hit ratio, % of the gap from LRU to the optimum")
         hits = _table(*names, "all", "gap %", "M/s")
         for row in own:
             ratios = [_ratio(tier.token_hit_ratio) for tier in row.tiers]
@@ -114,9 +114,7 @@ def plot_capacities(rows: Sequence[Row], path: Path) -> None:
     for axes, trace in zip(panels, traces, strict=True):
         for name in _each(row.policy for row in rows):
             own = sorted((row.capacity_pages, row.token_hit_ratio) for row in rows if (row.trace, row.policy) == (trace, name))
-            style: dict[str, Any] = {OPTIMUM: {"color": "black", "linestyle": "--"}, LRU.name: {"color": "black", "linewidth": 2.0}}.get(
-                name, {}
-            )
+            style = _PLOT_STYLES.get(name, {})
             axes.plot(*zip(*own, strict=True), marker=".", label=name, **style)
         axes.set(xscale="log", xlabel="capacity, pages (logarithmic)", ylabel="token hit ratio", title=trace)
         axes.grid(alpha=0.3)
@@ -137,7 +135,7 @@ def plot_tiers(rows: Sequence[Row], path: Path) -> None:
             left = [start + width for start, width in zip(left, widths, strict=True)]
         axes.invert_yaxis()
         axes.set(xlabel="token hit ratio", title=f"{trace}, {capacity}")
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, path)
 
 
@@ -152,6 +150,12 @@ def plot_stats(all_stats: Sequence[TraceStats], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     _save(figure, path)
+
+
+_PLOT_STYLES: dict[str, dict[str, Any]] = {
+    OPTIMUM: {"color": "black", "linestyle": "--"},
+    LRU.name: {"color": "black", "linewidth": 2.0},
+}
 
 
 def _each(values: Iterable[Any]) -> list[Any]:
