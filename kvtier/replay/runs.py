@@ -115,7 +115,7 @@ class Layout:
 
     def policies(self, text: str) -> list[str]:
         """Names of the tiers' policies from text like `lru/a2cr-classic`, or one name for all. KVTierError for unknown ones."""
-        return list(_for_each("--policy", check_policies(text.split("/")), len(self.names)))
+        return list(_for_each("--policy", [make_policy(name.strip()).name for name in text.split("/")], len(self.names)))
 
 
 @dataclass(frozen=True)
@@ -173,11 +173,9 @@ class Row:
 
 
 def check_policies(names: Sequence[str]) -> list[str]:
-    """The names, `all` meaning all there are. ConfigError naming an unknown one and all known."""
-    known = [known for name in names for known in (POLICIES if name.strip() == "all" else [name.strip()])]
-    for name in known:
-        make_policy(name)
-    return list(dict.fromkeys(known))
+    """The names, each once, `all` meaning all there are. ConfigError naming an unknown one and all known."""
+    wanted = [wanted for name in names for wanted in (POLICIES if name.strip() == "all" else [name.strip()])]
+    return list(dict.fromkeys(make_policy(name).name for name in wanted))
 
 
 def replay_capacities(
