@@ -115,7 +115,7 @@ class Layout:
 
     def policies(self, text: str) -> list[str]:
         """Names of the tiers' policies from text like `lru/a2cr-classic`, or one name for all. KVTierError for unknown ones."""
-        return list(_for_each("--policy", [make_policy(name.strip()).name for name in text.split("/")], len(self.names)))
+        return list(_for_each("--policy", [_known(name) for name in text.split("/")], len(self.names)))
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ class Row:
 
 def check_policies(names: Sequence[str]) -> list[str]:
     """The names, each once, `all` meaning all there are. ConfigError naming an unknown one and all known."""
-    wanted = [wanted for name in names for wanted in (POLICIES if name.strip() == "all" else [name.strip()])]
-    return list(dict.fromkeys(make_policy(name).name for name in wanted))
+    wanted = [wanted for name in names for wanted in (POLICIES if name.strip() == "all" else [_known(name)])]
+    return list(dict.fromkeys(wanted))
 
 
 def replay_capacities(
@@ -312,6 +312,11 @@ class _Steps:
         before = self.begun
         self.begun += requests
         return lambda done: self.progress(before + done, self.total, what)
+
+
+def _known(name: str) -> str:
+    make_policy(name.strip())
+    return name.strip()
 
 
 def _page_bytes(trace: Trace, page_bytes: int | None) -> int:

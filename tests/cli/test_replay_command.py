@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,10 +20,10 @@ def trace(tmp_path: Path) -> Path:
     return path
 
 
-def rows_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, object]]:
+def rows_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
     capsys.readouterr()
     assert main(["replay", *arguments, "--json", "-"]) == 0
-    rows: list[dict[str, object]] = json.loads(capsys.readouterr().out)
+    rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
     return rows
 
 
@@ -127,8 +129,6 @@ def test_traces_of_one_name_are_told_apart(capsys, tmp_path: Path, trace: Path):
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, trace: Path, arguments, expected):
-    import re
-
     capsys.readouterr()
     assert main(["replay", str(trace), *arguments]) == 2
     told = capsys.readouterr().err

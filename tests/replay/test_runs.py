@@ -60,7 +60,7 @@ def test_rows_of_one_tier(chats):
     assert all_of_it.gap_closed is None
     shown = ours.as_json()
     assert shown["page_bytes"] == 64 * 2**20
-    assert shown["bytes_moved"] == shown["written_pages"] * 64 * 2**20
+    assert shown["bytes_moved"] == (ours.written_pages or 0) * 64 * 2**20 > 0
     assert {"trace", "policy", "capacity", "capacity_pages", "token_hit_ratio", "block_hit_ratio", "gap_closed", "accesses_per_s"} <= set(
         shown
     )
