@@ -76,3 +76,7 @@ def test_the_public_traces_are_as_others_found_them(name, infinite, never, peak,
     shown = ("p10", "p50", "p90", "p99")
     assert tuple(stats.reuse_distance[key] for key in shown) == distances
     assert tuple(stats.reuse_gap_s[key] for key in shown) == pytest.approx(gaps, abs=0.5)
+
+
+def test_pages_of_a_request_are_used_tail_first():
+    assert trace_stats(trace_of([0, 1, 2], [0])).reuse_distance["p50"] == 0

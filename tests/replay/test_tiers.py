@@ -134,3 +134,15 @@ def test_two_exclusive_tiers_on_the_conversation_trace_find_what_others_found(sh
     assert (trace.hit_tokens(both) - trace.hit_tokens(hits)) / trace.tokens == pytest.approx(second, abs=2e-3)
     if shares[0] == 0.01:
         assert outcome.moved[0, 1] / trace.requests == pytest.approx(22.6, abs=0.1)
+
+
+def test_what_comes_down_is_written_through_to_the_next_tier_at_once():
+    tiers = Tiers(trace_of([0], [1]), [LRU(), LRU(), LRU()], [1, 2, 4], [WRITE_BACK, WRITE_THROUGH])
+    assert tiers.replay().moved == {(0, 1): 1, (1, 2): 1}
+
+
+def test_a_page_that_was_brought_up_counts_as_used_below():
+    trace = trace_of([0], [1], [2], [3], [4], [0], [5])
+    tiers = lru_tiers(trace, [2, 3], WRITE_BACK)
+    tiers.replay()
+    assert [page for page in range(6) if tiers.here[1, page]] == [0, 3, 4]
