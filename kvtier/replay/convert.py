@@ -22,9 +22,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from kvtier.errors import KVTierError
+from kvtier.errors import KVTierError, TraceError
 from kvtier.replay.blocks import BlockIds
-from kvtier.replay.trace import BLOCK_TOKENS, Request, TraceError, block_ids, number_at_least_0, read_lines, read_text_lines, whole
+from kvtier.replay.trace import BLOCK_TOKENS, Request, block_ids, number_at_least_0, read_lines, read_text_lines, whole
 from kvtier.replay.workloads import lognormal
 
 BAILIAN_BLOCK_TOKENS = 16

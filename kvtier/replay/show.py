@@ -49,7 +49,7 @@ def print_capacities(console: Console, rows: Sequence[Row]) -> None:
         for name in compared:
             table.add_row(name, *(_percent(at[name, capacity].gap_closed) for capacity in capacities))
         console.print(table)
-    console.print("M/s: million pages of requests per second, harness and policy, at the slowest capacity", style="dim")
+    console.print("M/s: million pages per second, harness and policy, at the slowest capacity", style="dim")
 
 
 def print_tiers(console: Console, rows: Sequence[Row]) -> None:

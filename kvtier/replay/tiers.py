@@ -42,7 +42,7 @@ class TiersOutcome:
     """What a replay found. `served` int8 `[accesses]`: the tier that each page was found in, or NOWHERE.
 
     `inserted` counts pages that came into the first tier; `moved` pages per link (from, to); `evicted` per tier, whatever became of the
-    page; `seconds` is all time spent.
+    page; `seconds` are processor time.
     """
 
     served: NDArray[np.int8]
@@ -83,14 +83,14 @@ class Tiers:
         trace = self.trace
         served = np.full(trace.accesses, NOWHERE, np.int8)
         starts = trace.starts.tolist()
-        begun = time.perf_counter()
+        begun = time.thread_time()
         for request, now in enumerate(trace.at_s.tolist()):
             start, stop = starts[request], starts[request + 1]
             homes = self.serve(trace.pages[start : min(stop, start + self.capacities[0])], now)
             served[start : start + len(homes)] = homes
             if request % STEP_REQUESTS == 0:
                 step(request)
-        return TiersOutcome(served, self.inserted, self.moved, self.evicted, time.perf_counter() - begun)
+        return TiersOutcome(served, self.inserted, self.moved, self.evicted, time.thread_time() - begun)
 
     def serve(self, named: Pages, now: float) -> NDArray[np.int64]:
         """One request for these pages, which fit the first tier; the tiers of those that were found."""

@@ -20,7 +20,7 @@ from typing import Any, TextIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtier.errors import KVTierError
+from kvtier.errors import TraceError
 from kvtier.policy import ROOT
 
 Column = NDArray[np.int64]
@@ -28,10 +28,6 @@ Column = NDArray[np.int64]
 BLOCK_TOKENS = 512
 """Tokens of a block in Mooncake's traces."""
 EXAMPLE = '{"timestamp": 0, "input_length": 700, "output_length": 40, "hash_ids": [0, 1]}'
-
-
-class TraceError(KVTierError):
-    """A file is not the trace it should be. The message names the line and says what was expected."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ import pytest
 from benchmarks import table
 from kvtier.cli import main
 from kvtier.errors import KVTierError
+from kvtier.policy import POLICIES, make_policy
+from kvtier.replay.lab import replay
 from kvtier.replay.trace import build_trace
 from kvtier.replay.workloads import make_requests
 
@@ -64,6 +66,17 @@ def test_a_replay_with_little_room_keeps_heads_and_leaves_nothing_held(policy, t
             found = len(replay.residency.table.find(request.keys))
             assert found == min(len(request.keys), longest // 2)
         replay.residency.check_integrity()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("share", [0.02, 0.2])
+def test_the_live_caches_bookkeeping_finds_what_the_laboratory_finds(policy, share):
+    trace = build_trace("chats", make_requests({"chat": 0.6, "scan": 0.4}, 300, table.CHATS_PER_S, seed=2))
+    capacity = int(share * trace.distinct)
+    with table.Replay(policy, capacity) as live:
+        for request in table.stream_of(trace).requests:
+            live.serve(request)
+    assert live.hit_tokens == trace.hit_tokens(replay(trace, make_policy(policy), capacity).hit_pages)
 
 
 def test_made_up_chats_are_the_same_every_time_and_keys_stand_for_pages():

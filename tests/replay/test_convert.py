@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kvtier.errors import KVTierError
+from kvtier.errors import KVTierError, TraceError
 from kvtier.replay.convert import FORMATS, Wish, convert
-from kvtier.replay.trace import Request, Trace, TraceError, build_trace
+from kvtier.replay.trace import Request, Trace, build_trace
 from kvtier.replay.workloads import make_requests
 from tests.replay.rig import prompts_of
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from kvtier.errors import TraceError
 from kvtier.policy import ROOT
-from kvtier.replay.trace import Request, TraceError, build_trace, read_trace, write_trace
+from kvtier.replay.trace import Request, build_trace, read_trace, write_trace
 from tests.replay.rig import BLOCK, parents_of, prompts_of, public_trace, traces
 
 GOOD = {"timestamp": 0, "input_length": 700, "output_length": 3, "hash_ids": [10, 11]}
