@@ -29,6 +29,11 @@ def nobody_waits(_requests: int) -> None:
     """For a replay that needs no word about its progress."""
 
 
+def seconds_since(begun: float) -> float:
+    """Processor time of this thread since `time.thread_time()` was `begun`: other work on the machine does not count. At least a tick."""
+    return max(time.thread_time() - begun, time.get_clock_info("thread_time").resolution)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a replay found. `hit_pages` `[requests]`; `inserted` and `evicted` count pages; `seconds` are processor time."""
@@ -76,5 +81,4 @@ def replay(trace: Trace, policy: EvictionPolicy, capacity: int, step: Callable[[
             inserted += missing
         if request % STEP_REQUESTS == 0:
             step(request)
-    seconds = time.thread_time() - begun
-    return Outcome(np.array(hits, np.int64), inserted, evicted, seconds)
+    return Outcome(np.array(hits, np.int64), inserted, evicted, seconds_since(begun))

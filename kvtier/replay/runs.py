@@ -18,7 +18,7 @@ import numpy as np
 
 from kvtier.errors import KVTierError
 from kvtier.policy import LRU, POLICIES, make_policy
-from kvtier.replay.lab import replay
+from kvtier.replay.lab import replay, seconds_since
 from kvtier.replay.link import Link, look_ahead
 from kvtier.replay.optimum import OPTIMUM, Future
 from kvtier.replay.tiers import EXCLUSIVE, NOWHERE, WRITE_BACK, WRITE_POLICIES, Tiers, TiersOutcome
@@ -276,7 +276,7 @@ class _Yardstick:
         self.trace, self.pages = trace, pages
         begun = time.thread_time()
         self.hit_pages = future.hit_pages(pages)
-        self.seconds = time.thread_time() - begun
+        self.seconds = seconds_since(begun)
         self.tokens = trace.hit_tokens(self.hit_pages)
         self.lru_tokens = 0
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from kvtier.errors import IntegrityError
 from kvtier.policy import EvictionPolicy, Mask, Pages, SmoothedPressure
-from kvtier.replay.lab import STEP_REQUESTS, nobody_waits
+from kvtier.replay.lab import STEP_REQUESTS, nobody_waits, seconds_since
 from kvtier.replay.trace import Trace
 
 EXCLUSIVE, WRITE_BACK, WRITE_THROUGH, SELECTIVE = "exclusive", "write_back", "write_through", "write_through_selective"
@@ -90,7 +90,7 @@ class Tiers:
             served[start : start + len(homes)] = homes
             if request % STEP_REQUESTS == 0:
                 step(request)
-        return TiersOutcome(served, self.inserted, self.moved, self.evicted, time.thread_time() - begun)
+        return TiersOutcome(served, self.inserted, self.moved, self.evicted, seconds_since(begun))
 
     def serve(self, named: Pages, now: float) -> NDArray[np.int64]:
         """One request for these pages, which fit the first tier; the tiers of those that were found."""
@@ -100,13 +100,12 @@ class Tiers:
         head = named if found.all() else named[: int(found.argmin())]
         homes: NDArray[np.int64] = here[:, : len(head)].argmax(0)
         self.running[named] = True
-        self.policies[0].touch(head[homes == 0], now)
+        self._touch(head[homes == 0], 0)
         for tier in range(1, self.last + 1):
             self._bring_up(head[homes == tier], tier)
         coming = named[~self.here[0, named]]
         self._make_room(0, len(coming))
-        self.policies[0].insert(coming, self._parents[coming], self._depths[coming], now)
-        self._arrived(coming, 0)
+        self._insert(coming, 0)
         self.inserted += len(coming)
         self.uses[named] += 1
         self.used_at[named] = now
@@ -123,7 +122,7 @@ class Tiers:
             self.policies[tier].remove(pages)
             self._left(pages, tier)
         else:
-            self.policies[tier].touch(pages, self.clock[tier])
+            self._touch(pages, tier)
 
     def _tend(self, tier: int, pages: Pages) -> None:
         """Write down what must be, of pages that came into `tier` or were used there."""
@@ -154,7 +153,7 @@ class Tiers:
             heirs = victims[saved]
             for below in range(tier + 1, self.last + 1):
                 known = self.here[below, heirs]
-                self.policies[below].touch(heirs[known], self.clock[below])
+                self._touch(heirs[known], below)
                 heirs = heirs[~known]
             homeless = victims[~saved]
             homeless = homeless[self._is_wanted_below(homeless, tier)][::-1]
@@ -173,9 +172,8 @@ class Tiers:
         for start, stop in itertools.pairwise(bounds):
             part = placed[start:stop]
             self.clock[tier] = math.nextafter(self.clock[tier], math.inf)
-            self.policies[tier].insert(part, self._parents[part], self._depths[part], self.clock[tier])
+            self._insert(part, tier)
         self.moved[source, tier] += room
-        self._arrived(placed, tier)
         self._tend(tier, placed)
         return pages[room:]
 
@@ -189,9 +187,15 @@ class Tiers:
         wanted: Mask = self.uses[pages] >= self.selective_uses
         return wanted
 
-    def _arrived(self, pages: Pages, tier: int) -> None:
-        self.here[tier, pages] = True
-        self.free[tier] -= len(pages)
+    def _touch(self, pages: Pages, tier: int) -> None:
+        if len(pages):
+            self.policies[tier].touch(pages, self.clock[tier])
+
+    def _insert(self, pages: Pages, tier: int) -> None:
+        if len(pages):
+            self.policies[tier].insert(pages, self._parents[pages], self._depths[pages], self.clock[tier])
+            self.here[tier, pages] = True
+            self.free[tier] -= len(pages)
 
     def _left(self, pages: Pages, tier: int) -> None:
         self.here[tier, pages] = False
