@@ -11,7 +11,7 @@ import pytest
 from benchmarks import table
 from kvtier.cli import main
 from kvtier.errors import KVTierError
-from kvtier.policy import POLICIES, make_policy
+from kvtier.policy import make_policy
 from kvtier.replay.lab import replay
 from kvtier.replay.trace import build_trace
 from kvtier.replay.workloads import make_requests
@@ -68,7 +68,7 @@ def test_a_replay_with_little_room_keeps_heads_and_leaves_nothing_held(policy, t
         replay.residency.check_integrity()
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["lru", "a2cr-classic"])
 @pytest.mark.parametrize("share", [0.02, 0.2])
 def test_the_live_caches_bookkeeping_finds_what_the_laboratory_finds(policy, share):
     trace = build_trace("chats", make_requests({"chat": 0.6, "scan": 0.4}, 300, table.CHATS_PER_S, seed=2))
