@@ -57,7 +57,7 @@ def print_tiers(console: Console, rows: Sequence[Row]) -> None:
     for trace, capacity in _each((row.trace, row.capacity) for row in rows):
         own = [row for row in rows if (row.trace, row.capacity) == (trace, capacity)]
         names = [tier.name for tier in own[0].tiers]
-        _heading(console, f"{trace}, {capacity}: token hit ratio, % of the gap from LRU to the optimum")
+        _heading(console, f"{trace}, {capacity}: token hit ratio")
         hits = _table(*names, "all", "gap %", "M/s")
         for row in own:
             ratios = [_ratio(tier.token_hit_ratio) for tier in row.tiers]
@@ -80,6 +80,7 @@ def print_tiers(console: Console, rows: Sequence[Row]) -> None:
                 stall = "" if link.stall_ms is None else f"{link.stall_ms:.1f}"
                 table.add_row(row.policy, tier.name, _ratio(link.use), stall, *map(_ratio, link.in_place.values()))
             console.print(table)
+    console.print("gap %: of the way from one LRU tier of the same size to the optimum; M/s: million pages per second", style="dim")
 
 
 def print_stats(console: Console, all_stats: Sequence[TraceStats]) -> None:

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -153,7 +154,8 @@ def read_text_lines(path: Path) -> Iterator[tuple[int, str]]:
 def open_text(path: Path, mode: str = "r") -> TextIO:
     """The file as text, through gzip if its name ends in `.gz`. OSError if it cannot be opened."""
     if path.suffix == ".gz":
-        return cast(TextIO, gzip.open(path, f"{mode}t", encoding="utf-8", newline=""))
+        # Without the time of writing, so that equal traces are equal files.
+        return TextIOWrapper(gzip.GzipFile(path, f"{mode}b", mtime=0), encoding="utf-8", newline="")
     return cast(TextIO, path.open(mode, encoding="utf-8", newline=""))
 
 
