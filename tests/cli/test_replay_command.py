@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,10 @@ def test_what_is_no_trace_is_one_line_and_exit_code_2(capsys, tmp_path: Path, co
     told = capsys.readouterr().err
     assert expected in told
     assert len(told.splitlines()) == 1
+
+
+def test_a_plot_without_matplotlib_names_the_extra_before_the_work(capsys, monkeypatch, tmp_path: Path, trace: Path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("kvtier.cli.replay.read_traces", pytest.fail)
+    assert main(["replay", str(trace), "--plot", str(tmp_path / "plot.svg")]) == 2
+    assert "kvtier[report]" in capsys.readouterr().err
