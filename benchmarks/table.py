@@ -8,13 +8,12 @@ committing the rest, releasing; `.ticking` with a clock that moves between these
 ceiling (a floor, here) is an LRU cache on an OrderedDict with neither leases, links, slots nor tiers. `.p99`: the 99th percentile of one
 request, microseconds. `.hit_ratio`: tokens found, of all; the share of a block counts that the request fills.
 
-A trace is Mooncake JSONL (`timestamp` in ms, `input_length`, `hash_ids` of blocks of 512 tokens); without one, seeded chats of several
-turns over shared system prompts. Capacity is a share of the stream's distinct pages.
+A trace is Mooncake JSONL, read by `kvtier.replay`; without one, its made-up chats. Capacity is a share of the stream's distinct pages.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import random
 import statistics
 import time
@@ -32,11 +31,14 @@ from kvtier.keys import PageKey
 from kvtier.layout import PageLayout
 from kvtier.pages import NO_ROW, PageTable, Rows
 from kvtier.policy import ROOT, EvictionPolicy, make_policy, nothing_protected
+from kvtier.replay.trace import BLOCK_TOKENS, Trace, build_trace, read_trace
+from kvtier.replay.workloads import make_requests
 from kvtier.residency import DEVICE, Residency
 
 from .measure import Row, Run, percentile, side_by_side
 
-BLOCK_TOKENS = 512
+CHATS_PER_S = 3.4
+"""As many requests a second as the conversation trace has."""
 CHAIN_PAGES = 25
 """Pages of one call in the rows of single operations: about a mean request of the conversation trace."""
 MEASURED = ("lru", "lfu", "a2cr-classic")
@@ -80,7 +82,7 @@ def measure(run: Run, trace: Path | None = None, share: float = 0.05) -> list[Ro
     """The rows. `share`: capacity as a share of the distinct pages. KVTierError for a file that is not a trace, or a share out of range."""
     if not 0 < share <= 1:
         raise KVTierError(f"--share {share}: expected above 0 and at most 1")
-    stream = chats(40 if run.tiny else 3000) if trace is None else read_trace(trace)
+    stream = chats(150 if run.tiny else 12_000) if trace is None else read_stream(trace)
     sizes = (100, 1000) if run.tiny else (10**4, 10**5, 10**6)
     run.expect(len(sizes) * (1 + len(MEASURED)) + len(MEASURED) + 1)
     rows = []
@@ -96,40 +98,22 @@ def measure(run: Run, trace: Path | None = None, share: float = 0.05) -> list[Ro
 # -- streams -------------------------------------------------------------------------------------------------------------------
 
 
-def read_trace(path: Path) -> Stream:
-    """A Mooncake trace. KVTierError if the file cannot be read or is something else."""
-    requests = []
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise KVTierError(f"--trace {path}: {error}; give it a readable file in Mooncake's JSONL format") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-            keys = tuple(page_key(int(block)) for block in entry["hash_ids"])
-            requests.append(Request(keys, int(entry["input_length"]), float(entry["timestamp"]) / 1000))
-        except (ValueError, KeyError, TypeError, OverflowError):
-            example = '{"timestamp": 0, "input_length": 700, "hash_ids": [0, 1]}'
-            raise KVTierError(f"--trace {path}: line {number} is no request; expected one like {example}") from None
-    if not requests:
-        raise KVTierError(f"--trace {path}: the file is empty; expected at least one request")
-    return Stream(path.stem.removeprefix("mooncake_"), requests)
+def read_stream(path: Path) -> Stream:
+    """The stream of a trace file. KVTierError if the file is none."""
+    return stream_of(read_trace(path))
 
 
-def chats(conversations: int, seed: int = 1) -> Stream:
-    """Chats of 1 to 8 turns, a few starting per second, each over one of 20 system prompts; a turn sends back all that was said before."""
-    chance = random.Random(seed)
-    fresh = iter(range(10**9))
-    prompts = [[next(fresh) for _ in range(chance.randint(1, 12))] for _ in range(20)]
-    requests = []
-    for conversation in range(conversations):
-        said = list(prompts[min(int(chance.expovariate(0.3)), 19)])
-        at_s = conversation / 4
-        for _ in range(chance.randint(1, 8)):
-            said += [next(fresh) for _ in range(1 + int(chance.expovariate(0.15)))]
-            requests.append(Request(tuple(map(page_key, said)), len(said) * BLOCK_TOKENS - chance.randrange(BLOCK_TOKENS), at_s))
-            at_s += 5 + chance.expovariate(0.01)
-    return Stream("chats", sorted(requests, key=lambda request: request.at_s))
+def chats(requests: int) -> Stream:
+    """Made-up chats, always the same: see `kvtier.replay.workloads`."""
+    return stream_of(build_trace("chats", make_requests({"chat": 1.0}, requests, CHATS_PER_S, seed=1)))
+
+
+def stream_of(trace: Trace) -> Stream:
+    """The trace with a page key for every page."""
+    keys = np.array([page_key(page) for page in range(trace.distinct)], object)[trace.pages].tolist()
+    starts = itertools.pairwise(trace.starts.tolist())
+    columns = zip(starts, trace.input_tokens.tolist(), trace.at_s.tolist(), strict=True)
+    return Stream(trace.name, [Request(tuple(keys[start:stop]), tokens, at_s) for (start, stop), tokens, at_s in columns])
 
 
 def page_key(number: int) -> PageKey:

@@ -35,6 +35,10 @@ class ModelError(KVTierError):
     """A model folder is missing, is not one, or is of a kind kvtier cannot hold."""
 
 
+class TraceError(KVTierError):
+    """A file is not the trace of requests it should be. The message names the line and says what was expected there."""
+
+
 class MissingExtra(KVTierError):
     """An optional package is not installed. The message names the extra to install."""
 
