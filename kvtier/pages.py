@@ -180,6 +180,10 @@ class PageTable:
             raise IntegrityError(f"row {row} is an open page and has no key")
         return PageId(key, self.parent_key[row], int(self.depth[row]))
 
+    def names(self, rows: Rows) -> Rows:
+        """What the pages of these rows, which have keys, are called whatever row they are in: the first 8 bytes of each key, `[n]`."""
+        return np.frombuffer(b"".join([key[:8] for key in self.key[rows].tolist()]), np.int64)
+
     def pinned(self, row: int, now: float) -> int:
         """The coldest tier this page may live in while its pin lasts, or NO_TIER."""
         return int(self.pin_tier[row]) if self.pin_until[row] > now else NO_TIER

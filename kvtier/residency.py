@@ -72,6 +72,8 @@ class Residency:
         self.last = len(self.tiers) - 1
         self.table = PageTable(len(self.tiers), layout.page_tokens)
         self.policies: list[EvictionPolicy] = [make_policy(config.policy.name, _parameters(config)) for _ in self.tiers]
+        for policy in self.policies:
+            policy.names = self.table.names  # rows are used again for other pages
         self._smoothed = [SmoothedPressure() for _ in self.tiers]
         self.metrics = Metrics([TierMetrics() for _ in self.tiers])
         self.inflight: dict[tuple[int, int], Transfer] = {}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kvtier.errors import ConfigError
 from kvtier.policy.a2cr_classic import A2CRClassic, A2CRParameters
-from kvtier.policy.base import ROOT, EvictionPolicy, Mask, Pages, Protection, nothing_protected
+from kvtier.policy.base import ROOT, EvictionPolicy, Mask, Names, Pages, Protection, by_id, nothing_protected
+from kvtier.policy.ghosts import Ghosts
 from kvtier.policy.lru import LRU
 from kvtier.policy.pressure import PressureBand, PressureBands, SmoothedPressure
 
@@ -28,12 +29,15 @@ __all__ = [
     "A2CRClassic",
     "A2CRParameters",
     "EvictionPolicy",
+    "Ghosts",
     "Mask",
+    "Names",
     "Pages",
     "PressureBand",
     "PressureBands",
     "Protection",
     "SmoothedPressure",
+    "by_id",
     "make_policy",
     "nothing_protected",
 ]

@@ -71,6 +71,7 @@ class A2CRClassic(EvictionPolicy):
     name = "a2cr-classic"
 
     def __init__(self, parameters: A2CRParameters | None = None) -> None:
+        super().__init__()
         self.parameters = parameters or A2CRParameters()
         self._bands = PressureBands(self.parameters.bands, self.parameters.hysteresis)
         self._band = 0

@@ -27,6 +27,14 @@ Protection = Callable[[Pages], Mask]
 """Says which of these pages may not leave. Within one call of a policy it is asked about a page once at most, in leaving order, and only
 about pages that would be leaves once those asked about before them are gone. Not all of them need to leave in the end."""
 
+Names = Callable[[Pages], Pages]
+"""What pages are called for as long as anybody could remember them, int64 `[n]`: equal content, equal name, whatever the id."""
+
+
+def by_id(pages: Pages) -> Pages:
+    """The `Names` of an owner that never gives the id of one page to another, like a replay."""
+    return pages
+
 
 def nothing_protected(pages: Pages) -> Mask:
     """The `Protection` under which every page may leave."""
@@ -41,6 +49,12 @@ class EvictionPolicy(ABC):
     """
 
     name: str
+
+    def __init__(self) -> None:
+        self.names: Names = by_id
+        """How to tell that a page is one that was here before. Ids say nothing about that when the owner gives the id of a page that is
+        gone to another page; such an owner sets this before the first `insert`. It is asked within `insert`, about the pages that come,
+        and at no other time; policies that remember pages that left (`kvtier.policy.ghosts`) do so by these names."""
 
     @abstractmethod
     def insert(self, pages: Pages, parents: Pages, depths: Pages, now: float) -> None:

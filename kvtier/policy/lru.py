@@ -94,6 +94,7 @@ class LRU(EvictionPolicy):
     name = "lru"
 
     def __init__(self) -> None:
+        super().__init__()
         self._latest = NEVER
         self._count = 0
         # One row a page, and one more at the end, which index ROOT reads and writes and nobody looks at.
