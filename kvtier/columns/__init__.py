@@ -1,4 +1,4 @@
-"""Compiled loops over the columns of the page table, of the LRU order and of free lists: `loops()` gives them, or None where the extension
+"""Compiled loops over the columns of the page table, of the LRU order, of rankings and of free lists: `loops()` gives them, or None where the extension
 was not built or does not load.
 
 The state stays where it is, in NumPy columns and Python objects with one owner; the loops hold nothing but views of the columns, and
@@ -108,6 +108,31 @@ class OrderLoops(Protocol):
         """Pages are not here any more; the parent of the last, if it waited for its children, else -1. ValueError for unknown pages."""
 
 
+class RankingLoops(Protocol):
+    """Loops over one ranking's columns, until it grows: see `kvtier.policy.ranking`. False: not done, a page is not what it should be."""
+
+    def arrive(self, pages: Numbers, parents: Numbers, depths: Numbers, /) -> bool:
+        """Pages that are not here come, with these links, and queue if they are leaves."""
+
+    def leave(self, pages: Numbers, /) -> bool:
+        """Pages that are here go; parents that so become leaves queue."""
+
+    def restore(self, pages: Numbers, /) -> bool:
+        """Pages that left come back, the last first."""
+
+    def rescored(self, pages: Numbers, /) -> bool:
+        """Pages that are here have another score or last touch: leaves among them find their place anew."""
+
+    def withdraw(self, pages: Numbers, /) -> bool:
+        """Pages that are here do not queue until they are rescored."""
+
+    def pop(self, out: Numbers, /) -> int:
+        """The first pages leave, one after the other, into `out`; how many."""
+
+    def rebuild(self) -> None:
+        """All leaves queue, by the scores that stand in the column now."""
+
+
 class Loops(Protocol):
     """What the extension offers."""
 
@@ -116,6 +141,9 @@ class Loops(Protocol):
 
     def Order(self, *columns: Column) -> OrderLoops:
         """Loops over these columns, in the order of `LRU.attach`. ValueError if their sizes do not fit each other."""
+
+    def Ranking(self, *columns: Column) -> RankingLoops:
+        """Loops over these columns, in the order of `Ranking.attach`. ValueError if their sizes do not fit each other."""
 
     def take_slots(self, free: list[int], taken: bytearray, count: int, /) -> list[int]:
         """The last `count` of `free`, last first, marked as taken. ValueError, and none, if there are fewer."""

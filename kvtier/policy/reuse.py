@@ -1,0 +1,248 @@
+"""How soon pages like this one are used again: hazards by kind of page and age, learned from what happens, and what a page is worth.
+
+A *spell* begins when a page is used and ends when it is used again; a page that nobody uses stays in its last spell, in the tier or as a
+ghost. Pages in the same situation are of one *kind* (a tuple of small features). For every kind and age there is a hazard: of the spells
+that get so old, the share that ends now. It is what is seen over all pages, times one factor per feature and age, fitted to hits and
+exposures (a generalised additive model of Poisson counts, one backfitting step per fit, from where the last one stood). All curves are
+smoothed over neighbouring ages: ages are in half octaves, so nothing here has a time unit but the grid's ends.
+
+Worth is reuse density: the most hits per second of residence that keeping the page from now on, up to any later age, can promise. That
+is the Gittins index of a page as a one-armed bandit, and with hazards in place of frequencies the rule of LHD (Beckmann, Chen, Cidon,
+NSDI'18) and EVA (Beckmann, Sanchez, HPCA'17), which fix the horizon instead.
+
+Exposure is counted in the period in which it happens, hits too, and both fade at the same pace: after a change of traffic the hazards
+are those of the new traffic within a few periods, whatever old pages lie about. To know who is exposed without looking at every page,
+living spells are counted by kind and *cohort*: the part of a period in which they began.
+
+Owned by one policy, called under the policy owner's lock.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Numbers = NDArray[np.int64]
+Reals = NDArray[np.float64]
+
+AGES = 56
+"""Ages are told in half octaves: bin 0 below 1/16 s, the last one above 97 days."""
+YOUNGEST_OCTAVE = -4
+_FIRST_BIN = 1 - 2 * (YOUNGEST_OCTAVE + 1)
+EDGES: Reals = np.concatenate(([0.0], 2.0 ** (YOUNGEST_OCTAVE + np.arange(AGES) / 2)))
+"""Where ages begin, in seconds; one more than there are ages."""
+_WIDTHS = np.diff(EDGES)
+_LAST = np.array(AGES - 1)
+_ROOT_HALF = np.array(math.sqrt(0.5))
+
+PERIOD_SPELLS = 4096
+"""Spells begun between two fits, at least."""
+PARTS = 8
+"""Cohorts per period."""
+COHORTS = 512
+"""Cohorts that are told apart: spells older than that are neither exposed nor hit any more."""
+FADE = 0.9
+"""What is left of hits and exposures after each fit: some ten periods count."""
+SMOOTHING = 0.75 ** np.abs(np.arange(AGES)[:, None] - np.arange(AGES)[None, :])
+SMOOTHING[np.abs(np.arange(AGES)[:, None] - np.arange(AGES)[None, :]) > 6] = 0.0
+"""Weights of neighbouring ages, three quarters per half octave, up to three octaves."""
+PRIOR_HITS = 1.0
+"""Hits' worth of belief that a feature changes nothing."""
+LEAST_HAZARD, MOST_HAZARD = 1e-7, 0.97
+
+
+def age_bins(ages: Reals) -> Numbers:
+    """Which of the ages each of these (seconds, 0 or more) is."""
+    mantissa, exponent = np.frexp(ages)
+    bins: Numbers = 2 * exponent.astype(np.int64) + _FIRST_BIN + (mantissa >= _ROOT_HALF)
+    bins[ages < EDGES[1]] = 0
+    return np.minimum(bins, _LAST, out=bins)
+
+
+class ReuseModel:
+    """Hazards and worth for kinds of pages with features of these sizes.
+
+    A kind is a number that `kinds_of` gives for features in mixed radix; `worth` `[kinds, AGES]` is the logarithm of hits per second.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], most_pages: int = 0) -> None:
+        self.sizes = sizes
+        self.fits = 0
+        self.cohort = 0
+        """Serial number of the cohort that is beginning spells now."""
+        self._kind_of: Numbers = np.full(math.prod(sizes), -1)
+        self._count = 0
+        self._features: Numbers = np.zeros((0, len(sizes)), np.int64)
+        self._hits: Reals = np.zeros((0, AGES))
+        self._exposed: Reals = np.zeros((0, AGES))
+        self.worth: Reals = np.zeros((0, AGES))
+        self._alive: Reals = np.zeros((COHORTS, 0))
+        self._began = np.full(COHORTS, math.nan)
+        """When each cohort began, seconds, and how far its living spells have been counted as exposed (ages below this)."""
+        self._counted: Numbers = np.zeros(COHORTS, np.int64)
+        self._level: Reals = np.full(AGES, 0.01)
+        self._factors: list[Reals] = [np.ones((size, AGES)) for size in sizes]
+        self._begun_kinds: list[Numbers] = []
+        self._ended: list[tuple[Numbers, Numbers, Numbers]] = []
+        self._moved: list[tuple[Numbers, Numbers, Numbers]] = []
+        self._spells = 0
+        self._part_spells = 0
+        self.period = PERIOD_SPELLS
+        self._grow(64)
+
+    def kinds_of(self, combined: Numbers) -> Numbers:
+        """The kinds of pages with these features, given as numbers in mixed radix, the first feature first."""
+        kinds = self._kind_of[combined]
+        if len(kinds) and kinds[kinds.argmin()] < 0:
+            for number in np.unique(combined[kinds < 0]).tolist():
+                self._add(number)
+            kinds = self._kind_of[combined]
+        return kinds
+
+    def begin(self, kinds: Numbers) -> None:
+        """Spells of these kinds begin now, in the cohort of now."""
+        self._begun_kinds.append(kinds)
+        self._spells += len(kinds)
+        self._part_spells += len(kinds)
+
+    def end(self, kinds: Numbers, cohorts: Numbers, ages: Numbers) -> None:
+        """Spells of these kinds and cohorts end with a use at these ages (`age_bins`)."""
+        self._ended.append((kinds, cohorts, ages))
+
+    def move(self, before: Numbers, after: Numbers, cohorts: Numbers) -> None:
+        """Living spells turn out to be of another kind."""
+        self._moved.append((before, after, cohorts))
+
+    def tick(self, now: float) -> bool:
+        """To be called after every use of pages. Starts new cohorts and fits where it is time; whether `worth` changed."""
+        if self._part_spells * PARTS < self.period:
+            return False
+        early = self._part_spells if self.fits < PARTS else self.period
+        self._part_spells = 0
+        fit = self._spells >= early
+        self._settle(now)
+        if fit:
+            self._expose(now)
+            self._fit()
+            self._spells = 0
+        self.cohort += 1
+        row = self.cohort % COHORTS
+        self._alive[row] = 0.0
+        self._began[row] = now
+        self._counted[row] = 0
+        return fit
+
+    # -- counting --------------------------------------------------------------------------------------------------------------
+
+    def _settle(self, now: float) -> None:
+        """What was noted since the last cohort began goes into the counts."""
+        count, current = self._count, self.cohort % COHORTS
+        if math.isnan(self._began[current]):
+            self._began[current] = now
+        self._alive[current, :count] += np.bincount(np.concatenate(self._begun_kinds), minlength=count)
+        self._begun_kinds.clear()
+        oldest = self.cohort - COHORTS + 1
+        for before, after, cohorts in self._moved:
+            known = cohorts >= oldest
+            rows = cohorts[known] % COHORTS
+            np.subtract.at(self._alive, (rows, before[known]), 1.0)
+            np.add.at(self._alive, (rows, after[known]), 1.0)
+        self._moved.clear()
+        if not self._ended:
+            return
+        kinds, cohorts, ages = (np.concatenate(part) for part in zip(*self._ended, strict=True))
+        self._ended.clear()
+        known = cohorts >= oldest
+        kinds, rows, ages = kinds[known], cohorts[known] % COHORTS, ages[known]
+        np.subtract.at(self._alive, (rows, kinds), 1.0)
+        np.add.at(self._hits, (kinds, ages), 1.0)
+        starts = self._counted[rows]
+        late = starts <= ages
+        change = np.zeros((count, AGES + 1))
+        np.add.at(change, (kinds[late], starts[late]), 1.0)
+        np.subtract.at(change, (kinds[late], ages[late] + 1), 1.0)
+        self._exposed[:count] += np.cumsum(change, axis=1)[:, :AGES]
+
+    def _expose(self, now: float) -> None:
+        """Living spells have reached the ages that they have now."""
+        count = self._count
+        change = np.zeros((count, AGES + 1))
+        serials = np.arange(max(0, self.cohort - COHORTS + 1), self.cohort + 1)
+        rows = serials % COHORTS
+        ends = np.append(self._began[rows[1:]], now)
+        reached = age_bins(np.maximum(now - (self._began[rows] + ends) / 2, 0.0)) + 1
+        for row, until in zip(rows.tolist(), reached.tolist(), strict=True):
+            start = int(self._counted[row])
+            if until > start:
+                alive = self._alive[row, :count]
+                change[:, start] += alive
+                change[:, until] -= alive
+                self._counted[row] = until
+        self._exposed[:count] += np.cumsum(change, axis=1)[:, :AGES]
+
+    # -- fitting ---------------------------------------------------------------------------------------------------------------
+
+    def _fit(self) -> None:
+        self.fits += 1
+        hits, exposed = self._hits[: self._count], self._exposed[: self._count]
+        level = (hits.sum(0) @ SMOOTHING + 0.01) / (exposed.sum(0) @ SMOOTHING + 0.01)
+        self._level = np.clip(level, LEAST_HAZARD, 0.95)
+        features = self._features[: self._count]
+        expected = exposed * self._level
+        for feature, factors in enumerate(self._factors):
+            expected *= factors[features[:, feature]]
+        for feature, factors in enumerate(self._factors):
+            which = features[:, feature]
+            seen, due = np.zeros(factors.shape), np.zeros(factors.shape)
+            np.add.at(seen, which, hits)
+            np.add.at(due, which, expected / factors[which])
+            after = (seen @ SMOOTHING + PRIOR_HITS) / (due @ SMOOTHING + PRIOR_HITS)
+            expected *= (after / factors)[which]
+            self._factors[feature] = after
+        self.worth[: self._count] = self._worth_of(features)
+        hits *= FADE
+        exposed *= FADE
+
+    def _worth_of(self, features: Numbers) -> Reals:
+        """log of the largest (chance of a use) / (seconds until then or until giving up), over all ages at which to give up."""
+        hazard = np.repeat(self._level[None, :], len(features), axis=0)
+        for feature, factors in enumerate(self._factors):
+            hazard *= factors[features[:, feature]]
+        np.minimum(hazard, MOST_HAZARD, out=hazard)
+        hazard[:, -1] = 0.0
+        survival = np.ones((len(features), AGES + 1))
+        np.cumprod(1.0 - hazard, axis=1, out=survival[:, 1:])
+        used, kept = np.zeros((2, len(features), AGES + 1))
+        np.cumsum(survival[:, :-1] * hazard, axis=1, out=used[:, 1:])
+        np.cumsum(survival[:, :-1] * _WIDTHS * (1.0 - hazard / 2), axis=1, out=kept[:, 1:])
+        best = np.full((len(features), AGES), LEAST_HAZARD * 1e-6)
+        for age in range(AGES - 1):
+            density = (used[:, age + 1 : AGES] - used[:, age : age + 1]) / (kept[:, age + 1 : AGES] - kept[:, age : age + 1])
+            np.maximum(best[:, age], density.max(axis=1), out=best[:, age])
+        return np.log(best)
+
+    # -- kinds -----------------------------------------------------------------------------------------------------------------
+
+    def _add(self, number: int) -> None:
+        kind = self._count
+        if kind == len(self.worth):
+            self._grow(2 * kind)
+        self._count += 1
+        self._kind_of[number] = kind
+        for feature in range(len(self.sizes) - 1, -1, -1):
+            number, self._features[kind, feature] = divmod(number, self.sizes[feature])
+        # Before the first fit, the older the less: the order of LRU.
+        self.worth[kind] = self._worth_of(self._features[kind : kind + 1])[0] if self.fits else -np.arange(AGES)
+
+    def _grow(self, kinds: int) -> None:
+        held = len(self.worth)
+        for name in ("_features", "_hits", "_exposed", "worth"):
+            column = getattr(self, name)
+            larger = np.zeros((kinds, *column.shape[1:]), column.dtype)
+            larger[:held] = column
+            setattr(self, name, larger)
+        alive = np.zeros((COHORTS, kinds))
+        alive[:, :held] = self._alive
+        self._alive = alive
