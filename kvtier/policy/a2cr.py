@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kvtier.errors import IntegrityError
 from kvtier.policy.base import ROOT, EvictionPolicy, Mask, Pages, Protection
-from kvtier.policy.memory import Memory
+from kvtier.policy.memory import Facts, Memory
 from kvtier.policy.ranking import Ranking
 from kvtier.policy.reuse import EDGES, ReuseModel, age_bins
 
@@ -48,7 +48,7 @@ RESCORED_SHARE = 8
 RECENT_REQUESTS = 64
 """Uses that may still turn out to be the beginning of a request that goes on with new pages."""
 
-_FACTS = ("_kind", "_cohort", "_uses", "_generation")
+_FACTS = KIND, COHORT, USES, GENERATION = range(4)
 _MOST_USES, _MOST_GENERATIONS = np.array(MOST_USES), np.array(MOST_GENERATIONS)
 _ONE = np.array(1)
 
@@ -72,10 +72,8 @@ class A2CR(EvictionPolicy):
         # One row a page, by id, and one more at the end for ROOT, as in the ranking.
         self._combined: Pages = np.zeros(1, np.int64)
         """The features of a page as one number in mixed radix."""
-        self._kind: Pages = np.zeros(1, np.int64)
-        self._cohort: Pages = np.zeros(1, np.int64)
-        self._uses: Pages = np.zeros(1, np.int64)
-        self._generation: Pages = np.zeros(1, np.int64)
+        self._facts: Facts = np.zeros((1, len(_FACTS)), np.int64)
+        """What outlives eviction, `[pages, 4]`: kind, cohort, uses, generation."""
         self._request: Pages = np.zeros(1, np.int64)
         """Number of the call that used the page last."""
         self._name: Pages = np.zeros(1, np.int64)
@@ -93,21 +91,21 @@ class A2CR(EvictionPolicy):
         names = self.names(pages)
         before = self._parent_of_all(pages, parents)
         here = before != ROOT and bool(self._ranking.here[before])
-        generation = int(self._generation[before]) + 1 if here else 1
+        generation = int(self._facts[:, GENERATION][before]) + 1 if here else 1
         uses, generations = np.zeros(len(pages), np.int64), np.full(len(pages), min(generation, MOST_GENERATIONS))
-        known, last, (kinds, cohorts, known_uses, known_generations) = self._memory.recall(names)
+        known, last, facts = self._memory.recall(names)
         if len(known):
-            self._model.end(kinds, cohorts, age_bins(np.maximum(self._latest - last, 0.0)))
-            uses[known] = known_uses
-            generations[known] = known_generations
+            self._model.end(facts[:, KIND], facts[:, COHORT], age_bins(np.maximum(self._latest - last, 0.0)))
+            uses[known] = facts[:, USES]
+            generations[known] = facts[:, GENERATION]
         uses += _ONE
         new = min((len(pages) - len(known)).bit_length(), NEW - 1) * _NEW_STEP
         combined = _COUNT_OF[np.minimum(uses, _MOST_USES)] + _GENERATION_OF[generations]
         combined += new
         combined[depths.argmax()] += _END_STEP
         self._name[pages] = names
-        self._uses[pages] = uses
-        self._generation[pages] = generations
+        self._facts[:, USES][pages] = uses
+        self._facts[:, GENERATION][pages] = generations
         self._attention[pages] = math.nan
         self._use(pages, combined)
         self._ranking.arrive(pages, parents, depths)
@@ -123,10 +121,10 @@ class A2CR(EvictionPolicy):
         if not len(pages):
             return
         self._note(now)
-        model.end(self._kind[pages], self._cohort[pages], age_bins(self._latest - ranking.last[pages]))
-        uses = self._uses[pages] + _ONE
-        self._uses[pages] = uses
-        combined = _COUNT_OF[np.minimum(uses, _MOST_USES)] + _GENERATION_OF[self._generation[pages]]
+        model.end(self._facts[:, KIND][pages], self._facts[:, COHORT][pages], age_bins(self._latest - ranking.last[pages]))
+        uses = self._facts[:, USES][pages] + _ONE
+        self._facts[:, USES][pages] = uses
+        combined = _COUNT_OF[np.minimum(uses, _MOST_USES)] + _GENERATION_OF[self._facts[:, GENERATION][pages]]
         if not math.isnan(self._mean_attention):
             combined += self._combined[pages] % ATTENTION
         self._use(pages, combined)
@@ -197,8 +195,8 @@ class A2CR(EvictionPolicy):
         model, ranking = self._model, self._ranking
         kinds = model.kinds_of(combined)
         self._combined[pages] = combined
-        self._kind[pages] = kinds
-        self._cohort[pages] = model.cohort
+        self._facts[:, KIND][pages] = kinds
+        self._facts[:, COHORT][pages] = model.cohort
         ranking.last[pages] = self._latest
         ranking.score[pages] = model.worth[kinds, 0]
         model.begin(kinds)
@@ -213,23 +211,24 @@ class A2CR(EvictionPolicy):
     def _change(self, pages: Pages, combined: Pages) -> None:
         """These pages turn out to be of another kind than they were taken for."""
         kinds = self._model.kinds_of(combined)
-        self._model.move(self._kind[pages], kinds, self._cohort[pages])
+        self._model.move(self._facts[:, KIND][pages], kinds, self._facts[:, COHORT][pages])
         self._combined[pages] = combined
-        self._kind[pages] = kinds
+        self._facts[:, KIND][pages] = kinds
         self._ranking.score[pages] = self._worth(pages, self._latest)
         self._ranking.rescored(pages)
 
     def _remember(self, pages: Pages, held: int) -> None:
-        facts = np.stack([getattr(self, name)[pages] for name in _FACTS])
-        self._memory.leave(self._name[pages], self._ranking.last[pages], facts, held)
+        self._memory.leave(self._name[pages], self._ranking.last[pages], self._facts[pages], held)
 
     # -- scores ----------------------------------------------------------------------------------------------------------------
 
     def _worth(self, pages: Pages, now: float) -> NDArray[np.float64]:
         """The worth of these pages at their ages, between two ages in proportion."""
         ages = now - self._ranking.last[pages]
+        if len(ages) and ages[ages.argmax()] == 0:
+            return self._model.worth[self._facts[:, KIND][pages], 0]
         bins = age_bins(ages)
-        kinds = self._kind[pages]
+        kinds = self._facts[:, KIND][pages]
         worth, following = self._model.worth[kinds, bins], self._model.worth[kinds, np.minimum(bins + 1, len(EDGES) - 2)]
         share = (ages - EDGES[bins]) / (EDGES[bins + 1] - EDGES[bins])
         share[bins == 0] = 0.0
@@ -256,18 +255,18 @@ class A2CR(EvictionPolicy):
 
     def _fit_columns(self) -> None:
         rows = self._ranking.room + 1
-        if rows == len(self._kind):
+        if rows == len(self._combined):
             return
-        for name in ("_combined", "_kind", "_cohort", "_uses", "_generation", "_request", "_name", "_attention"):
+        for name in ("_combined", "_facts", "_request", "_name", "_attention"):
             column = getattr(self, name)
-            larger = np.zeros(rows, column.dtype)
+            larger = np.zeros((rows, *column.shape[1:]), column.dtype)
             larger[: len(column)] = column
             setattr(self, name, larger)
 
     def check_integrity(self) -> None:
         self._ranking.check_integrity()
         pages = np.flatnonzero(self._ranking.here)
-        if not np.array_equal(self._kind[pages], self._model.kinds_of(self._combined[pages])):
+        if not np.array_equal(self._facts[:, KIND][pages], self._model.kinds_of(self._combined[pages])):
             raise IntegrityError("a page is of another kind than its features say")
-        if np.count_nonzero(self._uses[pages] < 1):
+        if np.count_nonzero(self._facts[:, USES][pages] < 1):
             raise IntegrityError("a page is here that was never used")

@@ -24,7 +24,7 @@ _ONE = np.array(1)
 _EMPTY = np.array(-math.inf)
 
 Facts = NDArray[np.int64]
-"""`[facts, n]`: whole numbers about each page."""
+"""`[n, facts]`: whole numbers about each page."""
 
 
 class Memory:
@@ -38,7 +38,7 @@ class Memory:
         self._shift = np.array(64 - (cells.bit_length() - 1), np.uint64)
         self._name: Pages = np.zeros(cells, np.int64)
         self._last: NDArray[np.float64] = np.full(cells, -math.inf)
-        self._known: Facts = np.zeros((self._facts, cells), np.int64)
+        self._known: Facts = np.zeros((cells, self._facts), np.int64)
 
     @property
     def cells(self) -> int:
@@ -66,9 +66,9 @@ class Memory:
             found |= second
         places = np.flatnonzero(found)
         if not len(places):
-            return places, np.empty(0), np.empty((self._facts, 0), np.int64)
+            return places, np.empty(0), np.empty((0, self._facts), np.int64)
         cells = cells[places]
-        last, facts = self._last[cells], self._known[:, cells]
+        last, facts = self._last[cells], self._known[cells]
         self._last[cells] = _EMPTY
         return places, last, facts
 
@@ -85,10 +85,10 @@ class Memory:
         cells = np.where(self._last[other] < self._last[cells], other, cells)
         self._name[cells] = names
         self._last[cells] = last
-        self._known[:, cells] = facts
+        self._known[cells] = facts
 
     def _grow(self, cells: int) -> None:
         kept = np.flatnonzero(self._last != _EMPTY)
-        names, last, facts = self._name[kept], self._last[kept], self._known[:, kept]
+        names, last, facts = self._name[kept], self._last[kept], self._known[kept]
         self._allot(cells)
         self._put(names, last, facts)

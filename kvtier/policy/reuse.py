@@ -28,14 +28,15 @@ Numbers = NDArray[np.int64]
 Reals = NDArray[np.float64]
 
 AGES = 56
-"""Ages are told in half octaves: bin 0 below 1/16 s, the last one above 97 days."""
-YOUNGEST_OCTAVE = -4
-_FIRST_BIN = 1 - 2 * (YOUNGEST_OCTAVE + 1)
-EDGES: Reals = np.concatenate(([0.0], 2.0 ** (YOUNGEST_OCTAVE + np.arange(AGES) / 2)))
+"""Ages are told by power of two and half of it: bin 0 is below 1/16 s, the last above 97 days."""
+_YOUNGEST_OCTAVE = -4
+_BITS = np.array(51)
+"""A float64 without these is its power of two and the first bit after that."""
+_BELOW = np.array((1023 + _YOUNGEST_OCTAVE) * 2 - 1)
+_FIRST, _LAST = np.array(0), np.array(AGES - 1)
+EDGES: Reals = np.concatenate(([0.0], [2.0 ** (_YOUNGEST_OCTAVE + half // 2) * (1 + half % 2 / 2) for half in range(AGES)]))
 """Where ages begin, in seconds; one more than there are ages."""
 _WIDTHS = np.diff(EDGES)
-_LAST = np.array(AGES - 1)
-_ROOT_HALF = np.array(math.sqrt(0.5))
 
 PERIOD_SPELLS = 4096
 """Spells begun between two fits, at least."""
@@ -51,13 +52,13 @@ SMOOTHING[np.abs(np.arange(AGES)[:, None] - np.arange(AGES)[None, :]) > 6] = 0.0
 PRIOR_HITS = 1.0
 """Hits' worth of belief that a feature changes nothing."""
 LEAST_HAZARD, MOST_HAZARD = 1e-7, 0.97
+LEAST_DENSITY, LEAST_RUN = 1e-12, 1e-30
 
 
 def age_bins(ages: Reals) -> Numbers:
     """Which of the ages each of these (seconds, 0 or more) is."""
-    mantissa, exponent = np.frexp(ages)
-    bins: Numbers = 2 * exponent.astype(np.int64) + _FIRST_BIN + (mantissa >= _ROOT_HALF)
-    bins[ages < EDGES[1]] = 0
+    bins: Numbers = (ages.view(np.int64) >> _BITS) - _BELOW
+    np.maximum(bins, _FIRST, out=bins)
     return np.minimum(bins, _LAST, out=bins)
 
 
@@ -96,8 +97,7 @@ class ReuseModel:
         """The kinds of pages with these features, given as numbers in mixed radix, the first feature first."""
         kinds = self._kind_of[combined]
         if len(kinds) and kinds[kinds.argmin()] < 0:
-            for number in np.unique(combined[kinds < 0]).tolist():
-                self._add(number)
+            self._add(np.unique(combined[kinds < 0]))
             kinds = self._kind_of[combined]
         return kinds
 
@@ -217,24 +217,26 @@ class ReuseModel:
         used, kept = np.zeros((2, len(features), AGES + 1))
         np.cumsum(survival[:, :-1] * hazard, axis=1, out=used[:, 1:])
         np.cumsum(survival[:, :-1] * _WIDTHS * (1.0 - hazard / 2), axis=1, out=kept[:, 1:])
-        best = np.full((len(features), AGES), LEAST_HAZARD * 1e-6)
-        for age in range(AGES - 1):
-            density = (used[:, age + 1 : AGES] - used[:, age : age + 1]) / (kept[:, age + 1 : AGES] - kept[:, age : age + 1])
-            np.maximum(best[:, age], density.max(axis=1), out=best[:, age])
-        return np.log(best)
+        # The steepest way up from each age is a side of the upper hull of (kept, used); found from the right, all kinds at once.
+        best = np.empty((len(features), AGES))
+        best[:, -1] = LEAST_DENSITY
+        for age in range(AGES - 2, -1, -1):
+            rise, run = used[:, age + 1 : AGES] - used[:, age, None], kept[:, age + 1 : AGES] - kept[:, age, None]
+            best[:, age] = (rise / np.maximum(run, LEAST_RUN)).max(axis=1)
+        return np.log(np.maximum(best, LEAST_DENSITY))
 
     # -- kinds -----------------------------------------------------------------------------------------------------------------
 
-    def _add(self, number: int) -> None:
-        kind = self._count
-        if kind == len(self.worth):
-            self._grow(2 * kind)
-        self._count += 1
-        self._kind_of[number] = kind
+    def _add(self, numbers: Numbers) -> None:
+        first, self._count = self._count, self._count + len(numbers)
+        if self._count > len(self.worth):
+            self._grow(max(self._count, 2 * len(self.worth)))
+        added = np.arange(first, self._count)
+        self._kind_of[numbers] = added
         for feature in range(len(self.sizes) - 1, -1, -1):
-            number, self._features[kind, feature] = divmod(number, self.sizes[feature])
+            numbers, self._features[added, feature] = np.divmod(numbers, self.sizes[feature])
         # Before the first fit, the older the less: the order of LRU.
-        self.worth[kind] = self._worth_of(self._features[kind : kind + 1])[0] if self.fits else -np.arange(AGES)
+        self.worth[added] = self._worth_of(self._features[added]) if self.fits else -np.arange(AGES)
 
     def _grow(self, kinds: int) -> None:
         held = len(self.worth)
