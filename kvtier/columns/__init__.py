@@ -133,6 +133,28 @@ class RankingLoops(Protocol):
         """All leaves queue, by the scores that stand in the column now."""
 
 
+class SpellLoops(Protocol):
+    """Loops over the columns of one A²CR policy, until one of them grows: see `kvtier.policy.a2cr`.
+
+    False or -1: not done, for a kind that is not known yet or a page that is not what it should be.
+    """
+
+    def use(self, pages: Numbers, time: float, call: int, cohort: int, /) -> bool:
+        """Pages that are here are used: their spells end, new ones begin."""
+
+    def come(self, pages: Numbers, names: Numbers, time: float, call: int, cohort: int, generation: int, deepest: int, /) -> int:
+        """Pages come, of which some are ghosts: as `use`. How many were none, as a part of the number of a kind."""
+
+    def go_on(self, pages: Numbers, call: int, new: int, time: float, out: Numbers, /) -> int:
+        """The call that used pages brought new ones: those it was the last to use are of another kind. Into `out`; how many."""
+
+    def leave(self, pages: Numbers, /) -> bool:
+        """Pages become ghosts."""
+
+    def score_all(self, now: float, /) -> bool:
+        """The scores of all pages that are here."""
+
+
 class Loops(Protocol):
     """What the extension offers."""
 
@@ -144,6 +166,9 @@ class Loops(Protocol):
 
     def Ranking(self, *columns: Column) -> RankingLoops:
         """Loops over these columns, in the order of `Ranking.attach`. ValueError if their sizes do not fit each other."""
+
+    def Spells(self, *columns: Column) -> SpellLoops:
+        """Loops over these columns, in the order of `A2CR.attach`. ValueError if their sizes do not fit each other."""
 
     def take_slots(self, free: list[int], taken: bytearray, count: int, /) -> list[int]:
         """The last `count` of `free`, last first, marked as taken. ValueError, and none, if there are fewer."""

@@ -3,9 +3,9 @@
 #include "rows.h"
 
 static int prepare(PyObject *module) {
-    PyType_Spec *specs[] = {&table_spec, &order_spec, &ranking_spec};
-    const char *names[] = {"Table", "Order", "Ranking"};
-    for (int i = 0; i < 3; i++) {
+    PyType_Spec *specs[] = {&table_spec, &order_spec, &ranking_spec, &spells_spec};
+    const char *names[] = {"Table", "Order", "Ranking", "Spells"};
+    for (int i = 0; i < 4; i++) {
         PyObject *type = PyType_FromSpec(specs[i]);
         const int failed = !type || PyModule_AddObjectRef(module, names[i], type);
         Py_XDECREF(type);

@@ -49,6 +49,6 @@ PyObject *item(PyObject *sequence, Py_ssize_t index);
 #define FAST(function) ((PyCFunction)(void (*)(void))function), METH_FASTCALL
 
 /* What module.c offers to Python; `kvtier/columns/__init__.py` says what each does. */
-extern PyType_Spec table_spec, order_spec, ranking_spec;
+extern PyType_Spec table_spec, order_spec, ranking_spec, spells_spec;
 PyObject *take_slots(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 PyObject *give_slots(PyObject *self, PyObject *const *arguments, Py_ssize_t given);

@@ -17,6 +17,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtier import columns
 from kvtier.errors import IntegrityError
 from kvtier.policy.base import ROOT, EvictionPolicy, Mask, Pages, Protection
 from kvtier.policy.memory import Facts, Memory
@@ -50,7 +51,8 @@ RECENT_REQUESTS = 64
 
 _FACTS = KIND, COHORT, USES, GENERATION = range(4)
 _MOST_USES, _MOST_GENERATIONS = np.array(MOST_USES), np.array(MOST_GENERATIONS)
-_ONE = np.array(1)
+_UNKNOWN = np.array(math.nan)
+_STEPS = np.array([_END_STEP, _NEW_STEP, ATTENTION, NEW])
 
 
 class A2CR(EvictionPolicy):
@@ -81,60 +83,62 @@ class A2CR(EvictionPolicy):
         self._mean_attention = math.nan
         self._calls = 0
         self._recent: dict[int, Pages] = {}
+        self._loops: columns.SpellLoops | None = None
+        self._loops_over: tuple[object, ...] = ()
+
+    def attach(self) -> columns.SpellLoops | None:
+        """The compiled loops over all columns as they are now; None where there are none."""
+        loops = columns.loops()
+        if loops is None:
+            return None
+        ranking, model, memory = self._ranking, self._model, self._memory
+        pages = (ranking.here, ranking.last, ranking.score, self._combined, self._facts, self._request, self._name)
+        kinds = (model.kind_of, model.worth, model.hits, model.change, model.alive, model.counted, EDGES)
+        return loops.Spells(*pages, *kinds, memory.names, memory.last, memory.facts, _COUNT_OF, _GENERATION_OF, _STEPS)
+
+    def _attached(self) -> columns.SpellLoops | None:
+        over = (self._combined, self._model.worth, self._memory.names)
+        if any(now is not then for now, then in zip(over, self._loops_over, strict=False)) or not self._loops_over:
+            self._loops, self._loops_over = self.attach(), over
+        return self._loops
 
     def insert(self, pages: Pages, parents: Pages, depths: Pages, now: float) -> None:
-        self._ranking.require_new(pages, parents, depths)
+        ranking = self._ranking
+        ranking.require_new(pages, parents, depths)
         if not len(pages):
             return
         self._fit_columns()
         self._note(now)
         names = self.names(pages)
         before = self._parent_of_all(pages, parents)
-        here = before != ROOT and bool(self._ranking.here[before])
-        generation = int(self._facts[:, GENERATION][before]) + 1 if here else 1
-        uses, generations = np.zeros(len(pages), np.int64), np.full(len(pages), min(generation, MOST_GENERATIONS))
-        known, last, facts = self._memory.recall(names)
-        if len(known):
-            self._model.end(facts[:, KIND], facts[:, COHORT], age_bins(np.maximum(self._latest - last, 0.0)))
-            uses[known] = facts[:, USES]
-            generations[known] = facts[:, GENERATION]
-        uses += _ONE
-        new = min((len(pages) - len(known)).bit_length(), NEW - 1) * _NEW_STEP
-        combined = _COUNT_OF[np.minimum(uses, _MOST_USES)] + _GENERATION_OF[generations]
-        combined += new
-        combined[depths.argmax()] += _END_STEP
-        self._name[pages] = names
-        self._facts[:, USES][pages] = uses
-        self._facts[:, GENERATION][pages] = generations
-        self._attention[pages] = math.nan
-        self._use(pages, combined)
-        self._ranking.arrive(pages, parents, depths)
+        here = before != ROOT and bool(ranking.here[before])
+        generation = min(int(self._facts[before, GENERATION]) + 1, MOST_GENERATIONS) if here else 1
+        self._attention[pages] = _UNKNOWN
+        deepest = int(depths.argmax())
+        new = -1
+        if (loops := self._attached()) is not None:
+            new = loops.come(pages, names, self._latest, self._calls, self._model.cohort, generation, deepest)
+        if new < 0:
+            new = self._come(pages, names, generation, deepest)
+        ranking.arrive(pages, parents, depths)
         if here and (begun := self._recent.pop(int(self._request[before]), None)) is not None:
             self._goes_on(begun, int(self._request[before]), new)
-        self._request[pages] = self._calls
         self._calls += 1
-        self._tick()
+        self._tick(len(pages))
 
     def touch(self, pages: Pages, now: float) -> None:
-        ranking, model = self._ranking, self._model
-        ranking.require(pages)
-        if not len(pages):
-            return
+        loops = self._attached()
+        if loops is None or not loops.use(pages, max(now, self._latest), self._calls, self._model.cohort):
+            self._ranking.require(pages)
+            self._note(now)
+            self._use(pages)
         self._note(now)
-        model.end(self._facts[:, KIND][pages], self._facts[:, COHORT][pages], age_bins(self._latest - ranking.last[pages]))
-        uses = self._facts[:, USES][pages] + _ONE
-        self._facts[:, USES][pages] = uses
-        combined = _COUNT_OF[np.minimum(uses, _MOST_USES)] + _GENERATION_OF[self._facts[:, GENERATION][pages]]
-        if not math.isnan(self._mean_attention):
-            combined += self._combined[pages] % ATTENTION
-        self._use(pages, combined)
-        ranking.rescored(pages)
-        self._request[pages] = self._calls
+        self._ranking.rescored(pages)
         self._recent[self._calls] = pages.copy()
         if len(self._recent) > RECENT_REQUESTS:
             del self._recent[next(iter(self._recent))]
         self._calls += 1
-        self._tick()
+        self._tick(len(pages))
 
     def remove(self, pages: Pages) -> None:
         self._ranking.require(pages)
@@ -190,13 +194,40 @@ class A2CR(EvictionPolicy):
         outside = parents[~np.isin(parents, pages)]
         return int(outside[0]) if len(outside) else ROOT
 
-    def _use(self, pages: Pages, combined: Pages) -> None:
-        """These pages are used now; their spells, if any, have ended."""
+    def _come(self, pages: Pages, names: Pages, generation: int, deepest: int) -> int:
+        """What is known about pages that come goes into the columns; how many were new, as a part of the number of a kind."""
+        uses, generations = np.ones(len(pages), np.int64), np.full(len(pages), generation)
+        known, last, facts = self._memory.recall(names)
+        if len(known):
+            self._model.end(facts[:, KIND], facts[:, COHORT], age_bins(np.maximum(self._latest - last, 0.0)))
+            uses[known] += facts[:, USES]
+            generations[known] = facts[:, GENERATION]
+        new = min((len(pages) - len(known)).bit_length(), NEW - 1) * _NEW_STEP
+        combined = _COUNT_OF[np.minimum(uses, _MOST_USES)] + _GENERATION_OF[generations] + new
+        combined[deepest] += _END_STEP
+        self._name[pages] = names
+        self._facts[pages, USES] = uses
+        self._facts[pages, GENERATION] = generations
+        self._begin(pages, combined)
+        return new
+
+    def _use(self, pages: Pages) -> None:
+        """Pages that are here are used."""
+        facts = self._facts[pages]
+        self._model.end(facts[:, KIND], facts[:, COHORT], age_bins(self._latest - self._ranking.last[pages]))
+        uses = facts[:, USES] + 1
+        self._facts[pages, USES] = uses
+        combined = _COUNT_OF[np.minimum(uses, _MOST_USES)] + _GENERATION_OF[facts[:, GENERATION]]
+        self._begin(pages, combined + self._combined[pages] % ATTENTION)
+
+    def _begin(self, pages: Pages, combined: Pages) -> None:
+        """Spells of these features begin now."""
         model, ranking = self._model, self._ranking
         kinds = model.kinds_of(combined)
         self._combined[pages] = combined
-        self._facts[:, KIND][pages] = kinds
-        self._facts[:, COHORT][pages] = model.cohort
+        self._facts[pages, KIND] = kinds
+        self._facts[pages, COHORT] = model.cohort
+        self._request[pages] = self._calls
         ranking.last[pages] = self._latest
         ranking.score[pages] = model.worth[kinds, 0]
         model.begin(kinds)
@@ -204,6 +235,11 @@ class A2CR(EvictionPolicy):
     def _goes_on(self, begun: Pages, request: int, new: int) -> None:
         """The request that used these pages first went on with new ones."""
         ranking = self._ranking
+        if (loops := self._attached()) is not None:
+            out = np.empty(len(begun), np.int64)
+            if (count := loops.go_on(begun, request, new, self._latest, out)) >= 0:
+                ranking.rescored(out[:count])
+                return
         still = begun[ranking.here[begun] & (self._request[begun] == request)]
         combined = self._combined[still]
         self._change(still, combined + new - combined // _NEW_STEP % NEW * _NEW_STEP)
@@ -211,32 +247,32 @@ class A2CR(EvictionPolicy):
     def _change(self, pages: Pages, combined: Pages) -> None:
         """These pages turn out to be of another kind than they were taken for."""
         kinds = self._model.kinds_of(combined)
-        self._model.move(self._facts[:, KIND][pages], kinds, self._facts[:, COHORT][pages])
+        self._model.move(self._facts[pages, KIND], kinds, self._facts[pages, COHORT])
         self._combined[pages] = combined
-        self._facts[:, KIND][pages] = kinds
+        self._facts[pages, KIND] = kinds
         self._ranking.score[pages] = self._worth(pages, self._latest)
         self._ranking.rescored(pages)
 
     def _remember(self, pages: Pages, held: int) -> None:
-        self._memory.leave(self._name[pages], self._ranking.last[pages], self._facts[pages], held)
+        self._memory.fit(held)
+        if (loops := self._attached()) is None or not loops.leave(pages):
+            self._memory.leave(self._name[pages], self._ranking.last[pages], self._facts[pages])
 
     # -- scores ----------------------------------------------------------------------------------------------------------------
 
     def _worth(self, pages: Pages, now: float) -> NDArray[np.float64]:
         """The worth of these pages at their ages, between two ages in proportion."""
         ages = now - self._ranking.last[pages]
-        if len(ages) and ages[ages.argmax()] == 0:
-            return self._model.worth[self._facts[:, KIND][pages], 0]
         bins = age_bins(ages)
-        kinds = self._facts[:, KIND][pages]
+        kinds = self._facts[pages, KIND]
         worth, following = self._model.worth[kinds, bins], self._model.worth[kinds, np.minimum(bins + 1, len(EDGES) - 2)]
         share = (ages - EDGES[bins]) / (EDGES[bins + 1] - EDGES[bins])
         share[bins == 0] = 0.0
         scores: NDArray[np.float64] = worth + (following - worth) * share
         return scores
 
-    def _tick(self) -> None:
-        if self._model.tick(self._latest):
+    def _tick(self, spells: int) -> None:
+        if self._model.tick(spells, self._latest):
             self._score_all(self._latest)
 
     def _score_if_due(self, now: float) -> None:
@@ -244,8 +280,9 @@ class A2CR(EvictionPolicy):
             self._score_all(max(now, self._latest))
 
     def _score_all(self, now: float) -> None:
-        pages = np.flatnonzero(self._ranking.here)
-        self._ranking.score[pages] = self._worth(pages, now)
+        if (loops := self._attached()) is None or not loops.score_all(now):
+            pages = np.flatnonzero(self._ranking.here)
+            self._ranking.score[pages] = self._worth(pages, now)
         self._ranking.rebuild()
         self._left = 0
 
@@ -266,7 +303,7 @@ class A2CR(EvictionPolicy):
     def check_integrity(self) -> None:
         self._ranking.check_integrity()
         pages = np.flatnonzero(self._ranking.here)
-        if not np.array_equal(self._facts[:, KIND][pages], self._model.kinds_of(self._combined[pages])):
+        if not np.array_equal(self._facts[pages, KIND], self._model.kinds_of(self._combined[pages])):
             raise IntegrityError("a page is of another kind than its features say")
         if np.count_nonzero(self._facts[:, USES][pages] < 1):
             raise IntegrityError("a page is here that was never used")

@@ -31,29 +31,32 @@ class Memory:
     """`facts` whole numbers, and the time of the last use, of pages that left."""
 
     def __init__(self, facts: int) -> None:
-        self._facts = facts
+        self._width = facts
         self._allot(1 << 10)
 
     def _allot(self, cells: int) -> None:
         self._shift = np.array(64 - (cells.bit_length() - 1), np.uint64)
-        self._name: Pages = np.zeros(cells, np.int64)
-        self._last: NDArray[np.float64] = np.full(cells, -math.inf)
-        self._known: Facts = np.zeros((cells, self._facts), np.int64)
+        self.names: Pages = np.zeros(cells, np.int64)
+        self.last: NDArray[np.float64] = np.full(cells, -math.inf)
+        self.facts: Facts = np.zeros((cells, self._width), np.int64)
 
     @property
     def cells(self) -> int:
         """How many pages can be remembered at most."""
-        return len(self._name)
+        return len(self.names)
 
     def __len__(self) -> int:
-        return int(np.count_nonzero(self._last != _EMPTY))
+        return int(np.count_nonzero(self.last != _EMPTY))
 
-    def leave(self, names: Pages, last: NDArray[np.float64], facts: Facts, held: int) -> None:
-        """Pages of these names left a tier that held `held` pages until now."""
-        wanted = min(GHOSTS_PER_PAGE * held, max(FEW, GHOSTS_PER_PAGE_OF_MANY * held))
-        if wanted > len(self._name):
-            self._grow(1 << (wanted - 1).bit_length())
+    def leave(self, names: Pages, last: NDArray[np.float64], facts: Facts) -> None:
+        """Pages of these names left."""
         self._put(names, last, facts)
+
+    def fit(self, held: int) -> None:
+        """Room for what a tier that held `held` pages can leave behind."""
+        wanted = min(GHOSTS_PER_PAGE * held, max(FEW, GHOSTS_PER_PAGE_OF_MANY * held))
+        if wanted > len(self.names):
+            self._grow(1 << (wanted - 1).bit_length())
 
     def recall(self, names: Pages) -> tuple[Pages, NDArray[np.float64], Facts]:
         """Places among `names` of those that were remembered, their last uses and their facts; they are ghosts no more."""
@@ -66,29 +69,29 @@ class Memory:
             found |= second
         places = np.flatnonzero(found)
         if not len(places):
-            return places, np.empty(0), np.empty((0, self._facts), np.int64)
+            return places, np.empty(0), np.empty((0, self._width), np.int64)
         cells = cells[places]
-        last, facts = self._last[cells], self._known[cells]
-        self._last[cells] = _EMPTY
+        last, facts = self.last[cells], self.facts[cells]
+        self.last[cells] = _EMPTY
         return places, last, facts
 
     def _cells(self, names: Pages) -> Pages:
         return ((names.view(np.uint64) * _SPREAD) >> self._shift).view(np.int64)
 
     def _find(self, names: Pages, cells: Pages) -> Mask:
-        found: Mask = (self._name[cells] == names) & (self._last[cells] != _EMPTY)
+        found: Mask = (self.names[cells] == names) & (self.last[cells] != _EMPTY)
         return found
 
     def _put(self, names: Pages, last: NDArray[np.float64], facts: Facts) -> None:
         cells = self._cells(names)
         other = cells ^ _ONE
-        cells = np.where(self._last[other] < self._last[cells], other, cells)
-        self._name[cells] = names
-        self._last[cells] = last
-        self._known[cells] = facts
+        cells = np.where(self.last[other] < self.last[cells], other, cells)
+        self.names[cells] = names
+        self.last[cells] = last
+        self.facts[cells] = facts
 
     def _grow(self, cells: int) -> None:
-        kept = np.flatnonzero(self._last != _EMPTY)
-        names, last, facts = self._name[kept], self._last[kept], self._known[kept]
+        kept = np.flatnonzero(self.last != _EMPTY)
+        names, last, facts = self.names[kept], self.last[kept], self.facts[kept]
         self._allot(cells)
         self._put(names, last, facts)

@@ -52,7 +52,7 @@ SMOOTHING[np.abs(np.arange(AGES)[:, None] - np.arange(AGES)[None, :]) > 6] = 0.0
 PRIOR_HITS = 1.0
 """Hits' worth of belief that a feature changes nothing."""
 LEAST_HAZARD, MOST_HAZARD = 1e-7, 0.97
-LEAST_DENSITY, LEAST_RUN = 1e-12, 1e-30
+LEAST_DENSITY, LEAST_RUN, LEAST_EXPOSURE = 1e-12, 1e-30, 0.01
 
 
 def age_bins(ages: Reals) -> Numbers:
@@ -65,130 +65,114 @@ def age_bins(ages: Reals) -> Numbers:
 class ReuseModel:
     """Hazards and worth for kinds of pages with features of these sizes.
 
-    A kind is a number that `kinds_of` gives for features in mixed radix; `worth` `[kinds, AGES]` is the logarithm of hits per second.
+    A kind is a number that `kinds_of` gives for features in mixed radix; `worth` `[kinds, AGES]` is the logarithm of uses per second.
+    The compiled loops of spells write `hits`, `change` and `alive`, as `begin`, `end` and `move` do.
     """
 
-    def __init__(self, sizes: tuple[int, ...], most_pages: int = 0) -> None:
+    def __init__(self, sizes: tuple[int, ...]) -> None:
         self.sizes = sizes
         self.fits = 0
         self.cohort = 0
         """Serial number of the cohort that is beginning spells now."""
-        self._kind_of: Numbers = np.full(math.prod(sizes), -1)
+        self.kind_of: Numbers = np.full(math.prod(sizes), -1)
+        """The kind of each combination of features, -1 where there was none yet."""
+        self.worth: Reals = np.zeros((0, AGES))
+        self.hits: Numbers = np.zeros((0, AGES), np.int64)
+        """Of this period."""
+        self.change: Numbers = np.zeros((0, AGES + 1), np.int64)
+        """Of this period, how many more spells are exposed at an age than at the one before."""
+        self.alive: Numbers = np.zeros((COHORTS, 0), np.int64)
+        self.counted: Numbers = np.zeros(COHORTS, np.int64)
+        """The living spells of a cohort have been counted as exposed at ages below this."""
         self._count = 0
         self._features: Numbers = np.zeros((0, len(sizes)), np.int64)
         self._hits: Reals = np.zeros((0, AGES))
         self._exposed: Reals = np.zeros((0, AGES))
-        self.worth: Reals = np.zeros((0, AGES))
-        self._alive: Reals = np.zeros((COHORTS, 0))
-        self._began = np.full(COHORTS, math.nan)
-        """When each cohort began, seconds, and how far its living spells have been counted as exposed (ages below this)."""
-        self._counted: Numbers = np.zeros(COHORTS, np.int64)
-        self._level: Reals = np.full(AGES, 0.01)
+        self._began: Reals = np.zeros(COHORTS)
+        """When each cohort began, seconds."""
+        self._level: Reals = np.zeros(AGES)
         self._factors: list[Reals] = [np.ones((size, AGES)) for size in sizes]
-        self._begun_kinds: list[Numbers] = []
-        self._ended: list[tuple[Numbers, Numbers, Numbers]] = []
-        self._moved: list[tuple[Numbers, Numbers, Numbers]] = []
-        self._spells = 0
-        self._part_spells = 0
-        self.period = PERIOD_SPELLS
+        self._spells = self._cohort_spells = 0
+        self._started = False
         self._grow(64)
+
+    def __len__(self) -> int:
+        """Kinds there have been."""
+        return self._count
 
     def kinds_of(self, combined: Numbers) -> Numbers:
         """The kinds of pages with these features, given as numbers in mixed radix, the first feature first."""
-        kinds = self._kind_of[combined]
+        kinds = self.kind_of[combined]
         if len(kinds) and kinds[kinds.argmin()] < 0:
             self._add(np.unique(combined[kinds < 0]))
-            kinds = self._kind_of[combined]
+            kinds = self.kind_of[combined]
         return kinds
 
     def begin(self, kinds: Numbers) -> None:
         """Spells of these kinds begin now, in the cohort of now."""
-        self._begun_kinds.append(kinds)
-        self._spells += len(kinds)
-        self._part_spells += len(kinds)
+        np.add.at(self.alive[self.cohort % COHORTS], kinds, 1)
 
     def end(self, kinds: Numbers, cohorts: Numbers, ages: Numbers) -> None:
         """Spells of these kinds and cohorts end with a use at these ages (`age_bins`)."""
-        self._ended.append((kinds, cohorts, ages))
+        known = cohorts > self.cohort - COHORTS
+        kinds, rows, ages = kinds[known], cohorts[known] % COHORTS, ages[known]
+        np.subtract.at(self.alive, (rows, kinds), 1)
+        np.add.at(self.hits, (kinds, ages), 1)
+        starts = self.counted[rows]
+        late = starts <= ages
+        np.add.at(self.change, (kinds[late], starts[late]), 1)
+        np.subtract.at(self.change, (kinds[late], ages[late] + 1), 1)
 
     def move(self, before: Numbers, after: Numbers, cohorts: Numbers) -> None:
         """Living spells turn out to be of another kind."""
-        self._moved.append((before, after, cohorts))
+        known = cohorts > self.cohort - COHORTS
+        rows = cohorts[known] % COHORTS
+        np.subtract.at(self.alive, (rows, before[known]), 1)
+        np.add.at(self.alive, (rows, after[known]), 1)
 
-    def tick(self, now: float) -> bool:
-        """To be called after every use of pages. Starts new cohorts and fits where it is time; whether `worth` changed."""
-        if self._part_spells * PARTS < self.period:
+    def tick(self, spells: int, now: float) -> bool:
+        """So many spells began now. Starts new cohorts and fits where it is time; whether `worth` changed."""
+        if not self._started:
+            self._started, self._began[0] = True, now
+        self._cohort_spells += spells
+        if self._cohort_spells * PARTS < PERIOD_SPELLS:
             return False
-        early = self._part_spells if self.fits < PARTS else self.period
-        self._part_spells = 0
-        fit = self._spells >= early
-        self._settle(now)
+        self._spells += self._cohort_spells
+        self._cohort_spells = 0
+        fit = self._spells >= PERIOD_SPELLS or self.fits < PARTS
         if fit:
             self._expose(now)
             self._fit()
             self._spells = 0
         self.cohort += 1
         row = self.cohort % COHORTS
-        self._alive[row] = 0.0
+        self.alive[row] = self.counted[row] = 0
         self._began[row] = now
-        self._counted[row] = 0
         return fit
 
-    # -- counting --------------------------------------------------------------------------------------------------------------
-
-    def _settle(self, now: float) -> None:
-        """What was noted since the last cohort began goes into the counts."""
-        count, current = self._count, self.cohort % COHORTS
-        if math.isnan(self._began[current]):
-            self._began[current] = now
-        self._alive[current, :count] += np.bincount(np.concatenate(self._begun_kinds), minlength=count)
-        self._begun_kinds.clear()
-        oldest = self.cohort - COHORTS + 1
-        for before, after, cohorts in self._moved:
-            known = cohorts >= oldest
-            rows = cohorts[known] % COHORTS
-            np.subtract.at(self._alive, (rows, before[known]), 1.0)
-            np.add.at(self._alive, (rows, after[known]), 1.0)
-        self._moved.clear()
-        if not self._ended:
-            return
-        kinds, cohorts, ages = (np.concatenate(part) for part in zip(*self._ended, strict=True))
-        self._ended.clear()
-        known = cohorts >= oldest
-        kinds, rows, ages = kinds[known], cohorts[known] % COHORTS, ages[known]
-        np.subtract.at(self._alive, (rows, kinds), 1.0)
-        np.add.at(self._hits, (kinds, ages), 1.0)
-        starts = self._counted[rows]
-        late = starts <= ages
-        change = np.zeros((count, AGES + 1))
-        np.add.at(change, (kinds[late], starts[late]), 1.0)
-        np.subtract.at(change, (kinds[late], ages[late] + 1), 1.0)
-        self._exposed[:count] += np.cumsum(change, axis=1)[:, :AGES]
-
     def _expose(self, now: float) -> None:
-        """Living spells have reached the ages that they have now."""
-        count = self._count
-        change = np.zeros((count, AGES + 1))
-        serials = np.arange(max(0, self.cohort - COHORTS + 1), self.cohort + 1)
-        rows = serials % COHORTS
+        """Living spells have reached the ages that they have now; the period's counts go where they are remembered."""
+        rows = np.arange(max(0, self.cohort - COHORTS + 1), self.cohort + 1) % COHORTS
         ends = np.append(self._began[rows[1:]], now)
         reached = age_bins(np.maximum(now - (self._began[rows] + ends) / 2, 0.0)) + 1
         for row, until in zip(rows.tolist(), reached.tolist(), strict=True):
-            start = int(self._counted[row])
+            start = int(self.counted[row])
             if until > start:
-                alive = self._alive[row, :count]
-                change[:, start] += alive
-                change[:, until] -= alive
-                self._counted[row] = until
-        self._exposed[:count] += np.cumsum(change, axis=1)[:, :AGES]
+                self.change[:, start] += self.alive[row]
+                self.change[:, until] -= self.alive[row]
+                self.counted[row] = until
+        self._exposed += np.cumsum(self.change, axis=1)[:, :AGES]
+        self._hits += self.hits
+        self.change[:] = 0
+        self.hits[:] = 0
 
     # -- fitting ---------------------------------------------------------------------------------------------------------------
 
     def _fit(self) -> None:
         self.fits += 1
         hits, exposed = self._hits[: self._count], self._exposed[: self._count]
-        level = (hits.sum(0) @ SMOOTHING + 0.01) / (exposed.sum(0) @ SMOOTHING + 0.01)
-        self._level = np.clip(level, LEAST_HAZARD, 0.95)
+        level = (hits.sum(0) @ SMOOTHING) / (exposed.sum(0) @ SMOOTHING + LEAST_EXPOSURE)
+        self._level = np.clip(level, LEAST_HAZARD, MOST_HAZARD)
         features = self._features[: self._count]
         expected = exposed * self._level
         for feature, factors in enumerate(self._factors):
@@ -232,7 +216,7 @@ class ReuseModel:
         if self._count > len(self.worth):
             self._grow(max(self._count, 2 * len(self.worth)))
         added = np.arange(first, self._count)
-        self._kind_of[numbers] = added
+        self.kind_of[numbers] = added
         for feature in range(len(self.sizes) - 1, -1, -1):
             numbers, self._features[added, feature] = np.divmod(numbers, self.sizes[feature])
         # Before the first fit, the older the less: the order of LRU.
@@ -240,11 +224,11 @@ class ReuseModel:
 
     def _grow(self, kinds: int) -> None:
         held = len(self.worth)
-        for name in ("_features", "_hits", "_exposed", "worth"):
+        for name in ("worth", "hits", "change", "_features", "_hits", "_exposed"):
             column = getattr(self, name)
             larger = np.zeros((kinds, *column.shape[1:]), column.dtype)
             larger[:held] = column
             setattr(self, name, larger)
-        alive = np.zeros((COHORTS, kinds))
-        alive[:, :held] = self._alive
-        self._alive = alive
+        alive = np.zeros((COHORTS, kinds), np.int64)
+        alive[:, :held] = self.alive
+        self.alive = alive
