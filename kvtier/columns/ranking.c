@@ -196,9 +196,9 @@ static PyObject *rebuild(PyObject *self, PyObject *ignored) {
     (void)ignored;
     Ranking *r = (Ranking *)self;
     *r->queued = 0;
-    for (Py_ssize_t page = 0; page < r->pages; page++) {
+    for (Py_ssize_t page = next_set(r->here, 0, r->pages); page < r->pages; page = next_set(r->here, page + 1, r->pages)) {
         r->place[page] = UNQUEUED;
-        if (r->here[page] && !r->children[page]) lay(r, (*r->queued)++, page);
+        if (!r->children[page]) lay(r, (*r->queued)++, page);
     }
     for (int64_t place = *r->queued / 2 - 1; place >= 0; place--) sink(r, place, r->heap[place]);
     Py_RETURN_NONE;

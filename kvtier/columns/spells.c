@@ -195,7 +195,7 @@ static PyObject *come(PyObject *self, PyObject *const *arguments, Py_ssize_t giv
             const int64_t page = *row_at(&pages, i), name = *row_at(&names, i), ended = i == deepest ? s->end_step : 0;
             const Py_ssize_t cell = find(s, name, first_cell(s, name));
             const int64_t *ghost = cell < 0 ? NULL : s->cell_facts + cell * FACTS;
-            if (!pass) usual = !s->here[page] && (!ghost || is_sound(s, ghost));
+            if (!pass) usual = s->here[page] && (!ghost || is_sound(s, ghost));
             if (!usual) break;
             const int64_t uses = ghost ? ghost[USES] + 1 : 1, made = ghost ? ghost[GENERATION] : generation;
             const int64_t combined = features(s, uses, made) + new + ended, kind = kind_of(s, combined);
@@ -277,15 +277,15 @@ static PyObject *leave(PyObject *self, PyObject *array) {
     return PyBool_FromLong(usual);
 }
 
+static Py_ssize_t next_here(const Spells *s, Py_ssize_t page) { return next_set(s->here, page, s->pages); }
+
 static PyObject *score_all(PyObject *self, PyObject *now) {
     Spells *s = (Spells *)self;
     const double time = PyFloat_AsDouble(now);
     if (time == -1 && PyErr_Occurred()) return NULL;
     bool usual = true;
-    for (Py_ssize_t page = 0; usual && page < s->pages; page++) usual = !s->here[page] || is_sound(s, s->facts + page * FACTS);
-    for (Py_ssize_t page = 0; usual && page < s->pages; page++) {
-        if (s->here[page]) s->score[page] = worth(s, page, time);
-    }
+    for (Py_ssize_t page = next_here(s, 0); usual && page < s->pages; page = next_here(s, page + 1)) usual = is_sound(s, s->facts + page * FACTS);
+    for (Py_ssize_t page = next_here(s, 0); usual && page < s->pages; page = next_here(s, page + 1)) s->score[page] = worth(s, page, time);
     return PyBool_FromLong(usual);
 }
 

@@ -84,7 +84,7 @@ class A2CR(EvictionPolicy):
         self._calls = 0
         self._recent: dict[int, Pages] = {}
         self._loops: columns.SpellLoops | None = None
-        self._loops_over: tuple[object, ...] = ()
+        self._loops_over: tuple[object, object, object] = (None, None, None)
 
     def attach(self) -> columns.SpellLoops | None:
         """The compiled loops over all columns as they are now; None where there are none."""
@@ -97,19 +97,20 @@ class A2CR(EvictionPolicy):
         return loops.Spells(*pages, *kinds, memory.names, memory.last, memory.facts, _COUNT_OF, _GENERATION_OF, _STEPS)
 
     def _attached(self) -> columns.SpellLoops | None:
-        over = (self._combined, self._model.worth, self._memory.names)
-        if any(now is not then for now, then in zip(over, self._loops_over, strict=False)) or not self._loops_over:
-            self._loops, self._loops_over = self.attach(), over
+        pages, kinds, ghosts = self._loops_over
+        if pages is not self._combined or kinds is not self._model.worth or ghosts is not self._memory.names:
+            self._loops = self.attach()
+            self._loops_over = (self._combined, self._model.worth, self._memory.names)
         return self._loops
 
     def insert(self, pages: Pages, parents: Pages, depths: Pages, now: float) -> None:
-        ranking = self._ranking
-        ranking.require_new(pages, parents, depths)
         if not len(pages):
             return
+        ranking = self._ranking
+        names = self.names(pages)
+        ranking.arrive(pages, parents, depths)
         self._fit_columns()
         self._note(now)
-        names = self.names(pages)
         before = self._parent_of_all(pages, parents)
         here = before != ROOT and bool(ranking.here[before])
         generation = min(int(self._facts[before, GENERATION]) + 1, MOST_GENERATIONS) if here else 1
@@ -120,7 +121,7 @@ class A2CR(EvictionPolicy):
             new = loops.come(pages, names, self._latest, self._calls, self._model.cohort, generation, deepest)
         if new < 0:
             new = self._come(pages, names, generation, deepest)
-        ranking.arrive(pages, parents, depths)
+        ranking.rescored(pages)
         if here and (begun := self._recent.pop(int(self._request[before]), None)) is not None:
             self._goes_on(begun, int(self._request[before]), new)
         self._calls += 1

@@ -79,8 +79,14 @@ class Ranking:
         if not good:
             raise KeyError(int(pages[~self.which(pages)][0]))
 
-    def require_new(self, pages: Pages, parents: Pages, depths: Pages) -> None:
-        """ValueError naming the first of `pages` that is here, or if numbers are impossible. Afterwards there is room for all."""
+    def arrive(self, pages: Pages, parents: Pages, depths: Pages) -> None:
+        """Pages come; they queue by whatever stands in the columns until they are `rescored`.
+
+        ValueError, and nothing changed, naming the first of them that is here, or if numbers are impossible.
+        """
+        if self._loops is not None and self._loops.arrive(pages, parents, depths):
+            self._count += len(pages)
+            return
         if not len(pages):
             return
         if pages[pages.argmin()] < 0 or depths[depths.argmin()] < 0 or parents[parents.argmin()] < ROOT or np.count_nonzero(pages == parents):
@@ -89,15 +95,9 @@ class Ranking:
         self._grow(int(max(pages[pages.argmax()], parents[parents.argmax()])) + 1)
         if np.count_nonzero(held := self.here[pages]):
             raise ValueError(f"page {pages[held.argmax()]} is already in this tier")
-
-    def arrive(self, pages: Pages, parents: Pages, depths: Pages) -> None:
-        """Pages that are not here (`require_new`), whose score and last touch are in the columns, come."""
-        self._count += len(pages)
-        if self._loops is not None and self._loops.arrive(pages, parents, depths):
-            return
         self.parent[pages] = parents
         self.depth[pages] = depths
-        self._come(pages)
+        self._restore(pages)
 
     def leave(self, pages: Pages) -> None:
         """Pages that are here go."""

@@ -202,10 +202,10 @@ class ReuseModel:
         np.cumsum(survival[:, :-1] * hazard, axis=1, out=used[:, 1:])
         np.cumsum(survival[:, :-1] * _WIDTHS * (1.0 - hazard / 2), axis=1, out=kept[:, 1:])
         # The steepest way up from each age is a side of the upper hull of (kept, used); found from the right, all kinds at once.
-        best = np.empty((len(features), AGES))
-        best[:, -1] = LEAST_DENSITY
-        for age in range(AGES - 2, -1, -1):
-            rise, run = used[:, age + 1 : AGES] - used[:, age, None], kept[:, age + 1 : AGES] - kept[:, age, None]
+        best = np.full((len(features), AGES), LEAST_DENSITY)
+        last = int(np.flatnonzero(self._level > LEAST_HAZARD).max(initial=0)) + 1  # nobody was used again at a greater age
+        for age in range(min(last, AGES - 1)):
+            rise, run = used[:, age + 1 : last + 1] - used[:, age, None], kept[:, age + 1 : last + 1] - kept[:, age, None]
             best[:, age] = (rise / np.maximum(run, LEAST_RUN)).max(axis=1)
         return np.log(np.maximum(best, LEAST_DENSITY))
 
