@@ -161,10 +161,23 @@ class ReuseModel:
                 self.change[:, start] += self.alive[row]
                 self.change[:, until] -= self.alive[row]
                 self.counted[row] = until
-        self._exposed += np.cumsum(self.change, axis=1)[:, :AGES]
+        exposed = np.cumsum(self.change, axis=1)[:, :AGES].astype(np.float64)
+        kept = self._share_that_still_holds(exposed)
+        self._exposed *= kept
+        self._exposed += exposed
+        self._hits *= kept
         self._hits += self.hits
         self.change[:] = 0
         self.hits[:] = 0
+
+    def _share_that_still_holds(self, exposed: Reals) -> float:
+        """Of what was learned: all, unless more than half of this period's uses came at ages where they were not expected, or failed to."""
+        if self.fits < PARTS:
+            return 1.0
+        due = (exposed[: self._count] * self._hazards(self._features[: self._count])).sum(0)
+        seen = self.hits.sum(0)
+        surprise = float(np.abs(seen - due).sum() / max((seen + due).sum(), LEAST_EXPOSURE))
+        return min(1.0, 2.0 * (1.0 - surprise))
 
     # -- fitting ---------------------------------------------------------------------------------------------------------------
 
@@ -189,12 +202,16 @@ class ReuseModel:
         hits *= FADE
         exposed *= FADE
 
-    def _worth_of(self, features: Numbers) -> Reals:
-        """log of the largest (chance of a use) / (seconds until then or until giving up), over all ages at which to give up."""
+    def _hazards(self, features: Numbers) -> Reals:
+        """Of the spells of kinds with these features that get as old, the share that ends at that age, `[kinds, AGES]`."""
         hazard = np.repeat(self._level[None, :], len(features), axis=0)
         for feature, factors in enumerate(self._factors):
             hazard *= factors[features[:, feature]]
-        np.minimum(hazard, MOST_HAZARD, out=hazard)
+        return np.minimum(hazard, MOST_HAZARD, out=hazard)
+
+    def _worth_of(self, features: Numbers) -> Reals:
+        """log of the largest (chance of a use) / (seconds until then or until giving up), over all ages at which to give up."""
+        hazard = self._hazards(features)
         hazard[:, -1] = 0.0
         survival = np.ones((len(features), AGES + 1))
         np.cumprod(1.0 - hazard, axis=1, out=survival[:, 1:])
