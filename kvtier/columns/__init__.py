@@ -1,5 +1,5 @@
-"""Compiled loops over the columns of the page table, of the LRU order, of rankings and of free lists: `loops()` gives them, or None where the extension
-was not built or does not load.
+"""Compiled loops over the columns of the page table, of the policies and of free lists: `loops()` gives them, or None where the
+extension was not built or does not load.
 
 The state stays where it is, in NumPy columns and Python objects with one owner; the loops hold nothing but views of the columns, and
 keep the interpreter's lock. Each does what a few lines of NumPy beside its caller do, to the same bits. One that meets anything unusual

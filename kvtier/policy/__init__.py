@@ -26,10 +26,10 @@ def make_policy(name: str, parameters: A2CRParameters | None = None) -> Eviction
 
 
 __all__ = [
+    "A2CR",
     "LRU",
     "POLICIES",
     "ROOT",
-    "A2CR",
     "A2CRClassic",
     "A2CRParameters",
     "EvictionPolicy",

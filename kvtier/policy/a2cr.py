@@ -98,9 +98,10 @@ class A2CR(EvictionPolicy):
 
     def _attached(self) -> columns.SpellLoops | None:
         pages, kinds, ghosts = self._loops_over
-        if pages is not self._combined or kinds is not self._model.worth or ghosts is not self._memory.names:
+        if pages is not self._ranking.here or kinds is not self._model.worth or ghosts is not self._memory.names:
+            self._fit_columns()
             self._loops = self.attach()
-            self._loops_over = (self._combined, self._model.worth, self._memory.names)
+            self._loops_over = (self._ranking.here, self._model.worth, self._memory.names)
         return self._loops
 
     def insert(self, pages: Pages, parents: Pages, depths: Pages, now: float) -> None:

@@ -89,7 +89,8 @@ class Ranking:
             return
         if not len(pages):
             return
-        if pages[pages.argmin()] < 0 or depths[depths.argmin()] < 0 or parents[parents.argmin()] < ROOT or np.count_nonzero(pages == parents):
+        lowest = min(pages[pages.argmin()], depths[depths.argmin()], parents[parents.argmin()] - ROOT)
+        if lowest < 0 or np.count_nonzero(pages == parents):
             told = f"pages {pages} with parents {parents} at depths {depths}"
             raise ValueError(f"{told}: ids and depths are 0 or more, a parent is another page or ROOT ({ROOT})")
         self._grow(int(max(pages[pages.argmax()], parents[parents.argmax()])) + 1)
@@ -267,4 +268,3 @@ class Ranking:
         order = [self._entry(page) for page in queue.tolist()]
         if any(order[(place - 1) // 2] > entry for place, entry in enumerate(order) if place):
             raise IntegrityError("the queue is out of order")
-

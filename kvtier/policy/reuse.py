@@ -59,7 +59,8 @@ def age_bins(ages: Reals) -> Numbers:
     """Which of the ages each of these (seconds, 0 or more) is."""
     bins: Numbers = (ages.view(np.int64) >> _BITS) - _BELOW
     np.maximum(bins, _FIRST, out=bins)
-    return np.minimum(bins, _LAST, out=bins)
+    np.minimum(bins, _LAST, out=bins)
+    return bins
 
 
 class ReuseModel:
@@ -204,10 +205,11 @@ class ReuseModel:
 
     def _hazards(self, features: Numbers) -> Reals:
         """Of the spells of kinds with these features that get as old, the share that ends at that age, `[kinds, AGES]`."""
-        hazard = np.repeat(self._level[None, :], len(features), axis=0)
+        hazard: Reals = np.repeat(self._level[None, :], len(features), axis=0)
         for feature, factors in enumerate(self._factors):
             hazard *= factors[features[:, feature]]
-        return np.minimum(hazard, MOST_HAZARD, out=hazard)
+        np.minimum(hazard, MOST_HAZARD, out=hazard)
+        return hazard
 
     def _worth_of(self, features: Numbers) -> Reals:
         """log of the largest (chance of a use) / (seconds until then or until giving up), over all ages at which to give up."""

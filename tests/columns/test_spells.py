@@ -88,9 +88,10 @@ def test_policies_stay_the_same_through_a_long_stream_of_requests(hasty):
 def test_loops_refuse_columns_that_do_not_fit_and_rows_that_are_not_there():
     loops = columns.loops()
     assert loops is not None
+    ranking = Ranking()
+    others = (ranking.parent, ranking.children, ranking.depth, ranking.last, np.zeros(7), *[np.zeros(1, np.int64)] * 3)
     with pytest.raises(ValueError, match="cells"):
-        ranking = Ranking()
-        loops.Ranking(ranking.here, ranking.parent, ranking.children, ranking.depth, ranking.last, np.zeros(7), *[np.zeros(1, np.int64)] * 3)
+        loops.Ranking(ranking.here, *others)
     with pytest.raises(TypeError, match="arguments"):
         loops.Spells(np.zeros(1, np.bool_))
     policy = A2CR()

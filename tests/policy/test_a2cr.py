@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
-
-from kvtier.policy import ROOT, A2CR, nothing_protected
-from kvtier.testing.policy import PolicyContract, evicted, insert_one, pages_of
+from kvtier.policy import A2CR
+from kvtier.testing.policy import PolicyContract
 
 
 class TestContract(PolicyContract):
