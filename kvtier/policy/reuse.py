@@ -226,7 +226,8 @@ class ReuseModel:
         for age in range(min(last, AGES - 1)):
             rise, run = used[:, age + 1 : last + 1] - used[:, age, None], kept[:, age + 1 : last + 1] - kept[:, age, None]
             best[:, age] = (rise / np.maximum(run, LEAST_RUN)).max(axis=1)
-        return np.log(np.maximum(best, LEAST_DENSITY))
+        worth: Reals = np.log(np.maximum(best, LEAST_DENSITY))
+        return worth
 
     # -- kinds -----------------------------------------------------------------------------------------------------------------
 
