@@ -1,7 +1,7 @@
 """What the bookkeeping costs: page table and policies alone at 10^4 to 10^6 pages, and a whole stream of requests on the live cache's own
 objects (the residency with its table, its policy and the slots of a device tier), without the bytes.
 
-`table.OPERATION.PAGES`, `lru.OPERATION.PAGES`, `a2cr-classic.OPERATION.PAGES`: millions of pages per second, in calls of one request's
+`table.OPERATION.PAGES` and, for every policy, `POLICY.OPERATION.PAGES`: millions of pages per second, in calls of one request's
 pages; beside it what a plain dict does for the same keys, one by one (for an eviction: an OrderedDict that lets its oldest go).
 `stream.TRACE.POLICY`: microseconds per page that requests name, for all of looking up, leasing what is there, making room (evicting),
 committing the rest, releasing; `.ticking` with a clock that moves between these calls as a real one does, not only between requests. The

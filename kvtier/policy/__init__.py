@@ -10,7 +10,7 @@ from kvtier.policy.ghosts import Ghosts
 from kvtier.policy.lru import LRU
 from kvtier.policy.pressure import PressureBand, PressureBands, SmoothedPressure
 
-POLICIES: tuple[str, ...] = (A2CR.name, LRU.name, A2CRClassic.name)
+POLICIES: tuple[str, ...] = (LRU.name, A2CR.name, A2CRClassic.name)
 """Names that `make_policy` knows."""
 
 

@@ -162,23 +162,10 @@ class ReuseModel:
                 self.change[:, start] += self.alive[row]
                 self.change[:, until] -= self.alive[row]
                 self.counted[row] = until
-        exposed = np.cumsum(self.change, axis=1)[:, :AGES].astype(np.float64)
-        kept = self._share_that_still_holds(exposed)
-        self._exposed *= kept
-        self._exposed += exposed
-        self._hits *= kept
+        self._exposed += np.cumsum(self.change, axis=1)[:, :AGES]
         self._hits += self.hits
         self.change[:] = 0
         self.hits[:] = 0
-
-    def _share_that_still_holds(self, exposed: Reals) -> float:
-        """Of what was learned: all, unless more than half of this period's uses came at ages where they were not expected, or failed to."""
-        if self.fits < PARTS:
-            return 1.0
-        due = (exposed[: self._count] * self._hazards(self._features[: self._count])).sum(0)
-        seen = self.hits.sum(0)
-        surprise = float(np.abs(seen - due).sum() / max((seen + due).sum(), LEAST_EXPOSURE))
-        return min(1.0, 2.0 * (1.0 - surprise))
 
     # -- fitting ---------------------------------------------------------------------------------------------------------------
 
