@@ -109,20 +109,20 @@ def test_without_any_experience_it_is_lru():
     assert ours.peek(9, nothing_protected, 30.0, 0.9).tolist() == plain.peek(9, nothing_protected, 30.0, 0.9).tolist()
 
 
-def test_the_end_of_a_request_goes_before_what_others_continue():
-    """Every request ends in a page that nobody asks for again; their kind is learned, and the next one leaves first."""
+def test_the_end_of_a_request_is_worth_less_than_what_others_continue():
+    """Every request ends in a page that nobody asks for again, the rest comes again: after some requests a new one's end is known."""
     policy = A2CR()
-    now, page = 0.0, 100
-    policy.insert(np.arange(20), np.arange(-1, 19), np.arange(20), now)
+    now, page = 0.0, 0
     while policy._model.fits < 20:
-        now += 1.0
-        policy.touch(np.arange(20), now)
-        policy.insert(np.arange(page, page + 4), np.array([19, page, page + 1, page + 2]), np.arange(20, 24), now)
-        page += 4
-        if page % 400 == 0:
-            assert policy.evict(len(policy) - 60, nothing_protected, now, 0.9) is not None
-    first = policy.peek(1, nothing_protected, now, 0.9)
-    assert first[0] == page - 1, "not the end of the newest request"
+        coming = np.arange(page, page + 4)
+        policy.insert(coming, np.array([ROOT, *coming[:-1]]), np.arange(4), now)
+        policy.touch(coming[:-1], now + 5.0)
+        now, page = now + 1.0, page + 4
+        if len(policy) > 1000:
+            assert policy.evict(400, nothing_protected, now, 0.9) is not None
+    coming = np.arange(page, page + 4)
+    policy.insert(coming, np.array([ROOT, *coming[:-1]]), np.arange(4), now)
+    assert policy.score(page + 3, now + 1.0, 0.9) < policy.score(page + 2, now + 1.0, 0.9) - 1.0
 
 
 def test_attention_that_goes_with_reuse_is_learned():
