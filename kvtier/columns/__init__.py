@@ -121,10 +121,10 @@ class RankingLoops(Protocol):
         """Pages that left come back, the last first."""
 
     def rescored(self, pages: Numbers, /) -> bool:
-        """Pages that are here have another score or last touch: leaves among them find their place anew."""
+        """Leaves among these pages, which are here and do not queue, queue by what stands in the columns now."""
 
     def withdraw(self, pages: Numbers, /) -> bool:
-        """Pages that are here do not queue until they are rescored."""
+        """Pages that are here do not queue until they are rescored. To be called before their scores change, or the heap is none."""
 
     def pop(self, out: Numbers, /) -> int:
         """The first pages leave, one after the other, into `out`; how many."""
@@ -145,8 +145,8 @@ class SpellLoops(Protocol):
     def come(self, pages: Numbers, names: Numbers, time: float, call: int, cohort: int, generation: int, deepest: int, /) -> int:
         """Pages come, of which some are ghosts: as `use`. How many were none, as a part of the number of a kind."""
 
-    def go_on(self, pages: Numbers, call: int, new: int, time: float, out: Numbers, /) -> int:
-        """The call that used pages brought new ones: those it was the last to use are of another kind. Into `out`; how many."""
+    def go_on(self, pages: Numbers, new: int, time: float, /) -> bool:
+        """The request that used these pages last brought new ones, so many as part of the number of a kind: they are of another kind."""
 
     def leave(self, pages: Numbers, /) -> bool:
         """Pages become ghosts."""

@@ -219,27 +219,21 @@ static PyObject *come(PyObject *self, PyObject *const *arguments, Py_ssize_t giv
 }
 
 static PyObject *go_on(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    if (expect_arguments("go_on(pages, call, new, time, out)", given, 5)) return NULL;
+    if (expect_arguments("go_on(pages, new, time)", given, 3)) return NULL;
     Spells *s = (Spells *)self;
     bool failed = false;
-    const int64_t call = number_of(arguments[1], &failed), new = number_of(arguments[2], &failed);
-    const double time = PyFloat_AsDouble(arguments[3]);
-    Rows pages, out;
+    const int64_t new = number_of(arguments[1], &failed);
+    const double time = PyFloat_AsDouble(arguments[2]);
+    Rows pages;
     if (failed || (time == -1 && PyErr_Occurred()) || !rows_open(&pages, arguments[0], false)) return NULL;
-    if (!rows_open(&out, arguments[4], true)) {
-        rows_close(&pages);
-        return NULL;
-    }
-    bool usual = out.count >= pages.count && new >= 0 && rows_within(&pages, s->pages);
-    Py_ssize_t count = 0;
+    bool usual = new >= 0 && rows_within(&pages, s->pages);
     for (int pass = 0; usual && pass < 2; pass++) {
         for (Py_ssize_t i = 0; usual && i < pages.count; i++) {
             const int64_t page = *row_at(&pages, i), before = s->combined[page];
-            if (!s->here[page] || s->request[page] != call) continue;
             const int64_t after = before + new - before / s->new_step % s->new_values * s->new_step, kind = kind_of(s, after);
             int64_t *facts = s->facts + page * FACTS;
             if (!pass) {
-                usual = kind >= 0 && before >= 0 && is_sound(s, facts);
+                usual = s->here[page] && kind >= 0 && before >= 0 && is_sound(s, facts);
                 continue;
             }
             int64_t *alive = s->alive + facts[COHORT] % s->cohorts * s->kinds;
@@ -248,12 +242,10 @@ static PyObject *go_on(PyObject *self, PyObject *const *arguments, Py_ssize_t gi
             s->combined[page] = after;
             facts[KIND] = kind;
             s->score[page] = worth(s, page, time);
-            *row_at(&out, count++) = page;
         }
     }
-    rows_close(&out);
     rows_close(&pages);
-    return PyLong_FromSsize_t(usual ? count : -1);
+    return PyBool_FromLong(usual);
 }
 
 static PyObject *leave(PyObject *self, PyObject *array) {

@@ -129,9 +129,9 @@ class A2CR(EvictionPolicy):
         self._tick(len(pages))
 
     def touch(self, pages: Pages, now: float) -> None:
+        self._ranking.withdraw(pages)
         loops = self._attached()
         if loops is None or not loops.use(pages, max(now, self._latest), self._calls, self._model.cohort):
-            self._ranking.require(pages)
             self._note(now)
             self._use(pages)
         self._note(now)
@@ -237,17 +237,19 @@ class A2CR(EvictionPolicy):
     def _goes_on(self, begun: Pages, request: int, new: int) -> None:
         """The request that used these pages first went on with new ones."""
         ranking = self._ranking
+        still = begun[(self._request[begun] == request) & ranking.here[begun]]
         if (loops := self._attached()) is not None:
-            out = np.empty(len(begun), np.int64)
-            if (count := loops.go_on(begun, request, new, self._latest, out)) >= 0:
-                ranking.rescored(out[:count])
+            ranking.withdraw(still)
+            done = loops.go_on(still, new, self._latest)
+            ranking.rescored(still)
+            if done:
                 return
-        still = begun[ranking.here[begun] & (self._request[begun] == request)]
         combined = self._combined[still]
         self._change(still, combined + new - combined // _NEW_STEP % NEW * _NEW_STEP)
 
     def _change(self, pages: Pages, combined: Pages) -> None:
         """These pages turn out to be of another kind than they were taken for."""
+        self._ranking.withdraw(pages)
         kinds = self._model.kinds_of(combined)
         self._model.move(self._facts[pages, KIND], kinds, self._facts[pages, COHORT])
         self._combined[pages] = combined

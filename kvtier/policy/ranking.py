@@ -80,12 +80,13 @@ class Ranking:
             raise KeyError(int(pages[~self.which(pages)][0]))
 
     def arrive(self, pages: Pages, parents: Pages, depths: Pages) -> None:
-        """Pages come; they queue by whatever stands in the columns until they are `rescored`.
+        """Pages come, withdrawn until they are `rescored`.
 
         ValueError, and nothing changed, naming the first of them that is here, or if numbers are impossible.
         """
         if self._loops is not None and self._loops.arrive(pages, parents, depths):
             self._count += len(pages)
+            self.withdraw(pages)
             return
         if not len(pages):
             return
@@ -99,6 +100,7 @@ class Ranking:
         self.parent[pages] = parents
         self.depth[pages] = depths
         self._restore(pages)
+        self.withdraw(pages)
 
     def leave(self, pages: Pages) -> None:
         """Pages that are here go."""
@@ -108,11 +110,20 @@ class Ranking:
                 self._go(page)
             self._sweep_if_wasteful()
 
+    def withdraw(self, pages: Pages) -> None:
+        """These pages, which are here, do not queue until they are `rescored`: to be called before score or last touch change.
+
+        KeyError, and nothing done, naming the first that is not here.
+        """
+        if self._loops is None or not self._loops.withdraw(pages):
+            self.require(pages)
+            self._withdrawn.update(pages.tolist())
+
     def rescored(self, pages: Pages) -> None:
-        """Score or last touch of these pages, which are here, changed in the columns."""
+        """Withdrawn pages queue again, by the score and last touch that stand in the columns now."""
         if self._loops is None or not self._loops.rescored(pages):
+            self._withdrawn.difference_update(pages.tolist())
             for page in pages[self.children[pages] == 0].tolist():
-                self._withdrawn.discard(page)
                 heappush(self._entries, self._entry(page))
             self._sweep_if_wasteful()
 
@@ -163,7 +174,7 @@ class Ranking:
                 wanted -= leave
                 if leave < len(chosen):
                     withdrawn.append(int(chosen[leave]))
-                    self._withdraw(chosen[leave : leave + 1])
+                    self.withdraw(chosen[leave : leave + 1])
         except BaseException:
             for part in reversed(left):
                 self._restore(part)
@@ -204,10 +215,6 @@ class Ranking:
         self._count += len(pages)
         if self._loops is None or not self._loops.restore(pages):
             self._come(pages)
-
-    def _withdraw(self, pages: Pages) -> None:
-        if self._loops is None or not self._loops.withdraw(pages):
-            self._withdrawn.update(pages.tolist())
 
     def _come(self, pages: Pages) -> None:
         for page in pages[::-1].tolist():

@@ -13,7 +13,7 @@ from kvtier.policy import memory as memory_module
 from kvtier.policy import reuse as reuse_module
 from kvtier.policy.ranking import Ranking
 from kvtier.testing.policy import PolicyContract
-from tests.columns.rig import PlainA2CR, Twins, a2cr_state, needs_loops
+from tests.columns.rig import PlainA2CR, PlainRanking, Twins, a2cr_state, needs_loops
 
 
 def twins() -> Any:
@@ -103,7 +103,7 @@ def test_loops_refuse_columns_that_do_not_fit_and_rows_that_are_not_there():
         assert not spells.use(strange, 1.0, 0, 0)
         assert not spells.leave(strange)
         assert spells.come(strange, strange, 1.0, 0, 0, 1, 0) == -1
-        assert spells.go_on(strange, 0, 0, 1.0, np.zeros(1, np.int64)) == -1
+        assert not spells.go_on(strange, 0, 1.0)
         assert not ranked.arrive(strange, np.array([0]), np.array([0]))
         for call in (ranked.leave, ranked.restore, ranked.rescored, ranked.withdraw):
             assert not call(strange)
@@ -114,3 +114,20 @@ def test_loops_refuse_columns_that_do_not_fit_and_rows_that_are_not_there():
     policy._ranking._queued[0] = 10**9
     ranked.pop(np.zeros(4, np.int64))
     ranked.rescored(np.array([1]))
+
+
+@pytest.mark.parametrize("kind", [Ranking, PlainRanking])
+def test_many_leaves_that_change_at_once_are_in_order_afterwards(kind):
+    """One after the other they would be compared with pages that have not found their place yet."""
+    chance = np.random.default_rng(1)
+    ranking = kind()
+    pages = np.arange(60)
+    ranking.arrive(pages, np.full(60, ROOT), np.zeros(60, np.int64))
+    ranking.rescored(pages)
+    for _ in range(200):
+        changed = np.flatnonzero(chance.random(60) < 0.5)
+        ranking.withdraw(changed)
+        ranking.score[changed] = chance.random(len(changed))
+        ranking.rescored(changed)
+        ranking.check_integrity()
+        assert ranking.first(60, nothing_protected).tolist() == np.lexsort((pages, ranking.score[:60])).tolist()
