@@ -1,5 +1,5 @@
 /* What Python sees of the loops. They keep the interpreter's lock: a call takes microseconds, and the objects it works on belong to
-   whoever calls. Nothing is allocated but the lists and numbers that are answered. */
+   whoever calls. Nothing is allocated but what is answered, and a note of one call (spells.c). */
 #include "rows.h"
 
 static int prepare(PyObject *module) {
