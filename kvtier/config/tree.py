@@ -127,7 +127,7 @@ class PolicyConfig(_Section):
         default="a2cr",
         description="Which pages leave a full tier. `a2cr`: those that promise least reuse per second, as learned from the tier's own "
         "traffic (docs/eviction.md); it has no weights to set. `lru`: the least recently used. `a2cr-classic`: those of least attention, "
-        "use and recency, summed. On the Mooncake conversation trace, with room for 5 % of the pages, they find .2347, .2001 and .1345 "
+        "use and recency, summed. On the Mooncake conversation trace, with room for 5 % of the pages, they find .2346, .2001 and .1345 "
         "of the tokens.",
     )
     attention_weight: float = Field(default=0.4, ge=0, description="a2cr-classic: weight of the attention paid to a page, if reported.")

@@ -38,8 +38,8 @@ EDGES: Reals = np.concatenate(([0.0], [2.0 ** (_YOUNGEST_OCTAVE + half // 2) * (
 """Where ages begin, in seconds; one more than there are ages."""
 _WIDTHS = np.diff(EDGES)
 
-PERIOD_SPELLS = 4096
-"""Spells begun between two fits, at least."""
+PERIOD_SPELLS, PERIOD_CALLS = 4096, 128
+"""Spells begun between two fits, at least, and calls that began them: pages of one request share their fate, and small pages are many."""
 PARTS = 8
 """Cohorts per period."""
 COHORTS = 512
@@ -93,7 +93,7 @@ class ReuseModel:
         """When each cohort began, seconds."""
         self._level: Reals = np.zeros(AGES)
         self._factors: list[Reals] = [np.ones((size, AGES)) for size in sizes]
-        self._spells = self._cohort_spells = 0
+        self._spells = self._calls = 0
         self._started = False
         self._grow(64)
 
@@ -135,17 +135,16 @@ class ReuseModel:
         """So many spells began now. Starts new cohorts and fits where it is time; whether `worth` changed."""
         if not self._started:
             self._started, self._began[0] = True, now
-        self._cohort_spells += spells
-        if self._cohort_spells * PARTS < PERIOD_SPELLS:
+        self._spells += spells
+        self._calls += 1
+        if self._spells * PARTS < PERIOD_SPELLS or self._calls * PARTS < PERIOD_CALLS:
             return False
-        self._spells += self._cohort_spells
-        self._cohort_spells = 0
-        fit = self._spells >= PERIOD_SPELLS or self.fits < PARTS
+        self._spells = self._calls = 0
+        self.cohort += 1
+        fit = self.cohort % PARTS == 0 or self.fits < PARTS
         if fit:
             self._expose(now)
             self._fit()
-            self._spells = 0
-        self.cohort += 1
         row = self.cohort % COHORTS
         self.alive[row] = self.counted[row] = 0
         self._began[row] = now
@@ -153,7 +152,7 @@ class ReuseModel:
 
     def _expose(self, now: float) -> None:
         """Living spells have reached the ages that they have now; the period's counts go where they are remembered."""
-        rows = np.arange(max(0, self.cohort - COHORTS + 1), self.cohort + 1) % COHORTS
+        rows = np.arange(max(0, self.cohort - COHORTS), self.cohort) % COHORTS
         ends = np.append(self._began[rows[1:]], now)
         reached = age_bins(np.maximum(now - (self._began[rows] + ends) / 2, 0.0)) + 1
         for row, until in zip(rows.tolist(), reached.tolist(), strict=True):

@@ -24,6 +24,7 @@ def twins() -> Any:
 def hasty(monkeypatch):
     """Fits and new cohorts after a few pages, few of them, and few ghosts."""
     monkeypatch.setattr(reuse_module, "PERIOD_SPELLS", 64)
+    monkeypatch.setattr(reuse_module, "PERIOD_CALLS", 1)
     monkeypatch.setattr(memory_module, "FEW", 256)
 
 
