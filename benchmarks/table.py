@@ -41,7 +41,7 @@ CHATS_PER_S = 3.4
 """As many requests a second as the conversation trace has."""
 CHAIN_PAGES = 25
 """Pages of one call in the rows of single operations: about a mean request of the conversation trace."""
-MEASURED = ("lru", "lfu", "a2cr-classic")
+MEASURED = ("lru", "a2cr", "lfu", "a2cr-classic")
 """Policies with an order of their own; `lfu` stands for all that queue, `kvtier.policy.queued`."""
 CALLS = 400
 SLOW_REPEATS = 3

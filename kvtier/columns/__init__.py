@@ -1,5 +1,5 @@
-"""Compiled loops over the columns of the page table, of the LRU order and of free lists: `loops()` gives them, or None where the extension
-was not built or does not load.
+"""Compiled loops over the columns of the page table, of the policies and of free lists: `loops()` gives them, or None where the
+extension was not built or does not load.
 
 The state stays where it is, in NumPy columns and Python objects with one owner; the loops hold nothing but views of the columns, and
 keep the interpreter's lock. Each does what a few lines of NumPy beside its caller do, to the same bits. One that meets anything unusual
@@ -108,6 +108,53 @@ class OrderLoops(Protocol):
         """Pages are not here any more; the parent of the last, if it waited for its children, else -1. ValueError for unknown pages."""
 
 
+class RankingLoops(Protocol):
+    """Loops over one ranking's columns, until it grows: see `kvtier.policy.ranking`. False: not done, a page is not what it should be."""
+
+    def arrive(self, pages: Numbers, parents: Numbers, depths: Numbers, /) -> bool:
+        """Pages that are not here come, with these links, and queue if they are leaves."""
+
+    def leave(self, pages: Numbers, /) -> bool:
+        """Pages that are here go; parents that so become leaves queue."""
+
+    def restore(self, pages: Numbers, /) -> bool:
+        """Pages that left come back, the last first."""
+
+    def rescored(self, pages: Numbers, /) -> bool:
+        """Leaves among these pages, which are here and do not queue, queue by what stands in the columns now."""
+
+    def withdraw(self, pages: Numbers, /) -> bool:
+        """Pages that are here do not queue until they are rescored. To be called before their scores change, or the heap is none."""
+
+    def pop(self, out: Numbers, /) -> int:
+        """The first pages leave, one after the other, into `out`; how many."""
+
+    def rebuild(self) -> None:
+        """All leaves queue, by the scores that stand in the column now."""
+
+
+class SpellLoops(Protocol):
+    """Loops over the columns of one A²CR policy, until one of them grows: see `kvtier.policy.a2cr`.
+
+    False or -1: not done, for a kind that is not known yet or a page that is not what it should be.
+    """
+
+    def use(self, pages: Numbers, time: float, call: int, cohort: int, /) -> bool:
+        """Pages that are here are used: their spells end, new ones begin."""
+
+    def come(self, pages: Numbers, names: Numbers, time: float, call: int, cohort: int, generation: int, deepest: int, /) -> int:
+        """Pages come, of which some are ghosts: as `use`. How many were none, as a part of the number of a kind."""
+
+    def go_on(self, pages: Numbers, new: int, time: float, /) -> bool:
+        """The request that used these pages last brought new ones, so many as part of the number of a kind: they are of another kind."""
+
+    def leave(self, pages: Numbers, /) -> bool:
+        """Pages become ghosts."""
+
+    def score_all(self, now: float, /) -> bool:
+        """The scores of all pages that are here."""
+
+
 class Loops(Protocol):
     """What the extension offers."""
 
@@ -116,6 +163,12 @@ class Loops(Protocol):
 
     def Order(self, *columns: Column) -> OrderLoops:
         """Loops over these columns, in the order of `LRU.attach`. ValueError if their sizes do not fit each other."""
+
+    def Ranking(self, *columns: Column) -> RankingLoops:
+        """Loops over these columns, in the order of `Ranking.attach`. ValueError if their sizes do not fit each other."""
+
+    def Spells(self, *columns: Column) -> SpellLoops:
+        """Loops over these columns, in the order of `A2CR.attach`. ValueError if their sizes do not fit each other."""
 
     def take_slots(self, free: list[int], taken: bytearray, count: int, /) -> list[int]:
         """The last `count` of `free`, last first, marked as taken. ValueError, and none, if there are fewer."""

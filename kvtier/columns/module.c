@@ -1,11 +1,11 @@
 /* What Python sees of the loops. They keep the interpreter's lock: a call takes microseconds, and the objects it works on belong to
-   whoever calls. Nothing is allocated but the lists and numbers that are answered. */
+   whoever calls. Nothing is allocated but what is answered, and a note of one call (spells.c). */
 #include "rows.h"
 
 static int prepare(PyObject *module) {
-    PyType_Spec *specs[] = {&table_spec, &order_spec};
-    const char *names[] = {"Table", "Order"};
-    for (int i = 0; i < 2; i++) {
+    PyType_Spec *specs[] = {&table_spec, &order_spec, &ranking_spec, &spells_spec};
+    const char *names[] = {"Table", "Order", "Ranking", "Spells"};
+    for (int i = 0; i < 4; i++) {
         PyObject *type = PyType_FromSpec(specs[i]);
         const int failed = !type || PyModule_AddObjectRef(module, names[i], type);
         Py_XDECREF(type);

@@ -24,6 +24,15 @@ bool rows_within(const Rows *rows, Py_ssize_t limit) {
     return within;
 }
 
+Py_ssize_t next_set(const uint8_t *flags, Py_ssize_t index, Py_ssize_t count) {
+    while (index < count && !flags[index]) {
+        uint64_t eight = 0;
+        if (count - index >= 8) memcpy(&eight, flags + index, 8);
+        index += count - index >= 8 && !eight ? 8 : 1;
+    }
+    return index;
+}
+
 int column_open(Py_buffer *column, PyObject *array, Py_ssize_t size, Py_ssize_t cells) {
     if (PyObject_GetBuffer(array, column, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE)) return -1;
     if (column->itemsize == size && (cells < 0 || column->len == cells * size) && (uintptr_t)column->buf % (uintptr_t)size == 0) return 0;

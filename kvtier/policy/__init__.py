@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvtier.errors import ConfigError
+from kvtier.policy.a2cr import A2CR
 from kvtier.policy.a2cr_classic import A2CRClassic, A2CRParameters
 from kvtier.policy.arc import ARC
 from kvtier.policy.base import ROOT, EvictionPolicy, Mask, Names, Pages, Protection, by_id, nothing_protected
@@ -27,7 +28,7 @@ from kvtier.policy.wtinylfu import WTinyLFU
 PAGE_TOKENS = 512
 """Tokens of a page where nobody says: those of the public traces."""
 
-_PLAIN = (LRU, FIFO, LRU2, LFU, InCacheLFU, LFUDA, DepthDiscounted, SLRU, ARC, S3FIFO, SIEVE, WTinyLFU)
+_PLAIN = (A2CR, LRU, FIFO, LRU2, LFU, InCacheLFU, LFUDA, DepthDiscounted, SLRU, ARC, S3FIFO, SIEVE, WTinyLFU)
 """Made without a word."""
 _PRICED = (GDSF, Marconi, ReuseProbability)
 """Made with the tokens of a page: they weigh the work that stands before it."""
@@ -50,6 +51,7 @@ def make_policy(name: str, parameters: A2CRParameters | None = None, page_tokens
 
 
 __all__ = [
+    "A2CR",
     "ARC",
     "FIFO",
     "GDSF",

@@ -24,8 +24,8 @@ def test_a_tiny_run_reports_operations_and_the_stream(capsys, tmp_path: Path):
     assert main(["bench", "table", "--tiny", "--repeats", "1", "--json", "-", "--plot", str(plot)]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
     operations = {f"table.{name}.1e2" for name in ("lookup", "lease", "rewrite")}
-    operations |= {f"{policy}.{name}.1e3" for policy in ("lru", "lfu", "a2cr-classic") for name in ("touch", "evict")}
-    streams = {f"stream.chats.{name}" for name in ("lru", "lru.p99", "lru.hit_ratio", "lru.ticking", "a2cr-classic", "hit_ratio")}
+    operations |= {f"{policy}.{name}.1e3" for policy in ("lru", "a2cr", "lfu", "a2cr-classic") for name in ("touch", "evict")}
+    streams = {f"stream.chats.{name}" for name in ("lru", "lru.p99", "lru.hit_ratio", "lru.ticking", "a2cr", "a2cr-classic", "hit_ratio")}
     assert operations | streams <= set(rows)
     assert all(row["value"] > 0 for row in rows.values())
     assert plot.read_text().startswith("<?xml")
@@ -56,7 +56,7 @@ def test_replays_of_the_public_traces_find_what_others_found(name, policy, share
     assert replay.hit_tokens / replay.tokens == pytest.approx(hit_ratio, abs=1e-4)
 
 
-@pytest.mark.parametrize("policy", ["lru", "a2cr-classic"])
+@pytest.mark.parametrize("policy", ["a2cr", "lru", "a2cr-classic"])
 @pytest.mark.parametrize("ticking", [False, True])
 def test_a_replay_with_little_room_keeps_heads_and_leaves_nothing_held(policy, ticking):
     stream = table.chats(100)

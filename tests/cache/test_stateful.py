@@ -326,7 +326,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("write_policy", ["write_back", "write_through", "write_through_selective"])
-@pytest.mark.parametrize("policy", ["lru", "a2cr-classic"])
+@pytest.mark.parametrize("policy", ["a2cr", "lru", "a2cr-classic"])
 def test_never_a_wrong_byte_and_nothing_lost_while_there_is_room(policy, write_policy):
     machine = type("Machine", (CacheMachine,), {"policy": policy, "write_policy": write_policy})
     bounds = settings(max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)

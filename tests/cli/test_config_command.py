@@ -49,7 +49,7 @@ def test_show_says_where_each_value_came_from_in_80_columns(capsys, monkeypatch)
     assert rows["host.capacity_bytes"] == ["2GiB", "argument"]
     assert rows["mover.workers"] == ["3", "environment"]
     assert rows["pages.page_tokens"] == ["64", "file"]
-    assert rows["policy.name"] == ["lru", "default"]
+    assert rows["policy.name"] == ["a2cr", "default"]
 
 
 def test_json_to_stdout_leaves_stdout_to_the_program(capsys):

@@ -104,7 +104,7 @@ def test_traces_of_one_name_are_told_apart(capsys, tmp_path: Path, trace: Path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--policy", "mru"], "unknown eviction policy 'mru'; known: lru"),
+        (["--policy", "mru"], "unknown eviction policy 'mru'; known: a2cr, lru"),
         (["--policy", ""], "unknown eviction policy ''"),
         (["--policy", "lru/lru"], "unknown eviction policy 'lru/lru'"),
         (["--capacity", "0%"], "capacity '0%'"),

@@ -11,7 +11,8 @@ import pytest
 
 from kvtier import columns
 from kvtier.pages import _COLUMNS, PageTable
-from kvtier.policy import LRU
+from kvtier.policy import A2CR, LRU
+from kvtier.policy.ranking import Ranking
 
 needs_loops = pytest.mark.skipif(columns.loops() is None, reason=f"compiled loops: {columns.why_missing()}")
 
@@ -25,6 +26,24 @@ class PlainTable(PageTable):
 
 class PlainLRU(LRU):
     """An LRU order without compiled loops."""
+
+    def attach(self) -> None:
+        return None
+
+
+class PlainRanking(Ranking):
+    """A ranking without compiled loops."""
+
+    def attach(self) -> None:
+        return None
+
+
+class PlainA2CR(A2CR):
+    """A²CR without compiled loops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ranking = PlainRanking()
 
     def attach(self) -> None:
         return None
@@ -47,12 +66,24 @@ def order_state(policy: LRU) -> dict[str, Any]:
     return columns_ | {"journal": journal, "numbers": numbers, "late": sorted(policy._late)}
 
 
+def a2cr_state(policy: A2CR) -> dict[str, Any]:
+    """Everything A²CR holds, as it is in memory, but for the queue, whose order follows from the scores."""
+    ranking, model, memory = policy._ranking, policy._model, policy._memory
+    pages = np.flatnonzero(ranking.here)
+    state = {name: getattr(ranking, name)[pages].tobytes() for name in ("parent", "depth", "last", "score")}
+    state |= {name: getattr(policy, name)[pages].tobytes() for name in ("_combined", "_facts", "_request", "_name")}
+    state |= {name: getattr(model, name).tobytes() for name in ("kind_of", "worth", "hits", "change", "alive", "counted", "_exposed")}
+    state |= {name: getattr(memory, name).tobytes() for name in ("names", "last", "facts")}
+    numbers = (len(ranking), policy._latest, policy._left, policy._calls, model.fits, model.cohort, len(model))
+    return state | {"here": pages.tobytes(), "children": ranking.children[pages].tobytes(), "numbers": numbers}
+
+
 class Twins:
     """`native` and `plain` as one object. Attributes are those of `native`; a call goes to both."""
 
     def __init__(self, native: Any, plain: Any, state: Callable[[Any], dict[str, Any]]) -> None:
-        assert native._loops is not None
-        assert plain._loops is None
+        assert native.attach() is not None
+        assert plain.attach() is None
         self._native, self._plain, self._state = native, plain, state
 
     def __getattr__(self, name: str) -> Any:

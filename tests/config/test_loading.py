@@ -147,7 +147,7 @@ def test_an_unknown_key_in_a_band_is_found():
         ({"model.revision": 83}, "model.revision is 83; expected text, in quotes"),
         ({"device.place": "gpu"}, "device.place is 'gpu'; expected auto, cpu, cuda or cuda:N"),
         ({"device.place": "cuda:0\n"}, "expected auto, cpu, cuda or cuda:N"),
-        ({"policy.name": "arcc"}, "policy.name is 'arcc'; expected lru, fifo, lru-2"),
+        ({"policy.name": "arcc"}, "policy.name is 'arcc'; expected a2cr, lru, fifo, lru-2"),
         ({"policy.cleanup_interval": float("nan")}, "policy.cleanup_interval is nan; expected a number (above 0)"),
         ({"policy.adaptive": "maybe"}, "policy.adaptive is 'maybe'; expected true or false"),
         ({"mover.clean_pressure": 1.1}, "mover.clean_pressure is 1.1; expected a number (above 0, at most 1)"),

@@ -202,5 +202,5 @@ def test_policies_are_made_by_name():
     policy = make_policy("a2cr-classic", A2CRParameters(time_decay_factor=0.5))
     assert isinstance(policy, A2CRClassic)
     assert policy.parameters.time_decay_factor == 0.5
-    with pytest.raises(ConfigError, match=r"'lfuu'.*lru, fifo.*a2cr-classic"):
+    with pytest.raises(ConfigError, match=r"'lfuu'.*a2cr, lru, fifo.*a2cr-classic"):
         make_policy("lfuu")

@@ -34,7 +34,7 @@ from kvtier.policy import (
 from kvtier.policy.ghosts import GHOSTS_PER_PAGE
 from kvtier.testing.policy import Asked, PolicyContract, evicted, insert_one, pages_of
 
-BASELINES = [name for name in POLICIES if name not in ("lru", "a2cr-classic")]
+BASELINES = [name for name in POLICIES if name not in ("lru", "a2cr", "a2cr-classic")]
 ORDER_IS_NOT_THE_SCORES = {"arc", "s3-fifo", "sieve", "w-tinylfu"}
 RATES_DEPTH = {"gdsf", "marconi", "reuse-probability"}
 

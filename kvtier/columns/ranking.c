@@ -1,0 +1,219 @@
+/* The loops of a ranking: what `kvtier.policy.ranking` does with its columns. Leaves are in a heap of page ids, each of which knows its
+   place; what comes first is told by the columns alone (score, last touch, deepest first, id), so the order of leaving does not depend on
+   how the heap happens to lie. As in table.c, False says that nothing has changed and that the method in Python is to do it. */
+#include "rows.h"
+
+enum { COLUMNS = 9, UNQUEUED = -1 };
+
+typedef struct {
+    PyObject_HEAD
+    uint8_t *here;
+    int64_t *parent, *children, *depth, *place, *heap, *queued;
+    double *last, *score;
+    Py_ssize_t pages; /* one less than there are cells: the last cell is ROOT's */
+    int held;
+    Py_buffer columns[COLUMNS];
+} Ranking;
+
+static void ranking_dealloc(PyObject *self) {
+    Ranking *ranking = (Ranking *)self;
+    PyTypeObject *type = Py_TYPE(self);
+    while (ranking->held > 0) PyBuffer_Release(&ranking->columns[--ranking->held]);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+}
+
+static PyObject *ranking_new(PyTypeObject *type, PyObject *columns, PyObject *named) {
+    (void)named;
+    if (expect_arguments("Ranking(here, parent, children, depth, last, score, place, heap, queued)", PyTuple_Size(columns), COLUMNS)) return NULL;
+    Ranking *ranking = (Ranking *)PyType_GenericAlloc(type, 0);
+    if (!ranking) return NULL;
+    void *cells[COLUMNS];
+    Py_ssize_t count = -1;
+    for (int i = 0; i < COLUMNS; i++) {
+        PyObject *array = PyTuple_GetItem(columns, i);
+        Py_buffer *column = &ranking->columns[i];
+        const int failed = !array || column_open(column, array, i ? 8 : 1, i == COLUMNS - 1 ? 1 : count);
+        if (array && column->obj) ranking->held++;
+        if (failed || (!i && column->len < 1)) {
+            if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a ranking needs a cell for ROOT");
+            Py_DECREF(ranking);
+            return NULL;
+        }
+        if (!i) count = column->len;
+        cells[i] = column->buf;
+    }
+    ranking->pages = count - 1;
+    ranking->here = cells[0];
+    ranking->parent = cells[1], ranking->children = cells[2], ranking->depth = cells[3];
+    ranking->last = cells[4], ranking->score = cells[5];
+    ranking->place = cells[6], ranking->heap = cells[7], ranking->queued = cells[8];
+    return (PyObject *)ranking;
+}
+
+static inline Py_ssize_t cell(const Ranking *ranking, int64_t page) {
+    return (uint64_t)page < (uint64_t)ranking->pages ? page : ranking->pages;
+}
+
+/* The number of queued pages and their places come from Python: out of range, they count as none. */
+static inline int64_t size_of(const Ranking *ranking) { return cell(ranking, *ranking->queued); }
+
+static inline bool is_queued(const Ranking *ranking, int64_t page) {
+    const int64_t place = ranking->place[page];
+    return place >= 0 && place < size_of(ranking) && ranking->heap[place] == page;
+}
+
+static inline bool sooner(const Ranking *r, int64_t one, int64_t other) {
+    if (r->score[one] != r->score[other]) return r->score[one] < r->score[other];
+    if (r->last[one] != r->last[other]) return r->last[one] < r->last[other];
+    if (r->depth[one] != r->depth[other]) return r->depth[one] > r->depth[other];
+    return one < other;
+}
+
+static inline void lay(Ranking *r, int64_t place, int64_t page) {
+    r->heap[place] = page;
+    r->place[page] = place;
+}
+
+static void rise(Ranking *r, int64_t place, int64_t page) {
+    while (place > 0) {
+        const int64_t above = (place - 1) / 2, other = cell(r, r->heap[above]);
+        if (!sooner(r, page, other)) break;
+        lay(r, place, other);
+        place = above;
+    }
+    lay(r, place, page);
+}
+
+static void sink(Ranking *r, int64_t place, int64_t page) {
+    const int64_t size = size_of(r);
+    for (int64_t below = 2 * place + 1; below < size; below = 2 * place + 1) {
+        int64_t other = cell(r, r->heap[below]);
+        if (below + 1 < size && sooner(r, cell(r, r->heap[below + 1]), other)) other = cell(r, r->heap[++below]);
+        if (!sooner(r, other, page)) break;
+        lay(r, place, other);
+        place = below;
+    }
+    lay(r, place, page);
+}
+
+static void unqueue(Ranking *r, int64_t page) {
+    if (!is_queued(r, page)) return;
+    const int64_t place = r->place[page], last = cell(r, r->heap[size_of(r) - 1]);
+    *r->queued = size_of(r) - 1;
+    r->place[page] = UNQUEUED;
+    if (last == page) return;
+    rise(r, place, last);
+    sink(r, r->place[last], last);
+}
+
+static void enqueue(Ranking *r, int64_t page) { /* or find its place anew */
+    if (is_queued(r, page)) {
+        rise(r, r->place[page], page);
+        sink(r, r->place[page], page);
+    } else if (size_of(r) < r->pages) {
+        *r->queued = size_of(r) + 1;
+        rise(r, *r->queued - 1, page);
+    }
+}
+
+static void go(Ranking *r, int64_t page) {
+    unqueue(r, page);
+    r->here[page] = 0;
+    const Py_ssize_t parent = cell(r, r->parent[page]);
+    if (--r->children[parent] == 0 && parent != r->pages && r->here[parent]) enqueue(r, parent);
+}
+
+static void come(Ranking *r, int64_t page) {
+    r->here[page] = 1;
+    const Py_ssize_t parent = cell(r, r->parent[page]);
+    if (r->children[parent]++ == 0 && parent != r->pages) unqueue(r, parent);
+    if (!r->children[page]) enqueue(r, page);
+}
+
+static PyObject *arrive(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    if (expect_arguments("arrive(pages, parents, depths)", given, 3)) return NULL;
+    Ranking *r = (Ranking *)self;
+    Rows rows[3];
+    int opened = 0;
+    while (opened < 3 && rows_open(&rows[opened], arguments[opened], false)) opened++;
+    bool usual = false;
+    if (opened == 3) {
+        const Rows *pages = &rows[0], *parents = &rows[1], *depths = &rows[2];
+        usual = parents->count == pages->count && depths->count == pages->count && rows_within(pages, r->pages);
+        for (Py_ssize_t i = 0; usual && i < pages->count; i++) {
+            const int64_t page = *row_at(pages, i), parent = *row_at(parents, i);
+            usual = !r->here[page] && *row_at(depths, i) >= 0 && parent >= -1 && parent < r->pages && parent != page;
+        }
+        for (Py_ssize_t i = pages->count - 1; usual && i >= 0; i--) { /* the last first: then its parent is never queued on the way */
+            const int64_t page = *row_at(pages, i);
+            r->parent[page] = *row_at(parents, i);
+            r->depth[page] = *row_at(depths, i);
+            come(r, page);
+        }
+    }
+    for (int i = 0; i < opened; i++) rows_close(&rows[i]);
+    return opened < 3 ? NULL : PyBool_FromLong(usual);
+}
+
+/* Runs `step` on pages that are all here (or all absent), backwards if asked to; False, and nothing done, if one is not. */
+static PyObject *each(PyObject *self, PyObject *array, bool here, bool backwards, void (*step)(Ranking *, int64_t)) {
+    Ranking *r = (Ranking *)self;
+    Rows pages;
+    if (!rows_open(&pages, array, false)) return NULL;
+    bool usual = rows_within(&pages, r->pages);
+    for (Py_ssize_t i = 0; usual && i < pages.count; i++) usual = (r->here[*row_at(&pages, i)] != 0) == here;
+    for (Py_ssize_t i = 0; usual && i < pages.count; i++) step(r, *row_at(&pages, backwards ? pages.count - 1 - i : i));
+    rows_close(&pages);
+    return PyBool_FromLong(usual);
+}
+
+static void place_anew(Ranking *r, int64_t page) {
+    if (!r->children[page]) enqueue(r, page);
+}
+
+static PyObject *leave(PyObject *self, PyObject *pages) { return each(self, pages, true, false, go); }
+static PyObject *restore(PyObject *self, PyObject *pages) { return each(self, pages, false, true, come); }
+static PyObject *rescored(PyObject *self, PyObject *pages) { return each(self, pages, true, false, place_anew); }
+static PyObject *withdraw(PyObject *self, PyObject *pages) { return each(self, pages, true, false, unqueue); }
+
+static PyObject *pop(PyObject *self, PyObject *array) {
+    Ranking *r = (Ranking *)self;
+    Rows out;
+    if (!rows_open(&out, array, true)) return NULL;
+    Py_ssize_t count = 0;
+    while (count < out.count && size_of(r)) {
+        const Py_ssize_t page = cell(r, r->heap[0]);
+        if (page == r->pages || !is_queued(r, page)) break;
+        *row_at(&out, count++) = page;
+        go(r, page);
+    }
+    rows_close(&out);
+    return PyLong_FromSsize_t(count);
+}
+
+static PyObject *rebuild(PyObject *self, PyObject *ignored) {
+    (void)ignored;
+    Ranking *r = (Ranking *)self;
+    *r->queued = 0;
+    for (Py_ssize_t page = next_set(r->here, 0, r->pages); page < r->pages; page = next_set(r->here, page + 1, r->pages)) {
+        r->place[page] = UNQUEUED;
+        if (!r->children[page]) lay(r, (*r->queued)++, page);
+    }
+    for (int64_t place = *r->queued / 2 - 1; place >= 0; place--) sink(r, place, r->heap[place]);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"arrive", FAST(arrive), NULL}, {"leave", leave, METH_O, NULL}, {"restore", restore, METH_O, NULL}, {"rescored", rescored, METH_O, NULL},
+    {"withdraw", withdraw, METH_O, NULL}, {"pop", pop, METH_O, NULL}, {"rebuild", rebuild, METH_NOARGS, NULL}, {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_new, ranking_new},
+    {Py_tp_dealloc, ranking_dealloc},
+    {Py_tp_methods, methods},
+    {0, NULL},
+};
+
+PyType_Spec ranking_spec = {"kvtier.columns._loops.Ranking", sizeof(Ranking), 0, Py_TPFLAGS_DEFAULT, slots};

@@ -1,0 +1,313 @@
+"""A²CR: what leaves is what promises the least reuse per second of residence, as learned from this tier's own traffic.
+
+A page's kind is what is known about it without looking inside: how often it was used (this outlives eviction), whether it was the end of
+its request, how many requests its prefix was built by, how much of the request that used it last was new, and how much attention the
+engine paid to it, where the engine says so. `kvtier.policy.reuse` learns for every kind how the chance of reuse changes with age and
+turns that into worth; the page of least worth leaves, always a leaf. No time constant, weight or threshold is set by hand, and pages are
+never let go while there is room.
+
+Not for tiers so small that a request or two fill them, where there is nothing to choose from, nor where calls per page (rather than per
+request) leave no time for it: LRU costs a third.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtier import columns
+from kvtier.errors import IntegrityError
+from kvtier.policy.base import ROOT, EvictionPolicy, Mask, Pages, Protection
+from kvtier.policy.memory import Facts, Memory
+from kvtier.policy.ranking import Ranking
+from kvtier.policy.reuse import EDGES, ReuseModel, age_bins
+
+COUNTS, ENDS, GENERATIONS, NEW, ATTENTION = 16, 2, 6, 8, 4
+"""How many values each feature of a page's kind has."""
+_KINDS = (COUNTS, ENDS, GENERATIONS, NEW, ATTENTION)
+_COUNT_STEP = ENDS * GENERATIONS * NEW * ATTENTION
+_END_STEP = GENERATIONS * NEW * ATTENTION
+_GENERATION_STEP = NEW * ATTENTION
+_NEW_STEP = ATTENTION
+
+MOST_USES = 256
+_COUNT_OF = np.array([0] + [min(uses - 1 if uses <= 4 else int(2 * math.log2(uses)), COUNTS - 1) for uses in range(1, MOST_USES + 1)])
+_COUNT_OF *= _COUNT_STEP
+"""By uses up to MOST_USES: one by one up to four, then in half octaves; the feature's part in the number of a kind."""
+MOST_GENERATIONS = 16
+_GENERATION_OF = np.array([0, 0, 1, 2, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 5, 5, 5]) * _GENERATION_STEP
+
+UNATTENDED, LITTLE, USUAL, MUCH = range(ATTENTION)
+"""Attention: never reported, less than half of the mean page's, about that, more than twice that."""
+ATTENTION_SMOOTHING = 0.2
+"""Weight of the newest mass in a page's moving average and, over all pages' reports, a hundredth of that in the mean."""
+
+RESCORED_SHARE = 8
+"""All pages are scored again after an eighth of them left; in between, scores are those of the page's last use or the last time."""
+RECENT_REQUESTS = 64
+"""Uses that may still turn out to be the beginning of a request that goes on with new pages."""
+
+_FACTS = KIND, COHORT, USES, GENERATION = range(4)
+_MOST_USES, _MOST_GENERATIONS = np.array(MOST_USES), np.array(MOST_GENERATIONS)
+_UNKNOWN = np.array(math.nan)
+_STEPS = np.array([_END_STEP, _NEW_STEP, ATTENTION, NEW])
+
+
+class A2CR(EvictionPolicy):
+    """The score is the worth of a page at its age: the logarithm of expected uses per second of residence. Pressure plays no part.
+
+    `evict` compares scores that may be as old as the last eighth of the tier's pages that left.
+    """
+
+    name = "a2cr"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ranking = Ranking()
+        self._model = ReuseModel(_KINDS)
+        self._memory = Memory(len(_FACTS))
+        self._latest = -math.inf
+        self._left = 0
+        """Pages that left since all were scored."""
+        # One row a page, by id, and one more at the end for ROOT, as in the ranking.
+        self._combined: Pages = np.zeros(1, np.int64)
+        """The features of a page as one number in mixed radix."""
+        self._facts: Facts = np.zeros((1, len(_FACTS)), np.int64)
+        """What outlives eviction, `[pages, 4]`: kind, cohort, uses, generation."""
+        self._request: Pages = np.zeros(1, np.int64)
+        """Number of the call that used the page last."""
+        self._name: Pages = np.zeros(1, np.int64)
+        self._attention: NDArray[np.float64] = np.full(1, math.nan)
+        self._mean_attention = math.nan
+        self._calls = 0
+        self._recent: dict[int, Pages] = {}
+        self._loops: columns.SpellLoops | None = None
+        self._loops_over: tuple[object, object, object] = (None, None, None)
+
+    def attach(self) -> columns.SpellLoops | None:
+        """The compiled loops over all columns as they are now; None where there are none."""
+        loops = columns.loops()
+        if loops is None:
+            return None
+        ranking, model, memory = self._ranking, self._model, self._memory
+        pages = (ranking.here, ranking.last, ranking.score, self._combined, self._facts, self._request, self._name)
+        kinds = (model.kind_of, model.worth, model.hits, model.change, model.alive, model.counted, EDGES)
+        return loops.Spells(*pages, *kinds, memory.names, memory.last, memory.facts, _COUNT_OF, _GENERATION_OF, _STEPS)
+
+    def _attached(self) -> columns.SpellLoops | None:
+        pages, kinds, ghosts = self._loops_over
+        if pages is not self._ranking.here or kinds is not self._model.worth or ghosts is not self._memory.names:
+            self._fit_columns()
+            self._loops = self.attach()
+            self._loops_over = (self._ranking.here, self._model.worth, self._memory.names)
+        return self._loops
+
+    def insert(self, pages: Pages, parents: Pages, depths: Pages, now: float) -> None:
+        if not len(pages):
+            return
+        ranking = self._ranking
+        names = self.names(pages)
+        ranking.arrive(pages, parents, depths)
+        self._fit_columns()
+        self._note(now)
+        before = self._parent_of_all(pages, parents)
+        here = before != ROOT and bool(ranking.here[before])
+        generation = min(int(self._facts[before, GENERATION]) + 1, MOST_GENERATIONS) if here else 1
+        self._attention[pages] = _UNKNOWN
+        deepest = int(depths.argmax())
+        new = -1
+        if (loops := self._attached()) is not None:
+            new = loops.come(pages, names, self._latest, self._calls, self._model.cohort, generation, deepest)
+        if new < 0:
+            new = self._come(pages, names, generation, deepest)
+        ranking.rescored(pages)
+        if here and (begun := self._recent.pop(int(self._request[before]), None)) is not None:
+            self._goes_on(begun, int(self._request[before]), new)
+        self._calls += 1
+        self._tick(len(pages))
+
+    def touch(self, pages: Pages, now: float) -> None:
+        self._ranking.withdraw(pages)
+        loops = self._attached()
+        if loops is None or not loops.use(pages, max(now, self._latest), self._calls, self._model.cohort):
+            self._note(now)
+            self._use(pages)
+        self._note(now)
+        self._ranking.rescored(pages)
+        self._recent[self._calls] = pages.copy()
+        if len(self._recent) > RECENT_REQUESTS:
+            del self._recent[next(iter(self._recent))]
+        self._calls += 1
+        self._tick(len(pages))
+
+    def remove(self, pages: Pages) -> None:
+        self._ranking.require(pages)
+        held = len(self._ranking)
+        self._ranking.leave(pages)
+        self._remember(pages, held)
+
+    def evict(self, count: int, protected: Protection, now: float, pressure: float) -> Pages | None:
+        self._score_if_due(now)
+        held = len(self._ranking)
+        victims = self._ranking.take(count, protected)
+        if victims is None:
+            return None
+        self._note(now)
+        self._remember(victims, held)
+        self._left += len(victims)
+        return victims
+
+    def peek(self, count: int, protected: Protection, now: float, pressure: float) -> Pages:
+        self._score_if_due(now)
+        return self._ranking.first(count, protected)
+
+    def record_attention(self, page: int, mass: float) -> None:
+        if not 0 <= mass <= 1:
+            raise ValueError(f"attention mass is {mass}; expected a share from 0 to 1")
+        one = np.array([page], np.int64)
+        self._ranking.require(one)
+        before = float(self._attention[page])
+        after = mass if math.isnan(before) else before + ATTENTION_SMOOTHING * (mass - before)
+        self._attention[page] = after
+        mean = self._mean_attention
+        self._mean_attention = mean = mass if math.isnan(mean) else mean + ATTENTION_SMOOTHING / 100 * (mass - mean)
+        level = LITTLE if after < mean / 2 else MUCH if after > mean * 2 else USUAL
+        self._change(one, self._combined[one] // ATTENTION * ATTENTION + level)
+
+    def score(self, page: int, now: float, pressure: float) -> float:
+        one = np.array([page], np.int64)
+        self._ranking.require(one)
+        return float(self._worth(one, max(now, self._latest))[0])
+
+    def here(self, pages: Pages) -> Mask:
+        return self._ranking.which(pages)
+
+    def __len__(self) -> int:
+        return len(self._ranking)
+
+    # -- a page's kind ---------------------------------------------------------------------------------------------------------
+
+    def _parent_of_all(self, pages: Pages, parents: Pages) -> int:
+        """The page that these continue: the parent of the first, or of all that is not among them."""
+        if len(pages) == 1 or np.array_equal(parents[1:], pages[:-1]):
+            return int(parents[0])
+        outside = parents[~np.isin(parents, pages)]
+        return int(outside[0]) if len(outside) else ROOT
+
+    def _come(self, pages: Pages, names: Pages, generation: int, deepest: int) -> int:
+        """What is known about pages that come goes into the columns; how many were new, as a part of the number of a kind."""
+        uses, generations = np.ones(len(pages), np.int64), np.full(len(pages), generation)
+        known, last, facts = self._memory.recall(names)
+        if len(known):
+            self._model.end(facts[:, KIND], facts[:, COHORT], age_bins(np.maximum(self._latest - last, 0.0)))
+            uses[known] += facts[:, USES]
+            generations[known] = facts[:, GENERATION]
+        new = min((len(pages) - len(known)).bit_length(), NEW - 1) * _NEW_STEP
+        combined = _COUNT_OF[np.minimum(uses, _MOST_USES)] + _GENERATION_OF[generations] + new
+        combined[deepest] += _END_STEP
+        self._name[pages] = names
+        self._facts[pages, USES] = uses
+        self._facts[pages, GENERATION] = generations
+        self._begin(pages, combined)
+        return new
+
+    def _use(self, pages: Pages) -> None:
+        """Pages that are here are used."""
+        facts = self._facts[pages]
+        self._model.end(facts[:, KIND], facts[:, COHORT], age_bins(self._latest - self._ranking.last[pages]))
+        uses = facts[:, USES] + 1
+        self._facts[pages, USES] = uses
+        combined = _COUNT_OF[np.minimum(uses, _MOST_USES)] + _GENERATION_OF[facts[:, GENERATION]]
+        self._begin(pages, combined + self._combined[pages] % ATTENTION)
+
+    def _begin(self, pages: Pages, combined: Pages) -> None:
+        """Spells of these features begin now."""
+        model, ranking = self._model, self._ranking
+        kinds = model.kinds_of(combined)
+        self._combined[pages] = combined
+        self._facts[pages, KIND] = kinds
+        self._facts[pages, COHORT] = model.cohort
+        self._request[pages] = self._calls
+        ranking.last[pages] = self._latest
+        ranking.score[pages] = model.worth[kinds, 0]
+        model.begin(kinds)
+
+    def _goes_on(self, begun: Pages, request: int, new: int) -> None:
+        """The request that used these pages first went on with new ones."""
+        ranking = self._ranking
+        still = begun[(self._request[begun] == request) & ranking.here[begun]]
+        if (loops := self._attached()) is not None:
+            ranking.withdraw(still)
+            done = loops.go_on(still, new, self._latest)
+            ranking.rescored(still)
+            if done:
+                return
+        combined = self._combined[still]
+        self._change(still, combined + new - combined // _NEW_STEP % NEW * _NEW_STEP)
+
+    def _change(self, pages: Pages, combined: Pages) -> None:
+        """These pages turn out to be of another kind than they were taken for."""
+        self._ranking.withdraw(pages)
+        kinds = self._model.kinds_of(combined)
+        self._model.move(self._facts[pages, KIND], kinds, self._facts[pages, COHORT])
+        self._combined[pages] = combined
+        self._facts[pages, KIND] = kinds
+        self._ranking.score[pages] = self._worth(pages, self._latest)
+        self._ranking.rescored(pages)
+
+    def _remember(self, pages: Pages, held: int) -> None:
+        self._memory.fit(held)
+        if (loops := self._attached()) is None or not loops.leave(pages):
+            self._memory.leave(self._name[pages], self._ranking.last[pages], self._facts[pages])
+
+    # -- scores ----------------------------------------------------------------------------------------------------------------
+
+    def _worth(self, pages: Pages, now: float) -> NDArray[np.float64]:
+        """The worth of these pages at their ages, between two ages in proportion."""
+        ages = now - self._ranking.last[pages]
+        bins = age_bins(ages)
+        kinds = self._facts[pages, KIND]
+        worth, following = self._model.worth[kinds, bins], self._model.worth[kinds, np.minimum(bins + 1, len(EDGES) - 2)]
+        share = (ages - EDGES[bins]) / (EDGES[bins + 1] - EDGES[bins])
+        share[bins == 0] = 0.0
+        scores: NDArray[np.float64] = worth + (following - worth) * share
+        return scores
+
+    def _tick(self, spells: int) -> None:
+        if self._model.tick(spells, self._latest):
+            self._score_all(self._latest)
+
+    def _score_if_due(self, now: float) -> None:
+        if self._left * RESCORED_SHARE >= len(self._ranking):
+            self._score_all(max(now, self._latest))
+
+    def _score_all(self, now: float) -> None:
+        if (loops := self._attached()) is None or not loops.score_all(now):
+            pages = np.flatnonzero(self._ranking.here)
+            self._ranking.score[pages] = self._worth(pages, now)
+        self._ranking.rebuild()
+        self._left = 0
+
+    def _note(self, now: float) -> None:
+        if now > self._latest:
+            self._latest = now
+
+    def _fit_columns(self) -> None:
+        rows = self._ranking.room + 1
+        if rows == len(self._combined):
+            return
+        for name in ("_combined", "_facts", "_request", "_name", "_attention"):
+            column = getattr(self, name)
+            larger = np.zeros((rows, *column.shape[1:]), column.dtype)
+            larger[: len(column)] = column
+            setattr(self, name, larger)
+
+    def check_integrity(self) -> None:
+        self._ranking.check_integrity()
+        pages = np.flatnonzero(self._ranking.here)
+        if not np.array_equal(self._facts[pages, KIND], self._model.kinds_of(self._combined[pages])):
+            raise IntegrityError("a page is of another kind than its features say")
+        if np.count_nonzero(self._facts[:, USES][pages] < 1):
+            raise IntegrityError("a page is here that was never used")

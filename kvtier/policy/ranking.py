@@ -1,0 +1,277 @@
+"""Which pages of a tier are leaves, and which leaf has the lowest score: for policies whose scores are numbers that change.
+
+A score is whatever the policy wrote into the column `score`; what leaves first is told by (score, last touch, deepest first, id) and by
+nothing else, so it does not depend on history. The policy writes scores of some pages and says so (`rescored`), or of all (`rebuild`).
+Victims are taken out at once and put back where a question is answered with no; what is protected is withdrawn until the choice is made.
+
+Columns are indexed by page id. Owned by one policy, called under the policy owner's lock. The compiled loops of `kvtier.columns` keep the
+leaves in a heap that is always in order; without them a heap of entries is put in order lazily, with the same answers.
+"""
+
+from __future__ import annotations
+
+import math
+from heapq import heapify, heappop, heappush
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtier import columns
+from kvtier.errors import IntegrityError
+from kvtier.policy.base import ROOT, Mask, Pages, Protection
+
+Entry = tuple[float, float, int, int]
+"""(score, last touch in seconds, -depth, page): what leaves earlier sorts first."""
+
+UNQUEUED = -1
+SPARE_ENTRIES = 1024
+_NO_PAGES = np.empty(0, np.int64)
+_COLUMNS = {"here": False, "parent": ROOT, "children": 0, "depth": 0, "last": 0.0, "score": 0.0, "_place": UNQUEUED, "_heap": 0}
+"""The columns in the order of the compiled loops, and what they hold where there is no page."""
+
+
+class Ranking:
+    """Residency, child counts and the leaving order of one tier's pages."""
+
+    def __init__(self) -> None:
+        # One row a page, and one more at the end, which index ROOT reads and writes and nobody looks at.
+        self.here: Mask = np.zeros(1, np.bool_)
+        self.parent: Pages = np.full(1, ROOT)
+        self.children: Pages = np.zeros(1, np.int64)
+        self.depth: Pages = np.zeros(1, np.int64)
+        self.last: NDArray[np.float64] = np.zeros(1)
+        """When a page was used last, in seconds."""
+        self.score: NDArray[np.float64] = np.zeros(1)
+        self._place: Pages = np.full(1, UNQUEUED)
+        self._heap: Pages = np.zeros(1, np.int64)
+        self._queued: Pages = np.zeros(1, np.int64)
+        self._withdrawn: set[int] = set()
+        self._entries: list[Entry] = []
+        """Without loops: entries whose page is a leaf of this score and time count, others are left over."""
+        self._count = 0
+        self._loops = self.attach()
+
+    def attach(self) -> columns.RankingLoops | None:
+        """The compiled loops over the columns as they are now; None where there are none."""
+        loops = columns.loops()
+        return None if loops is None else loops.Ranking(*(getattr(self, name) for name in _COLUMNS), self._queued)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def room(self) -> int:
+        """Page ids below this have a row."""
+        return len(self.here) - 1
+
+    def which(self, pages: Pages) -> Mask:
+        """Which of `pages` are here."""
+        known = (pages >= 0) & (pages < self.room)
+        here: Mask = known & self.here[np.where(known, pages, ROOT)]
+        return here
+
+    def require(self, pages: Pages) -> None:
+        """KeyError naming the first of `pages` that is not here."""
+        try:
+            good = np.count_nonzero(self.here[pages]) == len(pages) and (not len(pages) or pages[pages.argmin()] >= 0)
+        except IndexError:
+            good = False
+        if not good:
+            raise KeyError(int(pages[~self.which(pages)][0]))
+
+    def arrive(self, pages: Pages, parents: Pages, depths: Pages) -> None:
+        """Pages come, withdrawn until they are `rescored`.
+
+        ValueError, and nothing changed, naming the first of them that is here, or if numbers are impossible.
+        """
+        if self._loops is not None and self._loops.arrive(pages, parents, depths):
+            self._count += len(pages)
+            self.withdraw(pages)
+            return
+        if not len(pages):
+            return
+        lowest = min(pages[pages.argmin()], depths[depths.argmin()], parents[parents.argmin()] - ROOT)
+        if lowest < 0 or np.count_nonzero(pages == parents):
+            told = f"pages {pages} with parents {parents} at depths {depths}"
+            raise ValueError(f"{told}: ids and depths are 0 or more, a parent is another page or ROOT ({ROOT})")
+        self._grow(int(max(pages[pages.argmax()], parents[parents.argmax()])) + 1)
+        if np.count_nonzero(held := self.here[pages]):
+            raise ValueError(f"page {pages[held.argmax()]} is already in this tier")
+        self.parent[pages] = parents
+        self.depth[pages] = depths
+        self._restore(pages)
+        self.withdraw(pages)
+
+    def leave(self, pages: Pages) -> None:
+        """Pages that are here go."""
+        self._count -= len(pages)
+        if self._loops is None or not self._loops.leave(pages):
+            for page in pages.tolist():
+                self._go(page)
+            self._sweep_if_wasteful()
+
+    def withdraw(self, pages: Pages) -> None:
+        """These pages, which are here, do not queue until they are `rescored`: to be called before score or last touch change.
+
+        KeyError, and nothing done, naming the first that is not here.
+        """
+        if self._loops is None or not self._loops.withdraw(pages):
+            self.require(pages)
+            self._withdrawn.update(pages.tolist())
+
+    def rescored(self, pages: Pages) -> None:
+        """Withdrawn pages queue again, by the score and last touch that stand in the columns now."""
+        if self._loops is None or not self._loops.rescored(pages):
+            self._withdrawn.difference_update(pages.tolist())
+            for page in pages[self.children[pages] == 0].tolist():
+                heappush(self._entries, self._entry(page))
+            self._sweep_if_wasteful()
+
+    def rebuild(self) -> None:
+        """The scores of many pages changed in the column. O(rows)."""
+        if self._loops is not None:
+            self._loops.rebuild()
+            return
+        leaves = np.flatnonzero(self.here & (self.children == 0))
+        self._entries = [self._entry(page) for page in leaves.tolist()]
+        heapify(self._entries)
+
+    def take(self, count: int, protected: Protection) -> Pages | None:
+        """`count` pages out of the tier, in leaving order; None, and nothing changed, if so many cannot leave or `protected` raises."""
+        if count < 0:
+            raise ValueError(f"count is {count}; it must be 0 or more")
+        if count > self._count:
+            return None
+        left = self._choose(count, protected)
+        if len(left) == count:
+            return left
+        self._restore(left)
+        return None
+
+    def first(self, count: int, protected: Protection) -> Pages:
+        """Up to `count` pages that `take` would take out, in that order. They stay."""
+        if count < 0:
+            raise ValueError(f"count is {count}; it must be 0 or more")
+        chosen = self._choose(min(count, self._count), protected)
+        self._restore(chosen)
+        return chosen
+
+    def _choose(self, wanted: int, protected: Protection) -> Pages:
+        left: list[Pages] = []
+        withdrawn: list[int] = []
+        answers: dict[int, bool] = {}
+        try:
+            while wanted:
+                chosen = self._pop(wanted)
+                if not len(chosen):
+                    break
+                leave = 0
+                try:
+                    leave = self._leading(chosen, protected, answers)
+                finally:
+                    self._restore(chosen[leave:])
+                left.append(chosen[:leave])
+                wanted -= leave
+                if leave < len(chosen):
+                    withdrawn.append(int(chosen[leave]))
+                    self.withdraw(chosen[leave : leave + 1])
+        except BaseException:
+            for part in reversed(left):
+                self._restore(part)
+            raise
+        finally:
+            if withdrawn:
+                self.rescored(np.array(withdrawn))
+        return left[0] if len(left) == 1 else np.concatenate([_NO_PAGES, *left])
+
+    def _leading(self, chosen: Pages, protected: Protection, answers: dict[int, bool]) -> int:
+        """How many of `chosen` leave before the first that may not. Nobody is asked about a page twice."""
+        unknown = chosen
+        if answers:
+            unknown = np.array([page for page in chosen.tolist() if page not in answers], np.int64)
+        stays = protected(unknown) if len(unknown) else np.zeros(0, np.bool_)
+        if not answers and not np.count_nonzero(stays):
+            return len(chosen)
+        answers.update(zip(unknown.tolist(), stays.tolist(), strict=True))
+        return next((place for place, page in enumerate(chosen.tolist()) if answers[page]), len(chosen))
+
+    def _pop(self, count: int) -> Pages:
+        out = np.empty(count, np.int64)
+        found = 0
+        if self._loops is not None:
+            found = self._loops.pop(out)
+        else:
+            while found < count and self._entries:
+                entry = heappop(self._entries)
+                page = entry[3]
+                if self.here[page] and not self.children[page] and page not in self._withdrawn and entry == self._entry(page):
+                    out[found] = page
+                    found += 1
+                    self._go(page)
+        self._count -= found
+        return out if found == count else out[:found]
+
+    def _restore(self, pages: Pages) -> None:
+        self._count += len(pages)
+        if self._loops is None or not self._loops.restore(pages):
+            self._come(pages)
+
+    def _come(self, pages: Pages) -> None:
+        for page in pages[::-1].tolist():
+            self.here[page] = True
+            self.children[self.parent[page]] += 1
+            if not self.children[page]:
+                heappush(self._entries, self._entry(page))
+        self._sweep_if_wasteful()
+
+    def _go(self, page: int) -> None:
+        self.here[page] = False
+        parent = int(self.parent[page])
+        self.children[parent] -= 1
+        if parent != ROOT and self.here[parent] and not self.children[parent]:
+            heappush(self._entries, self._entry(parent))
+
+    def _entry(self, page: int) -> Entry:
+        return (float(self.score[page]), float(self.last[page]), -int(self.depth[page]), page)
+
+    def _sweep_if_wasteful(self) -> None:
+        if len(self._entries) > 2 * self._count + SPARE_ENTRIES:
+            self.rebuild()
+
+    def _grow(self, pages: int) -> None:
+        held = self.room
+        if pages <= held:
+            return
+        for name, empty in _COLUMNS.items():
+            column = getattr(self, name)
+            larger = np.full(max(pages, 2 * held) + 1, empty, column.dtype)
+            larger[:held] = column[:held]
+            setattr(self, name, larger)
+        self._loops = self.attach()
+
+    def check_integrity(self) -> None:
+        """IntegrityError if columns and queue disagree. Looks at everything; for tests."""
+        pages = np.flatnonzero(self.here[: self.room])
+        if len(pages) != self._count:
+            raise IntegrityError(f"{len(pages)} pages are here, {self._count} were counted")
+        children = np.zeros(self.room + 1, np.int64)
+        np.add.at(children, self.parent[pages], 1)
+        if not np.array_equal(children[: self.room], self.children[: self.room]):
+            raise IntegrityError("child counts differ from the pages that are here")
+        leaves = set(pages[children[pages] == 0].tolist())
+        if not all(math.isfinite(score) for score in self.score[pages].tolist()):
+            raise IntegrityError("a score is no number")
+        if self._withdrawn:
+            raise IntegrityError(f"pages {self._withdrawn} are withdrawn, though nobody chooses")
+        if self._loops is None:
+            if missing := leaves - {entry[3] for entry in self._entries if self._entry(entry[3]) == entry}:
+                raise IntegrityError(f"leaves {sorted(missing)} are not queued")
+            return
+        queue = self._heap[: self._queued[0]]
+        if set(queue.tolist()) != leaves or len(queue) != len(leaves):
+            raise IntegrityError("the queue is not that of the leaves")
+        if not np.array_equal(self._place[queue], np.arange(len(queue))):
+            raise IntegrityError("a queued page does not know its place")
+        order = [self._entry(page) for page in queue.tolist()]
+        if any(order[(place - 1) // 2] > entry for place, entry in enumerate(order) if place):
+            raise IntegrityError("the queue is out of order")

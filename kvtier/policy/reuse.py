@@ -1,0 +1,240 @@
+"""How soon pages like this one are used again: hazards by kind of page and age, learned from what happens, and what a page is worth.
+
+A *spell* begins when a page is used and ends when it is used again; a page that nobody uses stays in its last spell, in the tier or as a
+ghost. Pages in the same situation are of one *kind* (a tuple of small features). For every kind and age there is a hazard: of the spells
+that get so old, the share that ends now. It is what is seen over all pages, times one factor per feature and age, fitted to hits and
+exposures (a generalised additive model of Poisson counts, one backfitting step per fit, from where the last one stood). All curves are
+smoothed over neighbouring ages: ages are in half octaves, so nothing here has a time unit but the grid's ends.
+
+Worth is reuse density: the most hits per second of residence that keeping the page from now on, up to any later age, can promise. That
+is the Gittins index of a page as a one-armed bandit, and with hazards in place of frequencies the rule of LHD (Beckmann, Chen, Cidon,
+NSDI'18) and EVA (Beckmann, Sanchez, HPCA'17), which fix the horizon instead.
+
+Exposure is counted in the period in which it happens, hits too, and both fade at the same pace: after a change of traffic the hazards
+are those of the new traffic within a few periods, whatever old pages lie about. To know who is exposed without looking at every page,
+living spells are counted by kind and *cohort*: the part of a period in which they began.
+
+Owned by one policy, called under the policy owner's lock.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Numbers = NDArray[np.int64]
+Reals = NDArray[np.float64]
+
+AGES = 56
+"""Ages are told by power of two and half of it: bin 0 is below 1/16 s, the last above 97 days."""
+_YOUNGEST_OCTAVE = -4
+_BITS = np.array(51)
+"""A float64 without these is its power of two and the first bit after that."""
+_BELOW = np.array((1023 + _YOUNGEST_OCTAVE) * 2 - 1)
+_FIRST, _LAST = np.array(0), np.array(AGES - 1)
+EDGES: Reals = np.concatenate(([0.0], [2.0 ** (_YOUNGEST_OCTAVE + half // 2) * (1 + half % 2 / 2) for half in range(AGES)]))
+"""Where ages begin, in seconds; one more than there are ages."""
+_WIDTHS = np.diff(EDGES)
+
+PERIOD_SPELLS, PERIOD_CALLS = 4096, 128
+"""Spells begun between two fits, at least, and calls that began them: pages of one request share their fate, and small pages are many."""
+PARTS = 8
+"""Cohorts per period."""
+COHORTS = 512
+"""Cohorts that are told apart: spells older than that are neither exposed nor hit any more."""
+FADE = 0.9
+"""What is left of hits and exposures after each fit: some ten periods count."""
+SMOOTHING = 0.75 ** np.abs(np.arange(AGES)[:, None] - np.arange(AGES)[None, :])
+SMOOTHING[np.abs(np.arange(AGES)[:, None] - np.arange(AGES)[None, :]) > 6] = 0.0
+"""Weights of neighbouring ages, three quarters per half octave, up to three octaves."""
+PRIOR_HITS = 1.0
+"""Hits' worth of belief that a feature changes nothing."""
+LEAST_HAZARD, MOST_HAZARD = 1e-7, 0.97
+LEAST_DENSITY, LEAST_RUN, LEAST_EXPOSURE = 1e-12, 1e-30, 0.01
+
+
+def age_bins(ages: Reals) -> Numbers:
+    """Which of the ages each of these (seconds, 0 or more) is."""
+    bins: Numbers = (ages.view(np.int64) >> _BITS) - _BELOW
+    np.maximum(bins, _FIRST, out=bins)
+    np.minimum(bins, _LAST, out=bins)
+    return bins
+
+
+class ReuseModel:
+    """Hazards and worth for kinds of pages with features of these sizes.
+
+    A kind is a number that `kinds_of` gives for features in mixed radix; `worth` `[kinds, AGES]` is the logarithm of uses per second.
+    The compiled loops of spells write `hits`, `change` and `alive`, as `begin`, `end` and `move` do.
+    """
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        self.sizes = sizes
+        self.fits = 0
+        self.cohort = 0
+        """Serial number of the cohort that is beginning spells now."""
+        self.kind_of: Numbers = np.full(math.prod(sizes), -1)
+        """The kind of each combination of features, -1 where there was none yet."""
+        self.worth: Reals = np.zeros((0, AGES))
+        self.hits: Numbers = np.zeros((0, AGES), np.int64)
+        """Of this period."""
+        self.change: Numbers = np.zeros((0, AGES + 1), np.int64)
+        """Of this period, how many more spells are exposed at an age than at the one before."""
+        self.alive: Numbers = np.zeros((COHORTS, 0), np.int64)
+        self.counted: Numbers = np.zeros(COHORTS, np.int64)
+        """The living spells of a cohort have been counted as exposed at ages below this."""
+        self._count = 0
+        self._features: Numbers = np.zeros((0, len(sizes)), np.int64)
+        self._hits: Reals = np.zeros((0, AGES))
+        self._exposed: Reals = np.zeros((0, AGES))
+        self._began: Reals = np.zeros(COHORTS)
+        """When each cohort began, seconds."""
+        self._level: Reals = np.zeros(AGES)
+        self._factors: list[Reals] = [np.ones((size, AGES)) for size in sizes]
+        self._spells = self._calls = 0
+        self._started = False
+        self._grow(64)
+
+    def __len__(self) -> int:
+        """Kinds there have been."""
+        return self._count
+
+    def kinds_of(self, combined: Numbers) -> Numbers:
+        """The kinds of pages with these features, given as numbers in mixed radix, the first feature first."""
+        kinds = self.kind_of[combined]
+        if len(kinds) and kinds[kinds.argmin()] < 0:
+            self._add(np.unique(combined[kinds < 0]))
+            kinds = self.kind_of[combined]
+        return kinds
+
+    def begin(self, kinds: Numbers) -> None:
+        """Spells of these kinds begin now, in the cohort of now."""
+        np.add.at(self.alive[self.cohort % COHORTS], kinds, 1)
+
+    def end(self, kinds: Numbers, cohorts: Numbers, ages: Numbers) -> None:
+        """Spells of these kinds and cohorts end with a use at these ages (`age_bins`)."""
+        known = cohorts > self.cohort - COHORTS
+        kinds, rows, ages = kinds[known], cohorts[known] % COHORTS, ages[known]
+        np.subtract.at(self.alive, (rows, kinds), 1)
+        np.add.at(self.hits, (kinds, ages), 1)
+        starts = self.counted[rows]
+        late = starts <= ages
+        np.add.at(self.change, (kinds[late], starts[late]), 1)
+        np.subtract.at(self.change, (kinds[late], ages[late] + 1), 1)
+
+    def move(self, before: Numbers, after: Numbers, cohorts: Numbers) -> None:
+        """Living spells turn out to be of another kind."""
+        known = cohorts > self.cohort - COHORTS
+        rows = cohorts[known] % COHORTS
+        np.subtract.at(self.alive, (rows, before[known]), 1)
+        np.add.at(self.alive, (rows, after[known]), 1)
+
+    def tick(self, spells: int, now: float) -> bool:
+        """So many spells began now. Starts new cohorts and fits where it is time; whether `worth` changed."""
+        if not self._started:
+            self._started, self._began[0] = True, now
+        self._spells += spells
+        self._calls += 1
+        if self._spells * PARTS < PERIOD_SPELLS or self._calls * PARTS < PERIOD_CALLS:
+            return False
+        self._spells = self._calls = 0
+        self.cohort += 1
+        fit = self.cohort % PARTS == 0 or self.fits < PARTS
+        if fit:
+            self._expose(now)
+            self._fit()
+        row = self.cohort % COHORTS
+        self.alive[row] = self.counted[row] = 0
+        self._began[row] = now
+        return fit
+
+    def _expose(self, now: float) -> None:
+        """Living spells have reached the ages that they have now; the period's counts go where they are remembered."""
+        rows = np.arange(max(0, self.cohort - COHORTS), self.cohort) % COHORTS
+        ends = np.append(self._began[rows[1:]], now)
+        reached = age_bins(np.maximum(now - (self._began[rows] + ends) / 2, 0.0)) + 1
+        for row, until in zip(rows.tolist(), reached.tolist(), strict=True):
+            start = int(self.counted[row])
+            if until > start:
+                self.change[:, start] += self.alive[row]
+                self.change[:, until] -= self.alive[row]
+                self.counted[row] = until
+        self._exposed += np.cumsum(self.change, axis=1)[:, :AGES]
+        self._hits += self.hits
+        self.change[:] = 0
+        self.hits[:] = 0
+
+    # -- fitting ---------------------------------------------------------------------------------------------------------------
+
+    def _fit(self) -> None:
+        self.fits += 1
+        hits, exposed = self._hits[: self._count], self._exposed[: self._count]
+        level = (hits.sum(0) @ SMOOTHING) / (exposed.sum(0) @ SMOOTHING + LEAST_EXPOSURE)
+        self._level = np.clip(level, LEAST_HAZARD, MOST_HAZARD)
+        features = self._features[: self._count]
+        expected = exposed * self._level
+        for feature, factors in enumerate(self._factors):
+            expected *= factors[features[:, feature]]
+        for feature, factors in enumerate(self._factors):
+            which = features[:, feature]
+            seen, due = np.zeros(factors.shape), np.zeros(factors.shape)
+            np.add.at(seen, which, hits)
+            np.add.at(due, which, expected / factors[which])
+            after = (seen @ SMOOTHING + PRIOR_HITS) / (due @ SMOOTHING + PRIOR_HITS)
+            expected *= (after / factors)[which]
+            self._factors[feature] = after
+        self.worth[: self._count] = self._worth_of(features)
+        hits *= FADE
+        exposed *= FADE
+
+    def _hazards(self, features: Numbers) -> Reals:
+        """Of the spells of kinds with these features that get as old, the share that ends at that age, `[kinds, AGES]`."""
+        hazard: Reals = np.repeat(self._level[None, :], len(features), axis=0)
+        for feature, factors in enumerate(self._factors):
+            hazard *= factors[features[:, feature]]
+        np.minimum(hazard, MOST_HAZARD, out=hazard)
+        return hazard
+
+    def _worth_of(self, features: Numbers) -> Reals:
+        """log of the largest (chance of a use) / (seconds until then or until giving up), over all ages at which to give up."""
+        hazard = self._hazards(features)
+        hazard[:, -1] = 0.0
+        survival = np.ones((len(features), AGES + 1))
+        np.cumprod(1.0 - hazard, axis=1, out=survival[:, 1:])
+        used, kept = np.zeros((2, len(features), AGES + 1))
+        np.cumsum(survival[:, :-1] * hazard, axis=1, out=used[:, 1:])
+        np.cumsum(survival[:, :-1] * _WIDTHS * (1.0 - hazard / 2), axis=1, out=kept[:, 1:])
+        # The steepest way up from each age is a side of the upper hull of (kept, used); found from the right, all kinds at once.
+        best = np.full((len(features), AGES), LEAST_DENSITY)
+        last = int(np.flatnonzero(self._level > LEAST_HAZARD).max(initial=0)) + 1  # nobody was used again at a greater age
+        for age in range(min(last, AGES - 1)):
+            rise, run = used[:, age + 1 : last + 1] - used[:, age, None], kept[:, age + 1 : last + 1] - kept[:, age, None]
+            best[:, age] = (rise / np.maximum(run, LEAST_RUN)).max(axis=1)
+        worth: Reals = np.log(np.maximum(best, LEAST_DENSITY))
+        return worth
+
+    # -- kinds -----------------------------------------------------------------------------------------------------------------
+
+    def _add(self, numbers: Numbers) -> None:
+        first, self._count = self._count, self._count + len(numbers)
+        if self._count > len(self.worth):
+            self._grow(max(self._count, 2 * len(self.worth)))
+        added = np.arange(first, self._count)
+        self.kind_of[numbers] = added
+        for feature in range(len(self.sizes) - 1, -1, -1):
+            numbers, self._features[added, feature] = np.divmod(numbers, self.sizes[feature])
+        # Before the first fit, the older the less: the order of LRU.
+        self.worth[added] = self._worth_of(self._features[added]) if self.fits else -np.arange(AGES)
+
+    def _grow(self, kinds: int) -> None:
+        held = len(self.worth)
+        for name in ("worth", "hits", "change", "_features", "_hits", "_exposed"):
+            column = getattr(self, name)
+            larger = np.zeros((kinds, *column.shape[1:]), column.dtype)
+            larger[:held] = column
+            setattr(self, name, larger)
+        alive = np.zeros((COHORTS, kinds), np.int64)
+        alive[:, :held] = self.alive
+        self.alive = alive

@@ -1,0 +1,134 @@
+"""A²CR's compiled loops: bit for bit what NumPy does beside them, and no way out of the columns' memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvtier import columns
+from kvtier.policy import A2CR, ROOT, nothing_protected
+from kvtier.policy import memory as memory_module
+from kvtier.policy import reuse as reuse_module
+from kvtier.policy.ranking import Ranking
+from kvtier.testing.policy import PolicyContract
+from tests.columns.rig import PlainA2CR, PlainRanking, Twins, a2cr_state, needs_loops
+
+
+def twins() -> Any:
+    return Twins(A2CR(), PlainA2CR(), a2cr_state)
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Fits and new cohorts after a few pages, few of them, and few ghosts."""
+    monkeypatch.setattr(reuse_module, "PERIOD_SPELLS", 64)
+    monkeypatch.setattr(reuse_module, "PERIOD_CALLS", 1)
+    monkeypatch.setattr(memory_module, "FEW", 256)
+
+
+@needs_loops
+class TestTwins(PolicyContract):
+    exact_score = False
+
+    @pytest.fixture(autouse=True)
+    def often(self, hasty):
+        pass
+
+    def make_policy(self) -> Any:
+        return twins()
+
+
+class TestContractWithoutLoops(PolicyContract):
+    exact_score = False
+
+    def make_policy(self) -> A2CR:
+        return PlainA2CR()
+
+
+@needs_loops
+def test_policies_stay_the_same_through_a_long_stream_of_requests(hasty):
+    chance = np.random.default_rng(5)
+    policy = twins()
+    chains: list[list[int]] = []
+    fresh_id, now, room = 0, 0.0, 400
+    here: set[int] = set()
+    for _ in range(400):
+        now += float(chance.exponential(3.0))
+        chain = list(chains[int(chance.integers(max(0, len(chains) - 60), len(chains)))]) if chains and chance.random() < 0.7 else []
+        chain = chain[: int(chance.integers(0, len(chain) + 1))]
+        grown = int(chance.integers(0, 30))
+        chain += range(fresh_id, fresh_id + grown)
+        fresh_id += grown
+        if not chain:
+            continue
+        chains.append(chain)
+        found = next((place for place, page in enumerate(chain) if page not in here), len(chain))
+        if found:
+            policy.touch(np.array(chain[:found]), now)
+        need = len(here) + len(chain) - found - room
+        if need > 0:
+            running = np.array(chain)
+            victims = policy.evict(need, lambda pages, running=running: np.isin(pages, running), now, 0.9)
+            here -= set(victims.tolist())
+        if found < len(chain):
+            coming = np.array(chain[found:])
+            policy.insert(coming, np.array([ROOT, *chain])[found : len(chain)], np.arange(found, len(chain)), now)
+            here.update(chain[found:])
+        if chance.random() < 0.2:
+            policy.record_attention(int(chance.choice(sorted(here))), float(chance.random()))
+        if chance.random() < 0.05:
+            leaf = policy.peek(3, nothing_protected, now, 0.9)
+            policy.remove(leaf)
+            here -= set(leaf.tolist())
+    policy.check_integrity()
+
+
+@needs_loops
+def test_loops_refuse_columns_that_do_not_fit_and_rows_that_are_not_there():
+    loops = columns.loops()
+    assert loops is not None
+    ranking = Ranking()
+    others = (ranking.parent, ranking.children, ranking.depth, ranking.last, np.zeros(7), *[np.zeros(1, np.int64)] * 3)
+    with pytest.raises(ValueError, match="cells"):
+        loops.Ranking(ranking.here, *others)
+    with pytest.raises(TypeError, match="arguments"):
+        loops.Spells(np.zeros(1, np.bool_))
+    policy = A2CR()
+    policy.insert(np.array([0, 1]), np.array([ROOT, 0]), np.array([0, 1]), 1.0)
+    spells, ranked = policy.attach(), policy._ranking.attach()
+    assert spells is not None
+    assert ranked is not None
+    for strange in (np.array([-1]), np.array([10**9])):
+        assert not spells.use(strange, 1.0, 0, 0)
+        assert not spells.leave(strange)
+        assert spells.come(strange, strange, 1.0, 0, 0, 1, 0) == -1
+        assert not spells.go_on(strange, 0, 1.0)
+        assert not ranked.arrive(strange, np.array([0]), np.array([0]))
+        for call in (ranked.leave, ranked.restore, ranked.rescored, ranked.withdraw):
+            assert not call(strange)
+    assert not spells.use(np.array([0]), 1.0, 0, -1)
+    policy._facts[0] = 10**9
+    assert not spells.use(np.array([0]), 1.0, 0, 0)
+    assert not spells.score_all(2.0)
+    policy._ranking._queued[0] = 10**9
+    ranked.pop(np.zeros(4, np.int64))
+    ranked.rescored(np.array([1]))
+
+
+@pytest.mark.parametrize("kind", [Ranking, PlainRanking])
+def test_many_leaves_that_change_at_once_are_in_order_afterwards(kind):
+    """One after the other they would be compared with pages that have not found their place yet."""
+    chance = np.random.default_rng(1)
+    ranking = kind()
+    pages = np.arange(60)
+    ranking.arrive(pages, np.full(60, ROOT), np.zeros(60, np.int64))
+    ranking.rescored(pages)
+    for _ in range(200):
+        changed = np.flatnonzero(chance.random(60) < 0.5)
+        ranking.withdraw(changed)
+        ranking.score[changed] = chance.random(len(changed))
+        ranking.rescored(changed)
+        ranking.check_integrity()
+        assert ranking.first(60, nothing_protected).tolist() == np.lexsort((pages, ranking.score[:60])).tolist()
