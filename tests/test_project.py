@@ -22,6 +22,7 @@ BELOW = {
     "memory": {"errors"},
     "formats": {"errors", "format_spec", "layout"},
     "columns": set(),
+    "attention": {"errors", "formats", "layout"},
     "policy": {"columns", "errors"},
     "tiers": {"columns", "errors", "layout", "keys", "formats", "io", "memory"},
     "pages": {"columns", "errors", "keys", "tiers"},
