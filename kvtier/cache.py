@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvtier.attending import lease_mass
 from kvtier.config import Config, load_config
-from kvtier.errors import Closed, LeaseError
+from kvtier.errors import Closed, ConfigError, LayoutError, LeaseError
 from kvtier.keys import PageKey, TokenIds, namespace, page_keys, root_key, token_array
 from kvtier.layout import PageLayout
 from kvtier.lease import Lease, Match
@@ -275,6 +276,40 @@ class TieredKVCache:
                 for policy in residency.policies:
                     if row in policy:
                         policy.record_attention(row, value)
+
+    def record_queries(self, lease: Lease, layer: int, queries: torch.Tensor) -> None:
+        """Tell the scorer what `layer` asked for: `queries` `[heads, head_dim]` or `[tokens, heads, head_dim]`, as attention gets them.
+
+        For engines whose attention kernels do not say where attention went: it is estimated from the pages' digests (docs/attention.md) and
+        goes the way of `record_attention`, as the mean over the last calls, as many as the model has layers. Some layers, or one step in
+        many, are enough. Queries that are not finite are counted (`attention_ignored`) and ignored. ConfigError if no digests are
+        kept (`attention.digest_bytes`), LayoutError for queries of another shape, LeaseError for a layer there is not.
+        """
+        residency, layout = self._open(), self.layout
+        self._writer.check_own(lease)
+        if residency.digests is None:
+            raise ConfigError("record_queries needs page digests, and this cache keeps none; set attention.digest_bytes")
+        if not 0 <= layer < layout.layers:
+            raise LeaseError(f"record_queries: layer {layer}; this model has layers 0 to {layout.layers - 1}")
+        asked = queries[None] if queries.ndim == 2 else queries
+        if asked.ndim != 3 or not len(asked) or not asked.shape[1] or asked.shape[1] % layout.kv_heads or asked.shape[2] != layout.head_dim:
+            raise LayoutError(
+                f"record_queries: queries have shape {list(queries.shape)}; expected [heads, head_dim] or [tokens, heads, head_dim] with a "
+                f"multiple of {layout.kv_heads} heads of {layout.head_dim}"
+            )
+        if not lease.pages:
+            return
+        if lease.released or not asked.isfinite().all():
+            with residency.lock:
+                residency.metrics.attention_ignored += lease.pages
+            return
+        mass = lease_mass(residency, lease, layer, asked)
+        before, calls = lease.attention, min(lease.attention_calls, layout.layers - 1)
+        if before is not None:
+            known = min(len(before), len(mass))
+            mass[:known] = np.where(np.isnan(before[:known]), mass[:known], (calls * before[:known] + mass[:known]) / (calls + 1))
+        lease.attention, lease.attention_calls = mass, calls + 1
+        self.record_attention(lease, mass)
 
     def pin(self, match: Match, ttl: float | None = None, tier: str | None = None) -> int:
         """Keep the pages of `match` in `tier` or warmer for `ttl` seconds (None: until `unpin`); returns how many pages are pinned.

@@ -48,7 +48,7 @@ class DigestStore:
         return len(self._key)
 
     def put(self, rows: Sequence[int], keys: Sequence[bytes], digests: torch.Tensor) -> None:
-        """Keep `digests` `[pages, layers, kv_heads, digest_bytes]` of these pages, in place of what their rows had; of too many the last."""
+        """Keep `digests` `[pages, layers, kv_heads, digest_bytes]` in place of what these rows had; of too many pages the last ones."""
         start = max(0, len(rows) - self.capacity_pages)
         places = [self._room(row, key) for row, key in zip(rows[start:], keys[start:], strict=True)]
         self._digests[torch.tensor(places, dtype=torch.int64, device=self._digests.device)] = digests[start:].to(self._digests.device)
