@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from kvtier.attending import lease_mass
+from kvtier.budget import BudgetedLease
 from kvtier.config import Config, load_config
 from kvtier.errors import Closed, ConfigError, LayoutError, LeaseError
 from kvtier.keys import PageKey, TokenIds, namespace, page_keys, root_key, token_array
@@ -115,6 +116,24 @@ class TieredKVCache:
             lease.submitted.set()
             lease.restored.set_result(None)
         return lease
+
+    def acquire_within(self, match: Match, device_pages: int, choosing: bool = True) -> BudgetedLease:
+        """Hold the pages of `match`, and what is appended to them, with at most `device_pages` pages of them on the device at any time.
+
+        For contexts larger than the device, or than their share of it: docs/attention.md. Waits until the pages are where they belong;
+        covers what verified, which may be less than `match.tokens`. `choosing`: whether queries will choose pages, which needs digests.
+        LeaseError for a budget below 4 pages or above the device, ConfigError for a cache with nothing below the device.
+        """
+        residency = self._open()
+        with residency.lock:
+            rows = residency.claim(match.keys)
+        tokens = len(rows) * self.layout.page_tokens
+        ids = array("q", match.ids[:tokens].tobytes())
+        lease = Lease(residency, match.root, rows.tolist(), ids, tokens, Future(), give_back=self._release)
+        lease.known = True
+        lease.submitted.set()
+        lease.restored.set_result(None)
+        return BudgetedLease(residency, self._writer, lease, device_pages, choosing, self.record_attention)
 
     def begin(self, salt: str = "") -> Lease:
         """A lease on nothing yet: the start of a new sequence of tenant `salt`, to be grown with `append`."""
@@ -401,6 +420,7 @@ class TieredKVCache:
                 "lookups": metrics.lookups,
                 "tokens_asked": metrics.tokens_asked,
                 "attention_ignored": metrics.attention_ignored,
+                "recalls": metrics.recalls,
                 "pages": len(residency.table),
                 "leased_pages": int((residency.table.leases[: residency.table.rows] > 0).sum()),
             }

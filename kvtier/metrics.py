@@ -71,6 +71,8 @@ class Metrics:
     lookups: int = 0
     tokens_asked: int = 0
     """Tokens of full pages that `acquire` was asked for."""
+    recalls: int = 0
+    """Layers of pages brought back to the device for sequences on a device budget, because a query asked for them."""
     attention_ignored: int = 0
     """Attention values that were NaN, negative, above one or for pages no longer held."""
 
