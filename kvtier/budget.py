@@ -38,6 +38,22 @@ RECENT = 4
 LEAST_PAGES = SINKS + 2 + 1
 
 
+def shares(device_pages: int) -> tuple[int, int]:
+    """How a budget is spent beside the first page and the one being filled: (recent full pages, frames for pages that are chosen)."""
+    recent = min(RECENT, device_pages - SINKS - 1) - 1
+    return recent, device_pages - SINKS - 1 - recent
+
+
+def check_budget(residency: Residency, device_pages: int) -> None:
+    """LeaseError for a budget too small to work with or larger than the device, ConfigError where nothing is below the device."""
+    if residency.last == DEVICE:
+        raise ConfigError("a device budget needs a tier below the device to recall pages from; configure host or disk")
+    if device_pages < LEAST_PAGES:
+        raise LeaseError(f"device_pages is {device_pages}; expected at least {LEAST_PAGES}: the first, two recent ones, one to choose")
+    if device_pages > residency.device.capacity_slots + 1:
+        raise LeaseError(f"device_pages is {device_pages}, but the device holds {residency.device.capacity_slots}; ask for fewer")
+
+
 class BudgetedLease:
     """A hold on one sequence of which at most `device_pages` pages are on the device at any time.
 
@@ -54,12 +70,6 @@ class BudgetedLease:
         choosing: bool,
         record: Callable[[Lease, NDArray[np.float64]], None],
     ) -> None:
-        if residency.last == DEVICE:
-            raise ConfigError("a device budget needs a tier below the device to recall pages from; configure host or disk")
-        if device_pages < LEAST_PAGES:
-            raise LeaseError(f"device_pages is {device_pages}; expected at least {LEAST_PAGES}: the first, two recent ones, one to choose")
-        if device_pages > residency.device.capacity_slots + 1:
-            raise LeaseError(f"device_pages is {device_pages}, but the device holds {residency.device.capacity_slots}; ask for fewer")
         self.device_pages = device_pages
         self.recalled = 0
         """Layers of pages that were brought back to the device because a query asked for them."""
@@ -68,7 +78,7 @@ class BudgetedLease:
         self._lease = lease
         self._choosing = choosing
         self._record = record
-        self._recent = min(RECENT, device_pages - SINKS - 1) - 1
+        self._recent, self._frame_count = shares(device_pages)
         self._parked_to = 0
         """Pages from SINKS up to this one are parked; all others are on the device."""
         self._held: dict[int, tuple[int, int]] = {}
@@ -348,11 +358,10 @@ class BudgetedLease:
     def _take_frames(self) -> list[int]:
         """The frames; taken when they are first needed: what the budget leaves beside the pages that stay."""
         if not self._frames:
-            kept = SINKS + self._recent
-            if self.pages - len(self.parked) > kept:
+            if self.pages - len(self.parked) > SINKS + self._recent:
                 self._park(self.pages - self._recent)
             residency = self._residency
-            self._frames = residency.mover.spawn(residency.reserve(DEVICE, self.device_pages - 1 - kept)).result()
+            self._frames = residency.mover.spawn(residency.reserve(DEVICE, self._frame_count)).result()
             if not self._frames:
                 raise LeaseError("the device has no room for a single page to choose; release other leases")
         return self._frames

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from kvtier.attending import lease_mass
-from kvtier.budget import BudgetedLease
+from kvtier.budget import BudgetedLease, check_budget
 from kvtier.config import Config, load_config
 from kvtier.errors import Closed, ConfigError, LayoutError, LeaseError
 from kvtier.keys import PageKey, TokenIds, namespace, page_keys, root_key, token_array
@@ -125,6 +125,7 @@ class TieredKVCache:
         LeaseError for a budget below 4 pages or above the device, ConfigError for a cache with nothing below the device.
         """
         residency = self._open()
+        check_budget(residency, device_pages)
         with residency.lock:
             rows = residency.claim(match.keys)
         tokens = len(rows) * self.layout.page_tokens

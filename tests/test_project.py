@@ -43,7 +43,7 @@ BELOW = {
         *("mover", "pages", "residency", "tiers", "writing"),
     },
     "engines": {"budget", "cache", "config", "errors", "layout", "lease"},
-    "quality": {"engines", "errors", "formats", "layout"},
+    "quality": {"attention", "budget", "engines", "errors", "formats", "layout"},
     "job": {"cache", "config", "engines", "errors", "formats", "layout", "machine", "quality"},
     "cli": {"columns", "config", "engines", "errors", "formats", "io", "job", "layout", "tiers", "memory", "machine", "quality"},
     "testing": {"errors", "io", "layout", "keys", "formats", "policy", "tiers"},
