@@ -102,15 +102,15 @@ def test_heavy_hitters_stay():
 def test_rows_compare_ours_with_the_rivals_and_full_attention(model):
     steps: list[tuple[int, int, str]] = []
     rows = measure_budget(model, make_documents(2), 0.25, PROTOCOL, lambda *step: steps.append(step))
-    assert [row.select for row in rows] == ["attention", "window", "h2o", "all"]
-    ours, window, _, full = rows
+    assert [row.select for row in rows] == ["attention", "quest", "window", "h2o", "all"]
+    ours, _, window, _, full = rows
     assert ours.pages == window.pages == 12
     assert ours.kl_mean < window.kl_mean
     assert (full.kl_mean, full.delta_nll, full.perplexity_increase, full.top1_agreement) == (0, 0, 0, 1)
     assert ours.recalled_pages is not None
     assert ours.recalled_pages > 0
     assert window.recalled_pages is None
-    assert steps[-1] == (8, 8, "done")
+    assert steps[-1] == (10, 10, "done")
 
 
 @pytest.mark.parametrize(("share", "said"), [(0.01, "is 0 of the context's 48 pages; expected at least 4"), (0.999, "fewer than all")])
@@ -129,3 +129,14 @@ def test_no_documents_are_refused(model):
 def test_the_window_is_the_first_page_and_the_most_recent():
     step = budget.Step(torch.zeros(1, 2, 4), torch.zeros(1, 42, 4), 1.0, torch.zeros(1, 40), page_tokens=4, device_pages=4)
     assert by_window(step)[0, 1].nonzero()[:, 0].tolist() == [*range(4), *range(32, 42)]
+
+
+def test_bounds_never_fall_short(monkeypatch):
+    """The control for the rival: a page's bound is at least the logit of each of its tokens."""
+    generator = torch.Generator().manual_seed(0)
+    step = budget.Step(torch.randn(4, 6, 8, generator=generator), torch.randn(2, 46, 8, generator=generator), 0.5, torch.zeros(2, 40), 4, 4)
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(budget, "_recalled", lambda _, logits: seen.append(logits))
+    budget.by_bounds(step)
+    exact = torch.einsum("hqd,hpd->qhp", step.queries * 0.5, step.keys[:, :44].repeat_interleave(2, 0)).unflatten(2, (11, 4)).amax(3)
+    assert bool((seen[0] >= exact - 1e-6).all())
