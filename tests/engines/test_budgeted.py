@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from kvtier.budget import BudgetedLease
 from kvtier.cache import TieredKVCache
 from kvtier.config import load_config
 from kvtier.engines.transformers import Session, TieredCache, layout_of
@@ -237,3 +238,21 @@ def test_other_tokens_than_those_fed_are_not_committed(model):
         with pytest.raises(LayoutError, match="not the tokens"):
             past.commit([*PROMPT[:-1], 199])
         assert past.commit([*PROMPT, 3]) == 148
+
+
+@torch.inference_mode()
+def test_the_mask_follows_the_chosen_pages(model):
+    with open_cache(model) as cache, TieredCache(cache, PROMPT, device_pages=BUDGET, model=model) as past:
+        model(torch.tensor([PROMPT]), past_key_values=past)
+        model(torch.tensor([[3]]), past_key_values=past)
+        layer = past.layers[1]
+        assert isinstance(past.lease, BudgetedLease)
+        dense, _ = layer._behind(past.lease.stream(1))
+        assert dense.shape[2] == past.get_seq_length() == 151
+        position = torch.arange(151.0)[None, None, None]
+        keys, values, mask = layer.chosen(torch.randn(1, 4, 1, 16), position, None)
+        assert mask is not None
+        chosen = mask[0, 0, 0].long()
+        assert len(chosen) == (BUDGET - 1) * PAGE + 151 % PAGE
+        assert torch.equal(keys, dense[:, :, chosen])
+        assert values.shape == keys.shape
