@@ -232,6 +232,15 @@ def test_attention_that_does_not_come_through_kvtier_is_noticed(model):
             model(torch.tensor([[3]]), past_key_values=past)
 
 
+def test_nothing_is_left_on_the_model_but_the_wrapped_attention(model):
+    with open_cache(model) as cache:
+        Session(model, cache, device_pages=BUDGET).generate(PROMPT, **GENERATE)
+        with pytest.raises(LayoutError), TieredCache(cache, PROMPT, device_pages=BUDGET, model=model) as past:
+            model(torch.tensor([PROMPT, PROMPT]), past_key_values=past)
+        assert not model._forward_pre_hooks
+        assert cache.stats()["leased_pages"] == 0
+
+
 def test_other_tokens_than_those_fed_are_not_committed(model):
     with open_cache(model) as cache, TieredCache(cache, PROMPT, device_pages=BUDGET, model=model) as past:
         model(torch.tensor([PROMPT]), past_key_values=past)
