@@ -5,8 +5,7 @@ two directions in which the keys differ most from it, and for each token how far
 rotation. A query's logit with every token follows up to what these leave out, and so does the log of the page's summed attention.
 
 Why not per-channel bounds (Quest, Tang et al. 2024): attention falls on single tokens, which a low-rank sketch keeps apart and a box does
-not. On SmolLM2 a quarter of the pages, chosen by the sketch, holds 97 % of the attention that the best quarter holds, by 8-bit bounds
-93 %, with fewer bytes (docs/attention.md).
+not: on SmolLM2, decoding on a quarter of the pages, choosing them by exact bounds costs three times the KL (docs/quality.md).
 
 Bytes of one piece: ceil(head_dim / 2) for the mean and for each direction (two numbers a byte, low nibble first, offset 8), one per token
 (its two coefficients), and three scales, each 2 ** (byte / 8 - 16).

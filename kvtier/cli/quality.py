@@ -102,12 +102,18 @@ def quality(
     result = {
         "machine": machine,
         "model": {"name": loaded.name, "revision": loaded.revision, "layout": str(layout)},
-        "protocol": protocol.as_json(len(ids)) | {"texts": source} | ({} if share is None else {"budget": share}),
+        "protocol": protocol_of_budget(protocol, len(ids), source, share) if share else protocol.as_json(len(ids)) | {"texts": source},
         "rows": [row.as_json() for row in (rows or budgets)],
     }
     write_json(result, json)
     if plot is not None:
         plot_frontier(rows, plot)
+
+
+def protocol_of_budget(protocol: Protocol, documents: int, texts: str, share: float) -> dict[str, object]:
+    """What `--json` says of a measured budget: no passage is repeated there."""
+    said = protocol.as_json(documents) | {"texts": texts, "budget": share}
+    return {key: value for key, value in said.items() if not key.startswith("recall_")}
 
 
 def parse_share(text: str) -> float:
