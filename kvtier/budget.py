@@ -152,9 +152,10 @@ class BudgetedLease:
             self.recalled += len(missing)
             with self._residency.lock:
                 self._residency.metrics.recalls += len(missing)
-        slots = [placed[page] if page in parked else self._slot(page) for page in pages]
+        slots = iter(self._slots([page for page in pages if page not in parked]))
         pool = self._residency.device.layer(layer)
-        return pool[torch.tensor(slots, dtype=torch.int64, device=pool.device)]
+        order = [placed[page] if page in parked else next(slots) for page in pages]
+        return pool[torch.tensor(order, dtype=torch.int64, device=pool.device)]
 
     def stream(self, layer: int) -> torch.Tensor:
         """Keys and values of `layer` for all pages, in order: `[pages, planes, page_tokens, kv_heads, head_dim]`.
@@ -162,10 +163,10 @@ class BudgetedLease:
         The parked ones pass through a buffer of one layer, while a worker fills another one with the next layer. TransferFailed if a page
         cannot be read any more.
         """
-        pool = self._residency.device.layer(layer)
-        kept = [page for page in range(self.pages) if page not in self.parked]
-        stayed = pool[torch.tensor([self._slot(page) for page in kept], dtype=torch.int64, device=pool.device)]
-        if not self.parked:
+        pool, parked = self._residency.device.layer(layer), self.parked
+        kept = [*range(min(SINKS, self.pages)), *range(parked.stop, self.pages)]
+        stayed = pool[torch.tensor(self._slots(kept), dtype=torch.int64, device=pool.device)]
+        if not parked:
             return stayed
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == (layer, self._parked_to):
@@ -173,10 +174,10 @@ class BudgetedLease:
         else:
             if ahead is not None:
                 ahead[1].result()
-            passing = self._read(list(self.parked), layer)
+            passing = self._read(list(parked), layer)
         following = (layer + 1) % self._residency.layout.layers
         mover = self._residency.mover
-        self._ahead = ((following, self._parked_to), mover.spawn(mover.work(self._read, list(self.parked), following)))
+        self._ahead = ((following, self._parked_to), mover.spawn(mover.work(self._read, list(parked), following)))
         return torch.cat((stayed[:SINKS], passing.to(pool.device), stayed[SINKS:]))
 
     # -- growing ---------------------------------------------------------------------------------------------------------------
@@ -349,9 +350,12 @@ class BudgetedLease:
             if not residency.table.readers[tier, row]:
                 residency.forget(row, tier, "unusable")
 
-    def _slot(self, page: int) -> int:
-        """Device slot of a page that stays."""
-        return int(self._residency.table.slot[DEVICE, self._lease.rows[page]])
+    def _slots(self, pages: Sequence[int]) -> list[int]:
+        """Device slots of pages that stay."""
+        rows = np.array([self._lease.rows[page] for page in pages], np.int64)
+        with self._residency.lock:
+            slots: list[int] = self._residency.table.slot[DEVICE][rows].tolist()
+        return slots
 
     # -- frames ----------------------------------------------------------------------------------------------------------------
 
@@ -448,10 +452,11 @@ class BudgetedLease:
                 found, kept = residency.digests.get(rows, residency.table.key[rows].tolist())
             self._digests[[fresh[index] for index in found]] = kept
             fresh = [page for index, page in enumerate(fresh) if index not in set(found)]
-        parked = self.parked
-        for page in fresh:
-            keys = self._decode([page], slice(None))[:, :, 0] if page in parked else residency.device.keys([self._slot(page)])
-            self._digests[page] = encode(keys.to(self._digests.device))[0]
+        stayed = [page for page in fresh if page not in self.parked]
+        if stayed:
+            self._digests[stayed] = encode(residency.device.keys(self._slots(stayed)))
+        for page in sorted(set(fresh) - set(stayed)):  # whole pages are large: one at a time
+            self._digests[page] = encode(self._decode([page], slice(None))[:, :, 0].to(self._digests.device))[0]
         self._digested = self.pages
 
 
