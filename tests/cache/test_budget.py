@@ -10,6 +10,7 @@ from kvtier.budget import SINKS, shares
 from kvtier.errors import ConfigError, LeaseError
 from kvtier.layout import PageLayout
 from kvtier.pages import READY
+from kvtier.tiers.device import DevicePool
 from tests.cache.rig import kv_of, make_cache
 
 LAYOUT = PageLayout(layers=3, planes=2, page_tokens=4, kv_heads=1, head_dim=32, dtype="fp32")
@@ -55,8 +56,12 @@ def test_streamed_layers_are_what_was_appended(device_pages, at_once):
         cache.check_integrity()
 
 
+@pytest.mark.parametrize("in_reach", [True, False])
 @pytest.mark.parametrize("device_pages", [4, 5, BUDGET])
-def test_chosen_pages_hold_the_bytes_of_their_layer(device_pages):
+def test_chosen_pages_hold_the_bytes_of_their_layer(device_pages, in_reach, monkeypatch):
+    """In memory that codecs reach, and where pages have to be carried, as to a GPU."""
+    if not in_reach:
+        monkeypatch.setattr(DevicePool, "memory", lambda _: None)
     recent, frames = shares(device_pages)
     kv = kv_of(TOKENS, "", LAYOUT)
     with open_cache(device_pages=device_pages - 1) as cache, cache.acquire_within(cache.lookup([]), device_pages) as lease:
