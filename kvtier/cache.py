@@ -21,8 +21,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvtier.attending import lease_mass
+from kvtier.budget import BudgetedLease, check_budget
 from kvtier.config import Config, load_config
-from kvtier.errors import Closed, LeaseError
+from kvtier.errors import Closed, ConfigError, LayoutError, LeaseError
 from kvtier.keys import PageKey, TokenIds, namespace, page_keys, root_key, token_array
 from kvtier.layout import PageLayout
 from kvtier.lease import Lease, Match
@@ -117,6 +119,25 @@ class TieredKVCache:
             lease.submitted.set()
             lease.restored.set_result(None)
         return lease
+
+    def acquire_within(self, match: Match, device_pages: int, choosing: bool = True) -> BudgetedLease:
+        """Hold the pages of `match`, and what is appended to them, with at most `device_pages` pages of them on the device at any time.
+
+        For contexts larger than the device, or than their share of it: docs/attention.md. Waits until the pages are where they belong;
+        covers what verified, which may be less than `match.tokens`. `choosing`: whether queries will choose pages, which needs digests.
+        LeaseError for a budget below 4 pages or above the device, ConfigError for a cache with nothing below the device.
+        """
+        residency = self._open()
+        check_budget(residency, device_pages)
+        with residency.lock:
+            rows = residency.claim(match.keys)
+        tokens = len(rows) * self.layout.page_tokens
+        ids = array("q", match.ids[:tokens].tobytes())
+        lease = Lease(residency, match.root, rows.tolist(), ids, tokens, Future(), give_back=self._release)
+        lease.known = True
+        lease.submitted.set()
+        lease.restored.set_result(None)
+        return BudgetedLease(residency, self._writer, lease, device_pages, choosing, self.record_attention)
 
     def begin(self, salt: str = "") -> Lease:
         """A lease on nothing yet: the start of a new sequence of tenant `salt`, to be grown with `append`."""
@@ -312,6 +333,40 @@ class TieredKVCache:
         with residency.lock:
             residency.prices.computed(start, tokens, seconds)
 
+    def record_queries(self, lease: Lease, layer: int, queries: torch.Tensor) -> None:
+        """Tell the scorer what `layer` asked for: `queries` `[heads, head_dim]` or `[tokens, heads, head_dim]`, as attention gets them.
+
+        For engines whose attention kernels do not say where attention went: it is estimated from the pages' digests (docs/attention.md) and
+        goes the way of `record_attention`, as the mean over the last calls, as many as the model has layers. Some layers, or one step in
+        many, are enough. Queries that are not finite are counted (`attention_ignored`) and ignored. ConfigError if no digests are
+        kept (`attention.digest_bytes`), LayoutError for queries of another shape, LeaseError for a layer there is not.
+        """
+        residency, layout = self._open(), self.layout
+        self._writer.check_own(lease)
+        if residency.digests is None:
+            raise ConfigError("record_queries needs page digests, and this cache keeps none; set attention.digest_bytes")
+        if not 0 <= layer < layout.layers:
+            raise LeaseError(f"record_queries: layer {layer}; this model has layers 0 to {layout.layers - 1}")
+        asked = queries[None] if queries.ndim == 2 else queries
+        if asked.ndim != 3 or not len(asked) or not asked.shape[1] or asked.shape[1] % layout.kv_heads or asked.shape[2] != layout.head_dim:
+            raise LayoutError(
+                f"record_queries: queries have shape {list(queries.shape)}; expected [heads, head_dim] or [tokens, heads, head_dim] with a "
+                f"multiple of {layout.kv_heads} heads of {layout.head_dim}"
+            )
+        if not lease.pages:
+            return
+        if lease.released or not asked.isfinite().all():
+            with residency.lock:
+                residency.metrics.attention_ignored += lease.pages
+            return
+        mass = lease_mass(residency, lease, layer, asked)
+        before, calls = lease.attention, min(lease.attention_calls, layout.layers - 1)
+        if before is not None:
+            known = min(len(before), len(mass))
+            mass[:known] = np.where(np.isnan(before[:known]), mass[:known], (calls * before[:known] + mass[:known]) / (calls + 1))
+        lease.attention, lease.attention_calls = mass, calls + 1
+        self.record_attention(lease, mass)
+
     def pin(self, match: Match, ttl: float | None = None, tier: str | None = None) -> int:
         """Keep the pages of `match` in `tier` or warmer for `ttl` seconds (None: until `unpin`); returns how many pages are pinned.
 
@@ -404,6 +459,7 @@ class TieredKVCache:
                 "tokens_declined": metrics.tokens_declined,
                 "prices": residency.prices.as_json(),
                 "attention_ignored": metrics.attention_ignored,
+                "recalls": metrics.recalls,
                 "pages": len(residency.table),
                 "leased_pages": int((residency.table.leases[: residency.table.rows] > 0).sum()),
             }

@@ -78,6 +78,9 @@ class Lease:
     """Tokens that were said to be final when the first layer was there."""
     broken: bool = False
     """Fewer came than were promised."""
+    attention: NDArray[np.float64] | None = None
+    """What `record_queries` told so far: the mean over its last calls, as many as there are layers, of each page's share of attention."""
+    attention_calls: int = 0
 
     # -- waiting ---------------------------------------------------------------------------------------------------------------
 

@@ -73,6 +73,8 @@ class Metrics:
     """Tokens of full pages that `acquire` was asked for."""
     tokens_declined: int = 0
     """Tokens of cached pages that `acquire` left out, because computing them again was expected to be faster."""
+    recalls: int = 0
+    """Layers of pages brought back to the device for sequences on a device budget, because a query asked for them."""
     attention_ignored: int = 0
     """Attention values that were NaN, negative, above one or for pages no longer held."""
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from kvtier.attention.store import DigestStore
 from kvtier.config import Config
 from kvtier.errors import Closed, IntegrityError
 from kvtier.formats import get_format
@@ -85,6 +86,9 @@ class Residency:
         self._copying_from: list[list[asyncio.Future[None]]] = [[] for _ in self.tiers]
         self._unusable: set[tuple[int, int]] = set()
         self._prefetched = 0
+        kept = config.attention.digest_bytes
+        self.digests = DigestStore(layout, kept, self.device.place) if kept else None
+        """The digests of committed pages, as many as there is room for."""
         self.house = Housekeeping(self)
         self._recover()
         mover = config.mover
@@ -167,6 +171,8 @@ class Residency:
             self.metrics.prefetch.wasted += self.unmark_prefetched(rows)
         self.metrics.tiers[tier].evicted[reason] += len(rows)
         self.tiers[tier].free(table.drop(rows, tier))
+        if self.digests is not None:
+            self.digests.drop([row for row in rows.tolist() if table.key[row] is None])
 
     def forget(self, row: int, tier: int, reason: str) -> None:
         """Drop a copy whether the policy knows it or not. Lock held."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvtier.attention.digest import encode
 from kvtier.errors import LayoutError, LeaseError
 from kvtier.keys import PageKey, TokenIds, page_keys, token_array
 from kvtier.lease import Lease
@@ -117,6 +118,8 @@ class Writer:
         residency, table, page_tokens = self._residency, self._residency.table, self.layout.page_tokens
         parent = self._last_key(lease, len(lease.rows) - 1)
         key = page_keys(lease.ids[lease.tokens - page_tokens : lease.tokens], page_tokens, parent)[0]
+        kept = residency.digests
+        digest = None if kept is None else encode(residency.device.keys([int(table.slot[DEVICE, lease.rows[-1]])]))
         while True:
             with residency.lock:
                 coming = self._coming(table.rows_of([key]))
@@ -129,6 +132,8 @@ class Writer:
                     else:
                         residency.device.free([spare])
                         residency.used(rows)
+                    if kept is not None and digest is not None:
+                        kept.put([row], [key], digest)
                     residency.house.tend(DEVICE, rows)
                     return
             self._await_now(coming)
@@ -160,12 +165,18 @@ class Writer:
         slots = self._take_slots(len(missing))
         stop = missing[len(slots)] if len(slots) < len(missing) else count
         written = missing[: len(slots)]
+        digests = None
         if written:
             shape = (layout.layers, layout.planes, count, layout.page_tokens, layout.kv_heads, layout.head_dim)
             pages = kv[:, :, : count * layout.page_tokens].reshape(shape).permute(2, 0, 1, 3, 4, 5)
-            residency.device.scatter(slots, pages if len(written) == count else pages[written])
+            fresh = pages if len(written) == count else pages[written]
+            residency.device.scatter(slots, fresh)
+            digests = encode(fresh[:, :, 0]) if residency.digests is not None else None
         with residency.lock:
             placed, collided = self._place(lease, keys, rows, written, slots, stop)
+            if residency.digests is not None and digests is not None:
+                there = [index for index in written if index < placed]
+                residency.digests.put(rows[there].tolist(), [keys[index] for index in there], digests[: len(there)])
             left = rows[placed:]
             table.release(left[left != NO_ROW])
         taken = placed * layout.page_tokens

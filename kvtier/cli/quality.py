@@ -16,6 +16,8 @@ from kvtier.quality.protocol import Protocol
 if TYPE_CHECKING:
     from kvtier.formats import Format
     from kvtier.layout import PageLayout
+    from kvtier.quality.budget import BudgetRow
+    from kvtier.quality.row import QualityRow
 
 DOCUMENTS = 8
 TINY_DOCUMENTS, TINY_TOKENS = 2, 256
@@ -36,15 +38,19 @@ def quality(
     page_tokens: Annotated[int, typer.Option(help="Tokens per page.")] = Protocol.page_tokens,
     page_dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="What the engine's own pages hold.")] = "bf16",
     dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="What the model computes in.")] = "auto",
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="SHARE", help="Measure decoding on this share of the context's pages, such as 25%, instead of formats."),
+    ] = None,
     json: JsonOption = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw KL over bits per value (.svg, .png, .pdf).")] = None,
     tiny: TinyOption = False,
 ) -> None:
-    """Measure what page formats do to a model: its predictions over restored KV against those over the untouched KV."""
+    """Measure what page formats, or a device budget, do to a model: its predictions against those over the untouched KV."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from kvtier.formats import get_format
-    from kvtier.quality.show import check_plot_target, plot_frontier, print_rows
+    from kvtier.quality.show import check_plot_target, plot_frontier, print_budget_rows, print_rows
     from kvtier.quality.texts import beginnings, passages, read_texts
 
     if texts and documents is not None:
@@ -52,6 +58,9 @@ def quality(
     default_tokens = TINY_TOKENS if tiny else Protocol.tokens
     protocol = Protocol(default_tokens if tokens is None else tokens, page_tokens, page_dtype)
     named = [] if formats is None else [get_format(name.strip()) for name in formats.split(",")]
+    share = None if budget is None else parse_share(budget)
+    if share is not None and (formats is not None or plot is not None):
+        raise ConfigError("--budget measures a device budget, not formats; leave --formats and --plot out")
     contents = read_texts(texts or [])
     check_json_target(json)
     check_plot_target(plot)
@@ -69,24 +78,53 @@ def quality(
             ids = beginnings(loaded.tokenizer, contents, texts, protocol.tokens)
         else:
             ids = passages(loaded.tokenizer, documents or (TINY_DOCUMENTS if tiny else DOCUMENTS), protocol.tokens)
-        chosen = list({format.name: format for format in named or fitting_formats(layout)}.values())
-        rows = measure_quality(
-            loaded.model, ids, chosen, protocol, lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
-        )
+
+        def progress(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=what)
+
+        rows: list[QualityRow] = []
+        budgets: list[BudgetRow] = []
+        if share is not None:
+            from kvtier.quality.budget import measure_budget
+
+            budgets = measure_budget(loaded.model, ids, share, protocol, progress)
+        else:
+            chosen = list({format.name: format for format in named or fitting_formats(layout)}.values())
+            rows = measure_quality(loaded.model, ids, chosen, protocol, progress)
     machine: dict[str, Any] = describe_machine()
-    print_rows(console, rows)
+    if share is None:
+        print_rows(console, rows)
+    else:
+        print_budget_rows(console, budgets)
     source = ", ".join(str(path) for path in texts) if texts else f"texts shipped with Python {machine['python']}"
     size = f"{len(ids)} documents of {protocol.tokens} tokens; pages of {page_tokens} tokens, {page_dtype}"
     console.print(f"{loaded.name}; {source}; {size}", style="dim")
     result = {
         "machine": machine,
         "model": {"name": loaded.name, "revision": loaded.revision, "layout": str(layout)},
-        "protocol": protocol.as_json(len(ids)) | {"texts": source},
-        "rows": [row.as_json() for row in rows],
+        "protocol": protocol_of_budget(protocol, len(ids), source, share) if share else protocol.as_json(len(ids)) | {"texts": source},
+        "rows": [row.as_json() for row in (rows or budgets)],
     }
     write_json(result, json)
     if plot is not None:
         plot_frontier(rows, plot)
+
+
+def protocol_of_budget(protocol: Protocol, documents: int, texts: str, share: float) -> dict[str, object]:
+    """What `--json` says of a measured budget: no passage is repeated there."""
+    said = protocol.as_json(documents) | {"texts": texts, "budget": share}
+    return {key: value for key, value in said.items() if not key.startswith("recall_")}
+
+
+def parse_share(text: str) -> float:
+    """A share such as "25%" or "0.25". ConfigError for anything that is not above 0 and below 1."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise ConfigError(f"--budget is {text!r}; expected a share of the context's pages, such as 25%")
+    return share
 
 
 MIXED = ("q6/q4", "q4/q3", "q4/q3+zstd", "q8/sparse24", "raw+zstd")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvtier.config.loading import DEFAULT, Origin, Resolved, load_config, parse_assignments, resolve_config
 from kvtier.config.tree import (
+    AttentionConfig,
     Band,
     Config,
     DeviceConfig,
@@ -22,6 +23,7 @@ from kvtier.config.units import BYTE_UNITS, GiB, KiB, MiB, TiB, format_bytes, pa
 __all__ = [
     "BYTE_UNITS",
     "DEFAULT",
+    "AttentionConfig",
     "Band",
     "Config",
     "DeviceConfig",

@@ -8,22 +8,25 @@ Contract checked against transformers 5.19 to 5.23 (`CacheLayerMixin`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
+from kvtier.budget import BudgetedLease
 from kvtier.cache import TieredKVCache
 from kvtier.config import ModelConfig
+from kvtier.engines.budgeted import BudgetedLayer, attach, check_asked
 from kvtier.engines.stopwatch import Stopwatch
 from kvtier.errors import LayoutError, MissingExtra, ModelError
 from kvtier.layout import PageLayout
-from kvtier.lease import Lease
+from kvtier.lease import Lease, Match
 
 try:
     from transformers.cache_utils import Cache, DynamicLayer
 except ImportError as error:
     raise MissingExtra("the Hugging Face engine needs transformers; install it with: pip install 'kvtier[hf]'") from error
 
+Select = Literal["attention", "exact"]
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -121,9 +124,22 @@ class TieredCache(Cache):  # type: ignore[misc]
             past.commit(output[0])
 
     At most `len(token_ids) - 1` tokens are restored, because a model needs one token to predict the next. `restored` is how many were.
+
+    With `device_pages`, no more pages of the sequence than that are on the device at any time, however long it is (docs/attention.md).
+    `select` says what a decoded token attends over: "attention", the pages that its query asks for, recalled from the tiers below; or
+    "exact", everything, streamed layer by layer. `model` must be given then, and its attention goes through kvtier from now on. What a
+    forward pass computes is in memory until the next one; so give `generate` a `prefill_chunk_size` for long prompts, as `Session` does.
     """
 
-    def __init__(self, cache: TieredKVCache, token_ids: Sequence[int], salt: str = "") -> None:
+    def __init__(
+        self,
+        cache: TieredKVCache,
+        token_ids: Sequence[int],
+        salt: str = "",
+        device_pages: int | None = None,
+        select: Select = "attention",
+        model: Any = None,
+    ) -> None:
         if len(token_ids) < 1:
             raise LayoutError("TieredCache: an empty sequence has nothing to predict from; give at least one token")
         if cache.config.disk is not None and cache.config.model.name == ModelConfig().name:
@@ -132,7 +148,13 @@ class TieredCache(Cache):  # type: ignore[misc]
                 "model with other weights must never find these pages"
             )
         self.tiered = cache
-        self.lease = cache.acquire(cache.lookup(token_ids[: len(token_ids) - 1], salt))
+        self._hook: Any = None
+        self.lease: Lease | BudgetedLease
+        match = cache.lookup(token_ids[: len(token_ids) - 1], salt)
+        if device_pages is not None:
+            self._begin_on_budget(match, device_pages, select, model)
+            return
+        self.lease = cache.acquire(match)
         try:
             self.lease.wait_layers(1)
         except BaseException:
@@ -142,12 +164,50 @@ class TieredCache(Cache):  # type: ignore[misc]
         self._stopwatch = Stopwatch(cache.layout.layers)
         super().__init__(layers=[TieredLayer(self.lease, index, self._stopwatch) for index in range(cache.layout.layers)])
 
+    def _begin_on_budget(self, match: Match, device_pages: int, select: Select, model: Any) -> None:
+        if select not in get_args(Select):
+            raise ModelError(f"select is {select!r}; expected one of {', '.join(get_args(Select))}")
+        if model is None:
+            raise ModelError("device_pages needs the model that this cache is for; give model=...")
+        choosing = select == "attention"
+        if choosing:
+            attach(model)
+        self.lease = lease = self.tiered.acquire_within(match, device_pages, choosing)
+        self.restored = lease.tokens
+        self._fed = match.ids[: lease.tokens].tolist()
+        self._unasked: list[int] = []
+        super().__init__(layers=[BudgetedLayer(lease, index, choosing, self._unasked) for index in range(self.tiered.layout.layers)])
+        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def _before_forward(self, _: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Full pages of the passes before go to the lease; the ids of this one are noted, because pages are named by their tokens."""
+        if not any(value is self for value in (*inputs, *named.values())):
+            return
+        ids = named.get("input_ids", inputs[0] if inputs else None)
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or len(ids) != 1:
+            raise LayoutError("on a device budget a forward pass needs the input_ids of one sequence, [1, tokens]: pages are named by them")
+        self._keep_full_pages()
+        self._fed += ids[0].tolist()
+
+    def _keep_full_pages(self) -> None:
+        check_asked(self._unasked)
+        lease = self.lease
+        tokens = (len(self._fed) - lease.tokens) // self.tiered.layout.page_tokens * self.tiered.layout.page_tokens
+        if tokens and isinstance(lease, BudgetedLease):
+            kv = torch.stack([layer.take(tokens) for layer in self.layers])
+            lease.append(self._fed[lease.tokens : lease.tokens + tokens], kv)
+
     def commit(self, token_ids: Sequence[int] | torch.Tensor) -> int:
         """Keep the KV computed since the prefix; `token_ids` is the whole sequence, of which at least the cached part has KV.
 
         Returns how many tokens of the sequence are cached now. Full pages only; LayoutError for batches.
         """
         ids = token_ids.tolist() if isinstance(token_ids, torch.Tensor) else list(token_ids)
+        if isinstance(self.lease, BudgetedLease):
+            if ids[: len(self._fed)] != self._fed:
+                raise LayoutError("commit: these are not the tokens that the model was fed with this cache")
+            self._keep_full_pages()
+            return self.lease.tokens
         if prefill := self._stopwatch.result():
             self.tiered.record_prefill(prefill.start, prefill.tokens, prefill.seconds)
         length = min(self.get_seq_length(), len(ids))
@@ -164,6 +224,8 @@ class TieredCache(Cache):  # type: ignore[misc]
 
     def release(self) -> None:
         """Let the leased pages go."""
+        if self._hook is not None:
+            self._hook.remove()
         self.lease.release()
 
     def __enter__(self) -> TieredCache:
@@ -174,12 +236,19 @@ class TieredCache(Cache):  # type: ignore[misc]
 
 
 class Session:
-    """One conversation: the tokens so far, and turns played through the tiers. `salt` keeps tenants apart."""
+    """One conversation: the tokens so far, and turns played through the tiers. `salt` keeps tenants apart.
 
-    def __init__(self, model: Any, cache: TieredKVCache, salt: str = "") -> None:
+    `device_pages` and `select`: see `TieredCache`.
+    """
+
+    def __init__(
+        self, model: Any, cache: TieredKVCache, salt: str = "", device_pages: int | None = None, select: Select = "attention"
+    ) -> None:
         self.model = model
         self.cache = cache
         self.salt = salt
+        self.device_pages = device_pages
+        self.select = select
         self.token_ids: list[int] = []
         self.restored = 0
         """Tokens of the last turn that came from the cache."""
@@ -192,7 +261,9 @@ class Session:
         """Play one turn: append `new_ids`, generate with `options` (as for `model.generate`), return the generated tokens."""
         prompt = [*self.token_ids, *new_ids]
         inputs = torch.tensor([prompt], device=self.model.device)
-        with TieredCache(self.cache, prompt, self.salt) as past:
+        if self.device_pages is not None:
+            options.setdefault("prefill_chunk_size", self.device_pages * self.cache.layout.page_tokens)
+        with TieredCache(self.cache, prompt, self.salt, self.device_pages, self.select, self.model) as past:
             output = self.model.generate(inputs, attention_mask=torch.ones_like(inputs), past_key_values=past, **options)
             self.restored = past.restored
             self.token_ids = output[0].tolist()

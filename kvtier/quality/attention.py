@@ -7,7 +7,7 @@ The table of names is the process's: record in one thread at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,24 +41,40 @@ class AttentionCall:
         return output
 
 
+def is_on_the_interface(model: Any) -> bool:
+    """Whether the model's attention can be recorded and replaced."""
+    return model.config.get_text_config()._attn_implementation in ALL_ATTENTION_FUNCTIONS
+
+
+@contextmanager
+def replaced(model: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Inside the block the model's attention function is what `wrap` makes of it. The model must be on the interface."""
+    function = model.config.get_text_config()._attn_implementation
+    original = ALL_ATTENTION_FUNCTIONS[function]
+    ALL_ATTENTION_FUNCTIONS[function] = wrap(original)
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS[function] = original
+
+
 @contextmanager
 def record(model: Any) -> Iterator[list[AttentionCall]]:
     """A list that fills with the attention calls of `model` inside the block; it stays empty if the model does not use the interface."""
-    function = model.config.get_text_config()._attn_implementation
     calls: list[AttentionCall] = []
-    if function not in ALL_ATTENTION_FUNCTIONS:
+    if not is_on_the_interface(model):
         yield calls
         return
     names = {module: name for name, module in model.named_modules()}
-    original = ALL_ATTENTION_FUNCTIONS[function]
+    function = model.config.get_text_config()._attn_implementation
 
-    def noting(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
-        result = original(module, query, key, value, mask, **settings)
-        calls.append(AttentionCall(names[module], function, query, mask, settings, result[0]))
-        return result
+    def noting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def note(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
+            result = original(module, query, key, value, mask, **settings)
+            calls.append(AttentionCall(names[module], function, query, mask, settings, result[0]))
+            return result
 
-    ALL_ATTENTION_FUNCTIONS[function] = noting
-    try:
+        return note
+
+    with replaced(model, noting):
         yield calls
-    finally:
-        ALL_ATTENTION_FUNCTIONS[function] = original

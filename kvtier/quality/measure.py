@@ -69,11 +69,20 @@ def check_measurable(model: Any, documents: Sequence[Sequence[int]], formats: Se
     layout = page_layout(model, protocol)
     if not documents or not formats:
         raise ConfigError(f"there are {len(documents)} documents and {len(formats)} formats; quality needs at least one of each")
+    check_playable(model, documents, protocol)
     for format in formats:
         try:
             format.payload_bytes(layout)
         except LayoutError as error:
             raise LayoutError(f"format {format.name} cannot hold pages of this model: {error}") from None
+    return layout
+
+
+def check_playable(model: Any, documents: Sequence[Sequence[int]], protocol: Protocol) -> PageLayout:
+    """The layout of the pages. ConfigError or ModelError for documents that the model cannot read or the protocol finds too short."""
+    layout = page_layout(model, protocol)
+    if not documents:
+        raise ConfigError("there are no documents; quality needs at least one")
     short = [len(document) for document in documents if len(document) < protocol.tokens]
     if short:
         raise ConfigError(f"a document has {short[0]} tokens; expected at least {protocol.tokens}; give longer texts or fewer --tokens")

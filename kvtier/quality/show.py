@@ -9,22 +9,39 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from kvtier.errors import KVTierError, MissingExtra
+from kvtier.quality.budget import BudgetRow
 from kvtier.quality.row import QualityRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREY, MUTED = "#0072b2", "#c75000", "#c4c9cf", "#5c6570"
+BUDGET_TITLES = ("select", "pages", "KL", "KL p99", "ΔNLL", "Δppl", "top-1", "recalled")
 TITLES = ("format", "bits", "KL", "KL p99", "ΔNLL", "top-1", "recall", "K err", "V err", "attn")
 
 
 def print_rows(console: Console, rows: Sequence[QualityRow]) -> None:
     """One line per format, by bits per value; a terminal that is too narrow wraps lines, none is cut."""
-    lines = [TITLES, *(_cells(row) for row in by_size(rows))]
+    _print_table(console, [TITLES, *(_cells(row) for row in by_size(rows))])
+
+
+def print_budget_rows(console: Console, rows: Sequence[BudgetRow]) -> None:
+    """One line per way to spend the budget, in the order given."""
+    _print_table(console, [BUDGET_TITLES, *(_budget_cells(row) for row in rows)])
+
+
+def _print_table(console: Console, lines: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     for number, (name, *figures) in enumerate(lines):
         aligned = [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(figures, widths[1:], strict=True))]
         console.print(" ".join(aligned), style=None if number else "bold cyan", markup=False, soft_wrap=True)
+
+
+def _budget_cells(row: BudgetRow) -> tuple[str, ...]:
+    spread = "" if row.delta_nll_standard_error is None else f"±{row.delta_nll_standard_error:.4f}"
+    damage = (f"{row.kl_mean:.1e}", f"{row.kl_p99:.1e}", f"{row.delta_nll:+.4f}{spread}", f"{row.perplexity_increase:+.3f}")
+    recalled = "" if row.recalled_pages is None else f"{row.recalled_pages:.1f}"
+    return (row.select, f"{row.pages:.0f}", *damage, f"{row.top1_agreement:.2%}", recalled)
 
 
 def _cells(row: QualityRow) -> tuple[str, ...]:

@@ -106,6 +106,10 @@ class DevicePool(DeviceSlots):
         """The whole pool seen by one layer: a view `[slots, planes, page_tokens, kv_heads, head_dim]`, to be indexed with a block table."""
         return self._pool[:, index]
 
+    def keys(self, slots: Sequence[int]) -> torch.Tensor:
+        """The keys of whole pages, a copy where the pool is: `[len(slots), layers, page_tokens, kv_heads, head_dim]`."""
+        return self._pool[torch.as_tensor(slots, dtype=torch.int64, device=self.place), :, 0]
+
     def write_tokens(self, slot: int, start: int, kv: torch.Tensor) -> None:
         """Write `kv` `[layers, planes, tokens, kv_heads, head_dim]` into one page from token `start` on."""
         self._pool[slot, :, :, start : start + kv.shape[2]] = kv.to(self.place)

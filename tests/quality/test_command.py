@@ -49,6 +49,22 @@ def test_tiny_end_to_end(capsys, tmp_path):
     assert "own.txt has" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_budget_end_to_end(capsys):
+    assert main(["quality", "--tiny", "--page-tokens", "4", "--budget", "25%", "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["protocol"]["budget"] == 0.25
+    assert list(result["rows"][0]) == [
+        *("select", "pages", "kl_mean", "kl_p99", "delta_nll", "delta_nll_standard_error"),
+        *("perplexity_increase", "top1_agreement", "recalled_pages"),
+    ]
+    ours, _, window, h2o, _ = result["rows"]
+    assert ours["pages"] == 12
+    assert ours["kl_mean"] < min(window["kl_mean"], h2o["kl_mean"])
+    assert "recalled" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -57,6 +73,9 @@ def test_tiny_end_to_end(capsys, tmp_path):
         (["--tokens", "2050"], "multiple of 64"),
         (["--tokens", "0"], "--tokens is 0"),
         (["--tiny", "--page-tokens", "17"], "multiple of 68"),
+        (["--budget", "1.5"], "--budget is '1.5'; expected a share"),
+        (["--budget", "some"], "--budget is 'some'"),
+        (["--budget", "25%", "--formats", "q8"], "leave --formats and --plot out"),
         (["--texts", "/nowhere/text"], "/nowhere/text cannot be read"),
         (["--texts", __file__, "--documents", "3"], "leave it out"),
         (["--json", "/nowhere/rows.json"], "/nowhere/rows.json"),

@@ -1,0 +1,319 @@
+"""What a device budget smaller than the context does to a model: ours, and what is usually done, at the same budget.
+
+The context is read with full attention. Then every following token is a decode step of its own that attends over no more than the budget's
+pages. All steps of a document are computed in one pass, each with the mask of what it may attend over: within a layer a step depends on
+other steps only through that, so the numbers are those of decoding token by token (tests/quality/test_budget.py compares them with the
+Hugging Face integration's).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvtier.attention.digest import DigestLayout, encode, page_logits
+from kvtier.attention.select import best_pages, page_mass
+from kvtier.budget import LEAST_PAGES, SINKS, shares
+from kvtier.errors import ConfigError, MissingExtra, ModelError
+from kvtier.layout import PageLayout
+from kvtier.quality.attention import is_on_the_interface, replaced
+from kvtier.quality.measure import Progress, check_playable
+from kvtier.quality.protocol import Protocol
+from kvtier.quality.scoring import TokenScores, compare, score
+from kvtier.quality.untouched import to_cache, to_pages
+
+try:
+    from transformers import DynamicCache
+except ImportError as error:
+    raise MissingExtra("measuring quality needs transformers; install it with: pip install 'kvtier[hf]'") from error
+
+QUERIES_AT_ONCE = 128
+"""For what H2O has to know of the context: its attention matrix, a few rows at a time."""
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """One way to spend the budget. `kl_*` and `delta_nll` (with its standard error over documents) in nats per token, `top1_agreement` a
+    share, `perplexity_increase` the perplexity of all scored tokens less that of full attention. `recalled_pages`: pages that came back
+    to a layer per decoded token, None where pages never do. `pages`: the budget, for "all" the mean of pages attended over."""
+
+    select: str
+    pages: float
+    kl_mean: float
+    kl_p99: float
+    delta_nll: float
+    delta_nll_standard_error: float | None
+    perplexity_increase: float
+    top1_agreement: float
+    recalled_pages: float | None
+
+    def as_json(self) -> dict[str, object]:
+        """The row as `--json` shows it."""
+        return asdict(self)
+
+
+@dataclass
+class Step:
+    """One layer of one document: queries `[heads, tokens, head_dim]` in order, keys `[kv_heads, total, head_dim]` of context and text, how
+    logits are scaled, and the attention that the context's tokens got from the context `[kv_heads, context]`."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    scaling: float
+    context_attention: torch.Tensor
+    page_tokens: int
+    device_pages: int
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Of the queries, `[tokens]`."""
+        total = self.keys.shape[1]
+        return torch.arange(total - self.queries.shape[1], total, device=self.keys.device)
+
+    @property
+    def visible(self) -> torch.Tensor:
+        """What is not in a query's future, bool `[tokens, total]`."""
+        return torch.arange(self.keys.shape[1], device=self.keys.device) <= self.positions[:, None]
+
+    @property
+    def paged(self) -> torch.Tensor:
+        """The keys of the full pages, `[pages, page_tokens, kv_heads, head_dim]`."""
+        heads, total, width = self.keys.shape
+        pages = total // self.page_tokens
+        return self.keys[:, : pages * self.page_tokens].view(heads, pages, self.page_tokens, width).permute(1, 2, 0, 3)
+
+    @property
+    def page_of(self) -> torch.Tensor:
+        """The page of each token, `[total]`."""
+        return torch.arange(self.keys.shape[1], device=self.keys.device) // self.page_tokens
+
+
+Selection = Callable[[Step], torch.Tensor]
+"""What each query attends over: bool `[kv_heads or 1, tokens, total]`."""
+
+
+def by_attention(step: Step) -> torch.Tensor:
+    """kvtier: the first page, the recent ones, and the parked ones that the digests choose for the query (`kvtier.budget`)."""
+    digests = encode(step.paged[:, None])[:, 0]
+    shape = DigestLayout(step.page_tokens, step.keys.shape[2])
+    return _recalled(step, page_logits(digests, step.queries.transpose(0, 1), shape, step.scaling))
+
+
+def by_bounds(step: Step) -> torch.Tensor:
+    """Quest (Tang et al. 2024): the same, but pages are chosen by the largest logit that the extremes of each channel allow.
+
+    The bounds are exact here; in 8 bits they take more bytes than kvtier's digests.
+    """
+    group = step.queries.shape[0] // step.keys.shape[0]
+    low, high = (bound.repeat_interleave(group, 1) for bound in (step.paged.amin(1), step.paged.amax(1)))
+    queries = step.queries * step.scaling
+    least, most = torch.einsum("hqd,phd->qhp", queries.clamp_max(0), low), torch.einsum("hqd,phd->qhp", queries.clamp_min(0), high)
+    return _recalled(step, least + most)
+
+
+def _recalled(step: Step, logits: torch.Tensor) -> torch.Tensor:
+    """The pages that stay and the best others, by what `[tokens, heads, pages]` says of each page."""
+    pages, tokens = logits.shape[2], step.page_tokens
+    recent, frames = shares(step.device_pages)
+    number, full = torch.arange(pages, device=logits.device), step.positions[:, None] // tokens
+    chosen = best_pages(page_mass(logits, number < full), (number >= SINKS) & (number < full - recent), frames)
+    stays = (step.page_of < SINKS) | (step.page_of >= full - recent)
+    choosable = torch.nn.functional.pad(chosen, (0, 1))[:, step.page_of.clamp_max(pages)]
+    return ((stays | choosable) & step.visible)[None]
+
+
+def by_window(step: Step) -> torch.Tensor:
+    """StreamingLLM (Xiao et al. 2023): the first page and the most recent ones."""
+    current = step.positions[:, None] // step.page_tokens
+    return (((step.page_of < SINKS) | (step.page_of > current - (step.device_pages - SINKS))) & step.visible)[None]
+
+
+def by_cumulative_attention(step: Step) -> torch.Tensor:
+    """H2O (Zhang et al. 2023): half of the budget the most recent tokens, half those that got most attention so far. Nothing comes back.
+
+    Token by token and head by head, which is finer than pages: the budget in tokens is the same.
+    """
+    kv_heads, total, width = step.keys.shape
+    count = step.queries.shape[1]
+    context = total - count
+    budget = step.device_pages * step.page_tokens
+    recent = budget - budget // 2
+    grouped = step.queries.view(kv_heads, -1, count, width) * step.scaling
+    alive = torch.zeros(kv_heads, total, dtype=torch.bool, device=step.keys.device)
+    alive[:, :context] = True
+    got = torch.zeros(kv_heads, total, device=step.keys.device)
+    got[:, :context] = step.context_attention
+    kept = torch.empty(kv_heads, count, total, dtype=torch.bool, device=step.keys.device)
+    for index in range(count):
+        now = context + index
+        alive[:, now] = True
+        surplus = int(alive[0].sum()) - budget
+        if surplus > 0:
+            weight = got.masked_fill(~alive, math.inf)
+            weight[:, now - recent + 1 :] = math.inf
+            alive.scatter_(1, weight.topk(surplus, 1, largest=False).indices, False)
+        kept[:, index] = alive
+        logits = torch.einsum("hgd,htd->hgt", grouped[:, :, index], step.keys).masked_fill(~alive[:, None], -math.inf)
+        got += logits.softmax(2).sum(1)
+    return kept
+
+
+SELECTIONS: dict[str, Selection] = {"attention": by_attention, "quest": by_bounds, "window": by_window, "h2o": by_cumulative_attention}
+RECALLING = ("attention", "quest")
+"""Those whose pages come back; all heads of a layer attend over the same ones."""
+
+
+def budget_pages(share: float, protocol: Protocol) -> int:
+    """Pages of a budget of `share` of the context's pages. ConfigError unless that is fewer than there are, and enough to work with."""
+    pages = protocol.context_tokens // protocol.page_tokens
+    budget = round(share * pages)
+    if not LEAST_PAGES <= budget < pages:
+        raise ConfigError(
+            f"--budget {share:.4g} is {budget} of the context's {pages} pages; expected at least {LEAST_PAGES} and fewer than all: change "
+            "--budget, or give more --tokens or fewer --page-tokens"
+        )
+    return budget
+
+
+def measure_budget(
+    model: Any, documents: Sequence[Sequence[int]], share: float, protocol: Protocol, progress: Progress = lambda *_: None
+) -> list[BudgetRow]:
+    """One row per way to spend a budget of `share` of the context's pages, and a last one for full attention ("all").
+
+    ConfigError, ModelError or LayoutError before anything is computed if model, documents and protocol do not go together.
+    """
+    layout = check_playable(model, documents, protocol)
+    if not is_on_the_interface(model):
+        name = model.config.get_text_config()._attn_implementation
+        raise ModelError(f"the model computes attention by {name!r}, which cannot be replaced; load it with attn_implementation='sdpa'")
+    pages = budget_pages(share, protocol)
+    steps, done = len(documents) * (1 + len(SELECTIONS)), 0
+    measured: dict[str, list[TokenScores]] = {name: [] for name in (*SELECTIONS, "all")}
+    recalled: dict[str, list[float]] = {name: [] for name in SELECTIONS}
+    for number, document in enumerate(documents):
+        where = f"document {number + 1} of {len(documents)}"
+        progress(done, steps, f"{where}, full attention")
+        read = read_context(model, layout, document, protocol)
+        done += 1
+        measured["all"].append(compare(read.logits, read.logits, read.text))
+        for name, selection in SELECTIONS.items():
+            progress(done, steps, f"{where}, {name}")
+            attended: list[torch.Tensor] = []
+            logits = decode(model, read, selection, pages, protocol, attended if name in RECALLING else None)
+            measured[name].append(compare(read.logits, logits, read.text))
+            recalled[name] += [recalls(mask, protocol.page_tokens) for mask in attended]
+            done += 1
+    progress(steps, steps, "done")
+    rows = [_row(name, pages, measured[name], float(np.mean(recalled[name])) if name in RECALLING else None) for name in SELECTIONS]
+    mean_pages = (protocol.context_tokens + protocol.scored_tokens / 2) / protocol.page_tokens
+    return [*rows, _row("all", mean_pages, measured["all"], None)]
+
+
+@dataclass(frozen=True)
+class Read:
+    """A document whose context was read: its cache, the text behind it, full attention's predictions of that, and per layer the attention
+    that each token of the context got `[kv_heads, context]`."""
+
+    past: Any
+    text: list[int]
+    logits: torch.Tensor
+    attention: list[torch.Tensor]
+
+
+@torch.inference_mode()
+def read_context(model: Any, layout: PageLayout, document: Sequence[int], protocol: Protocol) -> Read:
+    """Play the context with full attention, round its KV to what pages hold, and score what follows."""
+    context = list(document[: protocol.context_tokens])
+    text = list(document[protocol.context_tokens :][: protocol.scored_tokens])
+    attention: list[torch.Tensor] = []
+
+    def noting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def note(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
+            attention.append(_received(query[0], key[0], _scaling(query, settings)))
+            return original(module, query, key, value, mask, **settings)
+
+        return note
+
+    computed = DynamicCache()
+    with replaced(model, noting):
+        model(torch.tensor([context], device=model.device), past_key_values=computed, logits_to_keep=1)
+    pages = to_pages(computed, layout)
+    if not pages.isfinite().all():
+        raise ModelError(f"the model's KV does not fit into {layout.dtype}; keep its pages in another dtype, such as bf16 (--page-dtype)")
+    past = to_cache(pages, model)
+    return Read(past, text, score(model, past, text), attention)
+
+
+@torch.inference_mode()
+def decode(
+    model: Any, read: Read, selection: Selection, device_pages: int, protocol: Protocol, attended: list[torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Logits `[len(text) - 1, vocabulary]` where every token of the text attends over what `selection` leaves it.
+
+    `attended` gets that, layer by layer.
+    """
+    layers = iter(read.attention)
+
+    def selecting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def select(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
+            scaling = _scaling(query, settings)
+            step = Step(query[0].float(), key[0].float(), scaling, next(layers), protocol.page_tokens, device_pages)
+            kept = selection(step)
+            if attended is not None:
+                attended.append(kept)
+            per_head = kept.repeat_interleave(query.shape[1] // kept.shape[0], 0)[None]
+            mask = torch.zeros(per_head.shape, dtype=query.dtype, device=query.device).masked_fill_(~per_head, -math.inf)
+            return original(module, query, key, value, mask, **settings)
+
+        return select
+
+    with replaced(model, selecting):
+        return score(model, read.past, read.text)
+
+
+def recalls(attended: torch.Tensor, page_tokens: int) -> float:
+    """Pages per step that a step attends over and the one before it did not, but for pages being written: of bool `[1, tokens, total]`."""
+    tokens, total = attended.shape[1:]
+    pages = attended[0, :, : total // page_tokens * page_tokens].view(tokens, -1, page_tokens).all(2)
+    written = (total - tokens) // page_tokens
+    fresh = pages[1:, :written] & ~pages[:-1, :written]
+    return float(fresh.sum(1).float().mean())
+
+
+def _received(queries: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
+    """The attention each token gets from itself and what follows it, summed over queries and a key's heads: `[kv_heads, tokens]`."""
+    kv_heads, total, width = keys.shape
+    grouped = queries.float().view(kv_heads, -1, total, width) * scaling
+    got = torch.zeros(kv_heads, total, device=keys.device)
+    position = torch.arange(total, device=keys.device)
+    for some in torch.split(position, QUERIES_AT_ONCE):
+        logits = torch.einsum("hgqd,htd->hgqt", grouped[:, :, some], keys.float())
+        got += logits.masked_fill_(position > some[:, None], -math.inf).softmax(3).sum((1, 2))
+    return got
+
+
+def _scaling(query: torch.Tensor, settings: dict[str, Any]) -> float:
+    scaling = settings.get("scaling")
+    return float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+
+def _row(name: str, pages: float, documents: list[TokenScores], recalled: float | None) -> BudgetRow:
+    kl = torch.cat([document.kl for document in documents])
+    deltas = [float((document.nll - document.nll_reference).mean()) for document in documents]
+    nll, reference = (torch.cat([getattr(document, what) for document in documents]) for what in ("nll", "nll_reference"))
+    return BudgetRow(
+        select=name,
+        pages=pages,
+        kl_mean=float(kl.mean()),
+        kl_p99=float(np.percentile(kl.cpu().numpy(), 99)),
+        delta_nll=float(np.mean(deltas)),
+        delta_nll_standard_error=float(np.std(deltas, ddof=1) / math.sqrt(len(deltas))) if len(deltas) > 1 else None,
+        perplexity_increase=float(nll.mean().exp() - reference.mean().exp()),
+        top1_agreement=float(torch.cat([document.top1 for document in documents]).float().mean()),
+        recalled_pages=recalled,
+    )
