@@ -20,6 +20,7 @@ BELOW = {
     "machine": set(),
     "io": {"errors"},
     "memory": {"errors"},
+    "numa": {"errors"},
     "formats": {"errors", "format_spec", "layout"},
     "columns": set(),
     "policy": {"columns", "errors"},
@@ -39,7 +40,7 @@ BELOW = {
     "engines": {"cache", "config", "errors", "layout", "lease"},
     "quality": {"engines", "errors", "formats", "layout"},
     "job": {"cache", "config", "engines", "errors", "formats", "layout", "machine", "quality"},
-    "cli": {"columns", "config", "engines", "errors", "formats", "job", "layout", "tiers", "memory", "machine", "quality"},
+    "cli": {"columns", "config", "engines", "errors", "formats", "job", "layout", "tiers", "memory", "machine", "numa", "quality"},
     "testing": {"errors", "io", "layout", "keys", "formats", "policy", "tiers"},
     "errors": set(),
 }
