@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: help install run test lint format types bench docs clean
+.PHONY: help install run test test-numa lint format types bench docs clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -28,6 +28,9 @@ run: install ## Run the main job: real sessions of a real model through all tier
 
 test: install ## Run all tests, lint and type checks
 	$(BIN)/python -m pytest $(ARGS)
+
+test-numa: install ## Run the NUMA tests in an emulated machine of five memory nodes (root, Debian; 2 minutes)
+	tests/numa/guest/boot $(ARGS)
 
 lint: install ## Check style and common mistakes
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from kvtier.numa import syscalls
 from kvtier.numa.topology import ROOT
 
 PAGE_BYTES = mmap.PAGESIZE
+_LINE = re.compile(r"([0-9a-f]+) ((?:prefer \(many\)|weighted interleave|[a-z]+)\S*)(.*)")
 _BATCH = 1 << 14  # pages per system call: some milliseconds each
 
 
@@ -89,8 +90,11 @@ def read_numa_maps(pid: int | str = "self", root: Path = ROOT) -> list[MappedRan
         raise NumaError("this kernel keeps no numa_maps (CONFIG_NUMA is off); placement cannot be read")
     mappings = []
     for line in path.read_text().splitlines():
-        start, policy, *facts = line.split()
-        on = {int(match[1]): int(match[2]) for fact in facts if (match := re.fullmatch(r"N([0-9]+)=([0-9]+)", fact))}
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise NumaError(f"{path} has a line that is not understood: {line[:80]}")
+        start, policy, facts = match[1], match[2], match[3].split()
+        on = {int(share[1]): int(share[2]) for fact in facts if (share := re.fullmatch(r"N([0-9]+)=([0-9]+)", fact))}
         size = next((int(fact.removeprefix("kernelpagesize_kB=")) for fact in facts if fact.startswith("kernelpagesize_kB=")), 4)
         about = next((fact for fact in facts if fact.startswith(("file=", "heap", "stack"))), "")
         mappings.append(MappedRange(int(start, 16), policy, on, size << 10, any(fact.startswith("anon=") for fact in facts), about))

@@ -1,4 +1,4 @@
-"""Law checked with a real seccomp filter, as container runtimes install it: where policies are forbidden, CPUs are still bound, memory is had
+"""Law checked with a real seccomp filter, as container runtimes install it: CPUs are still bound, memory is had
 from whoever touches first, and every report says so."""
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def test_what_nobody_touched_is_nowhere():
     page[PAGE_BYTES] = 1
     seen = placement(ctypes.addressof(ctypes.c_char.from_buffer(page)), 8 * PAGE_BYTES)
     assert (seen.pages, seen.untouched) == (1, 7)
-    assert seen.share_on([NODE]) == 1.0
+    assert seen.share_on(read_topology().memory_nodes) == 1.0
 
 
 def test_samples_are_spread_over_the_range():
@@ -147,6 +147,8 @@ def test_numa_maps_tell_policy_and_pages():
 def test_numa_maps_of_shared_files_do_not_count_as_own_memory(tmp_path):
     write(tmp_path / "proc/7/numa_maps", "7f00 default file=/lib/x mapped=9 N0=9 kernelpagesize_kB=4\n7f10 interleave:0-1 anon=4 N0=2 N1=2")
     assert bytes_by_node(read_numa_maps(7, tmp_path)) == {0: 8192, 1: 8192}
+    write(tmp_path / "proc/9/numa_maps", "7f10 weighted interleave:0-1 anon=1 N0=1\n7f20 prefer (many)=static:1 heap")
+    assert [line.policy for line in read_numa_maps(9, tmp_path)] == ["weighted interleave:0-1", "prefer (many)=static:1"]
     (tmp_path / "proc/8").mkdir()
     with pytest.raises(NumaError, match="keeps no numa_maps"):
         read_numa_maps(8, tmp_path)

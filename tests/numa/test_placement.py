@@ -36,6 +36,7 @@ class Fresh:
 
     def __init__(self, length: int = SIZE) -> None:
         self.mapping = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.mapping.madvise(mmap.MADV_NOHUGEPAGE)  # policies choose per page, and a huge one counts as one
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.mapping))
         self.length = length
 
