@@ -12,7 +12,7 @@ help: ## List the targets
 
 install: $(STAMP) ## Make .venv with kvtier, the demo's model and the development tools
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kvtier/formats/native/*.[ch] kvtier/columns/*.[ch])
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kvtier/formats/native/*.[ch] kvtier/columns/*.[ch] kvtier/numa/*.c)
 	@command -v $(PYTHON) >/dev/null || { echo "there is no $(PYTHON) here; install Python 3.11 or newer (Debian, Ubuntu: apt-get install python3 python3-venv) or name one: make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvtier needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments. On Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
@@ -50,4 +50,4 @@ docs: install ## Write the generated pages of docs/
 	$(BIN)/kvtier config reference > docs/configuration.md
 
 clean: ## Remove what the targets made
-	rm -rf $(VENV) build *.egg-info kvtier/formats/native/*.so kvtier/columns/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis report.html
+	rm -rf $(VENV) build *.egg-info kvtier/formats/native/*.so kvtier/columns/*.so kvtier/numa/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis report.html

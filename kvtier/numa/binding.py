@@ -7,6 +7,7 @@ kept here but a description of the machine, which does not change.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -156,17 +157,20 @@ def usable_cpus(numa_node: int, topology: Topology, root: Path = ROOT) -> frozen
 
 
 def _bind(numa_node: int, threads: list[int], strict: bool) -> Bound:
-    cpus = usable_cpus(numa_node, this_machine())
+    topology = this_machine()
+    cpus = topology.cpus_nearest(topology.node(numa_node).id)
     before = _Before(threads)
     reasons = []
     try:
-        before.set_all(cpus)
+        before.set_all(cpus)  # the kernel leaves out what the cpuset does not have
         now = tuple(sorted(os.sched_getaffinity(0)))
     except OSError as error:
         before.restore()
+        if error.errno == errno.EINVAL:
+            usable_cpus(numa_node, topology)  # says which CPUs are missing
         now = ()
         reasons.append(f"CPUs: {error.strerror}")
-    memory = bool(this_machine().node(numa_node).memory_bytes)
+    memory = bool(topology.node(numa_node).memory_bytes)
     if memory:
         try:
             syscalls.set_mempolicy(MemoryPolicy(Mode.BIND if strict else Mode.PREFERRED, (numa_node,)))

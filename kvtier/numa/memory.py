@@ -70,7 +70,7 @@ def weighted_or_plain(nodes: Sequence[int]) -> MemoryPolicy:
     return wanted
 
 
-def first_touch(address: int, length: int, nodes: Sequence[int], threads_per_node: int | None = None) -> None:
+def first_touch(address: int, length: int, nodes: Sequence[int]) -> None:
     """Take all pages of a fresh range, with threads on each of `nodes` (on the nearest CPUs, for a node without) sharing the work.
 
     Where a page lands is the range's policy's choice; a range without one is split evenly, in order, between the nodes. Memory that was
@@ -84,7 +84,7 @@ def first_touch(address: int, length: int, nodes: Sequence[int], threads_per_nod
     workers = []
     for position, node in enumerate(nodes):
         begin, end = min(position * share, length), min((position + 1) * share, length)
-        count = min(threads_per_node or _MOST_THREADS, len(cpus[node]), max(1, -(-(end - begin) // _CHUNK_BYTES)))
+        count = min(_MOST_THREADS, len(cpus[node]), max(1, -(-(end - begin) // _CHUNK_BYTES)))
         chunks = iter(range(begin, end, _CHUNK_BYTES))
         work = _toucher(address, chunks, end, cpus[node], failures)
         workers += [threading.Thread(target=work, name=f"kvtier-touch-{node}") for _ in range(count)]
@@ -129,11 +129,11 @@ class NodeMemory:
     """`size_bytes` of zeroed anonymous memory on chosen nodes: bound, then touched by threads on those nodes, then looked at.
 
     `view` is writable and lives until `close`. `huge_pages` takes explicit ones of 2 MiB from the nodes' pools, or raises. Where the kernel
-    refuses policies, the touching threads' own nodes decide, and `bound` is False. NumaError for nodes that cannot be used; OSError
-    (ENOMEM) if there is not so much memory.
+    refuses policies, the touching threads' own nodes decide, and `bound` is False. `touched_from`: nodes of the touching threads, if not
+    the memory's own. NumaError for nodes that cannot be used; OSError (ENOMEM) if there is not so much memory.
     """
 
-    def __init__(self, size_bytes: int, policy: MemoryPolicy, huge_pages: bool = False, threads_per_node: int | None = None) -> None:
+    def __init__(self, size_bytes: int, policy: MemoryPolicy, huge_pages: bool = False, touched_from: Sequence[int] = ()) -> None:
         check_nodes(policy.nodes, this_machine())
         self._page_bytes = HUGE_PAGE_BYTES if huge_pages else PAGE_BYTES
         self.length = -(-size_bytes // self._page_bytes) * self._page_bytes
@@ -144,7 +144,7 @@ class NodeMemory:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
         try:
             self.bound = self._bind()
-            first_touch(self.address, self.length, policy.nodes, threads_per_node)
+            first_touch(self.address, self.length, touched_from or policy.nodes)
         except BaseException:
             self.close()
             raise

@@ -106,7 +106,8 @@ def _policy(address: ctypes.c_void_p | None, flags: int) -> MemoryPolicy:
     mode = ctypes.c_int()
     words = (ctypes.c_ulong * (_MASK_BITS // _WORD_BITS))()
     _call("get_mempolicy", ctypes.byref(mode), ctypes.byref(words), _MASK_BITS + 1, address, flags)
-    nodes = tuple(bit for bit in range(_MASK_BITS) if words[bit // _WORD_BITS] >> bit % _WORD_BITS & 1)
+    set_words = [(index, word) for index, word in enumerate(words) if word]
+    nodes = tuple(index * _WORD_BITS + bit for index, word in set_words for bit in range(_WORD_BITS) if word >> bit & 1)
     return MemoryPolicy(Mode(mode.value & ~_MODE_FLAGS), nodes, mode.value & _MODE_FLAGS)
 
 
