@@ -24,7 +24,7 @@ BELOW = {
     "formats": {"errors", "format_spec", "layout"},
     "columns": set(),
     "policy": {"columns", "errors"},
-    "tiers": {"columns", "errors", "layout", "keys", "formats", "io", "memory"},
+    "tiers": {"columns", "errors", "layout", "keys", "formats", "io", "memory", "numa"},
     "pages": {"columns", "errors", "keys", "tiers"},
     "protection": {"pages", "policy"},
     "mover": {"errors", "formats", "layout", "machine", "memory", "tiers"},

@@ -31,12 +31,14 @@ class HugePages:
 
 @dataclass(frozen=True)
 class Node:
-    """One node: its online CPUs, memory in bytes (free as it was when read), huge pages."""
+    """One node: its online CPUs, memory in bytes, huge pages. As of when it was read: what is free, and what is available without driving
+    anybody out, which is free memory and half of the file caches."""
 
     id: int
     cpus: tuple[int, ...]
     memory_bytes: int
     free_bytes: int
+    available_bytes: int
     huge_pages: tuple[HugePages, ...] = ()
 
 
@@ -170,7 +172,7 @@ def read_ids(path: Path) -> tuple[int, ...]:
 
 
 def _node(node_id: int, folder: Path, online: tuple[int, ...]) -> Node:
-    memory = dict(re.findall(r"(MemTotal|MemFree):\s+([0-9]+) kB", read_text(folder / "meminfo")))
+    memory = _meminfo(folder / "meminfo")
     huge = []
     for pool in sorted(folder.glob("hugepages/hugepages-*kB")):
         kilobytes = int(pool.name.removeprefix("hugepages-").removesuffix("kB"))
@@ -178,15 +180,26 @@ def _node(node_id: int, folder: Path, online: tuple[int, ...]) -> Node:
     return Node(
         id=node_id,
         cpus=tuple(cpu for cpu in read_ids(folder / "cpulist") if cpu in online),
-        memory_bytes=int(memory.get("MemTotal", 0)) << 10,
-        free_bytes=int(memory.get("MemFree", 0)) << 10,
+        memory_bytes=memory.get("MemTotal", 0),
+        free_bytes=memory.get("MemFree", 0),
+        available_bytes=_available(memory),
         huge_pages=tuple(sorted(huge, key=lambda pages: pages.size_bytes)),
     )
 
 
 def _whole_machine(root: Path, online: tuple[int, ...]) -> Node:
-    memory = dict(re.findall(r"(MemTotal|MemFree):\s+([0-9]+) kB", read_text(root / "proc/meminfo")))
-    return Node(0, online, int(memory.get("MemTotal", 0)) << 10, int(memory.get("MemFree", 0)) << 10)
+    memory = _meminfo(root / "proc/meminfo")
+    return Node(0, online, memory.get("MemTotal", 0), memory.get("MemFree", 0), _available(memory))
+
+
+def _meminfo(path: Path) -> dict[str, int]:
+    """Bytes by name, of a node ("Node 0 MemFree: 12 kB") or of the machine ("MemFree: 12 kB")."""
+    return {name: int(kilobytes) << 10 for name, kilobytes in re.findall(r"([\w()]+):\s+([0-9]+) kB", read_text(path))}
+
+
+def _available(memory: Mapping[str, int]) -> int:
+    given_up = sum(memory.get(name, 0) for name in ("Active(file)", "Inactive(file)", "SReclaimable"))
+    return memory.get("MemFree", 0) + given_up // 2
 
 
 def _cpu(cpu: int, node: int, folder: Path) -> Cpu:
