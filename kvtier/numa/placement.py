@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -16,6 +18,7 @@ from kvtier.numa.topology import ROOT
 
 PAGE_BYTES = mmap.PAGESIZE
 _LINE = re.compile(r"([0-9a-f]+) ((?:prefer \(many\)|weighted interleave|[a-z]+)\S*)(.*)")
+_PAGEMAP = Path("/proc/self/pagemap")
 _BATCH = 1 << 14  # pages per system call: some milliseconds each
 
 
@@ -47,6 +50,10 @@ def placement(address: int, length: int, samples: int | None = 4096, page_bytes:
         pages = [pages[position * len(pages) // samples] for position in range(samples)]
     status = [answer for start in range(0, len(pages), _BATCH) for answer in syscalls.move_pages(pages[start : start + _BATCH])]
     found = Counter(status)
+    hidden = _hidden([page for page, answer in zip(pages, status, strict=True) if answer == -errno.ENOENT])
+    if hidden:
+        found[-errno.ENOENT] -= len(hidden)
+        found.update(answer for start in range(0, len(hidden), _BATCH) for answer in syscalls.move_pages(hidden[start : start + _BATCH]))
     return Placement(
         on={node: count for node, count in sorted(found.items()) if node >= 0},
         untouched=found[-errno.ENOENT] + found[-errno.EFAULT],  # EFAULT: the shared page of zeros, or nothing mapped
@@ -109,6 +116,24 @@ def bytes_by_node(mappings: Iterable[MappedRange], anonymous_only: bool = True) 
             for node, pages in mapping.on.items():
                 total[node] += pages * mapping.page_bytes
     return dict(sorted(total.items()))
+
+
+def _hidden(missing: list[int]) -> list[int]:
+    """Pages that are there although the kernel said they are not; each was read once, so that it will tell.
+
+    Automatic NUMA balancing hides pages of unbound memory to see who uses them, and Linux 6.1 to 6.5 then deny that they exist.
+    """
+    if not missing or not _PAGEMAP.exists():
+        return []
+    with _PAGEMAP.open("rb", buffering=0) as table:
+        there = [page for page in missing if _present(os.pread(table.fileno(), 8, page // PAGE_BYTES * 8))]
+    for page in there:
+        ctypes.string_at(page, 1)
+    return there
+
+
+def _present(entry: bytes) -> bool:
+    return len(entry) == 8 and bool(entry[7] & 0x80)
 
 
 def _pages(address: int, length: int, page_bytes: int) -> list[int]:

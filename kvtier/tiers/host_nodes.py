@@ -66,7 +66,7 @@ class HostNodes:
             first_touch(address + segment.start, self._size(segment, length), segment.policy.nodes)
 
     def report(self, address: int, length: int) -> dict[str, object]:
-        """`numa` in words, and `numa_segments`: bytes, nodes wanted, share of the pages looked at that is there (None: the kernel won't say)."""
+        """`numa` in words, and `numa_segments`: bytes, nodes wanted, share of the pages looked at that is there (None: not told)."""
         if not self.bound:
             return {"numa": f"not bound: {self.why}", "numa_segments": []}
         parts = [

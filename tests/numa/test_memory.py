@@ -53,6 +53,21 @@ def test_what_nobody_touched_is_nowhere():
     assert seen.share_on(read_topology().memory_nodes) == 1.0
 
 
+def test_pages_that_the_kernel_hides_are_found(monkeypatch):
+    """Linux 6.1 to 6.5 answer ENOENT for pages that automatic balancing watches; what nobody touched still is nowhere."""
+    page = mmap.mmap(-1, 4 * PAGE_BYTES)
+    page[0] = page[3 * PAGE_BYTES] = 1
+    real, calls = syscalls.move_pages, []
+
+    def move_pages(addresses):
+        calls.append(addresses)
+        return [-errno.ENOENT] * len(addresses) if len(calls) == 1 else real(addresses)
+
+    monkeypatch.setattr(syscalls, "move_pages", move_pages)
+    seen = placement(ctypes.addressof(ctypes.c_char.from_buffer(page)), 4 * PAGE_BYTES)
+    assert (seen.pages, seen.untouched) == (2, 2)
+
+
 def test_samples_are_spread_over_the_range():
     region = NodeMemory(SIZE, here())
     assert region.placement(samples=10).pages == 10
