@@ -141,7 +141,7 @@ def read_topology(root: Path = ROOT) -> Topology:
     ids = read_ids(system / "node/online") or tuple(node_id for node_id, _ in folders)
     folders = [(node_id, folder) for node_id, folder in folders if node_id in ids]
     numa = bool(folders)
-    nodes = tuple(_node(node_id, folder, online) for node_id, folder in folders) if numa else (_whole_machine(root, online),)
+    nodes = tuple(_node(node_id, folder) for node_id, folder in folders) if numa else (_whole_machine(root, online),)
     placed = {cpu: node.id for node in nodes for cpu in node.cpus}
     return Topology(
         nodes=nodes,
@@ -171,7 +171,7 @@ def read_ids(path: Path) -> tuple[int, ...]:
     return parse_ids(read_text(path))
 
 
-def _node(node_id: int, folder: Path, online: tuple[int, ...]) -> Node:
+def _node(node_id: int, folder: Path) -> Node:
     memory = _meminfo(folder / "meminfo")
     huge = []
     for pool in sorted(folder.glob("hugepages/hugepages-*kB")):
@@ -179,7 +179,7 @@ def _node(node_id: int, folder: Path, online: tuple[int, ...]) -> Node:
         huge.append(HugePages(kilobytes << 10, read_number(pool / "nr_hugepages", 0), read_number(pool / "free_hugepages", 0)))
     return Node(
         id=node_id,
-        cpus=tuple(cpu for cpu in read_ids(folder / "cpulist") if cpu in online),
+        cpus=read_ids(folder / "cpulist"),
         memory_bytes=memory.get("MemTotal", 0),
         free_bytes=memory.get("MemFree", 0),
         available_bytes=_available(memory),

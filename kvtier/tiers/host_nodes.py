@@ -22,7 +22,7 @@ from kvtier.numa.topology import UNKNOWN_NODE, Topology, read_topology
 
 NumaMode = Literal["off", "auto", "interleave", "explicit"]
 _STEP_BYTES = 2 << 20  # a huge page is on one node
-_SHARE = 0.9  # of the memory a node has left: the rest is for everybody else there
+_SHARE = 0.9  # of a node's free memory: the rest is for everybody else there
 _SAMPLES = 512
 _log = logging.getLogger(__name__)
 
@@ -120,7 +120,8 @@ def plan_segments(
     if near == UNKNOWN_NODE:
         return [], "there is no device whose node is known"
     by_distance = topology.nearest(near, usable)
-    room = [(node, int(topology.node(node).available_bytes * _SHARE) // _STEP_BYTES * _STEP_BYTES) for node in by_distance]
+    # A preferred node that is full of file caches keeps them, and the kernel goes on to the next nearest: free memory is what counts.
+    room = [(node, int(topology.node(node).free_bytes * _SHARE) // _STEP_BYTES * _STEP_BYTES) for node in by_distance]
     return _segments(room, size_bytes, Mode.PREFERRED), ""
 
 

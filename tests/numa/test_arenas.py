@@ -49,9 +49,9 @@ def test_interleave_uses_all_nodes():
 
 def test_a_device_near_a_full_node_spills_to_the_next_nearest():
     near = TOPOLOGY.cpu_nodes[-1]
-    room = int(TOPOLOGY.node(near).available_bytes * 0.9)
+    room = int(read_topology().node(near).free_bytes * 0.9)
     size = room + (64 << 20)
-    segments, _ = plan_segments("auto", (), near, size, TOPOLOGY, read_allowed(TOPOLOGY))
+    segments, _ = plan_segments("auto", (), near, size, read_topology(), read_allowed(TOPOLOGY))
     first, second = (segment.policy.nodes[0] for segment in segments)
     assert (first, second) == TOPOLOGY.nearest(near)[:2]
     arena, report = build(HostNodes("auto", segments, ""), size)

@@ -7,7 +7,7 @@ import pytest
 from kvtier.errors import NumaError
 from kvtier.numa.devices import choose_device, find_devices, normal_address, spread_unknown
 from kvtier.numa.topology import read_topology
-from tests.numa.machines import A3, ONE_NODE, TWO_SOCKETS, Machine, PciSpec, build, write
+from tests.numa.machines import A3, ONE_NODE, TWO_SOCKETS, Machine, NodeSpec, PciSpec, build, write
 
 
 def devices_of(root, *pci, nodes=None):
@@ -45,6 +45,11 @@ def test_local_cpus_answer_unless_they_are_all(tmp_path):
     _, (device,) = devices_of(tmp_path / "a", PciSpec("pci0000:80/0000:ca:00.0", local_cpus="8-15"))
     assert (device.node, device.how) == (1, "local_cpulist")
     _, (device,) = devices_of(tmp_path / "b", PciSpec("pci0000:80/0000:ca:00.0", local_cpus="0-15"))
+    assert (device.node, device.how) == (-1, "unknown")
+
+
+def test_local_cpus_that_are_all_say_nothing_even_if_one_node_has_them(tmp_path):
+    _, (device,) = devices_of(tmp_path, PciSpec("pci0000:80/0000:ca:00.0", local_cpus="0-1"), nodes={0: NodeSpec([0, 1]), 1: NodeSpec([])})
     assert (device.node, device.how) == (-1, "unknown")
 
 

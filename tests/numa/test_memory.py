@@ -142,10 +142,15 @@ def test_huge_pages_of_a_node():
     assert {pages.size_bytes: pages.total for pages in read_topology().node(NODE).huge_pages} == before
 
 
-def test_too_many_huge_pages_are_refused_and_none_kept(tmp_path):
+def test_too_many_huge_pages_are_refused_and_none_kept(tmp_path, monkeypatch):
     node = build(tmp_path, TWO_SOCKETS) / "sys/devices/system/node/node0/hugepages/hugepages-2048kB/nr_hugepages"
     assert memory.set_huge_pages(0, 20, root=tmp_path) == 16
     assert node.read_text() == "20"
+    monkeypatch.setattr(memory, "read_number", lambda *_: 17)  # a kernel that found only so many
+    with pytest.raises(NumaError, match="has room for 17 huge pages of 2097152 bytes, not 30"):
+        memory.set_huge_pages(0, 30, root=tmp_path)
+    assert node.read_text() == "17"
+    monkeypatch.undo()
     with pytest.raises(NumaError, match="no pool of 12345-byte huge pages"):
         memory.set_huge_pages(0, 1, 12345, tmp_path)
 

@@ -4,6 +4,7 @@ cpusets."""
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,11 @@ def test_processes_are_read_from_proc_and_kernel_threads_are_not(tmp_path):
         write(tmp_path / f"proc/{pid}/task/{pid + 100}/comm", "decode")
     write(tmp_path / "proc/14/comm", "vanishing")
     assert list_processes(tmp_path) == [Process(12, 7012, "engine worker --rank 0", (Thread(12, "worker"), Thread(112, "decode")))]
+
+
+def test_who_asks_is_not_planned_although_its_arguments_name_patterns():
+    found = {process.pid for process in list_processes()}
+    assert not {os.getpid(), os.getppid()} & found
 
 
 def test_commands_start_what_a_plan_would_bind(tmp_path):

@@ -40,7 +40,7 @@ def test_memory_is_near_its_device(tmp_path):
 
 
 def test_what_does_not_fit_goes_to_the_next_nearest(tmp_path):
-    """Nodes 0, 1 and 2 have 32, 32 and 48 GiB available, of which nine tenths are taken; 2 is nearer to 0 than to 1."""
+    """Nodes 0, 1 and 2 have 32, 32 and 48 GiB free, of which nine tenths are taken; 2 is nearer to 0 than to 1."""
     first, second, third = planned(tmp_path, MEMORY_ONLY, "auto", near=1, gib=60)
     assert (first[1], second[1], third[1]) == ((1,), (0,), (2,))
     assert first[2] == pytest.approx(0.9 * 32, abs=0.01)
