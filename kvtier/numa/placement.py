@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -51,9 +50,8 @@ def placement(address: int, length: int, samples: int | None = 4096, page_bytes:
     status = [answer for start in range(0, len(pages), _BATCH) for answer in syscalls.move_pages(pages[start : start + _BATCH])]
     found = Counter(status)
     hidden = _hidden([page for page, answer in zip(pages, status, strict=True) if answer == -errno.ENOENT])
-    if hidden:
-        found[-errno.ENOENT] -= len(hidden)
-        found.update(answer for start in range(0, len(hidden), _BATCH) for answer in syscalls.move_pages(hidden[start : start + _BATCH]))
+    found[-errno.ENOENT] -= len(hidden)
+    found.update(map(syscalls.node_at, hidden))
     return Placement(
         on={node: count for node, count in sorted(found.items()) if node >= 0},
         untouched=found[-errno.ENOENT] + found[-errno.EFAULT],  # EFAULT: the shared page of zeros, or nothing mapped
@@ -119,17 +117,15 @@ def bytes_by_node(mappings: Iterable[MappedRange], anonymous_only: bool = True) 
 
 
 def _hidden(missing: list[int]) -> list[int]:
-    """Pages that are there although the kernel said they are not; each was read once, so that it will tell.
+    """Pages that are there although the kernel said they are not.
 
-    Automatic NUMA balancing hides pages of unbound memory to see who uses them, and Linux 6.1 to 6.5 then deny that they exist.
+    Automatic NUMA balancing takes away access to pages of unbound memory, to see who uses them, and move_pages of Linux 6.1 to 6.5 then
+    denies that they exist. Asking for the node of one by its address gives the access back, as any use would.
     """
     if not missing or not _PAGEMAP.exists():
         return []
     with _PAGEMAP.open("rb", buffering=0) as table:
-        there = [page for page in missing if _present(os.pread(table.fileno(), 8, page // PAGE_BYTES * 8))]
-    for page in there:
-        ctypes.string_at(page, 1)
-    return there
+        return [page for page in missing if _present(os.pread(table.fileno(), 8, page // PAGE_BYTES * 8))]
 
 
 def _present(entry: bytes) -> bool:
