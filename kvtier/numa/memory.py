@@ -128,9 +128,10 @@ def huge_pages_on(node: int, count: int, size_bytes: int = HUGE_PAGE_BYTES) -> I
 class NodeMemory:
     """`size_bytes` of zeroed anonymous memory on chosen nodes: bound, then touched by threads on those nodes, then looked at.
 
-    `view` is writable and lives until `close`. `huge_pages` takes explicit ones of 2 MiB from the nodes' pools, or raises. Where the kernel
+    `view` is writable and lives until `close`. `huge_pages` takes explicit ones of 2 MiB from the nodes' pools. Where the kernel
     refuses policies, the touching threads' own nodes decide, and `bound` is False. `touched_from`: nodes of the touching threads, if not
-    the memory's own. NumaError for nodes that cannot be used; OSError (ENOMEM) if there is not so much memory.
+    the memory's own. NumaError for nodes that cannot be used, or whose pools have too few huge pages; OSError (ENOMEM) if there is not so
+    much memory.
     """
 
     def __init__(self, size_bytes: int, policy: MemoryPolicy, huge_pages: bool = False, touched_from: Sequence[int] = ()) -> None:
@@ -139,14 +140,24 @@ class NodeMemory:
         self.length = -(-size_bytes // self._page_bytes) * self._page_bytes
         self.policy = policy
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_HUGETLB_2MB if huge_pages else 0)
-        self._mapping = mmap.mmap(-1, self.length, flags=flags)
+        few = NumaError(
+            f"nodes {format_ids(policy.nodes)} have not {self.length // HUGE_PAGE_BYTES} free huge pages; set some apart (`set_huge_pages`)"
+        )
+        try:
+            self._mapping = mmap.mmap(-1, self.length, flags=flags)
+        except OSError as error:
+            if huge_pages and error.errno == errno.ENOMEM:
+                raise few from None
+            raise
         self.view = memoryview(self._mapping)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
         try:
             self.bound = self._bind()
             first_touch(self.address, self.length, touched_from or policy.nodes)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if huge_pages and isinstance(error, OSError) and error.errno == errno.EFAULT:  # others' pools have some, these nodes' have not
+                raise few from None
             raise
 
     def placement(self, samples: int | None = 4096) -> Placement:

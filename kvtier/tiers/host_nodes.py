@@ -63,7 +63,10 @@ class HostNodes:
                 return
         self.bound = bool(self.segments)
         for segment in self.segments:
-            first_touch(address + segment.start, self._size(segment, length), segment.policy.nodes)
+            try:
+                first_touch(address + segment.start, self._size(segment, length), segment.policy.nodes)
+            except NumaError as error:  # no CPU near it is in the cpuset: others touch it, it lands where it is bound all the same
+                _log.info("host tier: %s", error)
 
     def report(self, address: int, length: int) -> dict[str, object]:
         """`numa` in words, and `numa_segments`: bytes, nodes wanted, share of the pages looked at that is there (None: not told)."""

@@ -136,6 +136,12 @@ def test_huge_pages_of_a_node():
     assert {pages.size_bytes: pages.total for pages in read_topology().node(NODE).huge_pages} == before
 
 
+def test_huge_pages_that_are_not_there_are_refused():
+    wanted = 1 + max((pages.free for node in read_topology().nodes for pages in node.huge_pages), default=0)
+    with pytest.raises(NumaError, match=f"have not {wanted} free huge pages"):
+        NodeMemory(wanted * HUGE_PAGE_BYTES, here(), huge_pages=True)
+
+
 def test_too_many_huge_pages_are_refused_and_none_kept(tmp_path, monkeypatch):
     node = build(tmp_path, TWO_SOCKETS) / "sys/devices/system/node/node0/hugepages/hugepages-2048kB/nr_hugepages"
     assert memory.set_huge_pages(0, 20, root=tmp_path) == 16

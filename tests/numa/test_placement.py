@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from kvtier.errors import NumaError
 from kvtier.numa import syscalls
 from kvtier.numa.binding import bind_process_to_numa_node, get_current_numa_node, memory_policy, thread_on_numa_node
 from kvtier.numa.capabilities import probe
@@ -172,6 +173,11 @@ def test_huge_pages_come_from_the_node(node):
         memory = NodeMemory(4 * HUGE_PAGE_BYTES, MemoryPolicy(Mode.BIND, (node,)), huge_pages=True)
         assert memory.placement(None).on == {node: 4}
         memory.close()
+
+
+def test_huge_pages_of_another_node_do_not_count():
+    with huge_pages_on(NODES[0], 4), pytest.raises(NumaError, match="have not 4 free huge pages"):
+        NodeMemory(4 * HUGE_PAGE_BYTES, MemoryPolicy(Mode.BIND, (NODES[1],)), huge_pages=True)
 
 
 def test_numa_maps_agree():

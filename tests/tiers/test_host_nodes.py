@@ -9,7 +9,7 @@ import logging
 import pytest
 
 from kvtier.config import load_config
-from kvtier.errors import ConfigError
+from kvtier.errors import ConfigError, NumaError
 from kvtier.formats import get_format
 from kvtier.numa.allowed import Allowed
 from kvtier.numa.syscalls import MemoryPolicy, Mode
@@ -91,6 +91,16 @@ def test_explicit_that_cannot_be_met_is_an_error_and_auto_is_not(monkeypatch, ca
         tier = HostTier(LAYOUT, RAW, 1 << 20)
     assert "not bound: memory cannot be bound: Operation not permitted" in str(tier.report()["numa"])
     assert len(caplog.records) == 1
+    tier.close()
+
+
+def test_a_cpuset_without_cpus_near_the_memory_binds_it_all_the_same(monkeypatch):
+    def first_touch(*_):
+        raise NumaError("none of the CPUs is in this process's cpuset")
+
+    monkeypatch.setattr(host_nodes, "first_touch", first_touch)
+    tier = HostTier(LAYOUT, RAW, 1 << 20, numa="explicit", numa_nodes=(NODE,))
+    assert tier.report()["numa_segments"] == [{"bytes": 1 << 20, "nodes": [NODE], "share_there": 1.0}]
     tier.close()
 
 
