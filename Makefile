@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: help install run test lint format types bench docs clean
+.PHONY: help install run test test-numa lint format types bench docs clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -12,7 +12,7 @@ help: ## List the targets
 
 install: $(STAMP) ## Make .venv with kvtier, the demo's model and the development tools
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kvtier/formats/native/*.[ch] kvtier/columns/*.[ch] kvtier/io/*.c)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kvtier/formats/native/*.[ch] kvtier/columns/*.[ch] kvtier/io/*.c kvtier/numa/*.c)
 	@command -v $(PYTHON) >/dev/null || { echo "there is no $(PYTHON) here; install Python 3.11 or newer (Debian, Ubuntu: apt-get install python3 python3-venv) or name one: make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvtier needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments. On Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
@@ -28,6 +28,9 @@ run: install ## Run the main job: real sessions of a real model through all tier
 
 test: install ## Run all tests, lint and type checks
 	$(BIN)/python -m pytest $(ARGS)
+
+test-numa: install ## Run the NUMA tests in an emulated machine of five memory nodes (root, Debian; 2 minutes)
+	tests/numa/guest/boot $(ARGS)
 
 lint: install ## Check style and common mistakes
 	$(BIN)/ruff check .
@@ -47,4 +50,4 @@ docs: install ## Write the generated pages of docs/
 	$(BIN)/kvtier config reference > docs/configuration.md
 
 clean: ## Remove what the targets made
-	rm -rf $(VENV) build *.egg-info kvtier/formats/native/*.so kvtier/columns/*.so kvtier/io/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis report.html
+	rm -rf $(VENV) build *.egg-info kvtier/formats/native/*.so kvtier/columns/*.so kvtier/io/*.so kvtier/numa/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis report.html

@@ -55,5 +55,9 @@ class TransferFailed(KVTierError):
     """A restore broke after its pages had been verified (an internal failure). Release the lease and recompute."""
 
 
+class NumaError(KVTierError):
+    """A NUMA node, CPU, process or plan is not there, not allowed or not understood. Nothing has been bound."""
+
+
 class IntegrityError(KVTierError):
     """kvtier's own bookkeeping contradicts itself: a bug. Raised by `check_integrity()`, and where going on would spread the damage."""

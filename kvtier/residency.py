@@ -98,7 +98,10 @@ class Residency:
         config, layout = self.config, self.layout
         if config.host is not None:
             own = config.host
-            host = HostTier(layout, get_format(own.format), own.capacity_bytes, own.mlock, own.pin, own.huge_pages)
+            near = str(self.device.place)
+            host = HostTier(
+                layout, get_format(own.format), own.capacity_bytes, own.mlock, own.pin, own.huge_pages, own.numa, own.numa_nodes, near
+            )
             self.tiers.append(host)
             self.entry.append(config.host.write_policy)
         if config.disk is not None:

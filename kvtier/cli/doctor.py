@@ -73,8 +73,20 @@ def _memory() -> list[Finding]:
         Finding("locked host memory", got["mlock"], "host pages stay in memory" if got["mlock"] else "host pages may be swapped out"),
         Finding("pinned host memory", got["pinned"], "fast copies to the GPU" if got["pinned"] else "copies to a GPU are staged"),
         Finding("huge pages", got["huge_pages"] != "none", _HUGE_PAGES[got["huge_pages"]]),
+        *_nodes(),
         Finding("memory for a host tier", True, f"{room.bytes / 2**30:.1f} GiB; {room.why}"),
     ]
+
+
+def _nodes() -> list[Finding]:
+    from kvtier.numa.capabilities import probe
+    from kvtier.numa.topology import read_topology
+
+    topology = read_topology()
+    missing = [f"{found.name}: {found.meaning}" for found in probe(topology) if found.state == "unavailable"]
+    count = len(topology.memory_nodes)
+    works = f"memory can be bound and looked at on {count} node{'s' if count > 1 else ''}" + ("" if count > 1 else ", nothing to choose")
+    return [Finding("NUMA", not missing, "; ".join(missing) or works)]
 
 
 def _codecs() -> list[Finding]:

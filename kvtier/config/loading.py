@@ -254,7 +254,8 @@ def _explain(error: Mapping[str, Any], origins: Mapping[str, Origin]) -> str:
         return f"{where}{dotted}: {own_words}"
     if missing:
         return f"{where}{dotted} is missing; expected {expected(field) if field else 'a value'}"
-    what = own_words or (f"expected {expected(field)}" if field and not dotted.endswith("]") else "expected a mapping of keys")
+    one_of_many = dotted.endswith("]") and field is not None and section_of(field.annotation) is not None
+    what = own_words or (f"expected {expected(field)}" if field and not one_of_many else "expected a mapping of keys")
     return f"{where}{dotted} is {_short(error['input'])}; {what}"
 
 

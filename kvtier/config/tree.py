@@ -46,6 +46,7 @@ FixedFormat = Annotated[str, BeforeValidator(_fixed_format), Field(title=_FORMAT
 Place = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$"), Field(title="auto, cpu, cuda or cuda:N")]
 FilePath = Annotated[str, Field(min_length=1, title="a path"), AfterValidator(os.path.expanduser)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
+NumaMode = Annotated[Literal["off", "auto", "interleave", "explicit"], BeforeValidator(_switch)]
 PolicyName = Literal[
     "a2cr",
     "lru",
@@ -109,6 +110,26 @@ class HostConfig(_Section):
         description="Pages of 2 MiB: faster start, fewer address translations. `on`: from the system's pool (`vm.nr_hugepages`), or fail. "
         "`auto`: from the pool if it has enough, else as many as the kernel finds. `off`: pages of 4 KiB.",
     )
+    numa: NumaMode = Field(
+        default="auto",
+        description="Which NUMA nodes this memory is on. `auto`: that of the CUDA device, then the next nearest; left to the kernel where "
+        "there is one node, or no device whose node is known. `interleave`: page by page over all nodes. `explicit`: those of "
+        "`numa_nodes`, or fail. `off`: left to the kernel.",
+    )
+    numa_nodes: tuple[int, ...] = Field(
+        default=(),
+        strict=False,
+        title="a list of node numbers",
+        description="Nodes of `numa: explicit`, which share the memory evenly and are filled in this order. `kvtier numa topo` lists them.",
+    )
+
+    @model_validator(mode="after")
+    def _nodes_are_named(self) -> HostConfig:
+        if (self.numa == "explicit") != bool(self.numa_nodes):
+            raise ValueError("numa: explicit and numa_nodes belong together; give both, or neither")
+        if len(set(self.numa_nodes)) != len(self.numa_nodes):
+            raise ValueError(f"numa_nodes names a node twice: {list(self.numa_nodes)}")
+        return self
 
 
 class DiskConfig(_Section):
@@ -273,7 +294,7 @@ def value_text(key: str, value: object) -> str:
 
 
 def _yaml_lines(key: str, value: object) -> list[str]:
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and value:
         return [f"  {key}:", *(f"    - {value_text(key, item)}" for item in value)]
     return [f"  {key}: {value_text(key, value)}"]
 

@@ -8,7 +8,9 @@ key and an xxh3-64 checksum of its bytes, both compared in every `load`.
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from kvtier.keys import PageKey
 from kvtier.layout import PageLayout
 from kvtier.memory.arena import Arena, Switch
 from kvtier.tiers.base import PageId, Refused, Tier
+from kvtier.tiers.host_nodes import NumaMode, choose_nodes
 
 _CACHE_LINE_BYTES = 64
 _PIN_CHUNK_BYTES = 1 << 30
@@ -34,7 +37,8 @@ class HostTier(Tier):
     """Copies in host memory, `capacity_bytes // slot_bytes` of them, gone when the process ends.
 
     `mlock`: keep the arena from being swapped. `pin`: register it with CUDA. `huge_pages`: see `Arena`. Each "auto" (tried, else done
-    without), "on" (or ConfigError) or "off". `load` returns views of the arena: valid until the slot is freed, not to be written to.
+    without), "on" (or ConfigError) or "off". `numa`, `numa_nodes`: see `choose_nodes`; `near` is the torch device that pages come from.
+    Slots on the nearest node are given out first. `load` returns views of the arena: valid until the slot is freed, not to be written to.
 
     Raises ConfigError for a capacity below one page or beyond the memory that this machine (or container) has left, for formats whose
     payloads vary in size, and for an "on" that cannot be met.
@@ -51,6 +55,9 @@ class HostTier(Tier):
         mlock: Switch = "auto",
         pin: Switch = "auto",
         huge_pages: Switch = "auto",
+        numa: NumaMode = "auto",
+        numa_nodes: Sequence[int] = (),
+        near: str = "cpu",
     ) -> None:
         if not format.fixed_size:
             advice = "a byte stage saves nothing in fixed slots; leave it off here and use it on disk"
@@ -64,7 +71,8 @@ class HostTier(Tier):
             needed = f"one {format.name} page of this layout takes {self.slot_bytes} bytes"
             raise ConfigError(f"host.capacity_bytes is {capacity_bytes}, but {needed}; raise it")
         slots = capacity_bytes // self.slot_bytes
-        self._arena = Arena(slots * self.slot_bytes, huge_pages, mlock, section="host")
+        self._nodes = choose_nodes(numa, numa_nodes, near, slots * self.slot_bytes)
+        self._arena = Arena(slots * self.slot_bytes, huge_pages, mlock, place=self._nodes.place, section="host")
         try:
             self._pinning = _Pinning(self._arena.bytes.ctypes.data, self._arena.bytes.nbytes, pin)
         except BaseException:
@@ -74,16 +82,18 @@ class HostTier(Tier):
         self._reserved = bytearray(slots)
         self._key: list[PageKey | None] = [None] * slots
         self._checksum = [0] * slots
-        self._free = list(range(slots - 1, -1, -1))
+        # Free slots of each NUMA node, nearest first; a slot over a boundary counts to the nearer one.
+        self._firsts = [-(-segment.start // self.slot_bytes) for segment in self._nodes.segments] or [0]
+        self._free = [list(range(end - 1, first - 1, -1)) for first, end in zip(self._firsts, [*self._firsts[1:], slots], strict=True)]
         self._closed = False
 
     @property
     def bytes_used(self) -> int:
-        return (self.capacity_slots - len(self._free)) * self.slot_bytes
+        return (self.capacity_slots - sum(map(len, self._free))) * self.slot_bytes
 
     @property
     def free_slots(self) -> int:
-        return 0 if self._closed else len(self._free)
+        return 0 if self._closed else sum(map(len, self._free))
 
     @property
     def capacity_slots(self) -> int:
@@ -92,7 +102,9 @@ class HostTier(Tier):
     def reserve(self, count: int) -> list[int] | None:
         if count > self.free_slots:
             return None
-        slots = [self._free.pop() for _ in range(count)]
+        slots: list[int] = []
+        for free in self._free:
+            slots += [free.pop() for _ in range(min(count - len(slots), len(free)))]
         for slot in slots:
             self._reserved[slot] = True
         return slots
@@ -104,7 +116,7 @@ class HostTier(Tier):
         for slot in slots:
             self._reserved[slot] = False
             self._key[slot] = None
-            self._free.append(slot)
+            self._free[bisect_right(self._firsts, slot) - 1].append(slot)
 
     def store(self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload]) -> list[Refused | None]:
         self._check_reserved(slots)
@@ -114,9 +126,10 @@ class HostTier(Tier):
         return [self._read(*copy) for copy in zip(slots, keys, strict=True)]
 
     def check_integrity(self) -> None:
-        if sorted(self._free) != [slot for slot, taken in enumerate(self._reserved) if not taken]:
+        free = sorted(chain(*self._free))
+        if free != [slot for slot, taken in enumerate(self._reserved) if not taken]:
             raise IntegrityError("host: the free list is not the list of slots that are not reserved")
-        strays = [slot for slot in self._free if self._key[slot] is not None]
+        strays = [slot for slot in free if self._key[slot] is not None]
         if strays:
             raise IntegrityError(f"host: free slots hold copies: {strays}")
 
@@ -130,6 +143,7 @@ class HostTier(Tier):
             "free_slots": self.free_slots,
             "pinned": bool(self._pinning.chunks),
             **self._arena.report(),
+            **self._nodes.report(self._arena.bytes.ctypes.data, self._arena.bytes.nbytes),
         }
 
     def close(self) -> None:
