@@ -7,6 +7,7 @@ directory; a conversion that is interrupted leaves nothing behind.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import io
 import os
 import shutil
@@ -27,7 +28,15 @@ try:
 except ImportError as error:
     raise MissingExtra("running a model needs transformers; install it with: pip install 'kvtier[hf]'") from error
 
+_CACHE_ARGUMENT = (
+    "cache" if "cache" in inspect.signature(transformers.GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def cache_argument(cache: Any) -> dict[str, Any]:
+    """`cache` as the keyword by which this version of transformers gives it to models and `generate` (renamed in 5.24)."""
+    return {_CACHE_ARGUMENT: cache}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from kvtier.budget import BudgetedLease
 from kvtier.cache import TieredKVCache
 from kvtier.config import ModelConfig
 from kvtier.engines.budgeted import BudgetedLayer, attach, check_asked
+from kvtier.engines.models import cache_argument
 from kvtier.engines.stopwatch import Stopwatch
 from kvtier.errors import LayoutError, MissingExtra, ModelError
 from kvtier.layout import PageLayout
@@ -115,12 +116,12 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
 
 
 class TieredCache(Cache):  # type: ignore[misc]
-    """`past_key_values` for one sequence: starts with whatever prefix of `token_ids` the tiers hold.
+    """The cache (`past_key_values` before transformers 5.24) of one sequence: starts with whatever prefix of `token_ids` the tiers hold.
 
     Use as a context manager, and give `generate` the *whole* sequence:
 
         with TieredCache(cache, ids) as past:
-            output = model.generate(input_ids=torch.tensor([ids]), past_key_values=past, ...)
+            output = model.generate(input_ids=torch.tensor([ids]), cache=past, ...)
             past.commit(output[0])
 
     At most `len(token_ids) - 1` tokens are restored, because a model needs one token to predict the next. `restored` is how many were.
@@ -264,7 +265,7 @@ class Session:
         if self.device_pages is not None:
             options.setdefault("prefill_chunk_size", self.device_pages * self.cache.layout.page_tokens)
         with TieredCache(self.cache, prompt, self.salt, self.device_pages, self.select, self.model) as past:
-            output = self.model.generate(inputs, attention_mask=torch.ones_like(inputs), past_key_values=past, **options)
+            output = self.model.generate(inputs, attention_mask=torch.ones_like(inputs), **cache_argument(past), **options)
             self.restored = past.restored
             self.token_ids = output[0].tolist()
             past.commit(self.token_ids)

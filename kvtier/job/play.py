@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from kvtier.cache import TieredKVCache
+from kvtier.engines.models import cache_argument
 from kvtier.engines.transformers import TieredCache
 from kvtier.quality.scoring import score
 
@@ -97,11 +98,11 @@ def greedy(
     instead of the model's own choices, all at once.
     """
     ids = torch.tensor([prompt[past.get_seq_length() :]], device=model.device)
-    tokens = [int(model(ids, past_key_values=past, logits_to_keep=1).logits[0, -1].argmax())]
+    tokens = [int(model(ids, logits_to_keep=1, **cache_argument(past)).logits[0, -1].argmax())]
     first = time.perf_counter()
     after_first()
     while len(tokens) < new_tokens:
         fed = tokens[-1:] if answer is None else answer[:-1]
-        logits = model(torch.tensor([fed], device=model.device), past_key_values=past).logits[0]
+        logits = model(torch.tensor([fed], device=model.device), **cache_argument(past)).logits[0]
         tokens += logits.argmax(-1).tolist()
     return tokens, first

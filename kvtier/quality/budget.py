@@ -19,6 +19,7 @@ import torch
 from kvtier.attention.digest import DigestLayout, encode, page_logits
 from kvtier.attention.select import best_pages, page_mass
 from kvtier.budget import LEAST_PAGES, SINKS, shares
+from kvtier.engines.models import cache_argument
 from kvtier.errors import ConfigError, MissingExtra, ModelError
 from kvtier.layout import PageLayout
 from kvtier.quality.attention import is_on_the_interface, replaced
@@ -241,7 +242,7 @@ def read_context(model: Any, layout: PageLayout, document: Sequence[int], protoc
 
     computed = DynamicCache()
     with replaced(model, noting):
-        model(torch.tensor([context], device=model.device), past_key_values=computed, logits_to_keep=1)
+        model(torch.tensor([context], device=model.device), logits_to_keep=1, **cache_argument(computed))
     pages = to_pages(computed, layout)
     if not pages.isfinite().all():
         raise ModelError(f"the model's KV does not fit into {layout.dtype}; keep its pages in another dtype, such as bf16 (--page-dtype)")

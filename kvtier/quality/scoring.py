@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from kvtier.engines.models import cache_argument
+
 
 @torch.inference_mode()
 def score(model: Any, past: Any, text: list[int]) -> torch.Tensor:
     """Logits `[len(text) - 1, vocabulary]`, fp32, for predicting each next token of `text` after `past`, which is left as it was."""
-    logits: torch.Tensor = model(torch.tensor([text], device=model.device), past_key_values=past).logits[0, :-1].float()
+    logits: torch.Tensor = model(torch.tensor([text], device=model.device), **cache_argument(past)).logits[0, :-1].float()
     past.crop(-len(text))
     return logits
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kvtier.engines.models import cache_argument
 from kvtier.errors import MissingExtra, ModelError
 from kvtier.layout import PageLayout
 from kvtier.quality.attention import AttentionCall, record
@@ -49,13 +50,13 @@ def play_untouched(model: Any, layout: PageLayout, document: Sequence[int], prot
     context = list(document[: protocol.context_tokens])
     text = list(document[protocol.context_tokens :][: protocol.scored_tokens])
     computed = DynamicCache()
-    model(torch.tensor([context], device=model.device), past_key_values=computed, logits_to_keep=1)
+    model(torch.tensor([context], device=model.device), logits_to_keep=1, **cache_argument(computed))
     pages = to_pages(computed, layout)
     if not pages.isfinite().all():
         raise ModelError(f"the model's KV does not fit into {layout.dtype}; keep its pages in another dtype, such as bf16 (--page-dtype)")
     past = to_cache(pages, model)
     with record(model) as calls:
-        logits = model(torch.tensor([text], device=model.device), past_key_values=past).logits[0, :-1].float()
+        logits = model(torch.tensor([text], device=model.device), **cache_argument(past)).logits[0, :-1].float()
     own = [(layer.keys[:, :, len(context) :].clone(), layer.values[:, :, len(context) :].clone()) for layer in past.layers]
     past.crop(-len(text))
     repeated = None if repeat_from is None else context[repeat_from : repeat_from + protocol.repeated_tokens]
