@@ -256,6 +256,8 @@ class Writer:
     def check_kv(self, tokens: int, kv: torch.Tensor) -> None:
         """LayoutError unless `kv` is `[layers, planes, tokens, kv_heads, head_dim]` of the layout's dtype."""
         layout = self.layout
+        if not isinstance(kv, torch.Tensor):
+            raise LayoutError(f"kv is {type(kv).__name__}; expected a torch tensor")
         expected = (layout.layers, layout.planes, tokens, layout.kv_heads, layout.head_dim)
         if tuple(kv.shape) != expected:
             raise LayoutError(f"kv has shape {tuple(kv.shape)}; expected [layers, planes, tokens, kv_heads, head_dim] = {list(expected)}")

@@ -107,7 +107,10 @@ class Format(ABC):
 
 
 def check_pages(pages: torch.Tensor, layout: PageLayout) -> None:
-    """LayoutError unless `pages` is `[n, *layout.shape]` of the layout's dtype."""
+    """LayoutError unless `pages` is a dense tensor `[n, *layout.shape]` of the layout's dtype that has its numbers."""
+    if not isinstance(pages, torch.Tensor) or pages.layout != torch.strided or pages.is_meta:
+        what = f"a {pages.layout} tensor on {pages.device}" if isinstance(pages, torch.Tensor) else f"{type(pages).__name__}"
+        raise LayoutError(f"pages are {what}; expected a dense tensor on a CPU or GPU")
     if pages.shape[1:] != layout.shape:
         raise LayoutError(f"pages have shape {tuple(pages.shape)}; expected [n, {', '.join(map(str, layout.shape))}]")
     if pages.dtype != layout.torch_dtype:

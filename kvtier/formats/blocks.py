@@ -156,6 +156,7 @@ class BlockFormat(Format):
         first: Collection[int] = (),
     ) -> list[Payload]:
         check_pages(pages, layout)
+        pages = pages.resolve_neg()  # kernels read the memory, which says nothing of a sign that torch has put off
         given = pages.shape[0]
         rows = range(given) if rows is None else rows
         if rows and not 0 <= min(rows) <= max(rows) < given:

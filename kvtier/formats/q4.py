@@ -21,7 +21,8 @@ largest is small against the error of the others.
 A page that begins a sequence has the sign bit of its supers set. Its first token, which attention looks at more than at all others (the
 attention sink of StreamingLLM, Xiao et al. 2023), has whole-number codes of 8 bits instead of levels, int8 `[heads, head_dim]`; the
 8 - bits tokens behind it pay for that with one bit less each; then come the others as usual, these two lots each plane by plane. That one
-token takes a third of the KL away. Pages too short to pay are coded as all others.
+token takes a third of the KL away. Pages too short to pay are coded as all others, and so are q4 pages whose head_dim is no multiple of 8:
+three bits a code would not fill whole bytes.
 
 head_dim must be a multiple of 4 (q4) or 8 (q3). NaN counts as 0, +-Inf as 65504, which is where magnitudes saturate. Zeros stay zeros; a
 vector 24 times smaller than the largest of its head in the page gets a scale that is too large by up to its own size, a 32 times smaller
@@ -50,6 +51,8 @@ SMALLEST_SCALE = 126
 LARGEST_CODE = 127
 FEWER = {4: LEVELS3, 3: LEVELS2}
 """The levels with one bit less."""
+MULTIPLE = {4: 4, 3: 8, 2: 4}
+"""What head_dim must be a multiple of for codes of so many bits to fill whole bytes."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Gaussian(BlockCodec):
     native_id: int | None
 
     def block_bytes(self, shape: BlockShape) -> int:
-        if shape.head_dim % (multiple := {4: 4, 3: 8}[self.levels.bits]):
+        if shape.head_dim % (multiple := MULTIPLE[self.levels.bits]):
             raise LayoutError(f"{self.name} needs a head_dim that is a multiple of {multiple}, not {shape.head_dim}; use q8")
         return sum(self.sections(shape))
 
@@ -70,7 +73,7 @@ class Gaussian(BlockCodec):
         return mean, shape.heads * 2, shape.vectors, *(shape.vectors * each for each in plane_bytes(shape.head_dim, self.levels.bits))
 
     def _can_begin(self, shape: BlockShape) -> bool:
-        return shape.tokens > self._payers
+        return shape.tokens > self._payers and shape.head_dim % MULTIPLE[FEWER[self.levels.bits].bits] == 0
 
     @property
     def _payers(self) -> int:

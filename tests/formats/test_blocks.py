@@ -133,3 +133,35 @@ def test_pages_elsewhere_than_in_the_batch_do_not_matter(name: str) -> None:
     pages[0], pages[2] = torch.nan, 1e30
     beside = get_format(name).decode(get_format(name).encode(pages, LAYOUT), LAYOUT)[1:2]
     assert (alone - beside).norm() <= 0.02 * alone.norm()
+
+
+@pytest.mark.parametrize("head_dim", [4, 12, 20, 36, 100])
+@pytest.mark.parametrize("name", ["q4", "q8/q4"])
+def test_first_pages_of_odd_head_dims_are_coded_as_all_others(name: str, head_dim: int) -> None:
+    layout, format = PageLayout(2, 2, 16, 2, head_dim), get_format(name)
+    pages = torch.randn((3, *layout.shape), generator=torch.Generator().manual_seed(0)).to(layout.torch_dtype)
+    ours, plain = format.encode(pages, layout, first=[0, 2]), format.encode(pages, layout)
+    assert [payload.tobytes() for payload in ours] == [payload.tobytes() for payload in plain]
+    decoded = format.decode(ours, layout).float()
+    assert float((decoded - pages.float()).norm() / pages.float().norm()) < 0.25
+
+
+@pytest.mark.parametrize("name", ["raw", "q8", "q4"])
+def test_a_sign_that_torch_has_put_off_is_not_lost(name: str) -> None:
+    layout, format = PageLayout(2, 2, 16, 2, 64), get_format(name)
+    pages = torch.randn((2, *layout.shape), generator=torch.Generator().manual_seed(0)).to(layout.torch_dtype)
+    lazily = torch._neg_view(pages)  # type: ignore[no-untyped-call,unused-ignore]
+    assert lazily.is_neg()
+    for ours, eager in zip(format.encode(lazily, layout), format.encode(-pages, layout), strict=True):
+        assert ours.tobytes() == eager.tobytes()
+
+
+@pytest.mark.parametrize("pages", [[1, 2], None, "meta", "sparse"], ids=str)
+def test_what_is_no_dense_tensor_is_one_clear_error(pages: object) -> None:
+    layout = PageLayout(1, 2, 4, 1, 32)
+    if pages == "meta":
+        pages = torch.empty((1, *layout.shape), dtype=layout.torch_dtype, device="meta")
+    if pages == "sparse":
+        pages = torch.zeros((1, *layout.shape), dtype=layout.torch_dtype).to_sparse()
+    with pytest.raises(LayoutError, match="expected a dense tensor"):
+        get_format("q8").encode(pages, layout)  # type: ignore[arg-type]
