@@ -108,7 +108,7 @@ class StoreDirectory:
                 raise StoreLocked(message) from error
             self.give_up()
             raise StoreError(f"disk store {path} cannot be locked: {error.strerror}; {_REMEDY}") from error
-        if os.fstat(self._lock).st_nlink == 0:
+        if not _same_file(self._lock, path / _LOCK):
             self.close()
             raise StoreLocked(f"disk store {path} was just made and given up by somebody else, with its lock; try again")
         self._made += [where for name in (_TEMPORARY, _DESCRIPTION) if not (where := path / name).exists()]
@@ -214,6 +214,14 @@ class StoreDirectory:
 def reopened(found: Description, capacity_bytes: int) -> Description:
     """The description of a store that was just opened: in use, so not clean, with the capacity now configured."""
     return replace(found, capacity_bytes=capacity_bytes, clean=False)
+
+
+def _same_file(file: int, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _write_durably(path: Path, data: bytes, flags: int) -> None:
