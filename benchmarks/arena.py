@@ -19,9 +19,8 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import xxhash
@@ -40,19 +39,22 @@ from .measure import Row, Run, seconds, side_by_side
 
 TINY_BYTES = 8 << 20
 COPY_BYTES = 256 << 20
-Memory = TypeVar("Memory")
+COPIES = 4
+"""So many pieces of memory the copies go between: two plain arrays, two arenas."""
 PAGE = PageLayout(layers=2, planes=2, page_tokens=8, kv_heads=2, head_dim=32, dtype="bf16")
 _POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 
 
 def measure(run: Run, size_bytes: int = 4 << 30, raise_pool: bool = False) -> list[Row]:
-    """The rows. `size_bytes` is bounded by half of the memory that can be had. `raise_pool`: with explicit huge pages too, setting as many
-    apart as needed, for as long as they are; KVTierError if that cannot be done."""
-    size = TINY_BYTES if run.tiny else min(size_bytes, available_memory().bytes // 2)
+    """The rows. No part takes more than half of the memory that can be had, which bounds `size_bytes`. `raise_pool`: with explicit huge
+    pages too, setting as many apart as needed, for as long as they are; KVTierError if that cannot be done."""
+    most = available_memory().bytes // 2
+    pool = int(raise_pool)  # pages set apart are there beside everything else
+    size = TINY_BYTES if run.tiny else min(size_bytes, most // (1 + pool))
     run.expect(run.repeats + 2)
     rows = _startup(run, size, raise_pool)
     run.step("copying into it")
-    rows += _copy(run, min(size, COPY_BYTES), raise_pool)
+    rows += _copy(run, min(size, COPY_BYTES, most // (COPIES + pool)), raise_pool)
     run.step("storing and loading pages")
     return [Row("arena.size", size / 2**30, "GiB"), *rows, *_pages(run)]
 
@@ -63,12 +65,12 @@ def _startup(run: Run, size: int, raise_pool: bool) -> list[Row]:
         run.step(f"start {turn + 1} of {run.repeats}")
         taken["memset"].append(_memset(size))
         taken["first-touch"].append(_start(size, _first_touch)[0])
-        took, arena = _start(size, _arena("off"))
-        taken[_kind(arena)].append(took)
-        took, arena = _start(size, _arena("auto"))
+        took, kind = _start(size, _arena("off"))
+        taken[kind].append(took)
+        took, kind = _start(size, _arena("auto"))
         taken["default"].append(took)
-        if _kind(arena) != "none":
-            taken[_kind(arena)].append(took)
+        if kind != "none":
+            taken[kind].append(took)
         taken["unlocked"].append(_start(size, _arena("auto", "off"))[0])
         if raise_pool:
             with _pool(size):
@@ -80,11 +82,14 @@ def _startup(run: Run, size: int, raise_pool: bool) -> list[Row]:
     return [*rows, Row("arena.startup.speedup", median["first-touch"] / median["default"], "x")]
 
 
-def _start(size: int, build: Callable[[int], Memory]) -> tuple[float, Memory]:
-    """Seconds of one call of `build`, and what it built, right after as much memory was in use."""
+def _start(size: int, build: Callable[[int], Arena | mmap.mmap]) -> tuple[float, str]:
+    """Seconds of one call of `build`, and the kind of pages it got, right after as much memory was in use. All of it is given back."""
     Arena(size, mlock="off").close()
-    built: list[Memory] = []
-    return seconds(lambda: built.append(build(size))), built[0]
+    built: list[Arena | mmap.mmap] = []
+    took = seconds(lambda: built.append(build(size)))
+    memory = built.pop()
+    with closing(memory):
+        return took, _kind(memory) if isinstance(memory, Arena) else "none"
 
 
 def _arena(huge_pages: Switch, mlock: Switch = "auto") -> Callable[[int], Arena]:

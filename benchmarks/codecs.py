@@ -23,6 +23,7 @@ from kvtier.formats import BLOCK_CODECS, Format, Payload, get_format
 from kvtier.formats.blocks import BlockShape
 from kvtier.formats.native import codecs, why_missing
 from kvtier.layout import PageLayout
+from kvtier.memory.limits import available_memory
 
 from .measure import Row, Run, side_by_side
 
@@ -32,6 +33,10 @@ LAYOUTS = {
 }
 SMALL = PageLayout(layers=4, planes=2, page_tokens=16, kv_heads=4, head_dim=64, dtype="bf16")
 """A page of 64 KiB."""
+TORCH_BYTES = 16 << 20
+"""How much of the pages the torch reference codes."""
+SPARE_BYTES = 8 * TORCH_BYTES
+"""Beside pages and payloads: what torch holds meanwhile, pages in float32 among it."""
 FORMATS = ("q8", "q4", "q6", "q3", "q8_0", "q4_0")
 
 
@@ -85,22 +90,40 @@ def note() -> str:
 
 
 def measure(run: Run, layout: str = "smollm2", formats: Sequence[str] = FORMATS, size_bytes: int = 512 << 20) -> list[Row]:
-    """Rows of all `formats` on a layout of LAYOUTS, over `size_bytes` of pages. KVTierError for an unknown layout or format."""
+    """Rows of all `formats` on a layout of LAYOUTS, over `size_bytes` of pages. KVTierError for an unknown layout or format,
+    and for fewer than two pages or more than memory can be had for, before any is taken."""
     if layout not in LAYOUTS:
         raise KVTierError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
-    unknown = [name for name in formats if name not in BLOCK_CODECS]
-    if unknown or not formats:
-        raise KVTierError(f"unknown formats {', '.join(unknown) or 'none'}; choose from {', '.join(BLOCK_CODECS)}")
+    if not any(formats):
+        raise KVTierError(f"--formats is empty: no format was named; choose from {', '.join(BLOCK_CODECS)}")
+    unknown = [repr(name) for name in formats if name not in BLOCK_CODECS]
+    if unknown:
+        raise KVTierError(f"--formats: unknown formats {', '.join(unknown)}; choose from {', '.join(BLOCK_CODECS)}")
+    chosen = LAYOUTS[layout]
+    if size_bytes < 2 * chosen.page_bytes:
+        least = f"two threads take a page each, {2 * chosen.page_bytes} bytes of {layout}"
+        raise KVTierError(f"--size-bytes {size_bytes}: {least}; give at least that, better more than the caches hold")
+    count = max(2, (1 << 20 if run.tiny else size_bytes) // chosen.page_bytes)
+    _check_memory(size_bytes, count, chosen, formats)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         run.expect(5 * len(formats))
-        chosen = LAYOUTS[layout]
-        pages = make_pages(chosen, max(2, (1 << 20 if run.tiny else size_bytes) // chosen.page_bytes))
+        pages = make_pages(chosen, count)
         target = torch.zeros_like(pages)
         return [row for name in formats for row in _rows_of(run, name, chosen, pages, target)]
     finally:
         torch.set_num_threads(threads)
+
+
+def _check_memory(size_bytes: int, count: int, layout: PageLayout, formats: Sequence[str]) -> None:
+    """KVTierError unless pages, as many to decode into and the largest payloads can be had, before any of them is taken."""
+    each = 2 * layout.page_bytes + max(get_format(name).payload_bytes(layout) for name in formats)
+    room, needed = available_memory(), count * each + SPARE_BYTES
+    if needed > room.bytes:
+        most = max(0, room.bytes - SPARE_BYTES) // each * layout.page_bytes
+        had = f"{needed} bytes of memory are needed for them and what they are coded to, {room.bytes} can be had ({room.why})"
+        raise KVTierError(f"--size-bytes {size_bytes}: {had}; give at most {most}, or end what else holds memory")
 
 
 def make_pages(layout: PageLayout, count: int) -> torch.Tensor:
@@ -133,7 +156,7 @@ def _rows_of(run: Run, name: str, layout: PageLayout, pages: torch.Tensor, targe
     run.step(f"{name} of one page")
     rows += _one_page(run, name)
     run.step(f"{name} in torch")
-    return rows + _in_torch(run, name, layout, pages[: max(1, (16 << 20) // layout.page_bytes)], count / copy / 1e9)
+    return rows + _in_torch(run, name, layout, pages[: max(1, TORCH_BYTES // layout.page_bytes)], count / copy / 1e9)
 
 
 def _bench(name: str, layout: PageLayout, pages: torch.Tensor, target: torch.Tensor) -> Bench:

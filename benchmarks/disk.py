@@ -78,7 +78,11 @@ def measure(run: Run, path: Path | None = None, size_bytes: int = 1 << 30) -> li
     KVTierError if it does not fit on the file system, or fio is there but fails.
     """
     blocks, depths = (TINY_BLOCKS, TINY_DEPTHS) if run.tiny else (BLOCKS, DEPTHS)
-    size = TINY_BYTES if run.tiny else max(size_bytes // BLOCKS[-1], 1) * BLOCKS[-1]
+    if size_bytes < BLOCKS[-1]:
+        raise KVTierError(
+            f"--size-bytes {size_bytes}: the file holds blocks of up to {BLOCKS[-1]} bytes; give at least that, better a gigabyte"
+        )
+    size = TINY_BYTES if run.tiny else size_bytes // BLOCKS[-1] * BLOCKS[-1]
     operations: tuple[Literal["read", "write"], ...] = ("read", "write")
     cells = [Cell(operation, block, depth) for operation in operations for block in blocks for depth in depths]
     run.expect(len(cells) + 1)

@@ -36,6 +36,7 @@ from .rig import (
     PlainCopy,
     PlainFile,
     Room,
+    check_room,
     forget_files,
     layout_named,
     link_bytes,
@@ -43,6 +44,7 @@ from .rig import (
     open_cache,
     plain_file,
     restore,
+    store_bytes,
     timed,
     token_ids,
 )
@@ -84,12 +86,17 @@ class Turns:
 def measure(run: Run, layout: str = "smollm2", path: Path | None = None) -> list[Row]:
     """The rows for pages of a layout of LAYOUTS; files go into the directory `path` (the system's temporary one).
 
-    KVTierError for an unknown layout or if fio is there but fails, ConfigError if the directory cannot hold the store.
+    KVTierError for an unknown layout, if fio is there but fails, and if the directory has no room for the files, before any is written.
     """
     pages_of = layout_named(layout, run.tiny)
     counts = sorted({max(1, size // pages_of.page_bytes) for size in (TINY_SIZES_BYTES if run.tiny else SIZES_BYTES)})
     run.expect(3 * len(counts) + run.repeats + 1)
     most = counts[-1]
+    # A plain file beside the store has as many blocks as one round, or all prefixes, have pages, at most.
+    rounds = store_bytes(pages_of, 4 * most) + max(store_bytes(pages_of, _sequences(most, count) * count) for count in counts)
+    prefix_pages = _prefix_tokens(run) // pages_of.page_tokens
+    prefixes = store_bytes(pages_of, (PREFIXES + 1) * prefix_pages) + store_bytes(pages_of, PREFIXES * prefix_pages)
+    check_room(path, max(rounds, prefixes))
     rows = []
     # In the last one pages are written through to the host, and `flush` copies on from there. The host is the smaller one, or `flush` would
     # copy what the disk had let go, too.
@@ -115,7 +122,7 @@ def _measure_pair(run: Run, cache: TieredKVCache, pages: int, device_pages: int,
     layout = cache.layout
     tokens = pages * layout.page_tokens
     kv = made_kv(layout, tokens)
-    sequences = -(-2 * device_pages // pages)
+    sequences = _sequences(device_pages, pages)
     sample, page_bytes = token_ids(-pages & 0xFFFFFFFF, tokens), pages * layout.page_bytes
     before = link_bytes(cache, down)
     _put(cache, sample, kv)
@@ -164,7 +171,7 @@ def _put(cache: TieredKVCache, ids: Ids, kv: torch.Tensor) -> None:
 
 def _measure_restore(run: Run, layout: PageLayout, path: Path | None) -> list[Row]:
     run.step("writing prefixes to the disk")
-    tokens = TINY_PREFIX_TOKENS if run.tiny else PREFIX_TOKENS
+    tokens = _prefix_tokens(run)
     pages = tokens // layout.page_tokens
     kv, prefixes = made_kv(layout, tokens), [token_ids(index, tokens) for index in range(PREFIXES)]
     copy = PlainCopy(pages * layout.page_bytes, "disk", "device")
@@ -212,6 +219,15 @@ def _restores(
         if (speed := file.fio_read()) is not None:
             took["fio"].append(speed)
     return took
+
+
+def _sequences(device_pages: int, pages: int) -> int:
+    """How many of `pages` pages each are twice what the device holds, to the next whole one."""
+    return -(-2 * device_pages // pages)
+
+
+def _prefix_tokens(run: Run) -> int:
+    return TINY_PREFIX_TOKENS if run.tiny else PREFIX_TOKENS
 
 
 def _size(pages: int, layout: PageLayout) -> str:

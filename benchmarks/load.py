@@ -36,7 +36,7 @@ from kvtier.layout import PageLayout
 from kvtier.lease import Lease
 
 from .measure import Row, Run, percentile
-from .rig import Ids, Room, device, layout_named, open_cache, token_ids
+from .rig import Ids, Room, check_room, device, layout_named, open_cache, store_bytes, token_ids
 
 KINDS = 64
 """Different pages that there are; a page's first token says which it is."""
@@ -97,8 +97,8 @@ def measure(
 ) -> list[Row]:
     """The rows of every combination, medians over `run.repeats` plays of `duration_s` seconds each, the ramp-up included.
 
-    KVTierError for values that make no load, if a request failed, or if a page came back wrong; IntegrityError if the bookkeeping
-    contradicts itself at the end.
+    KVTierError for values that make no load, for a directory without room for the files (before any is written), if a request failed, or
+    if a page came back wrong; IntegrityError if the bookkeeping contradicts itself at the end.
     """
     pages_of = layout_named(layout, run.tiny)
     if not 0 <= ramp_up_s < duration_s:
@@ -108,6 +108,7 @@ def measure(
         if min(shape.batch, shape.concurrency) < 1 or not 0 < shape.rate < float("inf") or shape.tokens < pages_of.page_tokens:
             least = f"batch and concurrency at least 1, sequences at least {pages_of.page_tokens} tokens, rate above 0"
             raise KVTierError(f"{shape.name}: expected {least}; see --batch, --concurrency, --sequence-tokens, --rate")
+    check_room(path, max((store_bytes(pages_of, _room(shape, pages_of).disk) for shape in shapes), default=0))
     if run.tiny:
         duration_s, ramp_up_s = TINY_DURATION_S, TINY_DURATION_S / 3
     run.expect(len(shapes) * run.repeats * (int(duration_s / TICK_S) + 2))
@@ -144,13 +145,23 @@ def plan(shape: Shape, duration_s: float, ramp_up_s: float, sequences: int, seed
         requests.append(Request(at_s, tuple(current[place] for place in chosen)))
 
 
+def _sequences(shape: Shape) -> int:
+    """How many are asked for: more than are held at once."""
+    return max(4 * shape.concurrency * shape.batch, 32)
+
+
+def _room(shape: Shape, layout: PageLayout) -> Room:
+    """Of all sequences, an eighth (or as many as are held) on the device, a quarter on the host, half on the disk."""
+    pages, sequences = shape.tokens // layout.page_tokens, _sequences(shape)
+    device = max(shape.concurrency * shape.batch, sequences // 8)
+    return Room(device * pages, host=sequences // 4 * pages, disk=sequences // 2 * pages)
+
+
 def _play(run: Run, layout: PageLayout, shape: Shape, duration_s: float, ramp_up_s: float, path: Path | None) -> list[Row]:
     pages = shape.tokens // layout.page_tokens
-    held = shape.concurrency * shape.batch
-    sequences = max(4 * held, 32)
-    room = Room(max(held, sequences // 8) * pages, host=sequences // 4 * pages, disk=sequences // 2 * pages)
+    sequences = _sequences(shape)
     requests = plan(shape, duration_s, ramp_up_s, sequences)
-    with open_cache(layout, room, path, mover__clean_pressure=0.7, mover__queue_bytes="256MiB") as cache:
+    with open_cache(layout, _room(shape, layout), path, mover__clean_pressure=0.7, mover__queue_bytes="256MiB") as cache:
         run.step(f"{shape.name} filling the tiers")
         service = Service(cache, pages)
         for number in range(sequences):

@@ -23,7 +23,7 @@ from kvtier.cache import TieredKVCache
 from kvtier.layout import PageLayout
 
 from .measure import Row, Run
-from .rig import Ids, Room, forget_files, layout_named, made_kv, open_cache, restore, token_ids
+from .rig import Ids, Room, check_room, forget_files, layout_named, made_kv, open_cache, restore, store_bytes, token_ids
 
 RATIOS = (0.125, 0.5, 0.8, 1.25, 2.0, 8.0)
 TINY_RATIOS = (0.25, 4.0)
@@ -38,10 +38,14 @@ ROUNDS = 2
 
 
 def measure(run: Run, layout: str = "smollm2", path: Path | None = None) -> list[Row]:
-    """The rows for pages of a layout of LAYOUTS; files go into the directory `path` (the system's temporary one)."""
+    """The rows for pages of a layout of LAYOUTS; files go into the directory `path` (the system's temporary one).
+
+    KVTierError for an unknown layout, or no room for the files, before any is written.
+    """
     pages_of = layout_named(layout, run.tiny)
     ratios = TINY_RATIOS if run.tiny else RATIOS
     tokens = TINY_PREFIX_TOKENS if run.tiny else PREFIX_TOKENS
+    check_room(path, 2 * store_bytes(pages_of, _room(tokens // pages_of.page_tokens).disk))  # there are two caches at a time
     run.expect(1 + len(ratios))
     kv, prefixes = made_kv(pages_of, tokens), [token_ids(index, tokens) for index in range(PREFIXES)]
     run.step("restoring")
@@ -55,11 +59,16 @@ def measure(run: Run, layout: str = "smollm2", path: Path | None = None) -> list
         return rows
 
 
+def _room(pages: int) -> Room:
+    """For prefixes of `pages` pages: all of them on the disk, two on the device."""
+    return Room(2 * pages, disk=(PREFIXES + 1) * pages)
+
+
 @contextmanager
 def _filled(layout: PageLayout, kv: torch.Tensor, prefixes: Sequence[Ids], path: Path | None, way: str) -> Iterator[TieredKVCache]:
     """A cache whose disk holds the prefixes, and whose device has room for two of them."""
     pages = len(prefixes[0]) // layout.page_tokens
-    with open_cache(layout, Room(2 * pages, disk=(PREFIXES + 1) * pages), path, mover__restore=way) as cache:
+    with open_cache(layout, _room(pages), path, mover__restore=way) as cache:
         for ids in prefixes:
             cache.put(ids, kv)
             cache.flush()

@@ -39,6 +39,9 @@ TINY_LAYOUT = PageLayout(layers=2, planes=2, page_tokens=16, kv_heads=2, head_di
 LEAST_CYCLE_BYTES = 256 << 20
 """What a plain copy walks through before it comes back to the same bytes."""
 _SLOT_OVERHEAD_BYTES = 8192
+_TIER_OVERHEAD_BYTES = 1 << 20
+_STORE_OVERHEAD_BYTES = 64 << 10
+"""The lock, the description and the next one, and what the file system notes of them."""
 Ids = NDArray[np.int64]
 
 
@@ -74,12 +77,31 @@ class Room:
     disk: int = 0
 
 
+def store_bytes(layout: PageLayout, pages: int) -> int:
+    """What the files of a disk tier for `pages` pages take at most; no other file with as many encoded pages takes more."""
+    return _capacity_bytes(layout, "q4", pages) + _STORE_OVERHEAD_BYTES if pages else 0
+
+
+def check_room(path: Path | None, needed_bytes: int) -> None:
+    """KVTierError unless `path` (the system's temporary directory) has room for `needed_bytes`, before anything is written there."""
+    folder = path or Path(tempfile.gettempdir())
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        raise KVTierError(f"--path {folder}: {free} bytes are free there, but up to {needed_bytes} are needed; name another directory")
+
+
+def _capacity_bytes(layout: PageLayout, form: str, pages: int) -> int:
+    return pages * (get_format(form).payload_bytes(layout) + _SLOT_OVERHEAD_BYTES) + _TIER_OVERHEAD_BYTES
+
+
 @contextmanager
 def open_cache(layout: PageLayout, room: Room, path: Path | None = None, **options: object) -> Iterator[TieredKVCache]:
     """A cache in the default formats, closed at the end; its disk store is a directory of its own in `path`, gone afterwards.
 
-    `options`: configuration keys with `__` for the dot, over those of a cache that moves nothing by itself.
+    `options`: configuration keys with `__` for the dot, over those of a cache that moves nothing by itself. KVTierError if the directory
+    has no room for the store.
     """
+    check_room(path, store_bytes(layout, room.disk))
     with tempfile.TemporaryDirectory(prefix="kvtier-bench-", dir=path) as folder:
         changes: dict[str, object] = {
             "pages.page_tokens": layout.page_tokens,
@@ -92,8 +114,7 @@ def open_cache(layout: PageLayout, room: Room, path: Path | None = None, **optio
             if not pages:
                 changes[name] = None
                 continue
-            taken = get_format(form).payload_bytes(layout) + _SLOT_OVERHEAD_BYTES
-            changes |= {f"{name}.format": form, f"{name}.capacity_bytes": pages * taken + (1 << 20)}
+            changes |= {f"{name}.format": form, f"{name}.capacity_bytes": _capacity_bytes(layout, form, pages)}
         if room.disk:
             changes["disk.path"] = f"{folder}/store"
         changes |= {key.replace("__", "."): value for key, value in options.items()}

@@ -23,7 +23,7 @@ from kvtier.cache import TieredKVCache
 from kvtier.errors import KVTierError
 
 from .measure import Row, Run, percentile
-from .rig import Ids, PlainCopy, Room, forget_files, layout_named, made_kv, open_cache, restore, timed, token_ids
+from .rig import Ids, PlainCopy, Room, check_room, forget_files, layout_named, made_kv, open_cache, restore, store_bytes, timed, token_ids
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
 TINY_CONCURRENCY = (1, 4)
@@ -33,23 +33,29 @@ TINY_TOKENS = 64
 def measure(run: Run, layout: str = "smollm2", sequence_tokens: int = 512, path: Path | None = None) -> list[Row]:
     """The rows for sequences of `sequence_tokens` tokens of a layout of LAYOUTS; files go into `path` (the system's temporary directory).
 
-    KVTierError for an unknown layout or sequences shorter than a page.
+    KVTierError for an unknown layout, sequences shorter than a page, or no room for the files, before any is written.
     """
     pages_of = layout_named(layout, run.tiny)
     tokens = TINY_TOKENS if run.tiny else sequence_tokens // pages_of.page_tokens * pages_of.page_tokens
     if tokens < 1:
         raise KVTierError(f"--sequence-tokens {sequence_tokens}: expected at least one page, {pages_of.page_tokens} tokens")
     steps = TINY_CONCURRENCY if run.tiny else CONCURRENCY
+    check_room(path, store_bytes(pages_of, _home_pages(steps[-1] * tokens // pages_of.page_tokens)))
     run.expect(2 * len(steps))
     rows = []
     for home in ("host", "disk"):
         for sequences in steps:
             run.step(f"{sequences} sequences, {home}")
             pages = sequences * tokens // pages_of.page_tokens
-            room = Room(pages, host=3 * pages) if home == "host" else Room(pages, disk=3 * pages)
+            room = Room(pages, host=_home_pages(pages)) if home == "host" else Room(pages, disk=_home_pages(pages))
             with open_cache(pages_of, room, path) as cache:
                 rows += _measure_home(run, cache, home, sequences, tokens)
     return rows
+
+
+def _home_pages(pages: int) -> int:
+    """Both sets, and one more of room for what is on its way."""
+    return 3 * pages
 
 
 def _measure_home(run: Run, cache: TieredKVCache, home: str, sequences: int, tokens: int) -> list[Row]:

@@ -20,7 +20,7 @@ class LayoutError(KVTierError):
 
 
 class AlignmentError(KVTierError):
-    """Memory, offset or length given to a file engine is not aligned as it needs. Nothing has been read or written."""
+    """Memory, offset or length given to a file engine is not aligned, contiguous or writable as it needs. Nothing was read or written."""
 
 
 class StoreLocked(KVTierError):
@@ -44,7 +44,7 @@ class MissingExtra(KVTierError):
 
 
 class Closed(KVTierError):
-    """The cache was closed; build a new one."""
+    """The cache was closed, or the file engine stopped; build a new one."""
 
 
 class LeaseError(KVTierError):

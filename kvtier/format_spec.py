@@ -87,6 +87,10 @@ def _from_mapping(given: Mapping[object, object]) -> FormatSpec:
         raise ConfigError(f"page format: layers is {layers!r}; expected a mapping such as {{0-1: q8, 29: {{k: q8, v: q4}}}}")
     text = _pair_text(given)
     for span, codecs in layers.items():
+        if not isinstance(codecs, Mapping) and not _without(codecs, ";:+"):
+            raise ConfigError(f"page format: layers {span} is {codecs!r}; expected a codec, two as 'q8/q4', or a mapping with k and v")
+        if not _LAYERS.fullmatch(str(span).strip()):
+            raise ConfigError(f"page format: layers names {span!r}; expected a number or FIRST-LAST, counted from 0")
         text += f";{span}:{_pair_text(codecs) if isinstance(codecs, Mapping) else codecs}"
     return parse_format(text + (f"+{given['stage']}" if given.get("stage") else ""))
 
@@ -94,7 +98,15 @@ def _from_mapping(given: Mapping[object, object]) -> FormatSpec:
 def _pair_text(pair: Mapping[object, object]) -> str:
     if "k" not in pair or "v" not in pair:
         raise ConfigError(f"page format {dict(pair)!r}: expected the keys k and v")
+    for key in ("k", "v"):
+        if not _without(pair[key], "/;:+"):
+            raise ConfigError(f"page format: {key} is {pair[key]!r}; expected the name of one codec, of {', '.join(CODECS)}")
     return f"{pair['k']}/{pair['v']}"
+
+
+def _without(name: object, marks: str) -> bool:
+    """Whether it is a text that brings none of the grammar's `marks` along into the text it is put into."""
+    return isinstance(name, str) and not any(mark in name for mark in marks)
 
 
 def _codecs(text: str, given: str) -> tuple[str, str]:
@@ -102,6 +114,8 @@ def _codecs(text: str, given: str) -> tuple[str, str]:
     values = (values if slash else keys).removesuffix(FORCE)
     plain_keys = keys.removesuffix(FORCE)
     for name in (plain_keys, values):
+        if not name:
+            raise ConfigError(f"page format {given!r}: {'it is empty' if not given else 'a codec is missing'}; known: {', '.join(CODECS)}")
         if name not in CODECS:
             nearest = difflib.get_close_matches(name, CODECS, n=1, cutoff=0.0)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ";"

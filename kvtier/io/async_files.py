@@ -39,16 +39,6 @@ class AsyncFilesEngine(PooledEngine):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._runner: threading.Thread | None = None
 
-    def read_each(self, requests: Sequence[Request]) -> Outcomes:
-        return self._each(_read, requests)
-
-    def write_all(self, requests: Sequence[Request]) -> list[OSError | None]:
-        results: list[OSError | None] = [None] * len(requests)
-        for index, outcome in self._each(_write, requests):
-            if isinstance(outcome, OSError):
-                results[index] = outcome
-        return results
-
     def close(self, file: int) -> None:
         handles = self._idle.pop(file, [])
         if self._loop is not None and handles:
@@ -56,6 +46,7 @@ class AsyncFilesEngine(PooledEngine):
         super().close(file)
 
     def stop(self) -> None:
+        self._stopped = True
         if self._loop is not None and self._runner is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._runner.join()
@@ -64,7 +55,9 @@ class AsyncFilesEngine(PooledEngine):
         self._threads.shutdown()
         super().stop()
 
-    def _each(self, work: Work, requests: Sequence[Request]) -> Outcomes:
+    def _carry(self, requests: Sequence[Request], writing: bool, helping: bool) -> Outcomes:  # noqa: ARG002 - the loop's work
+        self._check_running()
+        work = _write if writing else _read
         done: Done = SimpleQueue()
         withdrawn = threading.Event()
         all_ended: Future[None] = asyncio.run_coroutine_threadsafe(self._carry_out(work, requests, done, withdrawn), self._running_loop())

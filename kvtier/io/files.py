@@ -48,9 +48,10 @@ Outcomes = Generator[tuple[int, int | OSError], None, None]
 class FileEngine(ABC):
     """Positioned I/O on regular files. Single calls raise OSError when the system does; batches say it per request.
 
-    Offsets, lengths and buffer addresses are multiples of `alignment_bytes`: an AlignmentError names the first that is not, before any
-    I/O of the call. A file is named by the whole number `open` returned. At most `depth` requests of a batch are under way at once, one of
-    them on the caller's thread; batches of several callers share the other `depth - 1`.
+    Offsets, lengths and buffer addresses are multiples of `alignment_bytes`; buffers are 1-D, contiguous and of bytes, and writable where
+    they are filled. An AlignmentError names the first that is not, before any I/O of the call. A file is named by the whole number `open`
+    returned. At most `depth` requests of a batch are under way at once, one of them on the caller's thread; batches of several callers
+    share the other `depth - 1`.
     """
 
     name: str
@@ -114,4 +115,7 @@ class FileEngine(ABC):
 
     @abstractmethod
     def stop(self) -> None:
-        """End the engine's threads once they are idle. Called last, by the owner; safe to call twice."""
+        """End the engine's threads once they are idle. Called last, by the owner; safe to call twice.
+
+        Batches asked for afterwards raise Closed, with nothing begun; one that `read_each` gave before may do so at its first `next`.
+        """

@@ -1,6 +1,7 @@
 """What engines of plain system calls on a pool of threads have in common; `buffered` and `direct` differ in how they open files.
 
-The state is the pool's. `os` restarts interrupted calls by itself (PEP 475); short ones are continued here.
+The state is the pool's, and whether the engine was stopped. `os` restarts interrupted calls by itself (PEP 475); short ones are continued
+here.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvtier.errors import AlignmentError
+from kvtier.errors import AlignmentError, Closed
 from kvtier.io import holes, native_pool
 from kvtier.io.files import BLOCK_BYTES, Bytes, FileEngine, Outcomes, Request, address_of, page_aligned
 from kvtier.io.pool import RequestPool
 
 DEPTH = 8
 """Requests under way at once unless told otherwise: from there on, disks give no more."""
+
+
+_STRIDES = (1,)
 
 
 class PooledEngine(FileEngine):
@@ -31,6 +35,7 @@ class PooledEngine(FileEngine):
     def __init__(self, depth: int = DEPTH, alignment_bytes: int = 1) -> None:
         self.depth = depth
         self.alignment_bytes = alignment_bytes
+        self._stopped = False
         self._pool = RequestPool(depth, f"kvtier-{self.name}")
         self._native_pool = native_pool.make(depth, alignment_bytes) if self.native else None
 
@@ -41,21 +46,19 @@ class PooledEngine(FileEngine):
         return os.fstat(file).st_size
 
     def pread_into(self, file: int, offset: int, buffer: Bytes) -> int:
-        self._check(offset, buffer)
+        self._check(offset, buffer, filled=True)
         return self._pread(file, offset, buffer)
 
     def pwrite(self, file: int, offset: int, data: Bytes) -> None:
-        self._check(offset, data)
+        self._check(offset, data, filled=False)
         self._pwrite(file, offset, data)
 
     def read_each(self, requests: Sequence[Request]) -> Outcomes:
-        for request in requests:
-            self._check(request.offset, request.buffer)
+        self._check_all(requests, filled=True)
         return self._carry(requests, writing=False, helping=False)
 
     def write_all(self, requests: Sequence[Request]) -> list[OSError | None]:
-        for request in requests:
-            self._check(request.offset, request.buffer)
+        self._check_all(requests, filled=False)
         results: list[OSError | None] = [None] * len(requests)
         for index, outcome in self._carry(requests, writing=True, helping=True):
             if isinstance(outcome, OSError):
@@ -99,6 +102,7 @@ class PooledEngine(FileEngine):
         os.close(file)
 
     def stop(self) -> None:
+        self._stopped = True
         self._pool.stop()
         if self._native_pool is not None:
             self._native_pool.stop()
@@ -141,10 +145,30 @@ class PooledEngine(FileEngine):
             return error
         return request.buffer.nbytes
 
-    def _check(self, offset: int, buffer: Bytes) -> None:
+    def _check_all(self, requests: Sequence[Request], filled: bool) -> None:
+        self._check_running()
+        for _, offset, buffer in requests:
+            self._check(offset, buffer, filled)
+
+    def _check_running(self) -> None:
+        if self._stopped:
+            raise Closed(f"this {self.name} engine was stopped and carries no more batches; make a new one")
+
+    def _check(self, offset: int, buffer: Bytes, filled: bool) -> None:
+        # At each request, so the strides, which say almost all, come first.
+        if (buffer.strides != _STRIDES and not _is_plain(buffer)) or (filled and not buffer.flags.writeable):
+            access = "writable" if buffer.flags.writeable else "read-only"
+            got = f"{access} {buffer.dtype} of shape {buffer.shape} and strides {buffer.strides}"
+            wanted = "contiguous, writable memory to fill" if filled else "contiguous memory"
+            raise AlignmentError(f"{self.name} I/O needs 1-D {wanted}, of bytes; got {got}; take memory from kvtier.io.files.page_aligned")
         if self.alignment_bytes > 1 and (address_of(buffer) | offset | buffer.nbytes) % self.alignment_bytes:
             parts = f"an address of {address_of(buffer):#x}, {buffer.nbytes} bytes at offset {offset}"
             raise AlignmentError(
                 f"{self.name} I/O needs address, length and offset in multiples of {self.alignment_bytes}; got {parts}; "
                 "take memory from kvtier.io.files.page_aligned, or disk.io_engine: buffered"
             )
+
+
+def _is_plain(buffer: Bytes) -> bool:
+    """Whether it is 1-D, contiguous and of bytes; arrays of one element or none may have any strides."""
+    return buffer.ndim == 1 and buffer.itemsize == 1 and buffer.flags.c_contiguous

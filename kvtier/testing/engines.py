@@ -16,13 +16,14 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvtier.errors import AlignmentError
+from kvtier.errors import AlignmentError, Closed
 from kvtier.io.files import BLOCK_BYTES, Bytes, FileEngine, Request, page_aligned
 
 BLOCKS = 16
@@ -187,6 +188,50 @@ class FileEngineContract:
             assert 0 < len(threads() - before) <= engine.depth + 1
         engine.stop()
         assert ended(before)
+
+    def test_batches_of_a_stopped_engine_raise_closed_and_begin_nothing(self, tmp_path: Path) -> None:
+        engine = self.make_engine(3)
+        file = engine.open(tmp_path / "data")
+        engine.pwrite(file, 0, filled(4))
+        engine.close(file)
+        engine.stop()
+        before, read = threads(), page_aligned(4 * BLOCK_BYTES)
+        file = os.open(tmp_path / "data", os.O_RDWR)
+        try:
+            for count in (1, 4):
+                with pytest.raises(Closed, match="stopped"):
+                    engine.write_all(pieces(file, filled(4, 1))[:count])
+                with pytest.raises(Closed, match="stopped"):
+                    list(engine.read_each(pieces(file, read)[:count]))
+        finally:
+            os.close(file)
+        assert threads() <= before
+        assert not read.any()
+        assert (tmp_path / "data").read_bytes() == filled(4).tobytes()
+        engine.stop()
+
+    def test_memory_that_no_system_call_can_take_is_refused_before_anything_is_done(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as (engine, file):
+            engine.pwrite(file, 0, filled(4))
+            odd = filled(8, 1)
+            strided, square, fixed = odd[::2], odd.reshape(2, -1), odd.view()
+            words: Any = odd.view(np.uint32)
+            fixed.flags.writeable = False
+            good = Request(file, 0, odd[:BLOCK_BYTES])
+            for buffer in (strided, square, words, odd[::-1]):
+                with pytest.raises(AlignmentError, match="1-D contiguous memory, of bytes; got"):
+                    engine.pwrite(file, 0, buffer)
+                with pytest.raises(AlignmentError, match="1-D contiguous memory, of bytes; got"):
+                    engine.write_all([good, Request(file, 0, buffer)])
+            for buffer in (strided, square, words, odd[::-1], fixed):
+                with pytest.raises(AlignmentError, match="1-D contiguous, writable memory to fill, of bytes; got"):
+                    engine.pread_into(file, 0, buffer)
+                with pytest.raises(AlignmentError, match="1-D contiguous, writable memory to fill, of bytes; got"):
+                    engine.read_each([good, Request(file, 0, buffer)])
+            np.testing.assert_array_equal(contents(engine, file), filled(4))
+            np.testing.assert_array_equal(odd, filled(8, 1))
+            assert engine.write_all([Request(file, 0, fixed)]) == [None], "what is only read may be read-only"
+            np.testing.assert_array_equal(contents(engine, file), odd)
 
     def test_what_is_not_aligned_is_refused_before_anything_is_done(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as (engine, file):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,31 @@ def test_a_tiny_run_reports_start_copy_and_pages(capsys, tmp_path: Path):
         assert row["value"] > 0
         assert row["ceiling"] is None or row["ratio"] == pytest.approx(row["value"] / row["ceiling"])
     assert plot.read_text().startswith("<?xml")
+
+
+HELD = """
+from pathlib import Path
+from benchmarks import arena
+from benchmarks.measure import Run
+from kvtier.memory.limits import Room
+
+def most_bytes():
+    facts = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(facts["VmHWM"].split()[0]) * 1024
+
+arena.available_memory = lambda: Room(256 << 20, "as in a small container")
+arena.measure(Run(1, tiny=True))
+before = most_bytes()
+rows = arena.measure(Run(1), 4 << 30)
+print(most_bytes() - before, int(rows[0].value * 2**30))
+"""
+
+
+def test_no_part_takes_more_than_half_of_the_memory_that_can_be_had():
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True)
+    held, size = map(int, done.stdout.split())
+    assert size == 128 << 20
+    assert held < 132 << 20, "half, and a little for threads and their stacks"
 
 
 def test_explicit_huge_pages_are_set_apart_only_for_the_run(capsys):

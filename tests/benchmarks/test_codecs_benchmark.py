@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks import codecs
+from benchmarks.measure import Run
+from kvtier.cli import main
 from kvtier.cli.app import app
 from kvtier.cli.bench import app as bench
+from kvtier.errors import KVTierError
+from kvtier.memory.limits import Room
 
 
 @pytest.mark.slow
@@ -30,3 +36,27 @@ def test_bad_input_is_an_error_that_names_it(options):
     done = CliRunner().invoke(app, ["bench", "codecs", "--tiny", *options])
     assert done.exit_code != 0
     assert options[1].split(",")[-1] in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--size-bytes", "1TiB"), r"--size-bytes 1099511627776: \d+ bytes of memory are needed .* \d+ can be had .*; give at most \d+"),
+        (("--size-bytes", "0"), "--size-bytes 0: two threads take a page each, 737280 bytes of smollm2; give at least that"),
+        (("--size-bytes", "1"), "--size-bytes 1: two threads take a page each"),
+        (("--formats", ""), "--formats is empty: no format was named; choose from"),
+        (("--formats", "q8,"), "unknown formats ''; choose from"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line_and_exit_code_2(capsys, options, message):
+    assert main(["bench", "codecs", *options]) == 2
+    err = capsys.readouterr().err
+    assert re.search(message, " ".join(err.split()))
+    assert "Traceback" not in err
+
+
+def test_memory_is_asked_for_before_any_is_taken(monkeypatch):
+    monkeypatch.setattr(codecs, "available_memory", lambda: Room(256 << 20, "as in a small container"))
+    monkeypatch.setattr(codecs, "make_pages", lambda *_: pytest.fail("memory was taken"))
+    with pytest.raises(KVTierError, match="268435456 can be had"):
+        codecs.measure(Run(1))

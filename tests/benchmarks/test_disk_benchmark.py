@@ -40,6 +40,13 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_is_written(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1])
+def test_a_file_below_one_block_is_refused(tmp_path, size):
+    with pytest.raises(KVTierError, match=f"--size-bytes {size}: the file holds blocks of up to 1048576 bytes; give at least that"):
+        disk.measure(Run(repeats=1), tmp_path, size_bytes=size)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failing_fio_is_told_with_what_it_said(tmp_path, monkeypatch):
     fake = tmp_path / "bin" / "fio"
     fake.parent.mkdir()

@@ -69,7 +69,7 @@ def test_a_budget_end_to_end(capsys):
     ("arguments", "said"),
     [
         (["--formats", "q9"], "unknown page format 'q9'"),
-        (["--formats", ""], "unknown page format ''"),
+        (["--formats", ""], "page format '': it is empty"),
         (["--tokens", "2050"], "multiple of 64"),
         (["--tokens", "0"], "--tokens is 0"),
         (["--tiny", "--page-tokens", "17"], "multiple of 68"),

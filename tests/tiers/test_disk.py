@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -627,6 +628,56 @@ def test_a_path_that_cannot_be_a_directory_is_refused(tmp_path):
 def test_an_unknown_durability_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"disk\.durability is 'eternal'"):
         open_disk(tmp_path, durability="eternal")
+
+
+def without_room(path: Path) -> os.statvfs_result:
+    """As a ramfs answers, which does not count its blocks."""
+    return os.statvfs_result((4096, 4096, *[0] * 9))
+
+
+def failing_description(*_: Any) -> None:
+    raise OSError(errno.EIO, "as from a broken disk")
+
+
+@pytest.mark.parametrize(
+    ("broken", "with_", "error"),
+    [("os.statvfs", without_room, ConfigError), ("kvtier.tiers.disk.directory.os.rename", failing_description, StoreError)],
+)
+def test_a_refused_opening_leaves_only_what_was_there_before(tmp_path, monkeypatch, broken, with_, error):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked" / "lock").write_text("of an earlier process")
+    before = sorted(tmp_path.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, with_)
+        for path in (tmp_path / "new" / "deep", tmp_path / "there", tmp_path / "there" / "below", tmp_path / "locked"):
+            with pytest.raises(error):
+                open_disk(path)
+            assert sorted(tmp_path.rglob("*")) == before
+    open_disk(tmp_path / "new" / "deep").close()
+    open_disk(tmp_path / "locked").close()
+
+
+def test_a_refused_opening_takes_nothing_of_a_store_that_was_there(store, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", without_room)
+        with pytest.raises(ConfigError, match="lower it"):
+            open_disk(store, capacity=1 << 40)
+    tier = open_disk(store)
+    assert [page for _, page in tier.recover()] == [page_id(1)]
+    tier.close()
+
+
+def test_a_lock_that_was_given_up_meanwhile_locks_nothing(tmp_path, monkeypatch):
+    flock = fcntl.flock
+
+    def late(file: int, operation: int) -> None:
+        (tmp_path / "lock").unlink(missing_ok=True)
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(StoreLocked, match="given up by somebody else, with its lock; try again"):
+        open_disk(tmp_path)
 
 
 def test_a_failed_opening_leaves_the_store_unlocked(store):

@@ -84,26 +84,54 @@ class StoreDirectory:
         """Create `path` if missing and lock it. ConfigError if it cannot be created or written, StoreError if it holds other files,
         StoreLocked if another store object, of this or another process, has it."""
         self.path = path
+        self._made: list[Path] = []
+        """What this object made here so far, in that order, and takes back if the store is not opened after all."""
+        self._lock: int | None = None
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            self._make(path)
             names = set(os.listdir(path))
             if _DESCRIPTION not in names and names - _OURS_BEFORE_DESCRIPTION:
                 strangers = ", ".join(sorted(names - _OURS_BEFORE_DESCRIPTION)[:3])
                 raise StoreError(f"disk.path {path} is no disk store and not empty ({strangers}); use an empty or new directory")
-            self._lock: int | None = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock = self._open_lock()
         except OSError as error:
+            self.give_up()
             raise ConfigError(f"disk.path {path} cannot be created or written: {error.strerror}; name a writable directory") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip()
             os.close(self._lock)
+            self._lock = None
             if isinstance(error, BlockingIOError):
                 message = f"disk store {path} is in use by process {holder or 'unknown'}; stop it or use another disk.path"
                 raise StoreLocked(message) from error
+            self.give_up()
             raise StoreError(f"disk store {path} cannot be locked: {error.strerror}; {_REMEDY}") from error
+        if not _same_file(self._lock, path / _LOCK):
+            self.close()
+            raise StoreLocked(f"disk store {path} was just made and given up by somebody else, with its lock; try again")
+        self._made += [where for name in (_TEMPORARY, _DESCRIPTION) if not (where := path / name).exists()]
         with contextlib.suppress(OSError):  # only a courtesy to the next opener, and the disk may be full
             os.pwrite(self._lock, f"{os.getpid():<31}\n".encode(), 0)
+
+    def _make(self, path: Path) -> None:
+        """`path` and what is missing above it."""
+        missing = [part for part in (path, *path.parents) if not part.exists()]
+        for part in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # by now somebody else's
+                part.mkdir()
+                self._made.append(part)
+
+    def _open_lock(self) -> int:
+        file = self.path / _LOCK
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        try:
+            lock = os.open(file, flags | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return os.open(file, flags, 0o600)
+        self._made.append(file)
+        return lock
 
     def describe(self, wanted: Description) -> Description | None:
         """The description found on disk, None if there is none yet. LayoutError or StoreError unless it agrees with `wanted`."""
@@ -166,6 +194,14 @@ class StoreDirectory:
             available = f"{free + held} bytes are available ({free} free, {held} held by the store)"
             raise ConfigError(f"disk.capacity_bytes is {capacity_bytes}, but on the file system of {self.path} {available}; lower it")
 
+    def give_up(self) -> None:
+        """Take back what was made here, and unlock: for a store that was refused. What was there before stays."""
+        for path in reversed(self._made):  # the lock while it is held, so that it is nobody else's
+            with contextlib.suppress(OSError):  # never written, or by now with something of others in it
+                path.rmdir() if path.is_dir() else path.unlink()
+        self._made.clear()
+        self.close()
+
     def close(self) -> None:
         """Unlock. Safe to call twice."""
         if self._lock is not None:
@@ -178,6 +214,14 @@ class StoreDirectory:
 def reopened(found: Description, capacity_bytes: int) -> Description:
     """The description of a store that was just opened: in use, so not clean, with the capacity now configured."""
     return replace(found, capacity_bytes=capacity_bytes, clean=False)
+
+
+def _same_file(file: int, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _write_durably(path: Path, data: bytes, flags: int) -> None:

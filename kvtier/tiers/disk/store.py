@@ -59,8 +59,8 @@ class DiskTier(Tier):
     `engine` is a name for `kvtier.io.probe.choose_engine`, with `depth` requests at once, or an engine, from then on the tier's. Stores
     written by one engine open with every other.
 
-    Raises ConfigError (path, capacity or engine impossible; nothing is written then), StoreLocked, LayoutError (store of another layout),
-    StoreError (foreign, damaged, newer, or of another format or namespace).
+    Raises ConfigError (path, capacity or engine impossible), StoreLocked, LayoutError (store of another layout), StoreError (foreign,
+    damaged, newer, or of another format or namespace). Nothing new is left there then, and what was there stays.
     """
 
     name = "disk"
@@ -108,7 +108,7 @@ class DiskTier(Tier):
             try:
                 self._description, self._was_clean = self._open(namespace)
             except BaseException:
-                self._directory.close()
+                self._directory.give_up()
                 raise
         except BaseException:
             chosen.engine.stop()
