@@ -7,7 +7,7 @@ import math
 import pytest
 
 from kvtier.errors import LeaseError
-from tests.cache.rig import assert_right, hold, make_cache, push_out, put, run
+from tests.cache.rig import HOST, Gate, assert_right, hold, make_cache, push_out, put, run
 
 PAGES = 6
 
@@ -72,12 +72,22 @@ def test_always_restores_whatever_it_costs():
             assert len(lease.wait(20)) == PAGES
 
 
-def test_restores_that_others_began_teach_nothing():
+def test_restores_that_others_began_teach_nothing(monkeypatch):
     with make_cache(host_pages=64) as cache:
         tokens = cold(cache, 100, restores=0)
-        cache.prefetch(tokens).wait(20)
-        hold(cache, tokens).release()
+        gate = Gate(monkeypatch, cache._residency.tiers[HOST], "load")
+        hint = cache.prefetch(tokens)
+        assert gate.reached.wait(20)
+        with cache.acquire(cache.lookup(tokens)) as lease:
+            gate.open()
+            assert len(lease.wait(20)) == PAGES
+        assert hint.wait(20)
+        cache.settle(20)
         assert cache.stats()["prices"]["restores_observed"] == 0
+        push_out(cache, 800)
+        hold(cache, tokens).release()
+        cache.settle(20)
+        assert cache.stats()["prices"]["restores_observed"] == 1, "its own restores teach"
 
 
 @pytest.mark.parametrize("told", [(-1, 10, 1.0), (0, 0, 1.0), (0, 10, 0.0), (0, 10, math.nan), (0, 10, math.inf)])
