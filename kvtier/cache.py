@@ -108,12 +108,12 @@ class TieredKVCache:
                 restored=Future(),
                 give_back=self._release,
             )
-            missing = bool((table.state[DEVICE][rows] != READY).any())
+            missing = int((table.state[DEVICE][rows] != READY).sum())
             if missing:
                 homes = table.warmest(rows)
                 moved = np.bincount(homes, minlength=len(residency.tiers)) * residency.page_bytes
         if missing:
-            residency.start(self._restore(lease, moved, time.perf_counter()))
+            residency.start(self._restore(lease, missing, moved, time.perf_counter()))
         else:
             lease.known = True
             lease.submitted.set()
@@ -156,10 +156,11 @@ class TieredKVCache:
         residency.metrics.tokens_declined += (len(rows) - pages) * self.layout.page_tokens
         return pages
 
-    async def _restore(self, lease: Lease, moved: NDArray[np.int64], asked_s: float) -> None:
+    async def _restore(self, lease: Lease, missing: int, moved: NDArray[np.int64], asked_s: float) -> None:
         """Bring the lease's pages to the device, as far as there is room; cut the lease where one does not come.
 
-        `moved`: encoded bytes by tier that this takes if nobody else brings any of them; `asked_s`: when it was asked for.
+        `missing`: pages that were not on the device when it was asked for, at `asked_s`; `moved`: their encoded bytes by tier. What it
+        took teaches the prices only if nobody else brought any of them.
         """
         residency, table = self._residency, self._residency.table
         asked: set[int] = set()
@@ -197,7 +198,7 @@ class TieredKVCache:
             with residency.lock:
                 if not lease.released:
                     self._cut(lease)
-            whole, seconds = alone and lease.tokens == tokens, time.perf_counter() - asked_s
+            whole, seconds = alone and len(asked) == missing and lease.tokens == tokens, time.perf_counter() - asked_s
             lease.submitted.set()
             lease.restored.set_result(None)
             if whole:

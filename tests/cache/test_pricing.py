@@ -90,6 +90,25 @@ def test_restores_that_others_began_teach_nothing(monkeypatch):
         assert cache.stats()["prices"]["restores_observed"] == 1, "its own restores teach"
 
 
+def test_restores_that_others_finished_first_teach_nothing(monkeypatch):
+    with make_cache(host_pages=64) as cache:
+        tokens = cold(cache, 100, restores=0)
+        match = cache.lookup(tokens)
+        start = cache._residency.start
+
+        def late(coroutine):
+            """The mover's loop gets to the restore only when a hint has brought everything."""
+            monkeypatch.setattr(cache._residency, "start", start)
+            cache.prefetch(tokens).wait(20)
+            return start(coroutine)
+
+        monkeypatch.setattr(cache._residency, "start", late)
+        with cache.acquire(match) as lease:
+            assert len(lease.wait(20)) == PAGES
+        cache.settle(20)
+        assert cache.stats()["prices"]["restores_observed"] == 0
+
+
 @pytest.mark.parametrize("told", [(-1, 10, 1.0), (0, 0, 1.0), (0, 10, 0.0), (0, 10, math.nan), (0, 10, math.inf)])
 def test_impossible_prefills_are_one_clear_error(told):
     with make_cache() as cache, pytest.raises(LeaseError, match="expected tokens and a time above 0"):
