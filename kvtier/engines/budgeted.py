@@ -1,4 +1,4 @@
-"""Decoding on a device budget in Hugging Face transformers: one layer of such a cache, and attention over the pages its query chooses.
+"""Decoding on a device budget in Hugging Face transformers: such a cache, its layers, and attention over the pages a query chooses.
 
 A cache layer never sees the query, so what it returns for keys is a marked tensor of the tokens that are not in pages yet; the model's
 attention function, wrapped once by `attach`, finds the mark and puts the chosen pages in front. That changes nothing for any other cache.
@@ -8,21 +8,25 @@ Forward passes of several tokens (a prompt) attend over everything, streamed lay
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 
 from kvtier.budget import BudgetedLease
+from kvtier.cache import TieredKVCache
+from kvtier.engines.models import check_named
 from kvtier.errors import LayoutError, MissingExtra, ModelError
 
 try:
     from transformers import AttentionInterface
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import Cache, DynamicLayer
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 except ImportError as error:
     raise MissingExtra("the Hugging Face engine needs transformers; install it with: pip install 'kvtier[hf]'") from error
 
+Select = Literal["attention", "exact"]
 _PREFIX = "kvtier_"
 _MARK = "kvtier_layer"
 
@@ -51,6 +55,78 @@ def attach(model: Any) -> None:
     AttentionInterface.register(_PREFIX + name, attend)
     AttentionMaskInterface.register(_PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
     model.set_attn_implementation(_PREFIX + name)
+
+
+class BudgetedCache(Cache):  # type: ignore[misc]
+    """The cache of one sequence with at most `device_pages` pages on the device at any time, however long it is (docs/attention.md).
+
+    `select` says what a decoded token attends over: "attention", the pages that its query asks for, recalled from the tiers below; or
+    "exact", everything, streamed layer by layer. The model's attention goes through kvtier from now on. What a forward pass computes is in
+    memory until the next one; so give `generate` a `prefill_chunk_size` for long prompts, as `Session` does. Used like `TieredCache`.
+    """
+
+    def __init__(
+        self, model: Any, cache: TieredKVCache, token_ids: Sequence[int], device_pages: int, salt: str = "", select: Select = "attention"
+    ) -> None:
+        if select not in get_args(Select):
+            raise ModelError(f"select is {select!r}; expected one of {', '.join(get_args(Select))}")
+        if len(token_ids) < 1:
+            raise LayoutError("BudgetedCache: an empty sequence has nothing to predict from; give at least one token")
+        check_named(cache)
+        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise ModelError(f"{type(model).__name__} has {', '.join(sorted(kinds))}; a device budget is for full attention in every layer")
+        choosing = select == "attention"
+        if choosing:
+            attach(model)
+        self._page_tokens = cache.layout.page_tokens
+        match = cache.lookup(token_ids[: len(token_ids) - 1], salt)
+        self.lease = lease = cache.acquire_within(match, device_pages, choosing)
+        self.restored = lease.tokens
+        """Tokens that came from the tiers."""
+        self._fed = match.ids[: lease.tokens].tolist()
+        self._unasked: list[int] = []
+        super().__init__(layers=[BudgetedLayer(lease, index, choosing, self._unasked) for index in range(cache.layout.layers)])
+        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def _before_forward(self, _: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Full pages of the passes before go to the lease; the ids of this one are noted, because pages are named by their tokens."""
+        if not any(value is self for value in (*inputs, *named.values())):
+            return
+        ids = named.get("input_ids", inputs[0] if inputs else None)
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or len(ids) != 1:
+            raise LayoutError("on a device budget a forward pass needs the input_ids of one sequence, [1, tokens]: pages are named by them")
+        self._keep_full_pages()
+        self._fed += ids[0].tolist()
+
+    def _keep_full_pages(self) -> None:
+        check_asked(self._unasked)
+        tokens = (len(self._fed) - self.lease.tokens) // self._page_tokens * self._page_tokens
+        if tokens:
+            kv = torch.stack([layer.take(tokens) for layer in self.layers])
+            self.lease.append(self._fed[self.lease.tokens : self.lease.tokens + tokens], kv)
+
+    def commit(self, token_ids: Sequence[int] | torch.Tensor) -> int:
+        """Keep the full pages of what was computed; `token_ids` is the whole sequence. Returns how many of its tokens are cached now.
+
+        LayoutError if these are not the tokens that the model was fed.
+        """
+        ids = token_ids.tolist() if isinstance(token_ids, torch.Tensor) else list(token_ids)
+        if ids[: len(self._fed)] != self._fed:
+            raise LayoutError("commit: these are not the tokens that the model was fed with this cache")
+        self._keep_full_pages()
+        return self.lease.tokens
+
+    def release(self) -> None:
+        """Let the pages go."""
+        self._hook.remove()
+        self.lease.release()
+
+    def __enter__(self) -> BudgetedCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 class BudgetedLayer(DynamicLayer):  # type: ignore[misc]

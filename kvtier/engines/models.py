@@ -21,6 +21,8 @@ from typing import Any
 import torch
 import xxhash
 
+from kvtier.cache import TieredKVCache
+from kvtier.config import ModelConfig
 from kvtier.errors import MissingExtra, ModelError
 
 try:
@@ -37,6 +39,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def cache_argument(cache: Any) -> dict[str, Any]:
     """`cache` as the keyword by which this version of transformers gives it to models and `generate` (renamed in 5.24)."""
     return {_CACHE_ARGUMENT: cache}
+
+
+def check_named(cache: TieredKVCache) -> None:
+    """ModelError for a cache that keeps pages on disk under no model's name."""
+    if cache.config.disk is not None and cache.config.model.name == ModelConfig().name:
+        raise ModelError(
+            "the cache has a disk, but its configuration does not name the model; set model.name and model.revision, because a "
+            "model with other weights must never find these pages"
+        )
 
 
 @dataclass(frozen=True)

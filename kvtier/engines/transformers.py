@@ -1,47 +1,54 @@
 """Hugging Face transformers on top of kvtier: a `Cache` for `generate` whose prefix comes from the tiers, and chat sessions.
 
-The dense K and V that attention needs are gathered layer by layer from leased device pages, at the moment the model reaches the layer,
-so that later layers may still be on their way. New KV goes back page by page with `commit`. One sequence per cache (batch size 1).
-Contract checked against transformers 5.19 to 5.23 (`CacheLayerMixin`).
+Batches, beams, parallel samples and assisted decoding work as with any cache; new KV goes back page by page with `commit`.
+Contract checked against transformers 5.19 to 5.24 (`CacheLayerMixin`). What the attention sees is in `dense.py`, contexts larger than
+their share of the device in `budgeted.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
-from kvtier.budget import BudgetedLease
 from kvtier.cache import TieredKVCache
-from kvtier.config import ModelConfig
-from kvtier.engines.budgeted import BudgetedLayer, attach, check_asked
-from kvtier.engines.models import cache_argument
+from kvtier.engines.budgeted import BudgetedCache, Select
+from kvtier.engines.dense import Prefix, TieredLayer
+from kvtier.engines.fed import Fed, Row
+from kvtier.engines.models import cache_argument, check_named
 from kvtier.engines.stopwatch import Stopwatch
 from kvtier.errors import LayoutError, MissingExtra, ModelError
 from kvtier.layout import PageLayout
-from kvtier.lease import Lease, Match
+from kvtier.lease import Lease
 
 try:
-    from transformers.cache_utils import Cache, DynamicLayer
+    from transformers.cache_utils import Cache
 except ImportError as error:
     raise MissingExtra("the Hugging Face engine needs transformers; install it with: pip install 'kvtier[hf]'") from error
 
-Select = Literal["attention", "exact"]
+Sequences = Sequence[int] | Sequence[Sequence[int]] | torch.Tensor
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_KINDS = {"full_attention", "sliding_attention"}
 
 
 def layout_of(model: Any, page_tokens: int = 16) -> PageLayout:
     """The page layout of a Hugging Face causal language model.
 
-    ModelError for models whose KV is not one K and one V of equal shape per layer and token (sliding windows, linear attention, latents).
+    Pages hold all layers of their tokens, of sliding windows too. ModelError for models whose KV is not one K and one V of equal shape per
+    layer and token (linear attention, latents, layers that share their KV).
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(config, "kv_lora_rank", None):
+    foreign = sorted(kinds - _KINDS)
+    if getattr(config, "kv_lora_rank", None):
+        foreign.append("latents")
+    if getattr(config, "num_kv_shared_layers", None):
+        foreign.append("layers that share their KV")
+    if foreign:
         raise ModelError(
-            f"{type(model).__name__} mixes kinds of attention ({', '.join(sorted(kinds))}); kvtier's Hugging Face cache holds models with "
-            "full attention in every layer"
+            f"{type(model).__name__} has {', '.join(foreign)}; kvtier's Hugging Face cache holds models with full or sliding attention, "
+            "one K and one V of equal shape in every layer"
         )
     heads = config.num_attention_heads
     dtype = _DTYPES.get(model.dtype)
@@ -57,177 +64,177 @@ def layout_of(model: Any, page_tokens: int = 16) -> PageLayout:
     )
 
 
-class TieredLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer: a leased prefix that is gathered when the model first gets here, then what the model adds."""
-
-    def __init__(self, lease: Lease, index: int, stopwatch: Stopwatch) -> None:
-        super().__init__()
-        self._lease: Lease | None = lease if lease.tokens else None
-        self._index = index
-        self._stopwatch = stopwatch
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """New `[1, kv_heads, new, head_dim]` in, all `[1, kv_heads, total, head_dim]` out."""
-        self._stopwatch.reached(self._index, self.get_seq_length(), key_states.shape[-2], key_states.device)
-        with self._stopwatch.waiting():
-            self._gather(key_states.device)
-        both: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
-        return both
-
-    def get_seq_length(self) -> int:
-        """Tokens in this layer, the leased prefix included."""
-        return self._lease.tokens if self._lease is not None else int(super().get_seq_length())
-
-    def get_max_cache_shape(self) -> int:
-        """No bound. Transformers before 5.20 ask for it under this name."""
-        return -1
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens."""
-        self._gather(None)
-        super().crop(tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Reorder the batch axis."""
-        self._gather(None)
-        super().reorder_cache(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat along the batch axis."""
-        self._gather(None)
-        super().batch_repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Select along the batch axis."""
-        self._gather(None)
-        super().batch_select_indices(indices)
-
-    def _gather(self, device: torch.device | None) -> None:
-        """Build the dense prefix `[1, kv_heads, tokens, head_dim]` from device pages, once."""
-        lease, self._lease = self._lease, None
-        if lease is None:
-            return
-        pool = lease.layer(self._index)
-        pages = pool[torch.as_tensor(lease.slots(), device=pool.device)]
-        planes = pages.permute(1, 3, 0, 2, 4).flatten(2, 3)[:, :, : lease.tokens].to(device or pool.device)
-        self.dtype, self.device = planes.dtype, planes.device
-        self.keys, self.values = planes[0][None], planes[1][None]
-        self.is_initialized = True
+def left_padded(sequences: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask`, int64 `[sequences, longest]`, for a batch whose shorter sequences are padded on the left."""
+    longest = max(map(len, sequences))
+    ids = torch.tensor([[pad_token_id] * (longest - len(sequence)) + list(sequence) for sequence in sequences])
+    mask = torch.tensor([[0] * (longest - len(sequence)) + [1] * len(sequence) for sequence in sequences])
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 class TieredCache(Cache):  # type: ignore[misc]
-    """The cache (`past_key_values` before transformers 5.24) of one sequence: starts with whatever prefix of `token_ids` the tiers hold.
+    """The cache (`past_key_values` before transformers 5.24) of one sequence or a batch: starts with what the tiers hold of `token_ids`.
 
     Use as a context manager, and give `generate` the *whole* sequence:
 
-        with TieredCache(cache, ids) as past:
+        with TieredCache(cache, ids, model=model) as past:
             output = model.generate(input_ids=torch.tensor([ids]), cache=past, ...)
-            past.commit(output[0])
+            past.commit(output)
 
-    At most `len(token_ids) - 1` tokens are restored, because a model needs one token to predict the next. `restored` is how many were.
+    or, for a batch (`token_ids` a list of sequences), all of them as `left_padded(...)`. `salt` is one for all or one per sequence.
 
-    With `device_pages`, no more pages of the sequence than that are on the device at any time, however long it is (docs/attention.md).
-    `select` says what a decoded token attends over: "attention", the pages that its query asks for, recalled from the tiers below; or
-    "exact", everything, streamed layer by layer. `model` must be given then, and its attention goes through kvtier from now on. What a
-    forward pass computes is in memory until the next one; so give `generate` a `prefill_chunk_size` for long prompts, as `Session` does.
+    At most all but one token are restored, because a model needs one to predict the next. `restored` counts them, over the batch;
+    `restored_each` by sequence: the rows of a batch end in the same column, so each computes as many tokens as the row that needs most.
+    `model` lets kvtier see what each row of the cache was fed (`commit`); without it a batch that grew (beams) cannot be committed.
     """
 
     def __init__(
-        self,
-        cache: TieredKVCache,
-        token_ids: Sequence[int],
-        salt: str = "",
-        device_pages: int | None = None,
-        select: Select = "attention",
-        model: Any = None,
+        self, cache: TieredKVCache, token_ids: Sequence[int] | Sequence[Sequence[int]], salt: str | Sequence[str] = "", model: Any = None
     ) -> None:
-        if len(token_ids) < 1:
-            raise LayoutError("TieredCache: an empty sequence has nothing to predict from; give at least one token")
-        if cache.config.disk is not None and cache.config.model.name == ModelConfig().name:
-            raise ModelError(
-                "the cache has a disk, but its configuration does not name the model; set model.name and model.revision, because a "
-                "model with other weights must never find these pages"
-            )
+        check_named(cache)
+        sequences = _sequences(token_ids)
+        salts = [salt] * len(sequences) if isinstance(salt, str) else list(salt)
+        if len(salts) != len(sequences):
+            raise LayoutError(f"TieredCache: {len(salts)} salts for {len(sequences)} sequences; give one for all, or one for each")
         self.tiered = cache
         self._hook: Any = None
-        self.lease: Lease | BudgetedLease
-        match = cache.lookup(token_ids[: len(token_ids) - 1], salt)
-        if device_pages is not None:
-            self._begin_on_budget(match, device_pages, select, model)
-            return
-        self.lease = cache.acquire(match)
+        self._fed: Fed | None = None
+        self._padding = [max(map(len, sequences)) - len(sequence) for sequence in sequences]
+        self._leases: list[Lease] = []
         try:
-            self.lease.wait_layers(1)
+            for sequence, tenant in zip(sequences, salts, strict=True):
+                self._leases.append(cache.acquire(cache.lookup(sequence[: len(sequence) - 1], tenant)))
+            for lease in self._leases:
+                lease.wait_layers(1)
         except BaseException:
-            self.lease.release()
+            self.release()
             raise
-        self.restored = self.lease.tokens
+        columns = min(pad + lease.tokens for pad, lease in zip(self._padding, self._leases, strict=True))
+        self.restored_each = [max(0, columns - pad) for pad in self._padding]
+        self.restored = sum(self.restored_each)
+        prefix = Prefix(self._leases, self.restored_each, columns if self.restored else 0)
         self._stopwatch = Stopwatch(cache.layout.layers)
-        super().__init__(layers=[TieredLayer(self.lease, index, self._stopwatch) for index in range(cache.layout.layers)])
+        super().__init__(layers=[TieredLayer(prefix, index, self._stopwatch) for index in range(cache.layout.layers)])
+        if model is not None:
+            held = [list(sequence[:tokens]) for sequence, tokens in zip(sequences, self.restored_each, strict=True)]
+            self._fed = Fed(held, self._padding, prefix.columns)
+            self._again = held[0] if len(held) == 1 else []
+            self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
-    def _begin_on_budget(self, match: Match, device_pages: int, select: Select, model: Any) -> None:
-        if select not in get_args(Select):
-            raise ModelError(f"select is {select!r}; expected one of {', '.join(get_args(Select))}")
-        if model is None:
-            raise ModelError("device_pages needs the model that this cache is for; give model=...")
-        choosing = select == "attention"
-        if choosing:
-            attach(model)
-        self.lease = lease = self.tiered.acquire_within(match, device_pages, choosing)
-        self.restored = lease.tokens
-        self._fed = match.ids[: lease.tokens].tolist()
-        self._unasked: list[int] = []
-        super().__init__(layers=[BudgetedLayer(lease, index, choosing, self._unasked) for index in range(self.tiered.layout.layers)])
-        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-
-    def _before_forward(self, _: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Full pages of the passes before go to the lease; the ids of this one are noted, because pages are named by their tokens."""
-        if not any(value is self for value in (*inputs, *named.values())):
-            return
+    def _before_forward(self, _: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._fed is None or not any(value is self for value in (*inputs, *named.values())):
+            return None
         ids = named.get("input_ids", inputs[0] if inputs else None)
-        if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or len(ids) != 1:
-            raise LayoutError("on a device budget a forward pass needs the input_ids of one sequence, [1, tokens]: pages are named by them")
-        self._keep_full_pages()
-        self._fed += ids[0].tolist()
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+            raise LayoutError("a forward pass with this cache needs input_ids, [sequences, tokens]: pages are named by their tokens")
+        if len(ids) % len(self._leases):
+            raise LayoutError(
+                f"the forward pass has {len(ids)} sequences and its cache {len(self._leases)}; expected as many, or so many of each"
+            )
+        again, self._again = self._again, []
+        if again and ids.shape[0] == 1 and ids[0, : len(again)].tolist() == again:
+            # Assisted decoding (transformers 5.24) feeds the whole prompt in its first pass, whatever its cache holds already.
+            ids = ids[:, len(again) :]
+            inputs, named = ((ids, *inputs[1:]), dict(named)) if "input_ids" not in named else (inputs, {**named, "input_ids": ids})
+            if (positions := named.get("position_ids")) is not None:
+                named["position_ids"] = positions[..., -ids.shape[1] :]
+        self._fed.feed(ids)
+        return inputs, named
 
-    def _keep_full_pages(self) -> None:
-        check_asked(self._unasked)
-        lease = self.lease
-        tokens = (len(self._fed) - lease.tokens) // self.tiered.layout.page_tokens * self.tiered.layout.page_tokens
-        if tokens and isinstance(lease, BudgetedLease):
-            kv = torch.stack([layer.take(tokens) for layer in self.layers])
-            lease.append(self._fed[lease.tokens : lease.tokens + tokens], kv)
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens of every row."""
+        super().crop(tokens_to_remove)
+        if self._fed is not None:
+            self._fed.crop(-tokens_to_remove)
 
-    def commit(self, token_ids: Sequence[int] | torch.Tensor) -> int:
-        """Keep the KV computed since the prefix; `token_ids` is the whole sequence, of which at least the cached part has KV.
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """The rows are now those of `beam_idx` `[rows]`."""
+        super().reorder_cache(beam_idx)
+        if self._fed is not None:
+            self._fed.select(beam_idx)
 
-        Returns how many tokens of the sequence are cached now. Full pages only; LayoutError for batches.
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row stands there `repeats` times, one beside the other."""
+        super().batch_repeat_interleave(repeats)
+        if self._fed is not None:
+            self._fed.repeat(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """The rows are now those of `indices` `[rows]`."""
+        super().batch_select_indices(indices)
+        if self._fed is not None:
+            self._fed.select(indices)
+
+    def reset(self) -> None:
+        """Forget everything, the restored prefix too."""
+        super().reset()
+        if self._fed is not None:
+            self._fed.clear()
+
+    def commit(self, token_ids: Sequences) -> int:
+        """Keep the KV computed since the prefix. Returns how many tokens of these sequences are cached now; full pages only.
+
+        `token_ids`: what `generate` returned, `[sequences, tokens]` with its padding, or whole sequences without padding; as many as there
+        are prompts, or so many of each. The last token has no KV yet. With `model`, a sequence is kept as far as some row of the cache was
+        fed with it. LayoutError where nobody can tell which row belongs to which sequence.
         """
-        ids = token_ids.tolist() if isinstance(token_ids, torch.Tensor) else list(token_ids)
-        if isinstance(self.lease, BudgetedLease):
-            if ids[: len(self._fed)] != self._fed:
-                raise LayoutError("commit: these are not the tokens that the model was fed with this cache")
-            self._keep_full_pages()
-            return self.lease.tokens
-        if prefill := self._stopwatch.result():
+        sequences = self._unpadded(token_ids)
+        each, left = divmod(len(sequences), len(self._leases))
+        if left or not each:
+            raise LayoutError(f"commit: {len(sequences)} sequences for {len(self._leases)} prompts; expected as many, or so many of each")
+        if len(self._leases) == 1 and (prefill := self._stopwatch.result()):
             self.tiered.record_prefill(prefill.start, prefill.tokens, prefill.seconds)
-        length = min(self.get_seq_length(), len(ids))
-        self.lease.wait()
-        start = self.lease.tokens
-        if length <= start:
-            return start
-        if self.layers[0].keys.shape[0] != 1:
-            raise LayoutError(f"commit: the cache holds {self.layers[0].keys.shape[0]} sequences; kvtier commits one at a time")
-        planes = [torch.stack((layer.keys[0, :, start:length], layer.values[0, :, start:length])) for layer in self.layers]
-        kv = torch.stack(planes).transpose(2, 3)
-        self.tiered.put(ids[start:length], kv, after=self.lease)
-        return self.lease.tokens
+        rows = self._rows(sequences)
+        for lease in self._leases:
+            lease.wait()
+        total = 0
+        for prompt, prompted in enumerate(self._leases):
+            kept = prompted.tokens
+            for number, sequence in enumerate(sequences[prompt * each : (prompt + 1) * each]):
+                if number == 0:
+                    total += self._keep(rows, prompt, prompted, sequence)
+                    continue
+                with self.tiered.fork(prompted) as lease:
+                    self.tiered.truncate(lease, kept)
+                    total += self._keep(rows, prompt, lease, sequence)
+        return total
+
+    def _keep(self, rows: list[Row], prompt: int, lease: Lease, sequence: list[int]) -> int:
+        """Commit one sequence behind its lease, from the row of its prompt that was fed most of it."""
+        candidates = [(_common(row.token_ids, sequence), index) for index, row in enumerate(rows) if row.prompt == prompt]
+        length, row = max(candidates, default=(0, 0))
+        start, pad = lease.tokens, self._padding[prompt]
+        if length > start and self.get_seq_length():
+            columns = slice(pad + start, pad + length)
+            planes = [torch.stack((layer.keys[row, :, columns], layer.values[row, :, columns])) for layer in self.layers]
+            self.tiered.put(sequence[start:length], torch.stack(planes).transpose(2, 3), after=lease)
+        return lease.tokens
+
+    def _rows(self, sequences: list[list[int]]) -> list[Row]:
+        """The tokens of each row of the cache: those that were fed, or, unseen, those that the caller says."""
+        if self._fed is not None:
+            return self._fed.rows()
+        length = self.get_seq_length()
+        held = len(self.layers[0].keys) if length > max(self._padding) and self.layers[0].is_initialized else len(self._leases)
+        if held != len(self._leases) or held != len(sequences):
+            raise LayoutError(
+                f"commit: the cache holds {held} sequences for {len(self._leases)} prompts and was told {len(sequences)}; which is which "
+                "is known only to a TieredCache that was made with model=..."
+            )
+        return [Row(index, sequence[: length - self._padding[index]]) for index, sequence in enumerate(sequences)]
+
+    def _unpadded(self, token_ids: Sequences) -> list[list[int]]:
+        if not isinstance(token_ids, torch.Tensor) or token_ids.ndim != 2:
+            return _sequences(token_ids.tolist() if isinstance(token_ids, torch.Tensor) else token_ids)
+        each = max(1, len(token_ids) // len(self._leases))
+        return [row[self._padding[min(index // each, len(self._leases) - 1)] :] for index, row in enumerate(token_ids.tolist())]
 
     def release(self) -> None:
         """Let the leased pages go."""
         if self._hook is not None:
             self._hook.remove()
-        self.lease.release()
+        for lease in self._leases:
+            lease.release()
 
     def __enter__(self) -> TieredCache:
         return self
@@ -236,10 +243,26 @@ class TieredCache(Cache):  # type: ignore[misc]
         self.release()
 
 
+def _sequences(token_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[list[int]]:
+    """One sequence or several as several. LayoutError where one is empty."""
+    several: Any = token_ids if len(token_ids) and isinstance(token_ids[0], Sequence) else [token_ids]
+    sequences: list[list[int]] = [list(sequence) for sequence in several]
+    if not all(sequences):
+        raise LayoutError("TieredCache: an empty sequence has nothing to predict from; give at least one token")
+    return sequences
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens at the start that two sequences share."""
+    return next(
+        (index for index, (one, other) in enumerate(zip(first, second, strict=False)) if one != other), min(len(first), len(second))
+    )
+
+
 class Session:
     """One conversation: the tokens so far, and turns played through the tiers. `salt` keeps tenants apart.
 
-    `device_pages` and `select`: see `TieredCache`.
+    `device_pages` and `select`: see `BudgetedCache`.
     """
 
     def __init__(
@@ -259,14 +282,74 @@ class Session:
         self.cache.prefetch(self.token_ids, deadline, self.salt)
 
     def generate(self, new_ids: Sequence[int], **options: Any) -> list[int]:
-        """Play one turn: append `new_ids`, generate with `options` (as for `model.generate`), return the generated tokens."""
+        """Play one turn: append `new_ids`, generate with `options` (as for `model.generate`), return the generated tokens.
+
+        ModelError for options that return something else than one sequence of tokens.
+        """
+        _check_options(self.model, options)
+        if self.device_pages is None:
+            return generate_together([self], [new_ids], **options)[0]
         prompt = [*self.token_ids, *new_ids]
         inputs = torch.tensor([prompt], device=self.model.device)
-        if self.device_pages is not None:
-            options.setdefault("prefill_chunk_size", self.device_pages * self.cache.layout.page_tokens)
-        with TieredCache(self.cache, prompt, self.salt, self.device_pages, self.select, self.model) as past:
+        options.setdefault("prefill_chunk_size", self.device_pages * self.cache.layout.page_tokens)
+        with BudgetedCache(self.model, self.cache, prompt, self.device_pages, self.salt, self.select) as past:
             output = self.model.generate(inputs, attention_mask=torch.ones_like(inputs), **cache_argument(past), **options)
             self.restored = past.restored
             self.token_ids = output[0].tolist()
             past.commit(self.token_ids)
         return self.token_ids[len(prompt) :]
+
+
+def generate_together(sessions: Sequence[Session], new_ids: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+    """Play one turn of several sessions of one model and cache as a batch; `options` as for `model.generate`.
+
+    Returns the generated tokens of each, without what a sequence that ended early is filled up with. ModelError for sessions that cannot be
+    played together, and as `Session.generate`.
+    """
+    if not sessions or len(sessions) != len(new_ids):
+        raise ModelError(
+            f"generate_together: {len(sessions)} sessions and new tokens for {len(new_ids)}; expected as many, and one at least"
+        )
+    model, cache = sessions[0].model, sessions[0].cache
+    _check_options(model, options)
+    if any(session.model is not model or session.cache is not cache or session.device_pages is not None for session in sessions):
+        raise ModelError("generate_together: the sessions need one model and one cache, and no device budget")
+    if len({id(session) for session in sessions}) != len(sessions):
+        raise ModelError("generate_together: a session is there twice; its second turn continues its first one")
+    prompts = [[*session.token_ids, *new] for session, new in zip(sessions, new_ids, strict=True)]
+    padding = options.setdefault("pad_token_id", _padding_token(model, options))
+    with TieredCache(cache, prompts, [session.salt for session in sessions], model) as past:
+        inputs = left_padded(prompts, padding, model.device)
+        output = model.generate(**inputs, **cache_argument(past), **options)
+        longest = inputs["input_ids"].shape[1]
+        answers = [_ended(row[longest:], _setting(model, options, "eos_token_id")) for row in output.tolist()]
+        for session, prompt, answer, restored in zip(sessions, prompts, answers, past.restored_each, strict=True):
+            session.token_ids, session.restored = [*prompt, *answer], restored
+        past.commit([session.token_ids for session in sessions])
+    return answers
+
+
+def _check_options(model: Any, options: dict[str, Any]) -> None:
+    if (_setting(model, options, "num_return_sequences") or 1) != 1 or _setting(model, options, "return_dict_in_generate"):
+        raise ModelError(
+            "a session continues one sequence of tokens: leave num_return_sequences and return_dict_in_generate out, or call "
+            "model.generate with a TieredCache"
+        )
+
+
+def _setting(model: Any, options: dict[str, Any], name: str) -> Any:
+    """What `generate` would go by."""
+    return options[name] if name in options else getattr(options.get("generation_config") or model.generation_config, name)
+
+
+def _padding_token(model: Any, options: dict[str, Any]) -> int:
+    """The model's padding, else its end, else anything, since it is masked."""
+    ends = _setting(model, options, "eos_token_id")
+    first = ends[0] if isinstance(ends, list) else ends
+    return next((token for token in (_setting(model, options, "pad_token_id"), first) if token is not None), 0)
+
+
+def _ended(answer: list[int], ends: int | Sequence[int] | None) -> list[int]:
+    """An answer up to and with the first token that ends it."""
+    stops = {ends} if isinstance(ends, int) else set(ends or ())
+    return answer[: next((index + 1 for index, token in enumerate(answer) if token in stops), len(answer))]

@@ -9,7 +9,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from kvtier.budget import BudgetedLease
 from kvtier.cache import TieredKVCache
 from kvtier.config import load_config
-from kvtier.engines.transformers import Session, TieredCache, layout_of
+from kvtier.engines.budgeted import BudgetedCache
+from kvtier.engines.models import cache_argument
+from kvtier.engines.transformers import Session, layout_of
 from kvtier.errors import ConfigError, LayoutError, LeaseError, ModelError, TransferFailed
 from kvtier.tiers.device import DevicePool
 
@@ -53,7 +55,7 @@ def open_cache(model, store=None, slots=BUDGET - 1, host_pages=100, host_format=
 
 @torch.inference_mode()
 def untiered(model, prompt):
-    output = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), past_key_values=DynamicCache(), **GENERATE)
+    output = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **cache_argument(DynamicCache()), **GENERATE)
     return output[0, len(prompt) :].tolist()
 
 
@@ -172,7 +174,7 @@ def test_two_sequences_share_a_prefix_and_the_device(model):
     with open_cache(model, slots=2 * (BUDGET - 1)) as cache:
         a, b = (Session(model, cache, device_pages=BUDGET, select="exact") for _ in "ab")
         a.generate(PROMPT, **GENERATE)
-        with TieredCache(cache, [*PROMPT, 1, 2], device_pages=BUDGET, select="exact", model=model) as past:
+        with BudgetedCache(model, cache, [*PROMPT, 1, 2], BUDGET, select="exact") as past:
             assert past.restored == len(PROMPT) // PAGE * PAGE
             assert b.generate(PROMPT, **GENERATE) == untiered(model, PROMPT)
         cache.check_integrity()
@@ -190,14 +192,12 @@ def test_what_cannot_be_is_refused_before_anything_is_held(model):
     with open_cache(model, slots=20) as cache:
         for pages, why in [(3, "at least 4"), (22, "the device holds 20")]:
             with pytest.raises(LeaseError, match=why):
-                TieredCache(cache, PROMPT, device_pages=pages, model=model)
-        with pytest.raises(ModelError, match=r"give model="):
-            TieredCache(cache, PROMPT, device_pages=8)
+                BudgetedCache(model, cache, PROMPT, pages)
         with pytest.raises(ModelError, match="expected one of attention, exact"):
-            TieredCache(cache, PROMPT, device_pages=8, select="best", model=model)  # type: ignore[arg-type]
+            BudgetedCache(model, cache, PROMPT, 8, select="best")  # type: ignore[arg-type]
         model.config._attn_implementation = "eager"
         with pytest.raises(ModelError, match='attn_implementation="sdpa"'):
-            TieredCache(cache, PROMPT, device_pages=8, model=model)
+            BudgetedCache(model, cache, PROMPT, 8)
         assert cache.stats()["leased_pages"] == 0
     with open_cache(model, host=None) as cache, pytest.raises(ConfigError, match="needs a tier below the device"):
         cache.acquire_within(cache.lookup([]), 8)
@@ -209,11 +209,11 @@ def test_no_room_below_is_an_error_that_says_so(model):
 
 
 def test_batches_beams_crops_and_embeddings_are_refused(model):
-    with open_cache(model) as cache, TieredCache(cache, PROMPT, device_pages=BUDGET, model=model) as past:
+    with open_cache(model) as cache, BudgetedCache(model, cache, PROMPT, BUDGET) as past:
         with pytest.raises(LayoutError, match="one sequence"):
-            model(torch.tensor([PROMPT, PROMPT]), past_key_values=past)
+            model(torch.tensor([PROMPT, PROMPT]), **cache_argument(past))
         with pytest.raises(LayoutError, match="input_ids"):
-            model(inputs_embeds=torch.zeros(1, 3, 64), past_key_values=past)
+            model(inputs_embeds=torch.zeros(1, 3, 64), **cache_argument(past))
         for call in (
             lambda: past.layers[0].crop(-1),
             lambda: past.layers[0].reorder_cache(torch.tensor([0])),
@@ -225,25 +225,25 @@ def test_batches_beams_crops_and_embeddings_are_refused(model):
 
 
 def test_attention_that_does_not_come_through_kvtier_is_noticed(model):
-    with open_cache(model) as cache, TieredCache(cache, PROMPT, device_pages=BUDGET, model=model) as past:
-        model(torch.tensor([PROMPT]), past_key_values=past)
+    with open_cache(model) as cache, BudgetedCache(model, cache, PROMPT, BUDGET) as past:
+        model(torch.tensor([PROMPT]), **cache_argument(past))
         model.set_attn_implementation("sdpa")
         with pytest.raises(ModelError, match="did not attend through kvtier"):
-            model(torch.tensor([[3]]), past_key_values=past)
+            model(torch.tensor([[3]]), **cache_argument(past))
 
 
 def test_nothing_is_left_on_the_model_but_the_wrapped_attention(model):
     with open_cache(model) as cache:
         Session(model, cache, device_pages=BUDGET).generate(PROMPT, **GENERATE)
-        with pytest.raises(LayoutError), TieredCache(cache, PROMPT, device_pages=BUDGET, model=model) as past:
-            model(torch.tensor([PROMPT, PROMPT]), past_key_values=past)
+        with pytest.raises(LayoutError), BudgetedCache(model, cache, PROMPT, BUDGET) as past:
+            model(torch.tensor([PROMPT, PROMPT]), **cache_argument(past))
         assert not model._forward_pre_hooks
         assert cache.stats()["leased_pages"] == 0
 
 
 def test_other_tokens_than_those_fed_are_not_committed(model):
-    with open_cache(model) as cache, TieredCache(cache, PROMPT, device_pages=BUDGET, model=model) as past:
-        model(torch.tensor([PROMPT]), past_key_values=past)
+    with open_cache(model) as cache, BudgetedCache(model, cache, PROMPT, BUDGET) as past:
+        model(torch.tensor([PROMPT]), **cache_argument(past))
         with pytest.raises(LayoutError, match="not the tokens"):
             past.commit([*PROMPT[:-1], 199])
         assert past.commit([*PROMPT, 3]) == 148
@@ -251,9 +251,9 @@ def test_other_tokens_than_those_fed_are_not_committed(model):
 
 @torch.inference_mode()
 def test_the_mask_follows_the_chosen_pages(model):
-    with open_cache(model) as cache, TieredCache(cache, PROMPT, device_pages=BUDGET, model=model) as past:
-        model(torch.tensor([PROMPT]), past_key_values=past)
-        model(torch.tensor([[3]]), past_key_values=past)
+    with open_cache(model) as cache, BudgetedCache(model, cache, PROMPT, BUDGET) as past:
+        model(torch.tensor([PROMPT]), **cache_argument(past))
+        model(torch.tensor([[3]]), **cache_argument(past))
         layer = past.layers[1]
         assert isinstance(past.lease, BudgetedLease)
         dense, _ = layer._behind(past.lease.stream(1))

@@ -9,7 +9,7 @@ import torch
 
 from kvtier.engines.stopwatch import LEAST_TOKENS, Stopwatch
 from kvtier.engines.transformers import Session
-from tests.engines.test_transformers import GENERATE, PROMPT, model, open_cache  # noqa: F401
+from tests.engines.rig import GENERATE, PROMPT, llama, open_cache
 
 CPU = torch.device("cpu")
 
@@ -49,7 +49,8 @@ def test_decoding_is_no_prompt(clock):
     assert watch.result() is None
 
 
-def test_a_session_tells_what_computing_takes(model, tmp_path):  # noqa: F811
+def test_a_session_tells_what_computing_takes(tmp_path):
+    model = llama()
     with open_cache(model, tmp_path) as cache:
         Session(model, cache).generate(PROMPT, **GENERATE)
         prices = cache.stats()["prices"]

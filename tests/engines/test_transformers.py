@@ -4,45 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import DynamicCache
 
-from kvtier.cache import TieredKVCache
-from kvtier.config import load_config
+from kvtier.engines.models import cache_argument
 from kvtier.engines.transformers import Session, TieredCache, layout_of
 from kvtier.errors import LayoutError, ModelError
-
-PROMPT = [(7 * position * position + 3) % 200 for position in range(150)]
-GENERATE = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+from tests.engines.rig import GENERATE, PROMPT, evict_everything, llama, open_cache
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=200,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def open_cache(model, store, pages=64, disk_format="raw+lz4", name="tiny"):
-    layout = layout_of(model)
-    sizes = {
-        "model.name": name,
-        "device.capacity_bytes": pages * layout.page_bytes,
-        "host.capacity_bytes": 8 * layout.page_bytes,
-        "host.format": "raw",
-        "disk.path": str(store),
-        "disk.capacity_bytes": "16MiB",
-        "disk.format": disk_format,
-    }
-    return TieredKVCache(load_config(env={}, overrides=sizes), layout)
+    return llama()
 
 
 @torch.inference_mode()
@@ -50,18 +22,9 @@ def untiered(model, prompt, prefix):
     """Greedy tokens with a plain cache whose first `prefix` tokens were computed beforehand, as an earlier turn would have."""
     past = DynamicCache()
     if prefix:
-        model(torch.tensor([prompt[:prefix]]), past_key_values=past)
-    output = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), past_key_values=past, **GENERATE)
+        model(torch.tensor([prompt[:prefix]]), **cache_argument(past))
+    output = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **cache_argument(past), **GENERATE)
     return output[0, len(prompt) :].tolist()
-
-
-def evict_everything(cache):
-    """Push all pages below the device with pages of another tenant."""
-    layout = cache.layout
-    tokens = cache.stats()["tiers"]["device"]["achieved"]["slots"] * layout.page_tokens
-    kv = torch.zeros(layout.layers, layout.planes, tokens, layout.kv_heads, layout.head_dim)
-    assert cache.put(range(tokens), kv, salt="filler") == tokens
-    cache.settle()
 
 
 def test_restored_generation_equals_plain_generation_and_really_was_restored(model, tmp_path):
@@ -133,10 +96,10 @@ def test_crop_and_beam_operations_reach_the_restored_prefix(model, tmp_path):
             assert past.layers[7].keys.shape == (3, 2, 134, 16)
 
 
-def test_batches_are_not_committed(model, tmp_path):
+def test_a_batch_of_unknown_rows_is_not_committed(model, tmp_path):
     with open_cache(model, tmp_path) as cache, TieredCache(cache, PROMPT) as past:
-        model(torch.tensor([PROMPT, PROMPT]), past_key_values=past)
-        with pytest.raises(LayoutError, match="2 sequences"):
+        model(torch.tensor([PROMPT, PROMPT]), **cache_argument(past))
+        with pytest.raises(LayoutError, match="2 sequences|holds 2"):
             past.commit(PROMPT)
         assert cache.lookup(PROMPT).tokens == 0
 
@@ -151,13 +114,19 @@ def test_a_device_too_small_for_the_session_keeps_what_fits(model, tmp_path):
         assert again.restored == 64
 
 
-def test_models_kvtier_cannot_hold_are_refused():
-    config = MistralConfig(
-        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, intermediate_size=64, sliding_window=32
-    )
-    config.layer_types = ["sliding_attention", "sliding_attention"]
-    with pytest.raises(ModelError, match="sliding_attention"):
-        layout_of(MistralForCausalLM(config))
+@pytest.mark.parametrize(
+    ("setting", "value", "why"),
+    [
+        ("layer_types", ["full_attention", "linear_attention"], "linear_attention"),
+        ("kv_lora_rank", 8, "latents"),
+        ("num_kv_shared_layers", 2, "share"),
+    ],
+)
+def test_models_kvtier_cannot_hold_are_refused(setting, value, why):
+    model = llama(layers=2)
+    setattr(model.config, setting, value)
+    with pytest.raises(ModelError, match=why):
+        layout_of(model)
 
 
 def test_a_disk_without_a_model_name_is_refused(model, tmp_path):
