@@ -9,6 +9,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from kvtier.budget import BudgetedLease
 from kvtier.cache import TieredKVCache
 from kvtier.config import load_config
+from kvtier.engines.models import cache_argument
 from kvtier.engines.transformers import Session, TieredCache, layout_of
 from kvtier.errors import ConfigError, LayoutError, LeaseError, ModelError, TransferFailed
 from kvtier.tiers.device import DevicePool
@@ -53,7 +54,7 @@ def open_cache(model, store=None, slots=BUDGET - 1, host_pages=100, host_format=
 
 @torch.inference_mode()
 def untiered(model, prompt):
-    output = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), past_key_values=DynamicCache(), **GENERATE)
+    output = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **cache_argument(DynamicCache()), **GENERATE)
     return output[0, len(prompt) :].tolist()
 
 
@@ -211,9 +212,9 @@ def test_no_room_below_is_an_error_that_says_so(model):
 def test_batches_beams_crops_and_embeddings_are_refused(model):
     with open_cache(model) as cache, TieredCache(cache, PROMPT, device_pages=BUDGET, model=model) as past:
         with pytest.raises(LayoutError, match="one sequence"):
-            model(torch.tensor([PROMPT, PROMPT]), past_key_values=past)
+            model(torch.tensor([PROMPT, PROMPT]), **cache_argument(past))
         with pytest.raises(LayoutError, match="input_ids"):
-            model(inputs_embeds=torch.zeros(1, 3, 64), past_key_values=past)
+            model(inputs_embeds=torch.zeros(1, 3, 64), **cache_argument(past))
         for call in (
             lambda: past.layers[0].crop(-1),
             lambda: past.layers[0].reorder_cache(torch.tensor([0])),
@@ -226,24 +227,24 @@ def test_batches_beams_crops_and_embeddings_are_refused(model):
 
 def test_attention_that_does_not_come_through_kvtier_is_noticed(model):
     with open_cache(model) as cache, TieredCache(cache, PROMPT, device_pages=BUDGET, model=model) as past:
-        model(torch.tensor([PROMPT]), past_key_values=past)
+        model(torch.tensor([PROMPT]), **cache_argument(past))
         model.set_attn_implementation("sdpa")
         with pytest.raises(ModelError, match="did not attend through kvtier"):
-            model(torch.tensor([[3]]), past_key_values=past)
+            model(torch.tensor([[3]]), **cache_argument(past))
 
 
 def test_nothing_is_left_on_the_model_but_the_wrapped_attention(model):
     with open_cache(model) as cache:
         Session(model, cache, device_pages=BUDGET).generate(PROMPT, **GENERATE)
         with pytest.raises(LayoutError), TieredCache(cache, PROMPT, device_pages=BUDGET, model=model) as past:
-            model(torch.tensor([PROMPT, PROMPT]), past_key_values=past)
+            model(torch.tensor([PROMPT, PROMPT]), **cache_argument(past))
         assert not model._forward_pre_hooks
         assert cache.stats()["leased_pages"] == 0
 
 
 def test_other_tokens_than_those_fed_are_not_committed(model):
     with open_cache(model) as cache, TieredCache(cache, PROMPT, device_pages=BUDGET, model=model) as past:
-        model(torch.tensor([PROMPT]), past_key_values=past)
+        model(torch.tensor([PROMPT]), **cache_argument(past))
         with pytest.raises(LayoutError, match="not the tokens"):
             past.commit([*PROMPT[:-1], 199])
         assert past.commit([*PROMPT, 3]) == 148
@@ -252,8 +253,8 @@ def test_other_tokens_than_those_fed_are_not_committed(model):
 @torch.inference_mode()
 def test_the_mask_follows_the_chosen_pages(model):
     with open_cache(model) as cache, TieredCache(cache, PROMPT, device_pages=BUDGET, model=model) as past:
-        model(torch.tensor([PROMPT]), past_key_values=past)
-        model(torch.tensor([[3]]), past_key_values=past)
+        model(torch.tensor([PROMPT]), **cache_argument(past))
+        model(torch.tensor([[3]]), **cache_argument(past))
         layer = past.layers[1]
         assert isinstance(past.lease, BudgetedLease)
         dense, _ = layer._behind(past.lease.stream(1))

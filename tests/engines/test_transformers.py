@@ -8,6 +8,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralCon
 
 from kvtier.cache import TieredKVCache
 from kvtier.config import load_config
+from kvtier.engines.models import cache_argument
 from kvtier.engines.transformers import Session, TieredCache, layout_of
 from kvtier.errors import LayoutError, ModelError
 
@@ -50,8 +51,8 @@ def untiered(model, prompt, prefix):
     """Greedy tokens with a plain cache whose first `prefix` tokens were computed beforehand, as an earlier turn would have."""
     past = DynamicCache()
     if prefix:
-        model(torch.tensor([prompt[:prefix]]), past_key_values=past)
-    output = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), past_key_values=past, **GENERATE)
+        model(torch.tensor([prompt[:prefix]]), **cache_argument(past))
+    output = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **cache_argument(past), **GENERATE)
     return output[0, len(prompt) :].tolist()
 
 
@@ -135,7 +136,7 @@ def test_crop_and_beam_operations_reach_the_restored_prefix(model, tmp_path):
 
 def test_batches_are_not_committed(model, tmp_path):
     with open_cache(model, tmp_path) as cache, TieredCache(cache, PROMPT) as past:
-        model(torch.tensor([PROMPT, PROMPT]), past_key_values=past)
+        model(torch.tensor([PROMPT, PROMPT]), **cache_argument(past))
         with pytest.raises(LayoutError, match="2 sequences"):
             past.commit(PROMPT)
         assert cache.lookup(PROMPT).tokens == 0

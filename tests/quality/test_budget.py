@@ -8,6 +8,7 @@ import torch
 from kvtier.budget import shares
 from kvtier.cache import TieredKVCache
 from kvtier.config import load_config
+from kvtier.engines.models import cache_argument
 from kvtier.engines.transformers import TieredCache, layout_of
 from kvtier.errors import ConfigError
 from kvtier.quality import budget
@@ -39,8 +40,8 @@ def decoded(model, document, device_pages):
     text = document[PROTOCOL.context_tokens :][: PROTOCOL.scored_tokens]
     with TieredKVCache(load_config(env={}, overrides=sizes), layout) as cache:
         with TieredCache(cache, context, device_pages=device_pages, model=model) as past:
-            model(torch.tensor([context]), past_key_values=past, logits_to_keep=1)
-            logits = [model(torch.tensor([[token]]), past_key_values=past).logits[0, 0] for token in text]
+            model(torch.tensor([context]), **cache_argument(past), logits_to_keep=1)
+            logits = [model(torch.tensor([[token]]), **cache_argument(past)).logits[0, 0] for token in text]
         return torch.stack(logits[:-1]), cache.stats()["recalls"]
 
 
