@@ -3,8 +3,9 @@
 Rows: `q8.encode`, `q8.decode`, ... in GB/s of the page's own bf16 bytes, one thread, over a working set far larger than the caches, through
 the formats as tiers use them (native kernels where they are built). The ceiling is a copy of the same bytes in the same rounds.
 `.2threads`: two threads at once, beside twice one thread; `.2threads.copy`: the same beside the copy of two threads, which is what the
-memory can do. `.1page`: microseconds for one page of 64 KiB that is in the cache, beside its copy; less is better. `.torch`: the torch
-reference. `q8.encode+checksum`: encoded and hashed (xxh3-64) page by page; `.share`: what the hash takes of that time.
+memory can do. `.1page`: microseconds for one page of 64 KiB that is in the cache, beside its copy; less is better. `.1page.cold`: the same
+for pages that are not. `.torch`: the torch reference. `q8.encode+checksum`: encoded and hashed (xxh3-64) page by page; `.share`: what the
+hash takes of that time. A format may be mixed, such as `q8/q4`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import xxhash
 from kvtier.errors import KVTierError
 from kvtier.formats import BLOCK_CODECS, Format, Payload, get_format
 from kvtier.formats.blocks import BlockShape
-from kvtier.formats.native import codecs, why_missing
+from kvtier.formats.native import codecs as native_codecs
+from kvtier.formats.native import why_missing
 from kvtier.layout import PageLayout
 from kvtier.memory.limits import available_memory
 
@@ -33,6 +35,8 @@ LAYOUTS = {
 }
 SMALL = PageLayout(layers=4, planes=2, page_tokens=16, kv_heads=4, head_dim=64, dtype="bf16")
 """A page of 64 KiB."""
+COLD_BYTES = 64 << 20
+"""So many bytes of small pages, one after the other, are in no cache when their turn comes again."""
 TORCH_BYTES = 16 << 20
 """How much of the pages the torch reference codes."""
 SPARE_BYTES = 8 * TORCH_BYTES
@@ -85,7 +89,7 @@ class Bench:
 
 def note() -> str:
     """What to know beside the figures."""
-    native = codecs()
+    native = native_codecs()
     return f"native codecs: {native.features()}" if native else f"native codecs: {why_missing()}"
 
 
@@ -96,9 +100,10 @@ def measure(run: Run, layout: str = "smollm2", formats: Sequence[str] = FORMATS,
         raise KVTierError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
     if not any(formats):
         raise KVTierError(f"--formats is empty: no format was named; choose from {', '.join(BLOCK_CODECS)}")
-    unknown = [repr(name) for name in formats if name not in BLOCK_CODECS]
+    unknown = [repr(name) for name in formats if not set(name.split("/", 1)) <= set(BLOCK_CODECS)]
     if unknown:
-        raise KVTierError(f"--formats: unknown formats {', '.join(unknown)}; choose from {', '.join(BLOCK_CODECS)}")
+        known = ", ".join(BLOCK_CODECS)
+        raise KVTierError(f"--formats: unknown formats {', '.join(unknown)}; choose from {known}, or two of them as KEYS/VALUES")
     chosen = LAYOUTS[layout]
     if size_bytes < 2 * chosen.page_bytes:
         least = f"two threads take a page each, {2 * chosen.page_bytes} bytes of {layout}"
@@ -178,34 +183,38 @@ def _on_two_threads(bench: Bench, what: str) -> Callable[[], object]:
 
 
 def _one_page(run: Run, name: str) -> list[Row]:
-    pages = make_pages(SMALL, 1)
-    bench, times = _bench(name, SMALL, pages, torch.zeros_like(pages)), 10 if run.tiny else 1000
-    copy, encode, decode = side_by_side([partial(_often, work, times) for work in (bench.copy, bench.encode, bench.decode)], run.repeats)
-    return [
-        Row(f"{name}.{what}.1page", seconds / times * 1e6, "us", copy / times * 1e6)
-        for what, seconds in (("encode", encode), ("decode", decode))
-    ]
+    rows = []
+    for suffix, count in (("", 1), (".cold", COLD_BYTES // SMALL.page_bytes)):
+        pages = make_pages(SMALL, 2 if run.tiny and count > 1 else count)
+        bench, times = _bench(name, SMALL, pages, torch.zeros_like(pages)), (10 if run.tiny else 1000) // len(pages) or 1
+        parts = [bench.part(row, row + 1) for row in range(len(pages))]
+        works = [partial(_often, [getattr(part, what) for part in parts], times) for what in ("copy", "encode", "decode")]
+        copy, *coded = (taken / times / len(pages) * 1e6 for taken in side_by_side(works, run.repeats))
+        rows += [Row(f"{name}.{what}.1page{suffix}", taken, "us", copy) for what, taken in zip(("encode", "decode"), coded, strict=True)]
+    return rows
 
 
-def _often(work: Callable[[], None], times: int) -> None:
+def _often(works: Sequence[Callable[[], None]], times: int) -> None:
     for _ in range(times):
-        work()
+        for work in works:
+            work()
 
 
 def _in_torch(run: Run, name: str, layout: PageLayout, pages: torch.Tensor, ceiling: float) -> list[Row]:
-    codec = BLOCK_CODECS[name]
+    keys, _, values = name.partition("/")
+    codecs = [BLOCK_CODECS[keys], BLOCK_CODECS[values or keys]]
     shapes = [BlockShape(layout.page_tokens, layout.kv_heads, layout.head_dim, layout.dtype, plane == 0) for plane in range(layout.planes)]
     planes = [pages[:, :, plane].flatten(0, 1).contiguous() for plane in range(layout.planes)]
     blocks = [[plane[first : first + 64] for first in range(0, len(plane), 64)] for plane in planes]
-    coded = [[codec.encode(some, shape) for some in each] for each, shape in zip(blocks, shapes, strict=True)]
+    coded = [[codec.encode(some, shape) for some in each] for codec, each, shape in zip(codecs, blocks, shapes, strict=True)]
 
     def encode() -> None:
-        for each, shape in zip(blocks, shapes, strict=True):
+        for codec, each, shape in zip(codecs, blocks, shapes, strict=True):
             for some in each:
                 codec.encode(some, shape)
 
     def decode() -> None:
-        for each, shape in zip(coded, shapes, strict=True):
+        for codec, each, shape in zip(codecs, coded, shapes, strict=True):
             for some in each:
                 codec.decode(some, shape)
 

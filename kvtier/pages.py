@@ -47,10 +47,12 @@ _COLUMNS = (
     *("prefetched_from", "slot", "readers", "_used", "_open", "_copies"),
 )
 
+_PLAIN = (list, tuple)  # made once: `list | tuple` would be made at every call
+
 
 def _plain(numbers: Sequence[_Item]) -> Sequence[_Item]:
     """A list or tuple with these items, as the compiled loops want them."""
-    return numbers if isinstance(numbers, list | tuple) else list(numbers)
+    return numbers if isinstance(numbers, _PLAIN) else list(numbers)
 
 
 class PageTable:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from operator import index
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from kvtier.layout import PageLayout
 Payload = NDArray[np.uint8]
 UINT8 = np.dtype(np.uint8)
 """Comparing with this is several times faster than with `np.uint8`."""
+_ALL = slice(None)
+_SEQUENCES = (list, range, tuple, Sequence)
 
 
 @dataclass(frozen=True)
@@ -106,15 +109,36 @@ class Format(ABC):
         return self.payload_bytes(layout) * 8 / layout.values
 
 
-def check_pages(pages: torch.Tensor, layout: PageLayout) -> None:
-    """LayoutError unless `pages` is a dense tensor `[n, *layout.shape]` of the layout's dtype that has its numbers."""
+# A page of 64 KiB is coded in some microseconds, and asking an array or a tensor for anything takes a twentieth of one: what follows asks
+# for as little as it can.
+
+
+def check_pages(pages: torch.Tensor, layout: PageLayout) -> int:
+    """n, of `pages` `[n, *layout.shape]`. LayoutError unless it is a dense tensor of the layout's dtype that has its numbers."""
     if not isinstance(pages, torch.Tensor) or pages.layout != torch.strided or pages.is_meta:
         what = f"a {pages.layout} tensor on {pages.device}" if isinstance(pages, torch.Tensor) else f"{type(pages).__name__}"
         raise LayoutError(f"pages are {what}; expected a dense tensor on a CPU or GPU")
-    if pages.shape[1:] != layout.shape:
-        raise LayoutError(f"pages have shape {tuple(pages.shape)}; expected [n, {', '.join(map(str, layout.shape))}]")
+    shape = pages.shape
+    if shape != (shape[0] if shape else 0, *layout.shape):
+        raise LayoutError(f"pages have shape {tuple(shape)}; expected [n, {', '.join(map(str, layout.shape))}]")
     if pages.dtype != layout.torch_dtype:
         raise LayoutError(f"pages are {pages.dtype}; expected {layout.torch_dtype}")
+    return shape[0]
+
+
+def check_rows(rows: Sequence[int] | None, places: int, what: str) -> Sequence[int]:
+    """`rows` as plain numbers, all `places` by default. LayoutError unless they are a sequence of whole numbers from 0 to `places` - 1."""
+    if rows is None:
+        return range(places)
+    try:
+        plain = [index(row) for row in rows] if isinstance(rows, _SEQUENCES) else None
+    except TypeError:
+        plain = None
+    if plain is None:
+        raise LayoutError(f"{what}: rows are {type(rows).__name__} {rows!r:.80}; expected a list of whole numbers (of arrays, .tolist())")
+    if plain and not 0 <= min(plain) <= max(plain) < places:
+        raise LayoutError(f"{what}: rows from {min(plain)} to {max(plain)} of {places} pages")
+    return plain
 
 
 def room_for(count: int, payload_bytes: int, out: Sequence[Payload] | None) -> list[Payload]:
@@ -123,10 +147,10 @@ def room_for(count: int, payload_bytes: int, out: Sequence[Payload] | None) -> l
         return [np.empty(payload_bytes, np.uint8) for _ in range(count)]
     places = []
     for place in out[:count]:
-        flags = place.flags
-        if place.dtype != UINT8 or place.ndim != 1 or place.size < payload_bytes or not flags.c_contiguous or not flags.writeable:
+        size = place.size
+        if place.dtype != UINT8 or place.ndim != 1 or size < payload_bytes or not place.flags.carray:
             break
-        places.append(place[:payload_bytes])
+        places.append(place if size == payload_bytes else place[:payload_bytes])
     if len(places) < count:
         expected = f"that many writable, contiguous uint8 arrays of one dimension, at least {payload_bytes} bytes each"
         raise LayoutError(f"encode: out has no room for {count} payloads; expected {expected}")
@@ -135,6 +159,8 @@ def room_for(count: int, payload_bytes: int, out: Sequence[Payload] | None) -> l
 
 def span_of(layers: slice, layout: PageLayout) -> tuple[int, int]:
     """First layer and the one behind the last of a slice of the layer axis. ValueError unless its step is 1."""
+    if layers == _ALL:
+        return 0, layout.layers
     first, stop, step = layers.indices(layout.layers)
     if step != 1:
         raise ValueError(f"layers is {layers}; expected a slice with step 1")
@@ -145,18 +171,19 @@ def target_of(
     out: torch.Tensor | None, rows: Sequence[int] | None, count: int, layers: int, layout: PageLayout
 ) -> tuple[torch.Tensor, Sequence[int]]:
     """Where `decode` writes `count` pages of `layers` layers: `out`, or a new tensor; and the rows. LayoutError if that does not fit."""
-    shape = (layers, *layout.shape[1:])
+    each = layout.shape if layers == layout.layers else (layers, *layout.shape[1:])
     if out is None:
         if rows is not None:
             raise LayoutError("decode: rows without out; give the tensor whose rows they are")
-        return torch.empty((count, *shape), dtype=layout.torch_dtype), range(count)
-    places, *each = out.shape
-    if not out.is_cpu or out.dtype != layout.torch_dtype or tuple(each) != shape:
-        expected = f"{layout.torch_dtype} {['m', *shape]} on cpu"
-        raise LayoutError(f"decode: out is {out.dtype} {tuple(out.shape)} on {out.device}; expected {expected}")
+        return torch.empty((count, *each), dtype=layout.torch_dtype), range(count)
+    shape = out.shape
+    places = shape[0] if shape else 0
+    if shape != (places, *each) or out.dtype != layout.torch_dtype or not out.is_cpu:
+        expected = f"{layout.torch_dtype} {['m', *each]} on cpu"
+        raise LayoutError(f"decode: out is {out.dtype} {tuple(shape)} on {out.device}; expected {expected}")
     if not out.is_contiguous() and out.stride()[1:] != layout.strides and places and not out[0].is_contiguous():
-        raise LayoutError(f"decode: the rows of out have strides {out.stride()[1:]}; expected contiguous rows of shape {shape}")
-    rows = range(count) if rows is None else rows
-    if len(rows) != count or (count and not 0 <= min(rows) <= max(rows) < places):
-        raise LayoutError(f"decode: {len(rows)} rows for {count} pages into {places} places; expected one row from 0 up per page")
+        raise LayoutError(f"decode: the rows of out have strides {out.stride()[1:]}; expected contiguous rows of shape {each}")
+    rows = range(count) if rows is None and count <= places else check_rows(rows, places, "decode")
+    if len(rows) != count:
+        raise LayoutError(f"decode: {len(rows)} rows for {count} pages into {places} places; expected one row per page")
     return out, rows

@@ -21,9 +21,9 @@ import torch
 
 from kvtier.errors import LayoutError
 from kvtier.format_spec import FormatSpec
-from kvtier.formats.base import UINT8, Format, Payload, Stream, check_pages, room_for, span_of, target_of
+from kvtier.formats.base import UINT8, Format, Payload, Stream, check_pages, check_rows, room_for, span_of, target_of
 from kvtier.formats.native import codecs as native_codecs
-from kvtier.layout import PageLayout
+from kvtier.layout import DTYPE_BYTES, PageLayout
 
 CHUNK_VALUES = 1 << 19
 """Numbers the reference codes at once: temporaries stay at a few MiB, whatever the number of pages."""
@@ -131,6 +131,7 @@ class BlockFormat(Format):
         self._ranges = tuple((part, (codecs[part.keys], codecs[part.values])) for part in spec.layers)
         self.lossless = all(codec.lossless for pair in (self._pair, *(pair for _, pair in self._ranges)) for codec in pair)
         self._plan = lru_cache(maxsize=32)(self._make_plan)
+        self._latest: tuple[PageLayout, _Plan] | None = None
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and other.name == self.name
@@ -155,13 +156,11 @@ class BlockFormat(Format):
         out: Sequence[Payload] | None = None,
         first: Collection[int] = (),
     ) -> list[Payload]:
-        check_pages(pages, layout)
-        pages = pages.resolve_neg()  # kernels read the memory, which says nothing of a sign that torch has put off
-        given = pages.shape[0]
-        rows = range(given) if rows is None else rows
-        if rows and not 0 <= min(rows) <= max(rows) < given:
-            raise LayoutError(f"encode: rows from {min(rows)} to {max(rows)} of {given} pages")
-        plan = self._plan(layout)
+        given = check_pages(pages, layout)
+        if pages.is_neg():
+            pages = pages.resolve_neg()  # kernels read the memory, which says nothing of a sign that torch has put off
+        rows = check_rows(rows, given, "encode")
+        plan = self._plan_of(layout)
         payloads = room_for(len(rows), plan.payload_bytes, out)
         native = native_codecs() if plan.native is not None and pages.is_cpu and pages.is_contiguous() else None
         if native is not None and plan.native is not None:
@@ -181,7 +180,7 @@ class BlockFormat(Format):
         out: torch.Tensor | None = None,
         rows: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        plan = self._plan(layout)
+        plan = self._plan_of(layout)
         for payload in payloads:
             if payload.dtype != UINT8 or payload.shape != (plan.payload_bytes,):
                 raise ValueError(
@@ -193,7 +192,7 @@ class BlockFormat(Format):
         if native is None or plan.native is None:
             self._decode_reference(payloads, layout, begin, end, out, rows)
             return out
-        native.decode(plan.native, payloads, out.data_ptr(), rows, begin, end, out.stride(0) * out.element_size())
+        native.decode(plan.native, payloads, out.data_ptr(), rows, begin, end, out.stride(0) * DTYPE_BYTES[layout.dtype])
         return out
 
     def _encode_reference(
@@ -217,6 +216,13 @@ class BlockFormat(Format):
                 coded = np.concatenate([plan.blocks(payload, low, high, plane) for payload in payloads[some]])
                 numbers = place.codec.decode(torch.from_numpy(coded), place.shape)
                 out[list(rows[some]), low - begin : high - begin, plane] = numbers.view(-1, high - low, *numbers.shape[1:])
+
+    def _plan_of(self, layout: PageLayout) -> _Plan:
+        """`_plan`, nearly always without comparing layouts; the memory of it is replaced whole, so any thread may."""
+        latest = self._latest
+        if latest is None or latest[0] is not layout:
+            self._latest = latest = layout, self._plan(layout)
+        return latest[1]
 
     def _make_plan(self, layout: PageLayout) -> _Plan:
         for part, _ in self._ranges:

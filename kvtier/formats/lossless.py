@@ -31,7 +31,7 @@ import torch
 import zstandard
 
 from kvtier.errors import LayoutError
-from kvtier.formats.base import Format, Payload, Stream, check_pages, room_for
+from kvtier.formats.base import Format, Payload, Stream, check_pages, check_rows, room_for
 from kvtier.layout import PageLayout
 
 PREFIX = struct.Struct("<BBHI")
@@ -126,8 +126,8 @@ class Staged(Format):
         compress: bool = True,
     ) -> list[Payload]:
         """As `Format.encode`. With `compress` False everything is stored, at no cost; `economy.py` says when that is better."""
-        check_pages(pages, layout)
-        count, size = len(pages) if rows is None else len(rows), self.payload_bytes(layout)
+        rows = check_rows(rows, check_pages(pages, layout), "encode")
+        count, size = len(rows), self.payload_bytes(layout)
         if not compress:
             places = room_for(count, size, out)
             self.inner.encode(pages, layout, rows, [place[PREFIX.size :] for place in places], first)

@@ -56,8 +56,8 @@ class _Choice:
         self.protected = protected
         self.head, self.sorted, self.front = head, sorted, front
         """The journal as it was."""
-        self.left: list[tuple[Pages, float | NDArray[np.float64]]] = []
-        """Keys of pages that are out, and when they were used last."""
+        self.left: list[tuple[Pages, Pages, float | NDArray[np.float64]]] = []
+        """Keys of pages that are out, these pages, and when they were used last."""
         self.popped: list[Entry] = []
         """Entries taken from the heap, of pages that left or are protected."""
         self.passed: list[Entry] = []
@@ -67,13 +67,12 @@ class _Choice:
 
     @property
     def pages(self) -> Pages:
-        parts = [keys for keys, _ in self.left]
-        keys = parts[0] if len(parts) == 1 else np.concatenate([_NO_PAGES, *parts])
-        pages: Pages = keys & PAGE_MASK
-        return pages
+        if len(self.left) == 1:
+            return self.left[0][1]
+        return np.concatenate([_NO_PAGES, *(pages for _, pages, _ in self.left)])
 
-    def add(self, keys: Pages, time: float | NDArray[np.float64]) -> None:
-        self.left.append((keys, time))
+    def add(self, keys: Pages, pages: Pages, time: float | NDArray[np.float64]) -> None:
+        self.left.append((keys, pages, time))
         self.wanted -= len(keys)
 
     def ask(self, pages: Pages) -> Mask:
@@ -242,7 +241,7 @@ class LRU(EvictionPolicy):
 
         Else False, and nothing done.
         """
-        latest = max(self._latest, now)
+        latest = now if now > self._latest else self._latest
         if self._loops is None or latest == self._front or not self._loops.queue(pages, self._tail, latest):
             return False
         self._latest = latest
@@ -381,12 +380,12 @@ class LRU(EvictionPolicy):
             if leave < len(keys):
                 np.add.at(self._children, parents[leave:], _ONE)
         if leave == read:  # all of them: the usual case
-            choice.add(keys, front)
+            choice.add(keys, pages, front)
             self._head = start + read
             self._forget(pages, parents)
             return
         if leave:
-            choice.add(keys[:leave], front)
+            choice.add(keys[:leave], pages[:leave], front)
             self._forget(pages[:leave], parents[:leave])
         else:
             leave = self._pass(choice, keys)
@@ -410,10 +409,10 @@ class LRU(EvictionPolicy):
                 leave = int(stays.argmax())
         if leave:
             if leave < len(keys):
-                choice.add(keys[:leave], front)
+                choice.add(keys[:leave], pages[:leave], front)
                 self._leave(loops, pages[:leave])
             else:
-                choice.add(keys, front)
+                choice.add(keys, pages, front)
                 self._leave(loops, pages)
         elif count:
             leave = self._pass(choice, keys[:count])
@@ -478,7 +477,7 @@ class LRU(EvictionPolicy):
         if not leave:
             choice.passed.append(entry)
             return True
-        choice.add(keys[:leave], times[:leave])
+        choice.add(keys[:leave], pages[:leave], times[:leave])
         choice.popped += zip(times[1:leave].tolist(), keys[1:leave].tolist(), strict=True)
         if self._loops is None:
             self._take_out(pages[:leave])
@@ -503,8 +502,7 @@ class LRU(EvictionPolicy):
 
     def _put_back(self, choice: _Choice) -> None:
         """Undo a choice. The journal's head goes back to where the entries are that were read; entries of the heap return to it."""
-        for keys, time in choice.left:
-            pages = keys & PAGE_MASK
+        for keys, pages, time in choice.left:
             np.add.at(self._children, self._parent[pages], _ONE)
             self._count += len(pages)
             self._key[pages] = keys

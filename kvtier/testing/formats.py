@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -36,6 +36,8 @@ FULL_SIZE = [
 ]
 GUARD = 0xA5
 """What memory holds that must not be written."""
+_NO_ROWS: list[Any] = [np.array([0, 1]), torch.tensor([0, 1]), [0.0, 1.0], "01", 2]
+"""Of which none is a sequence of whole numbers."""
 
 
 class FormatContract:
@@ -192,7 +194,7 @@ class FormatContract:
         for out in ([], [good[0]], *([good[0], each] for each in [*wrong, read_only])):
             with pytest.raises(LayoutError, match="out"):
                 format.encode(batch, layout, out=out)
-        for rows in ([0, 2], [-1, 0]):
+        for rows in ([0, 2], [-1, 0], *_NO_ROWS):
             with pytest.raises(LayoutError, match="rows"):
                 format.encode(batch, layout, rows, list(good))
         assert (good == GUARD).all()
@@ -240,7 +242,7 @@ class FormatContract:
         for out in (good.float(), good[:, :2], good[..., :-1], strided, good[:1], good.flatten(4), good.to("meta")):
             with pytest.raises(LayoutError, match="decode"):
                 format.decode(payloads, layout, out=out)
-        for rows in ([0], [0, 1, 2], [0, 4], [-1, 0], []):
+        for rows in ([0], [0, 1, 2], [0, 4], [-1, 0], [], *_NO_ROWS):
             with pytest.raises(LayoutError, match="rows"):
                 format.decode(payloads, layout, out=good, rows=rows)
         with pytest.raises(LayoutError, match="rows without out"):

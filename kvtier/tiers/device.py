@@ -18,6 +18,8 @@ from kvtier.layout import PageLayout
 from kvtier.memory.arena import Arena
 from kvtier.tiers.base import DeviceSlots
 
+_PLAIN = (list, tuple)  # made once: `list | tuple` would be made at every call
+
 
 class DevicePool(DeviceSlots):
     """A pool of `capacity_bytes // layout.page_bytes` pages on `place` ("auto", "cpu", "cuda", "cuda:1").
@@ -52,7 +54,7 @@ class DevicePool(DeviceSlots):
 
     @property
     def bytes_used(self) -> int:
-        return (self.capacity_slots - len(self._free)) * self.slot_bytes
+        return (len(self._taken) - len(self._free)) * self.slot_bytes
 
     @property
     def free_slots(self) -> int:
@@ -73,7 +75,7 @@ class DevicePool(DeviceSlots):
         return slots
 
     def free(self, slots: Sequence[int]) -> None:
-        if self._loops is not None and isinstance(slots, list | tuple) and self._loops.give_slots(self._free, self._taken, slots):
+        if self._loops is not None and isinstance(slots, _PLAIN) and self._loops.give_slots(self._free, self._taken, slots):
             return
         for slot in slots:
             if not 0 <= slot < self.capacity_slots or not self._taken[slot]:

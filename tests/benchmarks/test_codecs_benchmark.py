@@ -20,12 +20,12 @@ from kvtier.memory.limits import Room
 @pytest.mark.slow
 def test_tiny_run_reports_every_row(tmp_path):
     target = tmp_path / "rows.json"
-    done = CliRunner().invoke(bench, ["codecs", "--tiny", "--repeats", "1", "--formats", "q8,q4", "--json", str(target)])
+    done = CliRunner().invoke(bench, ["codecs", "--tiny", "--repeats", "1", "--formats", "q8,q4,q8/q4", "--json", str(target)])
     assert done.exit_code == 0, done.output
     rows = {row["name"]: row for row in json.loads(target.read_text())["rows"]}
-    for name in ("q8", "q4"):
+    for name in ("q8", "q4", "q8/q4"):
         for what in ("encode", "decode"):
-            for suffix in ("", ".2threads", ".2threads.copy", ".1page", ".torch"):
+            for suffix in ("", ".2threads", ".2threads.copy", ".1page", ".1page.cold", ".torch"):
                 assert rows[f"{name}.{what}{suffix}"]["ratio"] > 0
         assert {f"{name}.encode+checksum", f"{name}.encode+checksum.share", f"{name}.checksum"} <= rows.keys()
     assert "native codecs" in done.output
@@ -45,6 +45,7 @@ def test_bad_input_is_an_error_that_names_it(options):
         (("--size-bytes", "0"), "--size-bytes 0: two threads take a page each, 737280 bytes of smollm2; give at least that"),
         (("--size-bytes", "1"), "--size-bytes 1: two threads take a page each"),
         (("--formats", ""), "--formats is empty: no format was named; choose from"),
+        (("--formats", "q8/q5"), "unknown formats 'q8/q5'; choose from .* or two of them as KEYS/VALUES"),
         (("--formats", "q8,"), "unknown formats ''; choose from"),
     ],
 )

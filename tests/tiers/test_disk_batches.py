@@ -19,8 +19,8 @@ from kvtier.testing.engines import ended, threads
 from kvtier.testing.tiers import get, holds, page_id, payload, put, staging
 from kvtier.tiers.base import Refused
 from kvtier.tiers.disk import plan
+from tests.tiers.disk import SLOT, DiskContract, open_disk
 from tests.tiers.faults import FaultyEngine
-from tests.tiers.test_disk import SLOT, DiskContract, open_disk
 
 
 class TestDiskBuffered(DiskContract):

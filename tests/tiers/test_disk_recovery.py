@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from kvtier.errors import StoreLocked
 from kvtier.testing.tiers import get, holds, page_id, payload, put
 from kvtier.tiers.base import Refused
+from tests.tiers.disk import CAPACITY, SLOT, VARIABLE, disk_bytes, flip, image_of, open_disk, segment
 from tests.tiers.faults import FaultyEngine, GatedEngine, NoHolesEngine, VolatileEngine
-from tests.tiers.test_disk import CAPACITY, SLOT, VARIABLE, disk_bytes, flip, image_of, open_disk, segment
 
 
 def recovered(tier) -> dict[int, int]:
@@ -334,7 +334,7 @@ from collections import deque
 from itertools import count
 from pathlib import Path
 from kvtier.testing.tiers import page_id, payload
-from tests.tiers.test_disk import VARIABLE, open_disk
+from tests.tiers.disk import VARIABLE, open_disk
 
 def say(what, numbers):
     sys.stdout.write(" ".join([what, *map(str, numbers)]) + chr(10))

@@ -235,10 +235,10 @@ static inline void group_sums(float sums[GROUP], Floats *most, const char *numbe
 
 /* The largest magnitudes in a group; not a number and infinite where all numbers are one of the two. */
 static inline Floats group_magnitude(const Floats group[PARTS]) {
-    const int largest_magnitude = 0xB;
-    const Floats low = _mm512_range_ps(group[0], group[1], largest_magnitude);
-    const Floats high = _mm512_range_ps(group[2], group[3], largest_magnitude);
-    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(_mm512_range_ps(low, high, largest_magnitude)),
+    enum { LARGEST_MAGNITUDE = 0xB };
+    const Floats low = _mm512_range_ps(group[0], group[1], LARGEST_MAGNITUDE);
+    const Floats high = _mm512_range_ps(group[2], group[3], LARGEST_MAGNITUDE);
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(_mm512_range_ps(low, high, LARGEST_MAGNITUDE)),
         _mm512_set1_epi32(0x7FFFFFFF)));
 }
 
