@@ -41,9 +41,13 @@ def tune(
         str | None, typer.Option(metavar="SIZE", help="Raw bytes of a page of the trace: tiers hold what the configuration's bytes hold.")
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="How many configurations to replay in all.")] = 80,
-    time_limit: Annotated[str, typer.Option(metavar="TIME", help="End the search after that, like 90s, 5m or 1h; checking comes on top.")] = "10m",
+    time_limit: Annotated[
+        str, typer.Option(metavar="TIME", help="End the search after that, like 90s, 5m or 1h; checking comes on top.")
+    ] = "10m",
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds make equal searches.")] = 0,
-    study: Annotated[Path | None, typer.Option(metavar="FILE", help="Where trials are kept; a second run goes on. Default: OUT.study.")] = None,
+    study: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where trials are kept; a second run goes on. Default: OUT.study.")
+    ] = None,
     block_tokens: BlockTokensOption = 512,
     json: JsonOption = None,
     plot: PlotOption = None,
