@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtier.policy import A2CR, Pages, a2cr, reuse
-from kvtier.policy.reuse import AGES, LEAST_DENSITY, ReuseModel, Reals
+from kvtier.policy.reuse import AGES, LEAST_DENSITY, Reals, ReuseModel
 
 
 class WithoutGhosts(A2CR):

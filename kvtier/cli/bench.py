@@ -110,9 +110,7 @@ def table(
 
 @app.command()
 def eviction(
-    table: Annotated[
-        str, typer.Argument(metavar="traffic|parts", help="Made-up traffic of many kinds, or a2cr without each of its parts.")
-    ],
+    table: Annotated[str, typer.Argument(metavar="traffic|parts", help="Made-up traffic of many kinds, or a2cr without its parts.")],
     traces: Annotated[list[Path] | None, typer.Argument(metavar="[TRACE...]", help="For parts: Mooncake JSONL too, plain or .gz.")] = None,
     capacity: Annotated[str, typer.Option(metavar="SIZE,...", help="Shares of the distinct pages or numbers of pages.")] = "1%,5%,10%,20%",
     tiny: TinyOption = False,

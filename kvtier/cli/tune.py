@@ -1,4 +1,4 @@
-"""`kvtier tune`: searches the keys that replay can judge, and writes a configuration only if it is better on requests it was not chosen on."""
+"""`kvtier tune`: searches the keys that replay can judge; writes a configuration only if it is better on requests it was not chosen on."""
 
 from __future__ import annotations
 
@@ -41,13 +41,9 @@ def tune(
         str | None, typer.Option(metavar="SIZE", help="Raw bytes of a page of the trace: tiers hold what the configuration's bytes hold.")
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="How many configurations to replay in all.")] = 80,
-    time_limit: Annotated[
-        str, typer.Option(metavar="TIME", help="End the search after that, like 90s, 5m or 1h; checking comes on top.")
-    ] = "10m",
+    time_limit: Annotated[str, typer.Option(metavar="TIME", help="End the search after 90s, 5m, 1h; the check comes on top.")] = "10m",
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds make equal searches.")] = 0,
-    study: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where trials are kept; a second run goes on. Default: OUT.study.")
-    ] = None,
+    study: Annotated[Path | None, typer.Option(metavar="FILE", help="Keeps the trials: a second run goes on. Default: OUT.study.")] = None,
     block_tokens: BlockTokensOption = 512,
     json: JsonOption = None,
     plot: PlotOption = None,

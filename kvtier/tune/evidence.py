@@ -1,4 +1,4 @@
-"""What a search is worth, and how it is told: the verdict on the second half, the commented configuration, the table, the plot, the JSON."""
+"""What a search is worth, and how it is told: the verdict on the second half, the commented configuration, table, plot and JSON."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def print_evidence(console: Console, evidence: Evidence) -> None:
 
 
 def plot_trials(ratios: Sequence[float], given: float, path: Path) -> None:
-    """The trials on the first half in order, the best so far, and the configuration they are compared to. MissingExtra without matplotlib."""
+    """The trials on the first half in order, the best so far, and what they are compared to. MissingExtra without matplotlib."""
     from kvtier.replay.show import new_figure, save_figure
 
     figure, (axes,) = new_figure(1, 4.2)

@@ -47,9 +47,10 @@ def rooms_given(config: Config, capacities: str | None, tiers: Sequence[str]) ->
 
 
 def room_implied(config: Config, traces: Sequence[Trace], page_bytes: int) -> Room:
-    """The room of the configuration's tiers if a page of the traces takes `page_bytes` raw. KVTierError if a tier holds none, or the first all.
+    """The room of the configuration's tiers if a page of the traces takes `page_bytes` raw.
 
-    What a byte stage of the disk's format saves is not known beforehand and counts as nothing.
+    KVTierError if a tier holds none, or the first all. What a byte stage of the disk's format saves is not known beforehand: it counts as
+    nothing.
     """
     names = tuple(name for name in TIERS if getattr(config, name) is not None)
     sizes = []

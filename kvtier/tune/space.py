@@ -81,7 +81,7 @@ class Space:
         now: Raw = {}
         for tier in self.below:
             now |= {f"{tier}.write_policy": getattr(config, tier).write_policy}
-        points = [self._complete({POLICY: name} | now) for name in self.policies]
+        points = [self._complete({POLICY: name, **now}) for name in self.policies]
         if self.below:
             own = config.policy.name if config.policy.name in self.policies else self.policies[0]
             for writes in itertools.product(WRITES, repeat=len(self.below)):

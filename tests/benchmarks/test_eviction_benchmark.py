@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvtier.bench.ablations import PARTS, left_out
-from kvtier.bench.eviction import PUBLISHED
-from kvtier.bench.traffic import KINDS, make_traffic
+from benchmarks.ablations import PARTS, left_out
+from benchmarks.eviction import PUBLISHED
+from benchmarks.traffic import KINDS, make_traffic
 from kvtier.cli import main
 from kvtier.policy import A2CR
 from kvtier.replay.lab import replay

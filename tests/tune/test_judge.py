@@ -15,7 +15,7 @@ from kvtier.replay.trace import Trace
 from kvtier.tune.judge import Judge, check_replayable, mean_first, mean_second
 from kvtier.tune.rooms import Room, room_implied, rooms_given
 from kvtier.tune.space import Raw, Space
-from tests.replay.rig import BLOCK, trace_of, traces
+from tests.replay.rig import trace_of, traces
 
 
 def config_of(**keys: object) -> Config:
