@@ -109,6 +109,21 @@ def table(
 
 
 @app.command()
+def eviction(
+    table: Annotated[str, typer.Argument(metavar="traffic|parts", help="Made-up traffic of many kinds, or a2cr without its parts.")],
+    traces: Annotated[list[Path] | None, typer.Argument(metavar="[TRACE...]", help="For parts: Mooncake JSONL too, plain or .gz.")] = None,
+    capacity: Annotated[str, typer.Option(metavar="SIZE,...", help="Shares of the distinct pages or numbers of pages.")] = "1%,5%,10%,20%",
+    tiny: TinyOption = False,
+    json: JsonOption = None,
+    plot: PlotOption = None,
+    profile: ProfileOption = None,
+) -> None:
+    """The tables of docs/eviction.md: tokens that policies find, and what each part of a2cr is worth, beside the optimum."""
+    note = "tokens found, of all; ceiling: the offline optimum; nothing here is timed"
+    measured("eviction", 1, tiny, json, plot, profile, note, table=table, traces=traces or (), capacities=capacity)
+
+
+@app.command()
 def codecs(
     layout: Annotated[str, typer.Option(help="Whose pages: smollm2 (3 heads of 64) or llama (8 of 128).")] = "smollm2",
     formats: Annotated[str, typer.Option(metavar="NAME,...", help="Which formats.")] = "q8,q6,q4,q3,q8_0,q4_0",

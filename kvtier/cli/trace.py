@@ -77,8 +77,11 @@ def stats(
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="The trace to read, plain or .gz.")],
-    from_format: Annotated[str, typer.Option("--from", metavar="FORMAT", help="What IN is: mooncake, bailian, azure or sharegpt.")],
     out: OutArgument = "-",
+    from_format: Annotated[
+        str | None,
+        typer.Option("--from", metavar="FORMAT", help="What IN is: mooncake, bailian, azure or sharegpt. Default: what it looks like."),
+    ] = None,
     block_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a block in OUT.")] = 512,
     from_block_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a block in IN, if it is mooncake's.")] = 512,
     rate: RateOption = 3.4,

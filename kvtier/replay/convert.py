@@ -57,11 +57,15 @@ class Converted:
     notes: list[str]
 
 
-def convert(path: Path, source: str, wish: Wish) -> Converted:
-    """The trace in `path`, which is in the format `source`.
+def convert(path: Path, source: str | None, wish: Wish) -> Converted:
+    """The trace in `path`, which is in the format `source`, or in the one its beginning looks like.
 
     TraceError naming the line for what is not in that format, KVTierError for an unknown one or numbers that make no sense.
     """
+    guessed = []
+    if source is None:
+        source = guess_format(path)
+        guessed = [f"taken for {source}; say --from FORMAT if it is something else"]
     if source not in FORMATS:
         raise KVTierError(f"unknown trace format {source!r}; known: {', '.join(FORMATS)}")
     for what, value in (("tokens of a block", wish.block_tokens), ("tokens of a block", wish.from_block_tokens), ("rate", wish.rate)):
@@ -72,7 +76,27 @@ def convert(path: Path, source: str, wish: Wish) -> Converted:
         raise TraceError(f"{path} has no requests in the format {source}")
     begin = requests[0].timestamp
     notes = [note.format(rate=wish.rate, seed=wish.seed) for note in FORMATS[source].notes]
-    return Converted([replace(request, timestamp=round(request.timestamp - begin, 3)) for request in requests], notes)
+    return Converted([replace(request, timestamp=round(request.timestamp - begin, 3)) for request in requests], guessed + notes)
+
+
+def guess_format(path: Path) -> str:
+    """The name of the format that the first line is in. TraceError, naming all there are, if it is in none."""
+    line = next((line.strip() for _, line in read_text_lines(path) if line.strip()), "")
+    if line.startswith("TIMESTAMP,"):
+        return "azure"
+    if line.startswith("["):
+        return "sharegpt"
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        fields = None
+    if isinstance(fields, dict):
+        if {"conversations", "messages"} & set(fields):
+            return "sharegpt"
+        if "hash_ids" in fields:
+            # Both have the same fields; only Bailian's also say which turn of which chat a request is.
+            return "bailian" if {"chat_id", "parent_chat_id", "turn"} & set(fields) else "mooncake"
+    raise TraceError(f"{path} looks like none of the formats {', '.join(FORMATS)} (it begins {line[:60]!r}); say which it is with --from")
 
 
 def _mooncake(path: Path, wish: Wish) -> Iterator[Request]:

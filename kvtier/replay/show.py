@@ -28,7 +28,7 @@ def check_plot_target(path: Path | None) -> None:
         return
     if path.suffix not in PLOT_KINDS or not path.parent.is_dir():
         raise KVTierError(f"--plot {path}: expected a .svg, .png or .pdf file in an existing directory")
-    _new_figure(1, 1)
+    new_figure(1, 1)
 
 
 def print_capacities(console: Console, rows: Sequence[Row]) -> None:
@@ -111,7 +111,7 @@ def print_stats(console: Console, all_stats: Sequence[TraceStats]) -> None:
 def plot_capacities(rows: Sequence[Row], path: Path) -> None:
     """Token hit ratio over capacity, a line per policy, a panel per trace."""
     traces = _each(row.trace for row in rows)
-    figure, panels = _new_figure(len(traces), 4.2)
+    figure, panels = new_figure(len(traces), 4.2)
     for axes, trace in zip(panels, traces, strict=True):
         for name in _each(row.policy for row in rows):
             own = sorted((row.capacity_pages, row.token_hit_ratio) for row in rows if (row.trace, row.policy) == (trace, name))
@@ -120,13 +120,13 @@ def plot_capacities(rows: Sequence[Row], path: Path) -> None:
         axes.set(xscale="log", xlabel="capacity, pages (logarithmic)", ylabel="token hit ratio", title=trace)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_tiers(rows: Sequence[Row], path: Path) -> None:
     """Where tokens were found: a bar per choice of policies, a colour per tier, a panel per trace and layout."""
     kinds = _each((row.trace, row.capacity) for row in rows)
-    figure, panels = _new_figure(len(kinds), 1.2 + 0.3 * len(_each(row.policy for row in rows)))
+    figure, panels = new_figure(len(kinds), 1.2 + 0.3 * len(_each(row.policy for row in rows)))
     for axes, (trace, capacity) in zip(panels, kinds, strict=True):
         own = [row for row in rows if (row.trace, row.capacity) == (trace, capacity)]
         left = [0.0] * len(own)
@@ -137,12 +137,12 @@ def plot_tiers(rows: Sequence[Row], path: Path) -> None:
         axes.invert_yaxis()
         axes.set(xlabel="token hit ratio", title=f"{trace}, {capacity}")
         axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_stats(all_stats: Sequence[TraceStats], path: Path) -> None:
     """Pages named and alive over time, a panel per trace."""
-    figure, panels = _new_figure(len(all_stats), 3.2)
+    figure, panels = new_figure(len(all_stats), 3.2)
     for axes, stats in zip(panels, all_stats, strict=True):
         work = stats.working_set
         axes.plot(work.at_s, work.live_pages, label="alive: will be used again")
@@ -150,7 +150,7 @@ def plot_stats(all_stats: Sequence[TraceStats], path: Path) -> None:
         axes.set(xlabel="seconds", ylabel="pages", title=stats.name, ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 _PLOT_STYLES: dict[str, dict[str, Any]] = {
@@ -187,7 +187,7 @@ def _share(part: int, whole: int) -> str:
     return f"{part:,} ({part / whole:.1%})"
 
 
-def _new_figure(panels: int, height: float) -> tuple[Figure, list[Axes]]:
+def new_figure(panels: int, height: float) -> tuple[Figure, list[Axes]]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -196,7 +196,7 @@ def _new_figure(panels: int, height: float) -> tuple[Figure, list[Axes]]:
     return figure, list(figure.subplots(panels, squeeze=False)[:, 0])
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     try:
         figure.savefig(path)
     except OSError as error:

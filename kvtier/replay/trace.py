@@ -9,10 +9,11 @@ appearance, so everything else is arrays indexed by page.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from io import TextIOWrapper
 from pathlib import Path
@@ -98,6 +99,21 @@ class Trace:
         first = np.zeros(self.accesses, np.bool_)
         first[np.unique(self.pages, return_index=True)[1]] = True
         return first
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for traces of equal requests, whatever the file is called."""
+        digest = hashlib.blake2b(str(self.block_tokens).encode(), digest_size=16)
+        for column in (self.at_s, self.input_tokens, self.starts, self.pages):
+            digest.update(column.tobytes())
+        return digest.hexdigest()
+
+    def head(self, requests: int) -> Trace:
+        """The first `requests` requests (at least one). Their pages keep their numbers; `backwards` stays that of the whole."""
+        accesses = int(self.starts[requests])
+        by_request = {name: getattr(self, name)[:requests] for name in ("at_s", "input_tokens", "output_tokens")}
+        by_access = {name: getattr(self, name)[:accesses] for name in ("pages", "parents", "depths")}
+        return replace(self, **by_request, **by_access, starts=self.starts[: requests + 1])
 
     def hit_tokens(self, hit_pages: Column) -> int:
         """Input tokens in the first `hit_pages` `[requests]` pages of each request: the last page counts its real tokens."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvtier.errors import KVTierError, TraceError
-from kvtier.replay.convert import FORMATS, Wish, convert
+from kvtier.replay.convert import FORMATS, Wish, convert, guess_format
 from kvtier.replay.trace import Request, Trace, build_trace
 from kvtier.replay.workloads import make_requests
 from tests.replay.rig import prompts_of
@@ -185,3 +185,27 @@ def test_a_missing_file_is_refused(tmp_path: Path, source):
 def test_wishes_that_make_no_sense_are_refused(tmp_path: Path, source, wish, expected):
     with pytest.raises(KVTierError, match=expected):
         convert(write(tmp_path / "t", BLOCKS), source, wish)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": [0]}\n', "mooncake"),
+        ('\n{"chat_id": 1, "parent_chat_id": -1, "timestamp": 0.5, "input_length": 5, "output_length": 1, "hash_ids": [0]}\n', "bailian"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "azure"),
+        ('[\n{"conversations": []}]', "sharegpt"),
+        ('{"messages": []}\n', "sharegpt"),
+    ],
+)
+def test_a_format_is_known_by_its_first_line(tmp_path, content, expected):
+    path = tmp_path / "t"
+    path.write_text(content)
+    assert guess_format(path) == expected
+
+
+@pytest.mark.parametrize("content", ["", "timestamp;tokens\n", "{}\n", "7\n", '{"a": '])
+def test_what_looks_like_no_format_is_told_which_there_are(tmp_path, content):
+    path = tmp_path / "t"
+    path.write_text(content)
+    with pytest.raises(TraceError, match="none of the formats mooncake, bailian, azure, sharegpt .* --from"):
+        convert(path, None, Wish())
