@@ -415,7 +415,8 @@ class TieredKVCache:
     # -- the whole -------------------------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
-        """Everything countable as one nested dict of plain values: `tiers`, `links`, `prefetch`, `pages`, and what the machine allowed."""
+        """Everything countable as one nested dict of plain values: `tiers`, `links`, `admission` (`kvtier.policy.admission.Regret`),
+        `prefetch`, `pages`, and what the machine allowed."""
         residency = self._open()
         achieved = [tier.report() for tier in residency.tiers]
         with residency.lock:
@@ -454,6 +455,7 @@ class TieredKVCache:
                 "policy": residency.policies[DEVICE].name,
                 "tiers": tiers,
                 "links": links,
+                "admission": vars(residency.admission.regret).copy(),
                 "prefetch": vars(metrics.prefetch).copy(),
                 "lookups": metrics.lookups,
                 "tokens_asked": metrics.tokens_asked,

@@ -34,6 +34,7 @@ from kvtier.mover.mover import Mover
 from kvtier.mover.transfer import Move, Outcome, Priority, Transfer, ended
 from kvtier.pages import ABSENT, NO_TIER, READY, PageTable, Rows
 from kvtier.policy import A2CRParameters, EvictionPolicy, Mask, PressureBand, SmoothedPressure, make_policy
+from kvtier.policy.admission import Admission
 from kvtier.pricing import Prices
 from kvtier.protection import Protected
 from kvtier.tiers.base import Slots, Tier
@@ -77,6 +78,7 @@ class Residency:
         for policy in self.policies:
             policy.names = self.table.names  # rows are used again for other pages
         self._smoothed = [SmoothedPressure() for _ in self.tiers]
+        self.admission = Admission(config.policy.admission)
         self.metrics = Metrics([TierMetrics() for _ in self.tiers])
         self.prices = Prices(len(self.tiers), layout.page_tokens)
         self.page_bytes = np.array([tier.format.payload_bytes(layout) for tier in self.tiers])
@@ -177,6 +179,21 @@ class Residency:
         if self.digests is not None:
             self.digests.drop([row for row in rows.tolist() if table.key[row] is None])
 
+    def lose(self, rows: Rows, tier: int, reason: str) -> None:
+        """`drop`, for want of room: copies without another one are gone, and may turn out to be wanted. Lock held."""
+        alone = rows[self.table.is_alone(rows, tier)]
+        if len(alone):
+            self.admission.evict(self.table.names(alone), len(self.policies[tier]))
+        self.drop(rows, tier, reason)
+
+    def _refuse(self, rows: Rows, tier: int) -> None:
+        """`drop` what the tier below does not admit. Lock held."""
+        alone = rows[self.table.is_alone(rows, tier)]
+        if len(alone):
+            chances = self.policies[tier].chance(alone, self.clock())
+            self.admission.refuse(self.table.names(alone), chances, len(self.policies[self.last]))
+        self.drop(rows, tier, "not admitted below")
+
     def forget(self, row: int, tier: int, reason: str) -> None:
         """Drop a copy whether the policy knows it or not. Lock held."""
         rows = np.array([row])
@@ -225,7 +242,7 @@ class Residency:
             victims = policy.evict(missing, protected, now, pressure)
         if victims is None:
             return None
-        self.drop(victims, tier, "room needed")
+        self.lose(victims, tier, "room needed")
         return self.tiers[tier].reserve(count)
 
     # -- what requests do: lock held -------------------------------------------------------------------------------------------
@@ -281,6 +298,7 @@ class Residency:
         self._arrived(rows)
 
     def _arrived(self, rows: Rows) -> None:
+        self.admission.computed(self.table.names(rows))
         self.admit(rows, DEVICE)
         self.metrics.tiers[DEVICE].pages_in += len(rows)
 
@@ -319,7 +337,7 @@ class Residency:
                 else:
                     clean = self.is_clean(victims, tier)
                     dirty = victims[~clean]
-                    self.drop(victims[clean], tier, "room needed")
+                    self.lose(victims[clean], tier, "room needed")
             if moving is not None:
                 await moving
             elif len(dirty) and not await self.sink(dirty, tier, "room needed", priority):
@@ -341,7 +359,7 @@ class Residency:
     async def sink(self, rows: Rows, tier: int, reason: str, priority: Priority) -> int:
         """Copy victims (already out of the policy, READY in `tier`, coldest first) one tier down, then drop them; returns how many left.
 
-        What the tier below has no room for goes further down. What it does not admit, or nobody has room for, is dropped for good
+        What the tier below has no room for goes further down. What it does not take, or nobody has room for, is dropped for good
         unless it is pinned; unless `priority` is DEMAND, what nobody has room for stays, too.
         """
         with self.lock:
@@ -366,16 +384,18 @@ class Residency:
             stays = (self.table.leases[rows] > 0) | (self.table.readers[tier][rows] > 0) | (precious & ~saved)
             self.admit(rows[stays], tier)
             self.drop(rows[saved & ~stays], tier, reason)
-            self.drop(rows[~saved & ~stays & ~admitted], tier, "not admitted below")
-            self.drop(rows[~saved & ~stays & admitted], tier, "no room below")
+            self._refuse(rows[~saved & ~stays & ~admitted], tier)
+            self.lose(rows[~saved & ~stays & admitted], tier, "no room below")
+            self.admission.admit(int(np.count_nonzero(saved & admitted & ~stays)))
             return int(np.count_nonzero(~stays))
 
     def is_wanted_below(self, rows: Rows, tier: int) -> Mask:
-        """Which of these pages the next tier's write policy admits. Lock held."""
-        below = tier + 1
-        if self.entry[below] != SELECTIVE:
-            return np.ones(len(rows), np.bool_)
-        wanted: Mask = self.table.uses[rows] >= self.selective_uses(below)
+        """Which of these pages the next tier takes by its write policy; with `write_back`, those worth the write. Lock held."""
+        below, wanted = tier + 1, np.ones(len(rows), np.bool_)
+        if self.entry[below] == WRITE_BACK:
+            wanted = self.admission.worth(self.policies[tier].chance(rows, self.clock()))
+        elif self.entry[below] == SELECTIVE:
+            wanted = self.table.uses[rows] >= self.selective_uses(below)
         pinned = self.table.any_pinned(rows, self.clock())
         return wanted if pinned is None else wanted | pinned
 

@@ -171,6 +171,11 @@ class PolicyConfig(_Section):
         "least attention, use and recency, summed. The others are published baselines. On the Mooncake conversation trace, with room for "
         "5 % of the pages, these three find .2346, .2001 and .1345 of the tokens.",
     )
+    admission: Literal["auto", "always"] = Field(
+        default="auto",
+        description="With `write_back`: which of the pages that leave a tier are written into the next. `auto`: those whose chance of "
+        "another use, if the policy can tell, is at least that of the pages which leave the cache to make room. `always`: all of them.",
+    )
     attention_weight: float = Field(default=0.4, ge=0, description="a2cr-classic: weight of the attention paid to a page, if reported.")
     frequency_weight: float = Field(default=0.3, ge=0, description="a2cr-classic: weight of how often a page is used.")
     recency_weight: float = Field(default=0.3, ge=0, description="a2cr-classic: weight of how recently a page was used.")

@@ -102,6 +102,13 @@ class EvictionPolicy(ABC):
     def score(self, page: int, now: float, pressure: float) -> float:
         """What `evict` compares: larger stays. KeyError if the page is not here."""
 
+    def chance(self, pages: Pages, now: float) -> NDArray[np.float64]:
+        """The chance, 0 to 1, that each of these pages is ever used again, `[n]`: of pages that are here, or were and have not come back.
+
+        Whether a page is worth the write into a colder tier is told by this (`kvtier.policy.admission`). Policies that cannot tell say 1.
+        """
+        return np.ones(len(pages))
+
     @abstractmethod
     def here(self, pages: Pages) -> Mask:
         """Which of `pages` are in this tier."""
