@@ -78,11 +78,11 @@ class Residency:
         for policy in self.policies:
             policy.names = self.table.names  # rows are used again for other pages
         self._smoothed = [SmoothedPressure() for _ in self.tiers]
-        self.admission = Admission(config.policy.admission)
         self.metrics = Metrics([TierMetrics() for _ in self.tiers])
         self.prices = Prices(len(self.tiers), layout.page_tokens)
         self.page_bytes = np.array([tier.format.payload_bytes(layout) for tier in self.tiers])
         """Encoded bytes of a page in each tier, the most it can take where that varies."""
+        self.admission = Admission(self.tiers[self.last].capacity_bytes // int(self.page_bytes[self.last]), config.policy.admission)
         self.inflight: dict[tuple[int, int], Transfer] = {}
         self._jobs: set[Future[None]] = set()
         self._copying_from: list[list[asyncio.Future[None]]] = [[] for _ in self.tiers]
@@ -183,7 +183,7 @@ class Residency:
         """`drop`, for want of room: copies without another one are gone, and may turn out to be wanted. Lock held."""
         alone = rows[self.table.is_alone(rows, tier)]
         if len(alone):
-            self.admission.evict(self.table.names(alone), len(self.policies[tier]))
+            self.admission.evict(self.table.names(alone))
         self.drop(rows, tier, reason)
 
     def _refuse(self, rows: Rows, tier: int) -> None:
@@ -191,7 +191,7 @@ class Residency:
         alone = rows[self.table.is_alone(rows, tier)]
         if len(alone):
             chances = self.policies[tier].chance(alone, self.clock())
-            self.admission.refuse(self.table.names(alone), chances, len(self.policies[self.last]))
+            self.admission.refuse(self.table.names(alone), chances)
         self.drop(rows, tier, "not admitted below")
 
     def forget(self, row: int, tier: int, reason: str) -> None:
@@ -315,11 +315,18 @@ class Residency:
 
     # -- what leaves: on the loop ----------------------------------------------------------------------------------------------
 
-    async def reserve(self, tier: int, count: int, priority: Priority = Priority.DEMAND) -> list[int]:
-        """Up to `count` slots of `tier`, evicting and copying down what must leave; fewer when no more can be had."""
+    async def reserve(self, tier: int, count: int, priority: Priority = Priority.DEMAND, within_s: float | None = None) -> list[int]:
+        """Up to `count` slots of `tier`, evicting and copying down what must leave; fewer when no more can be had.
+
+        With `within_s`, for pages that are only promised for that time: nothing leaves that is worth more.
+        """
         while count > 0:
             moving = None
             with self.lock:
+                if within_s is not None:
+                    count = self._displaceable(count, within_s)
+                    if not count:
+                        break
                 slots = self.reserve_now(tier, count)
                 if slots is not None:
                     return slots
@@ -344,6 +351,24 @@ class Residency:
                 with self.lock:
                     count = min(count - 1, self.tiers[tier].free_slots)
         return []
+
+    def _displaceable(self, count: int, within_s: float) -> int:
+        """How many of `count` pages wanted within so many seconds may have a device slot: a free one, or that of a page worth less.
+
+        Pages brought up for an earlier promise are worth as much. Lock held.
+        """
+        free = self.device.free_slots
+        if count <= free:
+            return count
+        policy, now, pressure = self.policies[DEVICE], self.clock(), self.smoothed_pressure(DEVICE)
+        promised = policy.promised(within_s, now)
+        with self.protecting(DEVICE) as protected:
+            leaving = policy.peek(count - free, protected, now, pressure)
+        hinted = self.table.prefetched_from[leaving] != NO_TIER
+        for place, page in enumerate(leaving.tolist()):
+            if hinted[place] or policy.score(page, now, pressure) >= promised:
+                return free + place
+        return free + len(leaving)
 
     def _way_out(self, tier: int) -> Awaitable[object] | None:
         """Something whose end may give room in a tier without victims: a page on its way in or out, a job that holds pages. Lock held.
@@ -432,11 +457,13 @@ class Residency:
                 self._copying_from[source].remove(done)
             done.set_result(None)
 
-    async def lift(self, rows: Iterable[int], priority: Priority, launched: Callable[[list[Transfer]], None]) -> None:
+    async def lift(
+        self, rows: Iterable[int], priority: Priority, launched: Callable[[list[Transfer]], None], within_s: float = 0.0
+    ) -> None:
         """Bring pages to the device, each from the warmest tier that has it, and wait for the end.
 
-        Where room does not reach, the first rows come first; prefetches also stop at their budget. `launched` gets the transfers as
-        soon as they are queued, once.
+        Where room does not reach, the first rows come first; prefetches, of pages that are wanted within `within_s` seconds, also stop at
+        their budget and at pages that are worth more. `launched` gets the transfers as soon as they are queued, once.
         """
         with self.lock:
             table = self.table
@@ -451,7 +478,13 @@ class Residency:
             for tier, part in held.items():
                 table.hold(part, tier)
         try:
-            slots = await self.reserve(DEVICE, len(asked), priority)
+            if priority == Priority.PREFETCH:
+                with self.lock:
+                    count = self._displaceable(len(asked), within_s)
+                    self.metrics.prefetch.outranked += len(asked) - count
+                slots = await self.reserve(DEVICE, count, priority, within_s)
+            else:
+                slots = await self.reserve(DEVICE, len(asked), priority)
             with self.lock:
                 limit = self.prefetch_room if priority == Priority.PREFETCH else len(asked)
                 chosen = self._choose(asked[:limit], DEVICE, slots)
@@ -571,7 +604,9 @@ class Residency:
     @property
     def prefetch_room(self) -> int:
         """Pages that may still be prefetched before those already brought up are used. Lock held."""
-        return max(0, self.config.mover.prefetch_budget_bytes // self.layout.page_bytes - self._prefetched)
+        budget = self.config.mover.prefetch_budget_bytes
+        pages = max(1, self.device.capacity_slots // 8) if budget is None else budget // self.layout.page_bytes
+        return max(0, pages - self._prefetched)
 
     # -- jobs ------------------------------------------------------------------------------------------------------------------
 

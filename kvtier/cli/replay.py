@@ -45,7 +45,7 @@ def replay(
     ] = None,
     admission: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help=f"What comes into write_back and exclusive tiers: auto, or always. Default: {ADMISSION}."),
+        typer.Option(metavar="NAME", help=f"Which leaving pages write_back writes: auto, or always. Default: {ADMISSION}."),
     ] = None,
     link_speed: Annotated[
         str | None,

@@ -218,7 +218,12 @@ class MoverConfig(_Section):
         description="Which cached pages are brought up. `auto`: as many of a prefix's first ones as are faster to restore than to compute "
         "again, once the engine tells what computing takes (`record_prefill`). `always`: all of them.",
     )
-    prefetch_budget_bytes: Bytes = Field(default=64 * MiB, ge=0, description="Most bytes prefetched but not yet used; 0: no prefetching.")
+    prefetch_budget_bytes: Bytes | None = Field(
+        default=None,
+        ge=0,
+        title='bytes, as a number or like "8GiB", or null',
+        description="Most bytes prefetched but not yet used; 0: no prefetching. `null`: an eighth of the device tier, one page at least.",
+    )
     queue_bytes: Bytes = Field(default=256 * MiB, gt=0, description="Most bytes queued per link (pair of tiers) before back-pressure.")
     clean_pressure: float = Field(
         default=0.7, gt=0, le=1, description="With `write_back`: above this pressure, pages are copied down ahead."

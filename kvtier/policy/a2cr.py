@@ -186,6 +186,9 @@ class A2CR(EvictionPolicy):
         self._ranking.require(one)
         return float(self._worth(one, max(now, self._latest))[0])
 
+    def promised(self, within_s: float, now: float) -> float:
+        return -math.log(max(within_s, float(EDGES[1])))
+
     def chance(self, pages: Pages, now: float) -> NDArray[np.float64]:
         ages = np.maximum(max(now, self._latest) - self._ranking.last[pages], 0.0)
         chances: NDArray[np.float64] = self._model.chance[self._facts[pages, KIND], age_bins(ages)]

@@ -49,13 +49,17 @@ class Regret:
 
 
 class Admission:
-    """Judges with the experience of one cache. `mode`: `auto`, or `always` to admit everything and only measure."""
+    """Judges with the experience of one cache, whose last tier has room for `room` pages.
 
-    def __init__(self, mode: str = AUTO) -> None:
+    `mode`: `auto`, or `always` to admit everything and only measure.
+    """
+
+    def __init__(self, room: int, mode: str = AUTO) -> None:
         self.mode = mode
+        self._room = room
         self.regret = Regret()
         self._gone = Memory(1, per_page=1)
-        self._held = 0
+        self._gone.fit(room)
         self._evicted = self._evicted_wanted = 0.0
         self._refused_wanted = self._promised = 0.0
         """Of refused pages, those that were computed again, and as many as their chances promised. As the two before, fading."""
@@ -80,38 +84,36 @@ class Admission:
         """So many pages go down."""
         self.regret.admitted += pages
 
-    def refuse(self, names: Pages, chances: NDArray[np.float64], held: int) -> None:
-        """Pages of these names and chances leave the cache unwritten, of whose tiers the one they were in holds `held` pages."""
+    def refuse(self, names: Pages, chances: NDArray[np.float64]) -> None:
+        """Pages of these names and chances leave the cache unwritten."""
         self.regret.refused += len(names)
         self._promised += float(chances.sum())
-        self._remember(names, True, held)
+        self._remember(names, True)
 
-    def evict(self, names: Pages, held: int) -> None:
-        """Pages of these names leave the cache for want of room, from a tier of `held` pages."""
+    def evict(self, names: Pages) -> None:
+        """Pages of these names leave the cache for want of room."""
         self.regret.evicted += len(names)
         self._evicted += len(names)
-        self._remember(names, False, held)
+        self._remember(names, False)
 
     def computed(self, names: Pages) -> None:
         """Pages of these names were computed: those that had been in the cache not long ago, had to be computed again."""
         _, left, facts = self._gone.recall(names)
-        refused = facts[left > self._counted - self._held]
+        refused = facts[left >= self._counted - self._room]
         wanted = int(np.count_nonzero(refused))
         self.regret.refused_wanted += wanted
         self.regret.evicted_wanted += len(refused) - wanted
         self._refused_wanted += wanted
         self._evicted_wanted += len(refused) - wanted
 
-    def _remember(self, names: Pages, refused: bool, held: int) -> None:
+    def _remember(self, names: Pages, refused: bool) -> None:
         if not len(names):
             return
-        self._held = held
-        self._gone.fit(held)
         self._counted += len(names)
         # The table forgets who left first, so the number of those who left is its clock.
         self._gone.leave(names, np.full(len(names), float(self._counted)), np.full((len(names), 1), int(refused)))
         self._since_faded += len(names)
-        if self._since_faded >= PERIODS * held:
+        if self._since_faded > PERIODS * self._room:
             self._since_faded = 0
             self._evicted /= 2
             self._evicted_wanted /= 2

@@ -10,6 +10,7 @@ raises has changed nothing.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -108,6 +109,10 @@ class EvictionPolicy(ABC):
         Whether a page is worth the write into a colder tier is told by this (`kvtier.policy.admission`). Policies that cannot tell say 1.
         """
         return np.ones(len(pages))
+
+    def promised(self, within_s: float, now: float) -> float:
+        """What `score` would be for a page that is sure to be used within so many seconds. Policies that cannot tell put it above all."""
+        return math.inf
 
     @abstractmethod
     def here(self, pages: Pages) -> Mask:

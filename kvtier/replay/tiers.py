@@ -8,7 +8,7 @@ goes further down; what leaves the last tier is gone. Per tier below the first, 
 - `exclusive`: as `write_back`, but a page that is brought up leaves the tier it came from, so no page is anywhere twice. The live cache
   does not do this; it is how capacities add up, and the figure to hold the others against.
 
-Into a `write_back` or `exclusive` tier comes what is worth the write (`kvtier.policy.admission`), unless everything is to be admitted.
+Into a `write_back` tier comes what is worth the write (`kvtier.policy.admission`), unless everything is to be admitted.
 
 Not replayed: what takes time rather than room (queues, failed transfers, cleaning ahead of demand), and clean-up by thresholds.
 
@@ -85,7 +85,7 @@ class Tiers:
         self.moved: Counter[tuple[int, int]] = Counter()
         self.inserted = 0
         self.evicted = [0 for _ in policies]
-        self.admission = Admission(admission)
+        self.admission = Admission(capacities[-1], admission)
         self._parents, self._depths = np.empty(trace.distinct, np.int64), np.empty(trace.distinct, np.int64)
         self._parents[trace.pages], self._depths[trace.pages] = trace.parents, trace.depths
 
@@ -182,15 +182,15 @@ class Tiers:
         gone = self._is_gone(victims)
         self.uses[victims[gone]] = 0
         if tier < self.last:
-            self.admission.refuse(victims[refused & gone], promised[gone[refused]], self.capacities[self.last])
-        self.admission.evict(victims[gone & ~refused], self.capacities[self.last])
+            self.admission.refuse(victims[refused & gone], promised[gone[refused]])
+        self.admission.evict(victims[gone & ~refused])
 
     def _is_gone(self, pages: Pages) -> Mask:
         gone: Mask = ~np.logical_or.reduce(self.here[:, pages])
         return gone
 
     def _is_worth_writing(self, chances: NDArray[np.float64], tier: int) -> Mask:
-        if self.entry[tier + 1] not in (WRITE_BACK, EXCLUSIVE):
+        if self.entry[tier + 1] != WRITE_BACK:
             return np.ones(len(chances), np.bool_)
         return self.admission.worth(chances)
 
