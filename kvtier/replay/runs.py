@@ -30,6 +30,9 @@ T = TypeVar("T")
 TOKEN_BYTES = 128 * 2**10
 """KV of one token of Llama-3-8B in bf16: what a page weighs where nobody says."""
 
+BUDGET_SHARE = 8
+"""Pages hinted at and not used yet may take this part of the first tier, as in the live cache by default."""
+
 Progress = Callable[[int, int, str], None]
 """(requests done, requests in all, what is replayed now)."""
 
@@ -259,7 +262,8 @@ def _tiers_row(
     for tier, name in enumerate(layout.names):
         link = None
         if tier and layout.link_bytes_per_s:
-            link = look_ahead(trace, outcome, tier, layout.link_bytes_per_s[tier - 1], page_bytes, layout.look_ahead_ms)
+            speed, budget = layout.link_bytes_per_s[tier - 1], max(1, pages[0] // BUDGET_SHARE)
+            link = look_ahead(trace, outcome, tier, speed, page_bytes, layout.look_ahead_ms, budget)
         ratios = hit_tokens[tier] / trace.tokens, hit_pages[tier] / trace.accesses
         tiers.append(TierRow(name, names[tier], pages[tier], *ratios, outcome.evicted[tier], link))
     return Row(

@@ -86,6 +86,7 @@ def print_tiers(console: Console, rows: Sequence[Row]) -> None:
             for row, tier, link in timed:
                 stall = "" if link.stall_ms is None else f"{link.stall_ms:.1f}"
                 table.add_row(row.policy, tier.name, _ratio(link.use), stall, *map(_ratio, link.in_place.values()))
+                table.add_row("  with the prefetcher's budget", "", "", "", *map(_ratio, link.prefetched.values()))
             console.print(table)
     console.print("gap %: of the way from one LRU tier of the same size to the optimum; M/s: million pages per second", style="dim")
 
