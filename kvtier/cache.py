@@ -416,8 +416,8 @@ class TieredKVCache:
     # -- the whole -------------------------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
-        """Everything countable as one nested dict of plain values: `tiers`, `links`, `admission` (`kvtier.policy.admission.Regret`),
-        `prefetch`, `pages`, and what the machine allowed."""
+        """Everything countable as one nested dict of plain values: `tiers`, `links`, `admission` (`kvtier.policy.admission.Regret`,
+        counted where there is more than one tier), `prefetch`, `pages`, and what the machine allowed."""
         residency = self._open()
         achieved = [tier.report() for tier in residency.tiers]
         with residency.lock:

@@ -181,8 +181,7 @@ class Residency:
 
     def lose(self, rows: Rows, tier: int, reason: str) -> None:
         """`drop`, for want of room: copies without another one are gone, and may turn out to be wanted. Lock held."""
-        alone = rows[self.table.is_alone(rows, tier)]
-        if len(alone):
+        if self.last and len(alone := rows[self.table.is_alone(rows, tier)]):
             self.admission.evict(self.table.names(alone))
         self.drop(rows, tier, reason)
 
@@ -298,7 +297,8 @@ class Residency:
         self._arrived(rows)
 
     def _arrived(self, rows: Rows) -> None:
-        self.admission.computed(self.table.names(rows))
+        if self.last:
+            self.admission.computed(self.table.names(rows))
         self.admit(rows, DEVICE)
         self.metrics.tiers[DEVICE].pages_in += len(rows)
 

@@ -55,3 +55,4 @@ PyObject *item(PyObject *sequence, Py_ssize_t index);
 extern PyType_Spec table_spec, order_spec, ranking_spec, spells_spec;
 PyObject *take_slots(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 PyObject *give_slots(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *steepest(PyObject *self, PyObject *const *arguments, Py_ssize_t given);

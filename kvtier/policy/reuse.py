@@ -24,6 +24,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtier import columns
+
 Numbers = NDArray[np.int64]
 Reals = NDArray[np.float64]
 
@@ -182,8 +184,10 @@ class ReuseModel:
         for feature, factors in enumerate(self._factors):
             which = features[:, feature]
             seen, due = np.zeros(factors.shape), np.zeros(factors.shape)
-            np.add.at(seen, which, hits)
-            np.add.at(due, which, expected / factors[which])
+            foreseen = expected / factors[which]
+            for value in range(len(factors)):
+                own = which == value
+                seen[value], due[value] = hits[own].sum(0), foreseen[own].sum(0)
             after = (seen @ SMOOTHING + PRIOR_HITS) / (due @ SMOOTHING + PRIOR_HITS)
             expected *= (after / factors)[which]
             self._factors[feature] = after
@@ -215,9 +219,12 @@ class ReuseModel:
         # The steepest way up from each age is a side of the upper hull of (kept, used); found from the right, all kinds at once.
         best = np.full((len(features), AGES), LEAST_DENSITY)
         last = int(np.flatnonzero(self._level > LEAST_HAZARD).max(initial=0)) + 1  # nobody was used again at a greater age
-        for age in range(min(last, AGES - 1)):
-            rise, run = used[:, age + 1 : last + 1] - used[:, age, None], kept[:, age + 1 : last + 1] - kept[:, age, None]
-            best[:, age] = (rise / np.maximum(run, LEAST_RUN)).max(axis=1)
+        if (compiled := columns.loops()) is not None:
+            compiled.steepest(used, kept, last, LEAST_RUN, best)
+        else:
+            for age in range(min(last, AGES - 1)):
+                rise, run = used[:, age + 1 : last + 1] - used[:, age, None], kept[:, age + 1 : last + 1] - kept[:, age, None]
+                best[:, age] = (rise / np.maximum(run, LEAST_RUN)).max(axis=1)
         self.worth[kinds] = np.log(np.maximum(best, LEAST_DENSITY))
         self.chance[kinds] = 1.0 - survival[:, -1:] / survival[:, :-1]
 
