@@ -75,8 +75,8 @@ def print_tiers(console: Console, rows: Sequence[Row]) -> None:
         _heading(console, "worth a write down, or not; in brackets the pages that left and had to be computed again")
         regrets = _table("written", "refused", "left for room")
         for row, regret in regretted:
-            refused, evicted = f"{regret.refused:,} ({regret.refused_wanted:,})", f"{regret.evicted:,} ({regret.evicted_wanted:,})"
-            regrets.add_row(row.policy, f"{regret.admitted:,}", refused, evicted)
+            refused, pushed_out = f"{regret.refused:,} ({regret.refused_wanted:,})", f"{regret.evicted:,} ({regret.evicted_wanted:,})"
+            regrets.add_row(row.policy, f"{regret.admitted:,}", refused, pushed_out)
         console.print(regrets)
         timed = [(row, tier, tier.link) for row in own for tier in row.tiers if tier.link is not None]
         if timed:

@@ -140,7 +140,13 @@ def test_the_steepest_ways_are_not_looked_for_in_arrays_that_do_not_fit():
     loops = columns.loops()
     assert loops is not None
     used, best = np.zeros((3, 6)), np.zeros((3, 5))
-    for last, arrays in ((6, (used, used, best)), (-1, (used, used, best)), (2, (used, used[:2], best)), (2, (used, used, used)), (2, (best, best, best[0]))):
+    for last, arrays in (
+        (6, (used, used, best)),
+        (-1, (used, used, best)),
+        (2, (used, used[:2], best)),
+        (2, (used, used, used)),
+        (2, (best, best, best[0])),
+    ):
         with pytest.raises(ValueError, match="fit"):
             loops.steepest(arrays[0], arrays[1], last, 1e-9, arrays[2])
     loops.steepest(used, used, 5, 1e-9, best)

@@ -9,7 +9,7 @@ import pytest
 
 from kvtier import columns
 from kvtier.policy import A2CR, LRU, EvictionPolicy
-from kvtier.policy.guard import OWED, Guard
+from kvtier.policy.guard import FOLLOWS, OWED, Guard
 from tests.policy.traffic import Request, Traffic, distinct
 
 LONGEST = 12
@@ -136,14 +136,14 @@ def test_a_ring_of_calls_that_grows_keeps_its_counts():
 def test_credit_from_long_ago_buys_nothing():
     guard = Guard()
     guard.fit(100, 0)
-    guard.state[OWED] = -10**6
+    guard.state[OWED] = -(10**6)
     assert not guard.settle(1)
     guard.state[OWED] = 101
     assert guard.settle(1)
-    assert guard.follows_lru
+    assert bool(guard.state[FOLLOWS])
     assert not guard.settle(799)
     assert guard.settle(1)
-    assert not guard.follows_lru
+    assert guard.state[FOLLOWS] == 0
     guard.state[OWED] = 101
     assert guard.settle(1)
     assert not guard.settle(1599), "twice as long the second time"

@@ -24,7 +24,9 @@ def outcome_of(served: list[int]) -> TiersOutcome:
 def test_two_requests_one_of_which_waits_for_the_link():
     # A page takes a second. Request 0 wants two from t = 0 on, request 1, at t = 1, one: it starts at 2 and is done at 3.
     trace = trace_of([0, 1], [0, 2], [0])
-    link = look_ahead(trace, outcome_of([1, 1, 0, 1, 0]), tier=1, bytes_per_s=10.0, page_bytes=10, ahead_ms=[0, 500, 1500, 2000], budget_pages=3)
+    link = look_ahead(
+        trace, outcome_of([1, 1, 0, 1, 0]), tier=1, bytes_per_s=10.0, page_bytes=10, ahead_ms=[0, 500, 1500, 2000], budget_pages=3
+    )
     assert link.use == pytest.approx(3 / 2)
     assert link.stall_ms == pytest.approx(2000)
     assert link.in_place == pytest.approx({0: 0.0, 500: 0.5 / 3, 1500: 2 / 3, 2000: 1.0})
@@ -63,7 +65,10 @@ def queued(trace: Trace, served: np.ndarray, ahead_s: float, page_s: float) -> f
 @given(trace=traces(), data=st.data())
 def test_it_is_a_queue_and_never_worse_with_more_time_or_speed(trace, data):
     served = np.array(data.draw(st.lists(st.sampled_from([NOWHERE, 0, 1]), min_size=trace.accesses, max_size=trace.accesses)), np.int8)
-    slow, fast = (look_ahead(trace, TiersOutcome(served, 0, Counter(), [], Regret(), 1.0), 1, speed, 1000, [0, 300, 1000], 10**6) for speed in (1000, 3000))
+    slow, fast = (
+        look_ahead(trace, TiersOutcome(served, 0, Counter(), [], Regret(), 1.0), 1, speed, 1000, [0, 300, 1000], 10**6)
+        for speed in (1000, 3000)
+    )
     if slow.stall_ms is None or fast.stall_ms is None:
         assert not (served == 1).any()
         return
@@ -73,12 +78,8 @@ def test_it_is_a_queue_and_never_worse_with_more_time_or_speed(trace, data):
     assert slow.in_place[300] == pytest.approx(queued(trace, served, 0.3, 1.0) / np.count_nonzero(served == 1))
     assert fast.stall_ms <= slow.stall_ms
     for link in (slow, fast):
-        assert link.prefetched[0] == 0
-        for ahead, share in link.prefetched.items():
-            # What did not come in time goes before later hints, so early starts may cost these; without starts in between all is as there.
-            assert -1e-9 <= share <= 1 + 1e-9
-            if ahead == 1000 and trace.requests == 1:
-                assert share == pytest.approx(link.in_place[ahead])
+        # With room for every hint the order is that of look-ahead: what is late belongs to the request that comes first anyway.
+        assert link.prefetched == pytest.approx(link.in_place)
 
 
 def test_requests_of_one_timestamp_come_before_the_next_and_others_when_they_say():
@@ -106,6 +107,8 @@ def test_look_ahead_on_the_conversation_trace_is_what_others_found():
     assert link.in_place == pytest.approx({10: 0.079, 50: 0.314, 100: 0.501, 250: 0.778, 500: 0.918, 1000: 0.994}, abs=2e-3)
     assert link.stall_ms == pytest.approx(126, abs=0.5)
     assert link.use == pytest.approx(0.10, abs=5e-3)
+    assert link.prefetched[250] is not None
     assert link.prefetched[250] >= 0.70
     tight = look_ahead(trace, outcome, 1, 12e9, 128 * 1024 * 512, [250], 1)
+    assert tight.prefetched[250] is not None
     assert tight.prefetched[250] < 0.2, "a page at a time brings little"
