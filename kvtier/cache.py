@@ -285,8 +285,9 @@ class TieredKVCache:
     def prefetch(self, token_ids: TokenIds, deadline: float | None = None, salt: str = "") -> Prefetch:
         """A hint that these tokens will be wanted within `deadline` seconds: bring their cold pages up, as far as the budget allows.
 
-        Returns at once. What is still queued after `deadline` is cancelled. Hints never take the place of leased pages, and give way to
-        demand.
+        Returns at once. What is still queued after `deadline` (None: no time is said, as if it were now) is cancelled. Hints never take
+        the place of leased pages, of pages brought up for an earlier hint, or of pages that are worth more to the policy than one that is
+        used within `deadline`, and give way to demand.
         """
         residency = self._open()
         keys = page_keys(token_ids, self.layout.page_tokens, root_key(self._namespace, salt))
@@ -294,7 +295,7 @@ class TieredKVCache:
             table = residency.table
             rows = table.find(keys)
             residency.touch(rows[table.state[DEVICE][rows] == READY], DEVICE)
-        hint = Prefetch(residency, keys)
+        hint = Prefetch(residency, keys, 0.0 if deadline is None else deadline)
         residency.start(hint.run())
         if deadline is not None:
             residency.mover.call(residency.mover.loop.call_later, deadline, hint.cancel)
@@ -415,7 +416,8 @@ class TieredKVCache:
     # -- the whole -------------------------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
-        """Everything countable as one nested dict of plain values: `tiers`, `links`, `prefetch`, `pages`, and what the machine allowed."""
+        """Everything countable as one nested dict of plain values: `tiers`, `links`, `admission` (`kvtier.policy.admission.Regret`,
+        counted where there is more than one tier), `prefetch`, `pages`, and what the machine allowed."""
         residency = self._open()
         achieved = [tier.report() for tier in residency.tiers]
         with residency.lock:
@@ -454,6 +456,7 @@ class TieredKVCache:
                 "policy": residency.policies[DEVICE].name,
                 "tiers": tiers,
                 "links": links,
+                "admission": vars(residency.admission.regret).copy(),
                 "prefetch": vars(metrics.prefetch).copy(),
                 "lookups": metrics.lookups,
                 "tokens_asked": metrics.tokens_asked,

@@ -92,7 +92,7 @@ class Housekeeping:
                 policy.remove(expired)
                 clean = residency.is_clean(expired, tier)
                 dirty = expired[~clean]
-                residency.drop(expired[clean], tier, "score under threshold")
+                residency.lose(expired[clean], tier, "score under threshold")
             if len(dirty):
                 await residency.sink(dirty, tier, "score under threshold", Priority.DEMOTION)
         for tier_slots in residency.tiers:

@@ -59,6 +59,8 @@ class PrefetchMetrics:
     """Left the device unused, or never arrived."""
     over_budget: int = 0
     """Were hinted at but not fetched, because the prefetch budget was used up."""
+    outranked: int = 0
+    """Were hinted at but not fetched, because what would have had to leave the device is worth more."""
 
 
 @dataclass

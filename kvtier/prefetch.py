@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 class Prefetch:
     """A running hint. `cancel` and `wait` may be called from any thread."""
 
-    def __init__(self, residency: Residency, keys: Sequence[PageKey]) -> None:
+    def __init__(self, residency: Residency, keys: Sequence[PageKey], within_s: float) -> None:
         self._residency = residency
         self._keys = keys
+        self._within_s = within_s
         self._transfers: list[Transfer] = []
         self._cancelled = False
         self._done = threading.Event()
@@ -47,7 +48,7 @@ class Prefetch:
             if not self._cancelled:
                 with residency.lock:
                     rows = residency.table.find(self._keys).tolist()
-                await residency.lift(rows, Priority.PREFETCH, self._launched)
+                await residency.lift(rows, Priority.PREFETCH, self._launched, self._within_s)
         finally:
             self._done.set()
 

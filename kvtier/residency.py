@@ -34,6 +34,7 @@ from kvtier.mover.mover import Mover
 from kvtier.mover.transfer import Move, Outcome, Priority, Transfer, ended
 from kvtier.pages import ABSENT, NO_TIER, READY, PageTable, Rows
 from kvtier.policy import A2CRParameters, EvictionPolicy, Mask, PressureBand, SmoothedPressure, make_policy
+from kvtier.policy.admission import Admission
 from kvtier.pricing import Prices
 from kvtier.protection import Protected
 from kvtier.tiers.base import Slots, Tier
@@ -81,6 +82,7 @@ class Residency:
         self.prices = Prices(len(self.tiers), layout.page_tokens)
         self.page_bytes = np.array([tier.format.payload_bytes(layout) for tier in self.tiers])
         """Encoded bytes of a page in each tier, the most it can take where that varies."""
+        self.admission = Admission(self.tiers[self.last].capacity_bytes // int(self.page_bytes[self.last]), config.policy.admission)
         self.inflight: dict[tuple[int, int], Transfer] = {}
         self._jobs: set[Future[None]] = set()
         self._copying_from: list[list[asyncio.Future[None]]] = [[] for _ in self.tiers]
@@ -177,6 +179,20 @@ class Residency:
         if self.digests is not None:
             self.digests.drop([row for row in rows.tolist() if table.key[row] is None])
 
+    def lose(self, rows: Rows, tier: int, reason: str) -> None:
+        """`drop`, for want of room: copies without another one are gone, and may turn out to be wanted. Lock held."""
+        if self.last and len(alone := rows[self.table.is_alone(rows, tier)]):
+            self.admission.evict(self.table.names(alone))
+        self.drop(rows, tier, reason)
+
+    def _refuse(self, rows: Rows, tier: int) -> None:
+        """`drop` what the tier below does not admit. Lock held."""
+        alone = rows[self.table.is_alone(rows, tier)]
+        if len(alone):
+            chances = self.policies[tier].chance(alone, self.clock())
+            self.admission.refuse(self.table.names(alone), chances)
+        self.drop(rows, tier, "not admitted below")
+
     def forget(self, row: int, tier: int, reason: str) -> None:
         """Drop a copy whether the policy knows it or not. Lock held."""
         rows = np.array([row])
@@ -225,7 +241,7 @@ class Residency:
             victims = policy.evict(missing, protected, now, pressure)
         if victims is None:
             return None
-        self.drop(victims, tier, "room needed")
+        self.lose(victims, tier, "room needed")
         return self.tiers[tier].reserve(count)
 
     # -- what requests do: lock held -------------------------------------------------------------------------------------------
@@ -281,6 +297,8 @@ class Residency:
         self._arrived(rows)
 
     def _arrived(self, rows: Rows) -> None:
+        if self.last:
+            self.admission.computed(self.table.names(rows))
         self.admit(rows, DEVICE)
         self.metrics.tiers[DEVICE].pages_in += len(rows)
 
@@ -297,11 +315,18 @@ class Residency:
 
     # -- what leaves: on the loop ----------------------------------------------------------------------------------------------
 
-    async def reserve(self, tier: int, count: int, priority: Priority = Priority.DEMAND) -> list[int]:
-        """Up to `count` slots of `tier`, evicting and copying down what must leave; fewer when no more can be had."""
+    async def reserve(self, tier: int, count: int, priority: Priority = Priority.DEMAND, within_s: float | None = None) -> list[int]:
+        """Up to `count` slots of `tier`, evicting and copying down what must leave; fewer when no more can be had.
+
+        With `within_s`, for pages that are only promised for that time: nothing leaves that is worth more.
+        """
         while count > 0:
             moving = None
             with self.lock:
+                if within_s is not None:
+                    count = self._displaceable(count, within_s)
+                    if not count:
+                        break
                 slots = self.reserve_now(tier, count)
                 if slots is not None:
                     return slots
@@ -319,13 +344,31 @@ class Residency:
                 else:
                     clean = self.is_clean(victims, tier)
                     dirty = victims[~clean]
-                    self.drop(victims[clean], tier, "room needed")
+                    self.lose(victims[clean], tier, "room needed")
             if moving is not None:
                 await moving
             elif len(dirty) and not await self.sink(dirty, tier, "room needed", priority):
                 with self.lock:
                     count = min(count - 1, self.tiers[tier].free_slots)
         return []
+
+    def _displaceable(self, count: int, within_s: float) -> int:
+        """How many of `count` pages wanted within so many seconds may have a device slot: a free one, or that of a page worth less.
+
+        Pages brought up for an earlier promise are worth as much. Lock held.
+        """
+        free = self.device.free_slots
+        if count <= free:
+            return count
+        policy, now, pressure = self.policies[DEVICE], self.clock(), self.smoothed_pressure(DEVICE)
+        promised = policy.promised(within_s, now)
+        with self.protecting(DEVICE) as protected:
+            leaving = policy.peek(count - free, protected, now, pressure)
+        hinted = self.table.prefetched_from[leaving] != NO_TIER
+        for place, page in enumerate(leaving.tolist()):
+            if hinted[place] or policy.score(page, now, pressure) >= promised:
+                return free + place
+        return free + len(leaving)
 
     def _way_out(self, tier: int) -> Awaitable[object] | None:
         """Something whose end may give room in a tier without victims: a page on its way in or out, a job that holds pages. Lock held.
@@ -341,7 +384,7 @@ class Residency:
     async def sink(self, rows: Rows, tier: int, reason: str, priority: Priority) -> int:
         """Copy victims (already out of the policy, READY in `tier`, coldest first) one tier down, then drop them; returns how many left.
 
-        What the tier below has no room for goes further down. What it does not admit, or nobody has room for, is dropped for good
+        What the tier below has no room for goes further down. What it does not take, or nobody has room for, is dropped for good
         unless it is pinned; unless `priority` is DEMAND, what nobody has room for stays, too.
         """
         with self.lock:
@@ -366,16 +409,18 @@ class Residency:
             stays = (self.table.leases[rows] > 0) | (self.table.readers[tier][rows] > 0) | (precious & ~saved)
             self.admit(rows[stays], tier)
             self.drop(rows[saved & ~stays], tier, reason)
-            self.drop(rows[~saved & ~stays & ~admitted], tier, "not admitted below")
-            self.drop(rows[~saved & ~stays & admitted], tier, "no room below")
+            self._refuse(rows[~saved & ~stays & ~admitted], tier)
+            self.lose(rows[~saved & ~stays & admitted], tier, "no room below")
+            self.admission.admit(int(np.count_nonzero(saved & admitted & ~stays)))
             return int(np.count_nonzero(~stays))
 
     def is_wanted_below(self, rows: Rows, tier: int) -> Mask:
-        """Which of these pages the next tier's write policy admits. Lock held."""
-        below = tier + 1
-        if self.entry[below] != SELECTIVE:
-            return np.ones(len(rows), np.bool_)
-        wanted: Mask = self.table.uses[rows] >= self.selective_uses(below)
+        """Which of these pages the next tier takes by its write policy; with `write_back`, those worth the write. Lock held."""
+        below, wanted = tier + 1, np.ones(len(rows), np.bool_)
+        if self.entry[below] == WRITE_BACK:
+            wanted = self.admission.worth(self.policies[tier].chance(rows, self.clock()))
+        elif self.entry[below] == SELECTIVE:
+            wanted = self.table.uses[rows] >= self.selective_uses(below)
         pinned = self.table.any_pinned(rows, self.clock())
         return wanted if pinned is None else wanted | pinned
 
@@ -412,11 +457,13 @@ class Residency:
                 self._copying_from[source].remove(done)
             done.set_result(None)
 
-    async def lift(self, rows: Iterable[int], priority: Priority, launched: Callable[[list[Transfer]], None]) -> None:
+    async def lift(
+        self, rows: Iterable[int], priority: Priority, launched: Callable[[list[Transfer]], None], within_s: float = 0.0
+    ) -> None:
         """Bring pages to the device, each from the warmest tier that has it, and wait for the end.
 
-        Where room does not reach, the first rows come first; prefetches also stop at their budget. `launched` gets the transfers as
-        soon as they are queued, once.
+        Where room does not reach, the first rows come first; prefetches, of pages that are wanted within `within_s` seconds, also stop at
+        their budget and at pages that are worth more. `launched` gets the transfers as soon as they are queued, once.
         """
         with self.lock:
             table = self.table
@@ -431,7 +478,13 @@ class Residency:
             for tier, part in held.items():
                 table.hold(part, tier)
         try:
-            slots = await self.reserve(DEVICE, len(asked), priority)
+            if priority == Priority.PREFETCH:
+                with self.lock:
+                    count = self._displaceable(len(asked), within_s)
+                    self.metrics.prefetch.outranked += len(asked) - count
+                slots = await self.reserve(DEVICE, count, priority, within_s)
+            else:
+                slots = await self.reserve(DEVICE, len(asked), priority)
             with self.lock:
                 limit = self.prefetch_room if priority == Priority.PREFETCH else len(asked)
                 chosen = self._choose(asked[:limit], DEVICE, slots)
@@ -551,7 +604,9 @@ class Residency:
     @property
     def prefetch_room(self) -> int:
         """Pages that may still be prefetched before those already brought up are used. Lock held."""
-        return max(0, self.config.mover.prefetch_budget_bytes // self.layout.page_bytes - self._prefetched)
+        budget = self.config.mover.prefetch_budget_bytes
+        pages = max(1, self.device.capacity_slots // 8) if budget is None else budget // self.layout.page_bytes
+        return max(0, pages - self._prefetched)
 
     # -- jobs ------------------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 CAPACITIES = "1%,2%,5%,10%,20%,50%"
 WRITE_POLICY = "write_back"
 SELECTIVE_USES = 2
+ADMISSION = "auto"
 LOOK_AHEAD_MS = "10,50,100,250,500,1000"
 
 
@@ -42,6 +43,10 @@ def replay(
     selective_uses: Annotated[
         int | None, typer.Option(min=1, help=f"The use at which write_through_selective writes. Default: {SELECTIVE_USES}.")
     ] = None,
+    admission: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"Which leaving pages write_back writes: auto, or always. Default: {ADMISSION}."),
+    ] = None,
     link_speed: Annotated[
         str | None,
         typer.Option(metavar="SIZE,...", help="Bytes a second from each tier below up to the first, like 12GB: times look-ahead."),
@@ -66,14 +71,14 @@ def replay(
     if tiers:
         if capacity is not None:
             raise KVTierError("--capacity is for one tier; with --tiers the capacities are in there, like device=1%,host=9%")
-        layouts = _layouts(tiers, write_policy, selective_uses, link_speed, look_ahead_ms)
+        layouts = _layouts(tiers, write_policy, selective_uses, admission, link_speed, look_ahead_ms)
         names = [one for name in names for one in (check_policies(["all"]) if name == "all" else [name])]
         for layout in layouts:
             for name in names:
                 layout.policies(name)
     else:
-        named = {"--write-policy": write_policy, "--selective-uses": selective_uses, "--link-speed": link_speed}
-        for option, given in (named | {"--look-ahead-ms": look_ahead_ms}).items():
+        named = {"--write-policy": write_policy, "--selective-uses": selective_uses, "--admission": admission}
+        for option, given in (named | {"--link-speed": link_speed, "--look-ahead-ms": look_ahead_ms}).items():
             if given is not None:
                 raise KVTierError(f"{option} is about tiers; add --tiers, like device=1%,host=9%")
         names = check_policies(names)
@@ -94,7 +99,12 @@ def replay(
 
 
 def _layouts(
-    tiers: list[str], write_policy: str | None, selective_uses: int | None, link_speed: str | None, look_ahead_ms: str | None
+    tiers: list[str],
+    write_policy: str | None,
+    selective_uses: int | None,
+    admission: str | None,
+    link_speed: str | None,
+    look_ahead_ms: str | None,
 ) -> list[Layout]:
     from kvtier.replay.runs import Layout
 
@@ -109,7 +119,8 @@ def _layouts(
             aheads.append(-1.0)
         if not 0 <= aheads[-1] < 1e9:
             raise KVTierError(f"--look-ahead-ms {look_ahead_ms}: expected milliseconds with commas between, like 50,250")
-    return [Layout.parse(text, write_policy or WRITE_POLICY, selective_uses or SELECTIVE_USES, speeds, aheads) for text in tiers]
+    writes, uses, admitted = write_policy or WRITE_POLICY, selective_uses or SELECTIVE_USES, admission or ADMISSION
+    return [Layout.parse(text, writes, uses, speeds, aheads, admitted) for text in tiers]
 
 
 def _bytes(option: str, text: str) -> int:

@@ -173,6 +173,10 @@ class Loops(Protocol):
     def take_slots(self, free: list[int], taken: bytearray, count: int, /) -> list[int]:
         """The last `count` of `free`, last first, marked as taken. ValueError, and none, if there are fewer."""
 
+    def steepest(self, used: Column, kept: Column, last: int, least_run: float, best: Column, /) -> None:
+        """Into `best` `[kinds, ages]` the steepest of the ways from each age below `last` to a later one, up to `last`, over `used` and
+        `kept` `[kinds, ages + 1]`. ValueError if they do not fit each other."""
+
     def give_slots(self, free: list[int], taken: bytearray, slots: Sequence[int], /) -> bool:
         """Slots back onto `free`; False, and none, if one is not marked as taken."""
 

@@ -17,6 +17,7 @@ static int prepare(PyObject *module) {
 static PyMethodDef methods[] = {
     {"take_slots", FAST(take_slots), NULL},
     {"give_slots", FAST(give_slots), NULL},
+    {"steepest", FAST(steepest), NULL},
     {NULL, NULL, 0, NULL},
 };
 

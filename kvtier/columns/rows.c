@@ -26,9 +26,17 @@ bool rows_within(const Rows *rows, Py_ssize_t limit) {
 
 Py_ssize_t next_set(const uint8_t *flags, Py_ssize_t index, Py_ssize_t count) {
     while (index < count && !flags[index]) {
-        uint64_t eight = 0;
-        if (count - index >= 8) memcpy(&eight, flags + index, 8);
-        index += count - index >= 8 && !eight ? 8 : 1;
+        uint64_t words[8] = {0}, any = 0;
+        if (count - index >= 64) {
+            memcpy(words, flags + index, 64);
+            for (int i = 0; i < 8; i++) any |= words[i];
+            if (!any) {
+                index += 64;
+                continue;
+            }
+        }
+        if (count - index >= 8) memcpy(words, flags + index, 8);
+        index += count - index >= 8 && !words[0] ? 8 : 1;
     }
     return index;
 }

@@ -30,7 +30,7 @@ static inline int64_t *row_at(const Rows *rows, Py_ssize_t index) {
 /* Whether all rows are below `limit` and none is negative. */
 bool rows_within(const Rows *rows, Py_ssize_t limit);
 
-/* The first set flag from `index` on, `count` if there is none: few are set, so eight are looked at in one step. */
+/* The first set flag from `index` on, `count` if there is none: few may be set, so up to 64 are looked at in one step. */
 Py_ssize_t next_set(const uint8_t *flags, Py_ssize_t index, Py_ssize_t count);
 
 /* A C-contiguous column of `cells` cells of `size` bytes, to be written; -1 with an exception if it is something else. `cells` below 0:
@@ -55,3 +55,4 @@ PyObject *item(PyObject *sequence, Py_ssize_t index);
 extern PyType_Spec table_spec, order_spec, ranking_spec, spells_spec;
 PyObject *take_slots(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 PyObject *give_slots(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *steepest(PyObject *self, PyObject *const *arguments, Py_ssize_t given);

@@ -6,16 +6,17 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { KIND, COHORT, USES, GENERATION, FACTS };
-enum { HERE, LAST, SCORE, COMBINED, PAGE_FACTS, REQUEST, NAME, KIND_OF, WORTH, HITS, CHANGE, ALIVE, COUNTED, EDGES, CELL_NAME, CELL_LAST, CELL_FACTS, COUNT_OF, GENERATION_OF, STEPS, COLUMNS };
+enum { KIND, COHORT, USES, GENERATION, CALL, FACTS };
+enum { FIRST, HELD, OWED, ROOM, FOLLOWS, GUARD_CELLS }; /* of `kvtier.policy.guard` */
+enum { HERE, LAST, SCORE, COMBINED, PAGE_FACTS, NAME, KIND_OF, WORTH, HITS, CHANGE, ALIVE, COUNTED, EDGES, CELL_NAME, CELL_LAST, CELL_FACTS, COUNT_OF, GENERATION_OF, STEPS, GUARD, RING, COLUMNS };
 enum { AGES = 56, BELOW = (1023 - 4) * 2 - 1, BITS = 51 };
 
 typedef struct {
     PyObject_HEAD
     uint8_t *here;
     double *last, *score, *worth, *edges, *cell_last;
-    int64_t *combined, *facts, *request, *name, *kind_of, *hits, *change, *alive, *counted, *cell_name, *cell_facts, *count_of, *generation_of;
-    Py_ssize_t pages, numbers, kinds, cohorts, cells, counts, generations;
+    int64_t *combined, *facts, *name, *kind_of, *hits, *change, *alive, *counted, *cell_name, *cell_facts, *count_of, *generation_of, *guard, *ring;
+    Py_ssize_t pages, numbers, kinds, cohorts, cells, counts, generations, calls;
     int64_t end_step, new_step, attention, new_values;
     unsigned shift;
     int held;
@@ -34,14 +35,15 @@ static Py_ssize_t cells_of(const Spells *s, int column) { return s->columns[colu
 
 /* Whether every column has as many cells as those it goes with. */
 static bool fits(const Spells *s) {
-    static const int by_page[] = {LAST, SCORE, COMBINED, REQUEST, NAME};
+    static const int by_page[] = {LAST, SCORE, COMBINED, NAME};
     const Py_ssize_t rows = cells_of(s, HERE);
     bool good = rows > 0 && cells_of(s, PAGE_FACTS) == rows * FACTS && cells_of(s, EDGES) == AGES + 1 && cells_of(s, STEPS) == 4;
-    for (int i = 0; i < 5; i++) good = good && cells_of(s, by_page[i]) == rows;
+    for (int i = 0; i < 4; i++) good = good && cells_of(s, by_page[i]) == rows;
     const Py_ssize_t kinds = cells_of(s, HITS) / AGES, cells = cells_of(s, CELL_NAME);
     good = good && kinds > 0 && cells_of(s, HITS) == kinds * AGES && cells_of(s, WORTH) == kinds * AGES;
     good = good && cells_of(s, CHANGE) == kinds * (AGES + 1) && cells_of(s, COUNTED) > 0 && cells_of(s, ALIVE) == cells_of(s, COUNTED) * kinds;
     good = good && cells > 1 && !(cells & (cells - 1)) && cells_of(s, CELL_LAST) == cells && cells_of(s, CELL_FACTS) == cells * FACTS;
+    good = good && cells_of(s, GUARD) == GUARD_CELLS && cells_of(s, RING) > 1;
     return good && cells_of(s, COUNT_OF) > 0 && cells_of(s, GENERATION_OF) > 0 && cells_of(s, KIND_OF) > 0;
 }
 
@@ -66,7 +68,7 @@ static PyObject *spells_new(PyTypeObject *type, PyObject *columns, PyObject *nam
         return NULL;
     }
     s->here = s->columns[HERE].buf, s->last = s->columns[LAST].buf, s->score = s->columns[SCORE].buf;
-    s->combined = s->columns[COMBINED].buf, s->facts = s->columns[PAGE_FACTS].buf, s->request = s->columns[REQUEST].buf;
+    s->combined = s->columns[COMBINED].buf, s->facts = s->columns[PAGE_FACTS].buf, s->guard = s->columns[GUARD].buf, s->ring = s->columns[RING].buf;
     s->name = s->columns[NAME].buf, s->kind_of = s->columns[KIND_OF].buf, s->worth = s->columns[WORTH].buf;
     s->hits = s->columns[HITS].buf, s->change = s->columns[CHANGE].buf, s->alive = s->columns[ALIVE].buf;
     s->counted = s->columns[COUNTED].buf, s->edges = s->columns[EDGES].buf, s->cell_name = s->columns[CELL_NAME].buf;
@@ -74,7 +76,7 @@ static PyObject *spells_new(PyTypeObject *type, PyObject *columns, PyObject *nam
     s->count_of = s->columns[COUNT_OF].buf, s->generation_of = s->columns[GENERATION_OF].buf;
     s->pages = cells_of(s, HERE) - 1, s->numbers = cells_of(s, KIND_OF), s->kinds = cells_of(s, HITS) / AGES;
     s->cohorts = cells_of(s, COUNTED), s->cells = cells_of(s, CELL_NAME);
-    s->counts = cells_of(s, COUNT_OF), s->generations = cells_of(s, GENERATION_OF);
+    s->calls = cells_of(s, RING), s->counts = cells_of(s, COUNT_OF), s->generations = cells_of(s, GENERATION_OF);
     s->end_step = steps[0], s->new_step = steps[1], s->attention = steps[2], s->new_values = steps[3];
     for (s->shift = 64; (Py_ssize_t)1 << (64 - s->shift) < s->cells; s->shift--) continue;
     return (PyObject *)s;
@@ -119,9 +121,28 @@ static void begin(Spells *s, int64_t page, int64_t combined, int64_t kind, doubl
     s->facts[page * FACTS + KIND] = kind;
     s->facts[page * FACTS + COHORT] = cohort;
     s->last[page] = time;
-    s->score[page] = s->worth[kind * AGES];
-    s->request[page] = call;
+    s->score[page] = s->guard[FOLLOWS] ? 0.0 : s->worth[kind * AGES];
+    s->facts[page * FACTS + CALL] = call;
     s->alive[cohort % s->cohorts * s->kinds + kind]++;
+}
+
+/* Whether LRU would hold a page last used by that call, which it does not any more. */
+static bool was_held(Spells *s, int64_t call) {
+    if (call < 0 || call < s->guard[FIRST]) return false;
+    s->ring[call % s->calls]--;
+    s->guard[HELD]--;
+    return true;
+}
+
+/* So many pages were used by this call: LRU holds them, and others no more. */
+static void count(Spells *s, Py_ssize_t pages, int64_t call) {
+    int64_t *guard = s->guard;
+    s->ring[call % s->calls] += pages;
+    guard[HELD] += pages;
+    for (; guard[FIRST] < call && (guard[HELD] > guard[ROOM] || call - guard[FIRST] >= s->calls - 1); guard[FIRST]++) {
+        guard[HELD] -= s->ring[guard[FIRST] % s->calls];
+        s->ring[guard[FIRST] % s->calls] = 0;
+    }
 }
 
 /* The worth of a page at its age, between two ages in proportion. */
@@ -142,7 +163,7 @@ static PyObject *use(PyObject *self, PyObject *const *arguments, Py_ssize_t give
     const int64_t call = number_of(arguments[2], &failed), cohort = number_of(arguments[3], &failed);
     Rows pages;
     if (failed || !rows_open(&pages, arguments[0], false)) return NULL;
-    bool usual = cohort >= 0 && rows_within(&pages, s->pages);
+    bool usual = cohort >= 0 && call >= 0 && s->guard[FIRST] >= 0 && rows_within(&pages, s->pages);
     for (Py_ssize_t i = 0; usual && i < pages.count; i++) {
         const int64_t page = *row_at(&pages, i), *facts = s->facts + page * FACTS;
         usual = s->here[page] && is_sound(s, facts) && s->combined[page] >= 0;
@@ -152,9 +173,11 @@ static PyObject *use(PyObject *self, PyObject *const *arguments, Py_ssize_t give
         const int64_t page = *row_at(&pages, i);
         int64_t *facts = s->facts + page * FACTS;
         end(s, facts, age_bin(time - s->last[page]), cohort);
+        if (!was_held(s, facts[CALL])) s->guard[OWED]--;
         const int64_t combined = features(s, ++facts[USES], facts[GENERATION]) + s->combined[page] % s->attention;
         begin(s, page, combined, kind_of(s, combined), time, call, cohort);
     }
+    if (usual) count(s, pages.count, call);
     rows_close(&pages);
     return PyBool_FromLong(usual);
 }
@@ -184,7 +207,7 @@ static PyObject *come(PyObject *self, PyObject *const *arguments, Py_ssize_t giv
         rows_close(&pages);
         return NULL;
     }
-    bool usual = names.count == pages.count && cohort >= 0 && rows_within(&pages, s->pages);
+    bool usual = names.count == pages.count && cohort >= 0 && call >= 0 && s->guard[FIRST] >= 0 && rows_within(&pages, s->pages);
     usual = usual && (uint64_t)generation < (uint64_t)s->generations;
     int64_t unknown = 0, new = 0;
     for (Py_ssize_t i = 0; usual && i < pages.count; i++) unknown += find(s, *row_at(&names, i), first_cell(s, *row_at(&names, i))) < 0;
@@ -205,6 +228,7 @@ static PyObject *come(PyObject *self, PyObject *const *arguments, Py_ssize_t giv
             }
             if (ghost) {
                 end(s, ghost, age_bin(time > s->cell_last[cell] ? time - s->cell_last[cell] : 0.0), cohort);
+                if (was_held(s, ghost[CALL])) s->guard[OWED]++;
                 s->cell_last[cell] = -INFINITY;
             }
             s->name[page] = name;
@@ -213,6 +237,7 @@ static PyObject *come(PyObject *self, PyObject *const *arguments, Py_ssize_t giv
             begin(s, page, combined, kind, time, call, cohort);
         }
     }
+    if (usual) count(s, pages.count, call);
     rows_close(&names);
     rows_close(&pages);
     return PyLong_FromLongLong(usual ? new : -1);
@@ -241,7 +266,7 @@ static PyObject *go_on(PyObject *self, PyObject *const *arguments, Py_ssize_t gi
             alive[kind]++;
             s->combined[page] = after;
             facts[KIND] = kind;
-            s->score[page] = worth(s, page, time);
+            if (!s->guard[FOLLOWS]) s->score[page] = worth(s, page, time);
         }
     }
     rows_close(&pages);

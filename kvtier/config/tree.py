@@ -171,6 +171,11 @@ class PolicyConfig(_Section):
         "least attention, use and recency, summed. The others are published baselines. On the Mooncake conversation trace, with room for "
         "5 % of the pages, these three find .2346, .2001 and .1345 of the tokens.",
     )
+    admission: Literal["auto", "always"] = Field(
+        default="auto",
+        description="With `write_back`: which of the pages that leave a tier are written into the next. `auto`: those whose chance of "
+        "another use, if the policy can tell, is at least that of the pages which leave the cache to make room. `always`: all of them.",
+    )
     attention_weight: float = Field(default=0.4, ge=0, description="a2cr-classic: weight of the attention paid to a page, if reported.")
     frequency_weight: float = Field(default=0.3, ge=0, description="a2cr-classic: weight of how often a page is used.")
     recency_weight: float = Field(default=0.3, ge=0, description="a2cr-classic: weight of how recently a page was used.")
@@ -213,7 +218,12 @@ class MoverConfig(_Section):
         description="Which cached pages are brought up. `auto`: as many of a prefix's first ones as are faster to restore than to compute "
         "again, once the engine tells what computing takes (`record_prefill`). `always`: all of them.",
     )
-    prefetch_budget_bytes: Bytes = Field(default=64 * MiB, ge=0, description="Most bytes prefetched but not yet used; 0: no prefetching.")
+    prefetch_budget_bytes: Bytes | None = Field(
+        default=None,
+        ge=0,
+        title='bytes, as a number or like "8GiB", or null',
+        description="Most bytes prefetched but not yet used; 0: no prefetching. `null`: an eighth of the device tier, one page at least.",
+    )
     queue_bytes: Bytes = Field(default=256 * MiB, gt=0, description="Most bytes queued per link (pair of tiers) before back-pressure.")
     clean_pressure: float = Field(
         default=0.7, gt=0, le=1, description="With `write_back`: above this pressure, pages are copied down ahead."

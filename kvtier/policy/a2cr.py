@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from kvtier import columns
 from kvtier.errors import IntegrityError
 from kvtier.policy.base import ROOT, EvictionPolicy, Mask, Pages, Protection
+from kvtier.policy.guard import UNKNOWN_CALL, Guard
 from kvtier.policy.memory import Facts, Memory
 from kvtier.policy.ranking import Ranking
 from kvtier.policy.reuse import EDGES, ReuseModel, age_bins
@@ -49,7 +50,7 @@ RESCORED_SHARE = 8
 RECENT_REQUESTS = 64
 """Uses that may still turn out to be the beginning of a request that goes on with new pages."""
 
-_FACTS = KIND, COHORT, USES, GENERATION = range(4)
+_FACTS = KIND, COHORT, USES, GENERATION, CALL = range(5)
 _MOST_USES, _MOST_GENERATIONS = np.array(MOST_USES), np.array(MOST_GENERATIONS)
 _UNKNOWN = np.array(math.nan)
 _STEPS = np.array([_END_STEP, _NEW_STEP, ATTENTION, NEW])
@@ -68,6 +69,7 @@ class A2CR(EvictionPolicy):
         self._ranking = Ranking()
         self._model = ReuseModel(_KINDS)
         self._memory = Memory(len(_FACTS))
+        self._guard = Guard()
         self._latest = -math.inf
         self._left = 0
         """Pages that left since all were scored."""
@@ -75,16 +77,14 @@ class A2CR(EvictionPolicy):
         self._combined: Pages = np.zeros(1, np.int64)
         """The features of a page as one number in mixed radix."""
         self._facts: Facts = np.zeros((1, len(_FACTS)), np.int64)
-        """What outlives eviction, `[pages, 4]`: kind, cohort, uses, generation."""
-        self._request: Pages = np.zeros(1, np.int64)
-        """Number of the call that used the page last."""
+        """What outlives eviction, `[pages, 5]`: kind, cohort, uses, generation, number of the call that used the page last."""
         self._name: Pages = np.zeros(1, np.int64)
         self._attention: NDArray[np.float64] = np.full(1, math.nan)
         self._mean_attention = math.nan
         self._calls = 0
         self._recent: dict[int, Pages] = {}
         self._loops: columns.SpellLoops | None = None
-        self._loops_over: tuple[object, object, object] = (None, None, None)
+        self._loops_over: tuple[object, object, object, object] = (None, None, None, None)
 
     def attach(self) -> columns.SpellLoops | None:
         """The compiled loops over all columns as they are now; None where there are none."""
@@ -92,16 +92,18 @@ class A2CR(EvictionPolicy):
         if loops is None:
             return None
         ranking, model, memory = self._ranking, self._model, self._memory
-        pages = (ranking.here, ranking.last, ranking.score, self._combined, self._facts, self._request, self._name)
+        pages = (ranking.here, ranking.last, ranking.score, self._combined, self._facts, self._name)
         kinds = (model.kind_of, model.worth, model.hits, model.change, model.alive, model.counted, EDGES)
-        return loops.Spells(*pages, *kinds, memory.names, memory.last, memory.facts, _COUNT_OF, _GENERATION_OF, _STEPS)
+        rest = (_COUNT_OF, _GENERATION_OF, _STEPS, self._guard.state, self._guard.ring)
+        return loops.Spells(*pages, *kinds, memory.names, memory.last, memory.facts, *rest)
 
     def _attached(self) -> columns.SpellLoops | None:
-        pages, kinds, ghosts = self._loops_over
-        if pages is not self._ranking.here or kinds is not self._model.worth or ghosts is not self._memory.names:
+        pages, kinds, ghosts, ring = self._loops_over
+        here, worth, names = self._ranking.here, self._model.worth, self._memory.names
+        if pages is not here or kinds is not worth or ghosts is not names or ring is not self._guard.ring:
             self._fit_columns()
             self._loops = self.attach()
-            self._loops_over = (self._ranking.here, self._model.worth, self._memory.names)
+            self._loops_over = (here, worth, names, self._guard.ring)
         return self._loops
 
     def insert(self, pages: Pages, parents: Pages, depths: Pages, now: float) -> None:
@@ -123,8 +125,8 @@ class A2CR(EvictionPolicy):
         if new < 0:
             new = self._come(pages, names, generation, deepest)
         ranking.rescored(pages)
-        if here and (begun := self._recent.pop(int(self._request[before]), None)) is not None:
-            self._goes_on(begun, int(self._request[before]), new)
+        if here and (begun := self._recent.pop(int(self._facts[before, CALL]), None)) is not None:
+            self._goes_on(begun, int(self._facts[before, CALL]), new)
         self._calls += 1
         self._tick(len(pages))
 
@@ -146,11 +148,14 @@ class A2CR(EvictionPolicy):
         self._ranking.require(pages)
         held = len(self._ranking)
         self._ranking.leave(pages)
+        self._guard.removed(self._facts[pages, CALL])
+        self._facts[pages, CALL] = UNKNOWN_CALL
         self._remember(pages, held)
 
     def evict(self, count: int, protected: Protection, now: float, pressure: float) -> Pages | None:
         self._score_if_due(now)
         held = len(self._ranking)
+        self._guard.fit(held, self._calls)
         victims = self._ranking.take(count, protected)
         if victims is None:
             return None
@@ -181,6 +186,14 @@ class A2CR(EvictionPolicy):
         self._ranking.require(one)
         return float(self._worth(one, max(now, self._latest))[0])
 
+    def promised(self, within_s: float, now: float) -> float:
+        return -math.log(max(within_s, float(EDGES[1])))
+
+    def chance(self, pages: Pages, now: float) -> NDArray[np.float64]:
+        ages = np.maximum(max(now, self._latest) - self._ranking.last[pages], 0.0)
+        chances: NDArray[np.float64] = self._model.chance[self._facts[pages, KIND], age_bins(ages)]
+        return chances
+
     def here(self, pages: Pages) -> Mask:
         return self._ranking.which(pages)
 
@@ -202,6 +215,7 @@ class A2CR(EvictionPolicy):
         known, last, facts = self._memory.recall(names)
         if len(known):
             self._model.end(facts[:, KIND], facts[:, COHORT], age_bins(np.maximum(self._latest - last, 0.0)))
+            self._guard.missed(facts[:, CALL])
             uses[known] += facts[:, USES]
             generations[known] = facts[:, GENERATION]
         new = min((len(pages) - len(known)).bit_length(), NEW - 1) * _NEW_STEP
@@ -217,6 +231,7 @@ class A2CR(EvictionPolicy):
         """Pages that are here are used."""
         facts = self._facts[pages]
         self._model.end(facts[:, KIND], facts[:, COHORT], age_bins(self._latest - self._ranking.last[pages]))
+        self._guard.found(facts[:, CALL])
         uses = facts[:, USES] + 1
         self._facts[pages, USES] = uses
         combined = _COUNT_OF[np.minimum(uses, _MOST_USES)] + _GENERATION_OF[facts[:, GENERATION]]
@@ -229,15 +244,16 @@ class A2CR(EvictionPolicy):
         self._combined[pages] = combined
         self._facts[pages, KIND] = kinds
         self._facts[pages, COHORT] = model.cohort
-        self._request[pages] = self._calls
+        self._facts[pages, CALL] = self._calls
         ranking.last[pages] = self._latest
-        ranking.score[pages] = model.worth[kinds, 0]
+        ranking.score[pages] = 0.0 if self._guard.follows_lru else model.worth[kinds, 0]
         model.begin(kinds)
+        self._guard.count(len(pages), self._calls)
 
     def _goes_on(self, begun: Pages, request: int, new: int) -> None:
         """The request that used these pages first went on with new ones."""
         ranking = self._ranking
-        still = begun[(self._request[begun] == request) & ranking.here[begun]]
+        still = begun[(self._facts[begun, CALL] == request) & ranking.here[begun]]
         if (loops := self._attached()) is not None:
             ranking.withdraw(still)
             done = loops.go_on(still, new, self._latest)
@@ -254,7 +270,8 @@ class A2CR(EvictionPolicy):
         self._model.move(self._facts[pages, KIND], kinds, self._facts[pages, COHORT])
         self._combined[pages] = combined
         self._facts[pages, KIND] = kinds
-        self._ranking.score[pages] = self._worth(pages, self._latest)
+        if not self._guard.follows_lru:
+            self._ranking.score[pages] = self._worth(pages, self._latest)
         self._ranking.rescored(pages)
 
     def _remember(self, pages: Pages, held: int) -> None:
@@ -276,7 +293,8 @@ class A2CR(EvictionPolicy):
         return scores
 
     def _tick(self, spells: int) -> None:
-        if self._model.tick(spells, self._latest):
+        # Both are asked after every call.
+        if self._model.tick(spells, self._latest) | self._guard.settle(spells):
             self._score_all(self._latest)
 
     def _score_if_due(self, now: float) -> None:
@@ -284,7 +302,9 @@ class A2CR(EvictionPolicy):
             self._score_all(max(now, self._latest))
 
     def _score_all(self, now: float) -> None:
-        if (loops := self._attached()) is None or not loops.score_all(now):
+        if self._guard.follows_lru:  # at equal scores what was used longest ago leaves
+            self._ranking.score[:] = 0.0
+        elif (loops := self._attached()) is None or not loops.score_all(now):
             pages = np.flatnonzero(self._ranking.here)
             self._ranking.score[pages] = self._worth(pages, now)
         self._ranking.rebuild()
@@ -298,7 +318,7 @@ class A2CR(EvictionPolicy):
         rows = self._ranking.room + 1
         if rows == len(self._combined):
             return
-        for name in ("_combined", "_facts", "_request", "_name", "_attention"):
+        for name in ("_combined", "_facts", "_name", "_attention"):
             column = getattr(self, name)
             larger = np.zeros((rows, *column.shape[1:]), column.dtype)
             larger[: len(column)] = column

@@ -10,6 +10,7 @@ raises has changed nothing.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -101,6 +102,17 @@ class EvictionPolicy(ABC):
     @abstractmethod
     def score(self, page: int, now: float, pressure: float) -> float:
         """What `evict` compares: larger stays. KeyError if the page is not here."""
+
+    def chance(self, pages: Pages, now: float) -> NDArray[np.float64]:
+        """The chance, 0 to 1, that each of these pages is ever used again, `[n]`: of pages that are here, or were and have not come back.
+
+        Whether a page is worth the write into a colder tier is told by this (`kvtier.policy.admission`). Policies that cannot tell say 1.
+        """
+        return np.ones(len(pages))
+
+    def promised(self, within_s: float, now: float) -> float:
+        """What `score` would be for a page that is sure to be used within so many seconds. Policies that cannot tell put it above all."""
+        return math.inf
 
     @abstractmethod
     def here(self, pages: Pages) -> Mask:

@@ -176,6 +176,9 @@ class LRU(EvictionPolicy):
         self._require(np.array([page], np.int64))
         return float(self._last[page])
 
+    def promised(self, within_s: float, now: float) -> float:
+        return now
+
     def here(self, pages: Pages) -> Mask:
         known = (pages >= 0) & (pages < len(self._key) - 1)
         here: Mask = known & (self._key[np.where(known, pages, ROOT)] != ABSENT)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kvtier.policy.base import Mask, Pages
 
 GHOSTS_PER_PAGE = 32
-"""Cells for every page the tier holds, while that gives no more than FEW of them."""
+"""Cells for every page the tier holds where nobody says, while that gives no more than FEW of them."""
 FEW = 1 << 18
 GHOSTS_PER_PAGE_OF_MANY = 4
 _SPREAD = np.array(0x9E3779B97F4A7C15, np.uint64)
@@ -30,8 +30,9 @@ Facts = NDArray[np.int64]
 class Memory:
     """`facts` whole numbers, and the time of the last use, of pages that left."""
 
-    def __init__(self, facts: int) -> None:
+    def __init__(self, facts: int, per_page: int = GHOSTS_PER_PAGE) -> None:
         self._width = facts
+        self._per_page = per_page
         self._allot(1 << 10)
 
     def _allot(self, cells: int) -> None:
@@ -54,7 +55,7 @@ class Memory:
 
     def fit(self, held: int) -> None:
         """Room for what a tier that held `held` pages can leave behind."""
-        wanted = min(GHOSTS_PER_PAGE * held, max(FEW, GHOSTS_PER_PAGE_OF_MANY * held))
+        wanted = min(self._per_page * held, max(FEW, GHOSTS_PER_PAGE_OF_MANY * held))
         if wanted > len(self.names):
             self._grow(1 << (wanted - 1).bit_length())
 

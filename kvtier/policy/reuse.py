@@ -24,6 +24,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtier import columns
+
 Numbers = NDArray[np.int64]
 Reals = NDArray[np.float64]
 
@@ -78,6 +80,8 @@ class ReuseModel:
         self.kind_of: Numbers = np.full(math.prod(sizes), -1)
         """The kind of each combination of features, -1 where there was none yet."""
         self.worth: Reals = np.zeros((0, AGES))
+        self.chance: Reals = np.ones((0, AGES))
+        """The chance that a spell of a kind which got so old ever ends, `[kinds, AGES]`; 1 before anything is learned."""
         self.hits: Numbers = np.zeros((0, AGES), np.int64)
         """Of this period."""
         self.change: Numbers = np.zeros((0, AGES + 1), np.int64)
@@ -180,12 +184,14 @@ class ReuseModel:
         for feature, factors in enumerate(self._factors):
             which = features[:, feature]
             seen, due = np.zeros(factors.shape), np.zeros(factors.shape)
-            np.add.at(seen, which, hits)
-            np.add.at(due, which, expected / factors[which])
+            foreseen = expected / factors[which]
+            for value in range(len(factors)):
+                own = which == value
+                seen[value], due[value] = hits[own].sum(0), foreseen[own].sum(0)
             after = (seen @ SMOOTHING + PRIOR_HITS) / (due @ SMOOTHING + PRIOR_HITS)
             expected *= (after / factors)[which]
             self._factors[feature] = after
-        self.worth[: self._count] = self._worth_of(features)
+        self._appraise(np.arange(self._count))
         hits *= FADE
         exposed *= FADE
 
@@ -197,8 +203,12 @@ class ReuseModel:
         np.minimum(hazard, MOST_HAZARD, out=hazard)
         return hazard
 
-    def _worth_of(self, features: Numbers) -> Reals:
-        """log of the largest (chance of a use) / (seconds until then or until giving up), over all ages at which to give up."""
+    def _appraise(self, kinds: Numbers) -> None:
+        """Worth and chance of these kinds by the factors of now.
+
+        Worth is the log of the largest (chance of a use) / (seconds until then or until giving up), over all ages at which to give up.
+        """
+        features = self._features[kinds]
         hazard = self._hazards(features)
         hazard[:, -1] = 0.0
         survival = np.ones((len(features), AGES + 1))
@@ -209,11 +219,14 @@ class ReuseModel:
         # The steepest way up from each age is a side of the upper hull of (kept, used); found from the right, all kinds at once.
         best = np.full((len(features), AGES), LEAST_DENSITY)
         last = int(np.flatnonzero(self._level > LEAST_HAZARD).max(initial=0)) + 1  # nobody was used again at a greater age
-        for age in range(min(last, AGES - 1)):
-            rise, run = used[:, age + 1 : last + 1] - used[:, age, None], kept[:, age + 1 : last + 1] - kept[:, age, None]
-            best[:, age] = (rise / np.maximum(run, LEAST_RUN)).max(axis=1)
-        worth: Reals = np.log(np.maximum(best, LEAST_DENSITY))
-        return worth
+        if (compiled := columns.loops()) is not None:
+            compiled.steepest(used, kept, last, LEAST_RUN, best)
+        else:
+            for age in range(min(last, AGES - 1)):
+                rise, run = used[:, age + 1 : last + 1] - used[:, age, None], kept[:, age + 1 : last + 1] - kept[:, age, None]
+                best[:, age] = (rise / np.maximum(run, LEAST_RUN)).max(axis=1)
+        self.worth[kinds] = np.log(np.maximum(best, LEAST_DENSITY))
+        self.chance[kinds] = 1.0 - survival[:, -1:] / survival[:, :-1]
 
     # -- kinds -----------------------------------------------------------------------------------------------------------------
 
@@ -226,11 +239,14 @@ class ReuseModel:
         for feature in range(len(self.sizes) - 1, -1, -1):
             numbers, self._features[added, feature] = np.divmod(numbers, self.sizes[feature])
         # Before the first fit, the older the less: the order of LRU.
-        self.worth[added] = self._worth_of(self._features[added]) if self.fits else -np.arange(AGES)
+        if self.fits:
+            self._appraise(added)
+        else:
+            self.worth[added], self.chance[added] = -np.arange(AGES), 1.0
 
     def _grow(self, kinds: int) -> None:
         held = len(self.worth)
-        for name in ("worth", "hits", "change", "_features", "_hits", "_exposed"):
+        for name in ("worth", "chance", "hits", "change", "_features", "_hits", "_exposed"):
             column = getattr(self, name)
             larger = np.zeros((kinds, *column.shape[1:]), column.dtype)
             larger[:held] = column

@@ -18,6 +18,7 @@ import numpy as np
 
 from kvtier.errors import KVTierError
 from kvtier.policy import LRU, POLICIES, make_policy
+from kvtier.policy.admission import ADMISSIONS, AUTO, Regret
 from kvtier.replay.lab import replay, seconds_since
 from kvtier.replay.link import Link, look_ahead
 from kvtier.replay.optimum import OPTIMUM, Future
@@ -28,6 +29,9 @@ T = TypeVar("T")
 
 TOKEN_BYTES = 128 * 2**10
 """KV of one token of Llama-3-8B in bf16: what a page weighs where nobody says."""
+
+BUDGET_SHARE = 8
+"""Pages hinted at and not used yet may take this part of the first tier, as in the live cache by default."""
 
 Progress = Callable[[int, int, str], None]
 """(requests done, requests in all, what is replayed now)."""
@@ -79,6 +83,7 @@ class Layout:
     selective_uses: int = 2
     link_bytes_per_s: tuple[float, ...] = ()
     look_ahead_ms: tuple[float, ...] = ()
+    admission: str = AUTO
 
     @classmethod
     def parse(
@@ -88,6 +93,7 @@ class Layout:
         selective_uses: int = 2,
         link_bytes_per_s: Sequence[float] = (),
         look_ahead_ms: Sequence[float] = (),
+        admission: str = AUTO,
     ) -> Layout:
         """From text like `device=1%,host=9%`, and `writes` and speeds: one for all tiers below the first, or one for each.
 
@@ -105,8 +111,10 @@ class Layout:
         if EXCLUSIVE in entries and set(entries) != {EXCLUSIVE}:
             raise KVTierError(f"--write-policy {writes}: exclusive tiers do not mix with others; give all of them {EXCLUSIVE}, or none")
         speeds = _for_each("--link-speed", link_bytes_per_s, below) if link_bytes_per_s else ()
+        if admission not in ADMISSIONS:
+            raise KVTierError(f"unknown admission {admission!r}; known: {', '.join(ADMISSIONS)}")
         capacities = tuple(Capacity.parse(capacity) for _, _, capacity in parts)
-        return cls(names, capacities, entries, selective_uses, speeds, tuple(look_ahead_ms))
+        return cls(names, capacities, entries, selective_uses, speeds, tuple(look_ahead_ms), admission)
 
     @property
     def text(self) -> str:
@@ -162,14 +170,16 @@ class Row:
     page_bytes: int
     tiers: tuple[TierRow, ...] = ()
     moved: tuple[MovedRow, ...] = ()
+    regret: Regret | None = None
 
     def as_json(self) -> dict[str, object]:
         """As `--json` shows it; `bytes_moved` is what came into the tier, or all that travelled between tiers."""
         written = None if self.written_pages is None else self.written_pages * self.page_bytes
         shown = vars(self) | {"bytes_moved": sum(move.bytes for move in self.moved) if self.tiers else written}
         if not self.tiers:
-            return {key: value for key, value in shown.items() if key not in ("tiers", "moved")}
-        return shown | {"tiers": [tier.as_json() for tier in self.tiers], "moved": [vars(move) for move in self.moved]}
+            return {key: value for key, value in shown.items() if key not in ("tiers", "moved", "regret")}
+        own = {"tiers": [tier.as_json() for tier in self.tiers], "moved": [vars(move) for move in self.moved]}
+        return shown | own | {"regret": None if self.regret is None else vars(self.regret)}
 
 
 def check_policies(names: Sequence[str]) -> list[str]:
@@ -233,9 +243,8 @@ def replay_tiers(
         yardstick.lru_tokens = trace.hit_tokens(lru.hit_pages)
         for names in chosen[layout]:
             label = "/".join(names)
-            tiers = Tiers(
-                trace, [make_policy(name, page_tokens=trace.block_tokens) for name in names], pages, layout.writes, layout.selective_uses
-            )
+            own = [make_policy(name, page_tokens=trace.block_tokens) for name in names]
+            tiers = Tiers(trace, own, pages, layout.writes, layout.selective_uses, layout.admission)
             outcome = tiers.replay(step.on(f"{trace.name} through {label}", trace.requests))
             rows.append(_tiers_row(trace, layout, names, pages, outcome, yardstick, _page_bytes(trace, page_bytes)))
     return rows
@@ -253,7 +262,8 @@ def _tiers_row(
     for tier, name in enumerate(layout.names):
         link = None
         if tier and layout.link_bytes_per_s:
-            link = look_ahead(trace, outcome, tier, layout.link_bytes_per_s[tier - 1], page_bytes, layout.look_ahead_ms)
+            speed, budget = layout.link_bytes_per_s[tier - 1], max(1, pages[0] // BUDGET_SHARE)
+            link = look_ahead(trace, outcome, tier, speed, page_bytes, layout.look_ahead_ms, budget)
         ratios = hit_tokens[tier] / trace.tokens, hit_pages[tier] / trace.accesses
         tiers.append(TierRow(name, names[tier], pages[tier], *ratios, outcome.evicted[tier], link))
     return Row(
@@ -273,6 +283,7 @@ def _tiers_row(
             MovedRow(layout.names[source], layout.names[target], count, count * page_bytes)
             for (source, target), count in sorted(outcome.moved.items())
         ),
+        regret=outcome.regret,
     )
 
 

@@ -71,6 +71,13 @@ def print_tiers(console: Console, rows: Sequence[Row]) -> None:
                 gone = f"{evicted[move.source]:,}" if names.index(move.source) < names.index(move.target) else ""
                 moved.add_row(row.policy, move.source, move.target, f"{move.pages:,}", f"{move.bytes / 1e9:,.0f}", gone)
         console.print(moved)
+        regretted = [(row, row.regret) for row in own if row.regret is not None]
+        _heading(console, "worth a write down, or not; in brackets the pages that left and had to be computed again")
+        regrets = _table("written", "refused", "left for room")
+        for row, regret in regretted:
+            refused, pushed_out = f"{regret.refused:,} ({regret.refused_wanted:,})", f"{regret.evicted:,} ({regret.evicted_wanted:,})"
+            regrets.add_row(row.policy, f"{regret.admitted:,}", refused, pushed_out)
+        console.print(regrets)
         timed = [(row, tier, tier.link) for row in own for tier in row.tiers if tier.link is not None]
         if timed:
             aheads = [f"{ahead:g}" for ahead in timed[0][2].in_place]
@@ -79,6 +86,7 @@ def print_tiers(console: Console, rows: Sequence[Row]) -> None:
             for row, tier, link in timed:
                 stall = "" if link.stall_ms is None else f"{link.stall_ms:.1f}"
                 table.add_row(row.policy, tier.name, _ratio(link.use), stall, *map(_ratio, link.in_place.values()))
+                table.add_row("  with the prefetcher's budget", "", "", "", *map(_ratio, link.prefetched.values()))
             console.print(table)
     console.print("gap %: of the way from one LRU tier of the same size to the optimum; M/s: million pages per second", style="dim")
 

@@ -8,6 +8,8 @@ goes further down; what leaves the last tier is gone. Per tier below the first, 
 - `exclusive`: as `write_back`, but a page that is brought up leaves the tier it came from, so no page is anywhere twice. The live cache
   does not do this; it is how capacities add up, and the figure to hold the others against.
 
+Into a `write_back` tier comes what is worth the write (`kvtier.policy.admission`), unless everything is to be admitted.
+
 Not replayed: what takes time rather than room (queues, failed transfers, cleaning ahead of demand), and clean-up by thresholds.
 
 Each tier below the first has a clock of its own that runs with the requests' and ticks between pages last used at different times, so
@@ -28,6 +30,7 @@ from numpy.typing import NDArray
 
 from kvtier.errors import IntegrityError
 from kvtier.policy import EvictionPolicy, Mask, Pages, SmoothedPressure
+from kvtier.policy.admission import AUTO, Admission, Regret
 from kvtier.replay.lab import STEP_REQUESTS, nobody_waits, seconds_since
 from kvtier.replay.trace import Trace
 
@@ -42,13 +45,14 @@ class TiersOutcome:
     """What a replay found. `served` int8 `[accesses]`: the tier that each page was found in, or NOWHERE.
 
     `inserted` counts pages that came into the first tier; `moved` pages per link (from, to); `evicted` per tier, whatever became of the
-    page; `seconds` are processor time.
+    page; `regret` what was worth a write and what came back; `seconds` are processor time.
     """
 
     served: NDArray[np.int8]
     inserted: int
     moved: Counter[tuple[int, int]]
     evicted: list[int]
+    regret: Regret
     seconds: float
 
 
@@ -56,7 +60,13 @@ class Tiers:
     """Tiers of `capacities` pages with a new policy each; `writes` are the write policies of those below the first."""
 
     def __init__(
-        self, trace: Trace, policies: Sequence[EvictionPolicy], capacities: Sequence[int], writes: Sequence[str], selective_uses: int = 2
+        self,
+        trace: Trace,
+        policies: Sequence[EvictionPolicy],
+        capacities: Sequence[int],
+        writes: Sequence[str],
+        selective_uses: int = 2,
+        admission: str = AUTO,
     ) -> None:
         self.trace = trace
         self.policies = policies
@@ -75,6 +85,7 @@ class Tiers:
         self.moved: Counter[tuple[int, int]] = Counter()
         self.inserted = 0
         self.evicted = [0 for _ in policies]
+        self.admission = Admission(capacities[-1], admission)
         self._parents, self._depths = np.empty(trace.distinct, np.int64), np.empty(trace.distinct, np.int64)
         self._parents[trace.pages], self._depths[trace.pages] = trace.parents, trace.depths
 
@@ -90,7 +101,7 @@ class Tiers:
             served[start : start + len(homes)] = homes
             if request % STEP_REQUESTS == 0:
                 step(request)
-        return TiersOutcome(served, self.inserted, self.moved, self.evicted, seconds_since(begun))
+        return TiersOutcome(served, self.inserted, self.moved, self.evicted, self.admission.regret, seconds_since(begun))
 
     def serve(self, named: Pages, now: float) -> NDArray[np.int64]:
         """One request for these pages, which fit the first tier; the tiers of those that were found."""
@@ -105,6 +116,7 @@ class Tiers:
             self._bring_up(head[homes == tier], tier)
         coming = named[~self.here[0, named]]
         self._make_room(0, len(coming))
+        self.admission.computed(named[len(homes) :])
         self._insert(coming, 0)
         self.inserted += len(coming)
         self.uses[named] += 1
@@ -148,6 +160,7 @@ class Tiers:
     def _sink(self, victims: Pages, tier: int) -> None:
         """Pages that the policy of `tier` let go, in leaving order."""
         self.evicted[tier] += len(victims)
+        refused: Mask = np.zeros(len(victims), np.bool_)
         if tier < self.last:
             saved = self._has_copy_below(victims, tier)
             heirs = victims[saved]
@@ -156,11 +169,30 @@ class Tiers:
                 self._touch(heirs[known], below)
                 heirs = heirs[~known]
             homeless = victims[~saved]
-            homeless = homeless[self._is_wanted_below(homeless, tier)][::-1]
+            chances = self.policies[tier].chance(homeless, self.clock[tier])
+            worth = self._is_wanted_below(homeless, tier) & self._is_worth_writing(chances, tier)
+            refused[~saved] = ~worth
+            promised = chances[~worth]
+            homeless = homeless[worth][::-1]
             for below in range(tier + 1, self.last + 1):
+                before = len(homeless)
                 homeless = self._place(below, homeless, tier)
+                self.admission.admit(before - len(homeless))
         self._left(victims, tier)
-        self.uses[victims[~self.here[:, victims].any(0)]] = 0
+        gone = self._is_gone(victims)
+        self.uses[victims[gone]] = 0
+        if tier < self.last:
+            self.admission.refuse(victims[refused & gone], promised[gone[refused]])
+        self.admission.evict(victims[gone & ~refused])
+
+    def _is_gone(self, pages: Pages) -> Mask:
+        gone: Mask = ~np.logical_or.reduce(self.here[:, pages])
+        return gone
+
+    def _is_worth_writing(self, chances: NDArray[np.float64], tier: int) -> Mask:
+        if self.entry[tier + 1] != WRITE_BACK:
+            return np.ones(len(chances), np.bool_)
+        return self.admission.worth(chances)
 
     def _place(self, tier: int, pages: Pages, source: int) -> Pages:
         """Copy `pages`, hottest first, from `source` into `tier`, as many as it has room for; the others."""

@@ -44,6 +44,7 @@ def make_config(
         "device.place": "cpu",
         "mover.clean_pressure": 1.0,
         "mover.staging_bytes": "1MiB",
+        "mover.prefetch_budget_bytes": "64MiB",
         "policy.cleanup_interval": 1e9,
     }
     more = {key.replace("__", "."): value for key, value in more.items()}

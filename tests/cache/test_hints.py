@@ -74,14 +74,14 @@ def test_a_prefetch_keeps_to_its_budget_and_is_counted():
         cache.settle(20)
         assert hint.pages == 2
         assert cache.lookup(run(1, 4)).pages_by_tier["device"] == 2
-        expected = {"issued": 2, "in_time": 0, "late": 0, "wasted": 0, "over_budget": 2}
+        expected = {"issued": 2, "in_time": 0, "late": 0, "wasted": 0, "over_budget": 2, "outranked": 0}
         assert counters(cache)["prefetch"] == expected
         again = cache.prefetch(run(1, 4))
         assert again.wait(20)
         assert again.pages == 0, "the budget is used up until the pages are"
         with hold(cache, run(1, 4)) as lease:
             assert_right(lease, run(1, 4))
-        assert counters(cache)["prefetch"] == expected | {"in_time": 2, "over_budget": 4}
+        assert counters(cache)["prefetch"] == expected | {"in_time": 2, "over_budget": 4, "outranked": 0}
         assert counters(cache)["tiers"]["host"]["pages_served"] == 4, "prefetched pages count for the tier they came from"
         assert cache._residency.prefetch_room == 2
 
@@ -100,11 +100,11 @@ def test_a_prefetch_that_is_late_or_wasted_is_counted_and_pays_its_budget_back(m
         lease.wait(20)
         assert_right(lease, run(1, 2))
         lease.release()
-        assert counters(cache)["prefetch"] == {"issued": 2, "in_time": 0, "late": 2, "wasted": 0, "over_budget": 0}
+        assert counters(cache)["prefetch"] == {"issued": 2, "in_time": 0, "late": 2, "wasted": 0, "over_budget": 0, "outranked": 0}
         assert cache.prefetch(run(2, 2)).wait(20)
         push_out(cache, 700)
         push_out(cache, 600)
-        assert counters(cache)["prefetch"] == {"issued": 4, "in_time": 0, "late": 2, "wasted": 2, "over_budget": 0}
+        assert counters(cache)["prefetch"] == {"issued": 4, "in_time": 0, "late": 2, "wasted": 2, "over_budget": 0, "outranked": 0}
         assert cache._residency.prefetch_room == 4
 
 

@@ -71,10 +71,23 @@ def a2cr_state(policy: A2CR) -> dict[str, Any]:
     ranking, model, memory = policy._ranking, policy._model, policy._memory
     pages = np.flatnonzero(ranking.here)
     state = {name: getattr(ranking, name)[pages].tobytes() for name in ("parent", "depth", "last", "score")}
-    state |= {name: getattr(policy, name)[pages].tobytes() for name in ("_combined", "_facts", "_request", "_name")}
-    state |= {name: getattr(model, name).tobytes() for name in ("kind_of", "worth", "hits", "change", "alive", "counted", "_exposed")}
+    state |= {name: getattr(policy, name)[pages].tobytes() for name in ("_combined", "_facts", "_name")}
+    state |= {
+        name: getattr(model, name).tobytes() for name in ("kind_of", "worth", "chance", "hits", "change", "alive", "counted", "_exposed")
+    }
     state |= {name: getattr(memory, name).tobytes() for name in ("names", "last", "facts")}
-    numbers = (len(ranking), policy._latest, policy._left, policy._calls, model.fits, model.cohort, len(model))
+    state |= {name: getattr(policy._guard, name).tobytes() for name in ("state", "ring")}
+    numbers = (
+        len(ranking),
+        policy._latest,
+        policy._left,
+        policy._calls,
+        policy._guard.debt,
+        policy._guard.falls,
+        model.fits,
+        model.cohort,
+        len(model),
+    )
     return state | {"here": pages.tobytes(), "children": ranking.children[pages].tobytes(), "numbers": numbers}
 
 

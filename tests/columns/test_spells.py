@@ -12,6 +12,7 @@ from kvtier.policy import A2CR, ROOT, nothing_protected
 from kvtier.policy import memory as memory_module
 from kvtier.policy import reuse as reuse_module
 from kvtier.policy.ranking import Ranking
+from kvtier.policy.reuse import ReuseModel
 from kvtier.testing.policy import PolicyContract
 from tests.columns.rig import PlainA2CR, PlainRanking, Twins, a2cr_state, needs_loops
 
@@ -115,6 +116,40 @@ def test_loops_refuse_columns_that_do_not_fit_and_rows_that_are_not_there():
     policy._ranking._queued[0] = 10**9
     ranked.pop(np.zeros(4, np.int64))
     ranked.rescored(np.array([1]))
+
+
+@needs_loops
+def test_the_steepest_ways_are_those_that_numpy_finds(monkeypatch):
+    worths = []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(columns, "loops", lambda: None)
+        model, chance = ReuseModel((4, 8)), np.random.default_rng(3)
+        for now in range(3000):
+            kinds = model.kinds_of(chance.integers(0, 32, 200))
+            model.begin(kinds)
+            model.end(kinds, np.full(200, model.cohort), chance.integers(0, 40, 200))
+            model.tick(200, float(now))
+        assert model.fits > 20
+        worths.append((model.worth.tobytes(), model.chance.tobytes()))
+    assert worths[0] == worths[1]
+
+
+@needs_loops
+def test_the_steepest_ways_are_not_looked_for_in_arrays_that_do_not_fit():
+    loops = columns.loops()
+    assert loops is not None
+    used, best = np.zeros((3, 6)), np.zeros((3, 5))
+    for last, arrays in (
+        (6, (used, used, best)),
+        (-1, (used, used, best)),
+        (2, (used, used[:2], best)),
+        (2, (used, used, used)),
+        (2, (best, best, best[0])),
+    ):
+        with pytest.raises(ValueError, match="fit"):
+            loops.steepest(arrays[0], arrays[1], last, 1e-9, arrays[2])
+    loops.steepest(used, used, 5, 1e-9, best)
 
 
 @pytest.mark.parametrize("kind", [Ranking, PlainRanking])
