@@ -217,8 +217,8 @@ class TieredKVCache:
         with residency.lock:
             if lease.released:
                 return
-            lease.released = True
             residency.release(lease.rows)
+            lease.released = True
 
     # -- writing ---------------------------------------------------------------------------------------------------------------
 

@@ -94,6 +94,12 @@ class PagesConfig(_Section):
 class DeviceConfig(_Section):
     capacity_bytes: Bytes = Field(default=1 * GiB, gt=0, description="Memory for pages the engine attends over, always stored raw.")
     place: Place = Field(default="auto", description="Where that memory is. `auto`: the current CUDA device, or the CPU.")
+    free_memory_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="On a GPU: take this share of the memory that is free there at start, whatever `capacity_bytes` says. 0: `capacity_bytes`.",
+    )
 
 
 class HostConfig(_Section):

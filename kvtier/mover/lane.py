@@ -1,0 +1,129 @@
+"""A lane to a GPU: what one worker copies and codes with, on a stream of its own, beside the engine's.
+
+Towards the GPU, encoded bytes are copied from registered host memory straight into the pool (raw pages), or beside it and decoded there;
+step by step, a few layers of all pages at once, with an event behind each step, so that the engine's stream waits for no more than it reads.
+Away from it, pages are encoded beside the pool and copied straight to where the host tier keeps them. The worker sleeps until the last event
+before anybody learns that the transfer ended: until then its slots on both sides belong to it, also when a launch fails half way.
+
+Before a lane touches the pool, its stream waits for every use that engines noted (`GpuPool.fences`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+
+from kvtier.cuda.registration import Registration
+from kvtier.cuda.surface import Accelerator, Addresses, Event, Stream
+from kvtier.errors import DeviceError
+from kvtier.formats.base import Payload
+from kvtier.formats.on_device import OnDevice
+from kvtier.memory.region import aligned_array
+from kvtier.mover.transfer import Move
+from kvtier.tiers.base import Tier
+from kvtier.tiers.gpu import GpuPool
+
+log = logging.getLogger(__name__)
+
+STEP_BYTES = 8 << 20
+"""Bytes to copy behind one event: 150 us of a fast link, in which the next step is launched."""
+_ROW_ALIGNMENT = 256
+Announce = Callable[[int, Event], None]
+
+
+def lane_row_bytes(codecs: Iterable[OnDevice]) -> int:
+    """Bytes of a row that holds a payload of any of these formats; 0 for none."""
+    return max([-(-codec.payload_bytes // _ROW_ALIGNMENT) * _ROW_ALIGNMENT for codec in codecs], default=0)
+
+
+def layers_per_step(pages: int, codec: OnDevice) -> int:
+    """Layers to copy at once: as few as are worth an event."""
+    layers = len(codec.layer_starts) - 1
+    return max(1, min(layers, -(-STEP_BYTES * layers // max(1, pages * codec.payload_bytes))))
+
+
+class Lane:
+    """Room for `pages` payloads of at most `row_bytes` on the host, registered, and as many on the GPU. DeviceError if either is refused."""
+
+    def __init__(self, accelerator: Accelerator, pages: int, row_bytes: int) -> None:
+        self.stream: Stream = accelerator.new_stream()
+        self._coded = accelerator.allocate(pages * row_bytes).view(pages, row_bytes)
+        self._host = aligned_array(pages * row_bytes).reshape(pages, row_bytes)
+        self._registration = Registration(accelerator, self._host.ctypes.data, self._host.nbytes, row_bytes)
+        if self._registration.why:
+            self._registration.undo()
+            raise DeviceError(f"host memory of that size cannot be registered: {self._registration.why}")
+        rows = np.arange(pages, dtype=np.int64) * row_bytes
+        self._coded_rows: Addresses = self._coded.data_ptr() + rows
+        self._host_rows: Addresses = self._host.ctypes.data + rows
+
+    def restore(
+        self, source: Tier, target: GpuPool, codec: OnDevice, arrived: Sequence[tuple[Move, Payload]], announce: Announce | None
+    ) -> None:
+        """Bring verified payloads of `source` to their slots; on return they are there. `announce(layers, event)` is called as soon as the
+        first layers are launched. DeviceError if the GPU fails; then nothing of this is under way any more."""
+        slots = [move.target_slot for move, _ in arrived]
+        count, starts, stream = len(slots), codec.layer_starts, self.stream
+        places = self._sources(source, arrived)
+        pages = target.addresses(slots)
+        step = layers_per_step(count, codec)
+        with _drained(stream):
+            target.fences.before(stream)
+            for first in range(0, len(starts) - 1, step):
+                stop = min(first + step, len(starts) - 1)
+                begin, size = starts[first], starts[stop] - starts[first]
+                if codec.kernels is None:
+                    stream.copy(pages + begin, places + begin, size)
+                else:
+                    stream.copy(self._coded_rows[:count] + begin, places + begin, size)
+                    stream.run(partial(codec.kernels.decode, self._coded[:count], target.pages, slots, first, stop))
+                if announce is not None:
+                    announce(stop, stream.record())
+
+    def offload(self, source: GpuPool, target: Tier, codec: OnDevice, moves: Sequence[Move], first: Sequence[int]) -> list[Payload]:
+        """The pages of `moves` as payloads without byte stage, each where `target.direct` says or in this lane's memory, until its next use.
+
+        `first`: which of them begin a sequence. DeviceError if the GPU fails; then nothing of this is under way any more.
+        """
+        slots, count, size, stream = [move.source_slot for move in moves], len(moves), codec.payload_bytes, self.stream
+        direct = target.direct([move.target_slot for move in moves])
+        places = np.where(direct == 0, self._host_rows[:count], direct)
+        with _drained(stream):
+            source.fences.before(stream)
+            if codec.kernels is None:
+                stream.copy(places, source.addresses(slots), size)
+            else:
+                stream.run(partial(codec.kernels.encode, source.pages, slots, self._coded[:count], list(first)))
+                stream.copy(places, self._coded_rows[:count], size)
+        there = zip(moves, direct.tolist(), self._host, strict=False)
+        return [target.payload_at(move.target_slot) if address else row[:size] for move, address, row in there]
+
+    def close(self) -> None:
+        """Give the registration back."""
+        self._registration.undo()
+
+    def _sources(self, source: Tier, arrived: Sequence[tuple[Move, Payload]]) -> Addresses:
+        """Where the GPU can read these payloads: where they are, or in this lane's memory, after a copy."""
+        direct = source.direct([move.source_slot for move, _ in arrived])
+        for row in np.flatnonzero(direct == 0).tolist():
+            payload = arrived[row][1]
+            self._host[row, : len(payload)] = payload
+        return np.where(direct == 0, self._host_rows[: len(arrived)], direct)
+
+
+@contextmanager
+def _drained(stream: Stream) -> Iterator[None]:
+    """Whatever is launched inside is over at the end, also if not all of it could be launched. DeviceError if any of it failed."""
+    try:
+        yield
+    except BaseException:
+        try:
+            stream.record().wait()
+        except DeviceError as error:
+            log.warning("what was launched before failed too: %s", error)
+        raise
+    stream.record().wait()
