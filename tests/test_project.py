@@ -37,6 +37,7 @@ BELOW = {
         *("attention", "config", "housekeeping", "errors", "keys", "layout", "metrics"),
         *("formats", "policy", "pricing", "protection", "tiers", "pages", "mover"),
     },
+    "resizing": {"errors", "mover", "pages", "residency", "tiers"},
     "prefetch": {"keys", "mover", "residency"},
     "lease": {"errors", "keys", "mover", "pages", "residency"},
     "attending": {"attention", "errors", "lease", "pages", "residency"},
@@ -44,7 +45,7 @@ BELOW = {
     "writing": {"attention", "errors", "keys", "lease", "mover", "pages", "residency", "tiers"},
     "cache": {
         *("attending", "budget", "config", "errors", "layout", "keys", "lease", "prefetch"),
-        *("mover", "pages", "residency", "tiers", "writing"),
+        *("mover", "pages", "residency", "resizing", "tiers", "writing"),
     },
     "engines": {"budget", "cache", "config", "errors", "layout", "lease"},
     "quality": {"attention", "budget", "engines", "errors", "formats", "layout"},

@@ -196,34 +196,6 @@ class BlockFormat(Format):
         native.decode(plan.native, payloads, out.data_ptr(), rows, begin, end, out.stride(0) * out.element_size())
         return out
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether a payload is the bytes of its page, in their order."""
-        return {codec.name for pair in (self._pair, *(pair for _, pair in self._ranges)) for codec in pair} == {"raw"}
-
-    def layer_starts(self, layout: PageLayout) -> tuple[int, ...]:
-        """The byte of a payload at which each layer begins, and behind the last one the payload's size."""
-        plan = self._plan(layout)
-        return (*(places[0].offset for places in plan.places), plan.payload_bytes)
-
-    def encode_blocks(self, pages: torch.Tensor, layout: PageLayout, special: bool) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """The reference, where `pages` `[n, *layout.shape]` are: (first byte, last byte + 1, uint8 `[n, bytes]`) of each block of a payload.
-
-        `special`: whether these pages begin a sequence.
-        """
-        for layer, places in enumerate(self._plan(layout).places):
-            for plane, place in enumerate(places):
-                encode = place.codec.encode_first if special else place.codec.encode
-                yield place.offset, place.offset + place.size, encode(pages[:, layer, plane], place.shape)
-
-    def decode_blocks(self, coded: torch.Tensor, layout: PageLayout, begin: int, end: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """The reference, where `coded` uint8 `[n, payload bytes or more]` is: (layer, plane, its numbers
-        `[n, page_tokens, kv_heads, head_dim]`) of layers `begin` to `end`."""
-        plan = self._plan(layout)
-        for layer in range(begin, end):
-            for plane, place in enumerate(plan.places[layer]):
-                yield layer, plane, place.codec.decode(_copy_of(coded[:, place.offset : place.offset + place.size]), place.shape)
-
     def _encode_reference(
         self, pages: torch.Tensor, layout: PageLayout, rows: Sequence[int], payloads: Sequence[Payload], special: bool
     ) -> None:
@@ -260,11 +232,6 @@ class BlockFormat(Format):
                 offset += row[-1].size
             places.append(tuple(row))
         return _Plan(tuple(places), offset, _streams(places), _native_plan(places, layout, offset))
-
-
-def _copy_of(coded: torch.Tensor) -> torch.Tensor:
-    # Not contiguous(): a batch of one block counts as contiguous whatever its stride, which view() then refuses.
-    return coded.clone(memory_format=torch.contiguous_format)
 
 
 def _streams(places: Sequence[Sequence[_Place]]) -> tuple[Stream, ...]:

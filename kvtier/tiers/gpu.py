@@ -10,6 +10,7 @@ nobody, and when they are freed they are gone.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -21,6 +22,8 @@ from kvtier.cuda.surface import Accelerator, Addresses, Event, Span, Stream
 from kvtier.errors import ConfigError, DeviceError, IntegrityError, LayoutError
 from kvtier.layout import PageLayout
 from kvtier.tiers.device import DevicePool
+
+log = logging.getLogger(__name__)
 
 
 class GpuPool(DevicePool):
@@ -149,44 +152,47 @@ class GpuPool(DevicePool):
     def bytes_used(self) -> int:
         return sum(self._taken) * self.slot_bytes if self._retired_from < self.capacity_slots else super().bytes_used
 
+    def reach(self, slots: int) -> None:
+        """Take memory for `slots` slots; `extend` then gives them out. Without lock. DeviceError, and nothing changed, if there is too little."""
+        self._check_size(slots)
+        self._mapped().resize(max(slots, self.capacity_slots) * self.slot_bytes)
+
+    def extend(self, slots: int) -> None:
+        """The first `slots` slots have memory now."""
+        before = self.capacity_slots
+        self._end_at(max(slots, before))
+        self._free = [*range(self.capacity_slots - 1, before - 1, -1), *self._free]
+
     def retire(self, slots: int) -> None:
-        """From now on only the first `slots` slots are given out; `trim` then gives the memory of the others back."""
+        """From now on only the first `slots` slots are given out; what is freed behind them is gone. `end` closes this."""
         self._check_size(slots)
         self._retired_from = min(slots, self.capacity_slots)
         self._free = [slot for slot in self._free if slot < self._retired_from]
 
-    def trim(self) -> int:
-        """End what `retire` began, as far as no slot behind is taken: the pool ends behind the last taken one, or where it was to end.
+    def end(self) -> None:
+        """Close what `retire` began: the pool ends behind the last slot that is still taken, or where it was to end; `give_back` then."""
+        slots = max(self._retired_from, self._taken.rfind(1) + 1)
+        kept = [slot for slot in range(slots - 1, self._retired_from - 1, -1) if not self._taken[slot]]
+        self._free = [*kept, *self._free]
+        self._end_at(slots)
 
-        Returns how many slots it has now. The caller made sure that nobody uses freed slots any more (`fences.finish`).
-        """
-        last = self._taken.rfind(1) + 1
-        slots = max(self._retired_from, last)
-        kept = {slot for slot in range(self._retired_from, slots) if not self._taken[slot]}
-        self._free = [*sorted(kept, reverse=True), *self._free]
-        return self._resize(slots)
+    def give_back(self) -> None:
+        """Return the memory behind the last slot, once no stream uses it. Sleeps; without lock, and not beside another change of size."""
+        self.fences.finish()
+        self._mapped().resize(self.capacity_slots * self.slot_bytes)
 
-    def grow(self, slots: int) -> int:
-        """More memory at the end, so that there are `slots` slots; how many there are now. DeviceError, and nothing changed, if the GPU has
-        too little."""
-        self._check_size(slots)
-        before = self.capacity_slots
-        self._resize(max(slots, before))
-        self._free = [*range(self.capacity_slots - 1, before - 1, -1), *self._free]
-        return self.capacity_slots
-
-    def _resize(self, slots: int) -> int:
-        if self._span is None:
-            raise IntegrityError("this pool has a fixed size")
-        self._span.resize(slots * self.slot_bytes)
+    def _end_at(self, slots: int) -> None:
         self._taken = self._taken[:slots] + bytearray(max(0, slots - len(self._taken)))
         self._retired_from = slots
         self.capacity_bytes = slots * self.slot_bytes
-        return slots
+
+    def _mapped(self) -> Span:
+        if self._span is None:
+            raise DeviceError(f"the pool cannot change its size: {self._why_fixed or 'it is closed'}")
+        return self._span
 
     def _check_size(self, slots: int) -> None:
-        if self._span is None:
-            raise DeviceError(f"the pool cannot change its size: {self._why_fixed}")
+        self._mapped()
         if not 1 <= slots <= self.most_slots:
             raise DeviceError(f"{slots} pages are asked for; this pool can have 1 to {self.most_slots}")
 
@@ -212,9 +218,12 @@ class GpuPool(DevicePool):
 
     def close(self) -> None:
         """Give the memory back once no stream uses it any more."""
+        try:
+            self.fences.finish()
+        except DeviceError as error:
+            log.warning("work on the pool failed before it was closed: %s", error)
         self._pool = torch.empty((0, *self.layout.shape), dtype=self.layout.torch_dtype)
         if self._span is not None:
-            self.fences.finish()
             self._span.close()
             self._span = None
 
