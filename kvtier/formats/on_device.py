@@ -2,7 +2,8 @@
 
 `encode_pages` and `decode_pages` are the two directions. On CUDA devices the Triton kernels of `kvtier.formats.triton` do both in one pass
 over memory where they have the format's codecs; without Triton, and for other codecs, torch gathers and the reference codes, with the same
-bytes and numbers. Nothing here waits for the device: work is queued on the current stream, arguments are checked before.
+bytes and numbers. The kernels are queued on the current stream and nothing waits for them; torch's way looks at numbers, which does wait.
+Arguments are checked before.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from collections.abc import Collection, Sequence
 import torch
 
 from kvtier.errors import LayoutError
-from kvtier.formats import triton as kernels
 from kvtier.formats.base import span_of
 from kvtier.formats.blocks import BlockFormat
 from kvtier.formats.paged import PagedKV
+from kvtier.formats.triton import why_missing
+from kvtier.layout import PageLayout
 
 Blocks = Sequence[int] | Sequence[Sequence[int]] | torch.Tensor
 """Which blocks hold the pages, `[n, page_blocks]` or, where a page is one block, `[n]`; see `PagedKV.block_table`."""
@@ -41,11 +43,13 @@ def encode_pages(
     begins = _begins(first, len(table))
     if not len(table):
         return
-    chosen = kernels.plan_for(page_format, source.layout, source.device, out)
-    if chosen is not None:
-        kernels.encode(chosen, source, table, out, places, None if begins is None else begins.to(source.device, non_blocking=True))
+    if fused(page_format, source.layout, source.device):
+        from kvtier.formats.triton import launch
+
+        plan = launch.launches(page_format, source.layout, source.device)
+        launch.encode(plan, source, table, out, places, None if begins is None else begins.to(source.device, non_blocking=True))
         return
-    coded = page_format.encode_on_device(source.gather(table, 0, source.layout.layers), source.layout, first)
+    coded = _encode_by_torch(page_format, source.gather(table, 0, source.layout.layers), source.layout, first)
     out[:, : coded.shape[1]].index_copy_(0, places.to(out.device), coded.to(out.device))
 
 
@@ -69,13 +73,50 @@ def decode_pages(
     begin, end = span_of(layers, target.layout)
     if not len(table) or begin == end:
         return
-    chosen = kernels.plan_for(page_format, target.layout, target.device, payloads)
-    if chosen is not None:
-        kernels.decode(chosen, payloads, places, target, table, begin, end)
+    if fused(page_format, target.layout, target.device):
+        from kvtier.formats.triton import launch
+
+        launch.decode(launch.launches(page_format, target.layout, target.device), payloads, places, target, table, begin, end)
         return
     size = page_format.payload_bytes(target.layout)
     coded = payloads[:, :size].index_select(0, places.to(payloads.device)).to(target.device)
-    target.scatter(table, begin, page_format.decode_on_device(coded, target.layout, begin, end))
+    target.scatter(table, begin, _decode_by_torch(page_format, coded, target.layout, begin, end))
+
+
+def fused(page_format: BlockFormat, layout: PageLayout, device: torch.device) -> bool:
+    """Whether Triton kernels do the work there: both directions in one pass over memory each."""
+    if why_missing(device):
+        return False
+    from kvtier.formats.triton import launch
+
+    return launch.launches(page_format, layout, device) is not None
+
+
+def _encode_by_torch(page_format: BlockFormat, pages: torch.Tensor, layout: PageLayout, first: Collection[int]) -> torch.Tensor:
+    """Payloads `[n, payload_bytes]` of pages `[n, layers, ...]`, on their device."""
+    coded = torch.empty((len(pages), page_format.payload_bytes(layout)), dtype=torch.uint8, device=pages.device)
+    for special in (False, True):
+        some = [index for index in range(len(pages)) if (index in first) == special]
+        if not some:
+            continue
+        chosen = pages[some]
+        for layer, row in enumerate(page_format.places(layout)):
+            for plane, place in enumerate(row):
+                encode = place.codec.encode_first if special else place.codec.encode
+                coded[some, place.offset : place.offset + place.size] = encode(chosen[:, layer, plane], place.shape)
+    return coded
+
+
+def _decode_by_torch(page_format: BlockFormat, coded: torch.Tensor, layout: PageLayout, begin: int, end: int) -> torch.Tensor:
+    """Layers `begin` to `end` of payloads `[n, payload_bytes]`: `[n, layers, planes, page_tokens, kv_heads, head_dim]`."""
+    rows = page_format.places(layout)[begin:end]
+    return torch.stack(
+        [
+            torch.stack([place.codec.decode(coded[:, place.offset : place.offset + place.size], place.shape) for place in row], 1)
+            for row in rows
+        ],
+        1,
+    )
 
 
 def _payload_rows(

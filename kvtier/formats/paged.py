@@ -8,6 +8,7 @@ kernel: base addresses per layer and plane, and three strides. An engine's block
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -130,6 +131,11 @@ class PagedKV:
     def bases(self) -> torch.Tensor:
         """Addresses of the first number of each layer and plane, int64 `[layers, planes]` on the device."""
         return torch.tensor([[view.data_ptr() for view in row] for row in self.views], dtype=torch.int64).to(self.device)
+
+    @cached_property
+    def address_alignment(self) -> int:
+        """The largest power of two up to 16 that divides every base address, in bytes."""
+        return math.gcd(16, *(view.data_ptr() for row in self.views for view in row))
 
     def block_table(self, blocks: Sequence[int] | Sequence[Sequence[int]] | torch.Tensor) -> torch.Tensor:
         """Blocks of some pages as int64 `[n, page_blocks]` on the device.
