@@ -416,9 +416,9 @@ class TieredKVCache:
     def resize_device(self, capacity_bytes: int) -> int:
         """Grow or shrink the device tier on a GPU to about `capacity_bytes`, for an engine whose own needs change; its bytes then.
 
-        Addresses, block tables and captured CUDA graphs stay valid. Shrinking moves pages to free slots further in front and lets the policy
-        choose which leave; what is leased stays where it is, and the pool ends behind the last such page. ConfigError if the device tier
-        cannot change its size, or not to that; nothing has changed then.
+        Addresses, block tables and captured CUDA graphs stay valid. Shrinking moves pages to free slots in front and lets the policy choose
+        which leave; what is leased stays where it is, and the pool ends behind the last such page. ConfigError, and nothing changed, if the
+        device tier cannot change its size, or not to that.
         """
         residency = self._open()
         return residency.mover.spawn(resize(residency, capacity_bytes // self.layout.page_bytes)).result() * self.layout.page_bytes

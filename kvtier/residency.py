@@ -37,7 +37,6 @@ from kvtier.policy import A2CRParameters, EvictionPolicy, Mask, PressureBand, Sm
 from kvtier.pricing import Prices
 from kvtier.protection import Protected
 from kvtier.tiers.base import Slots, Tier
-from kvtier.tiers.device import DevicePool
 from kvtier.tiers.disk import DiskTier
 from kvtier.tiers.gpu import open_pool
 from kvtier.tiers.host import HostTier

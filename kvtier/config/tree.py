@@ -98,7 +98,7 @@ class DeviceConfig(_Section):
         default=0.0,
         ge=0,
         lt=1,
-        description="On a GPU: take this share of the memory that is free there at start, whatever `capacity_bytes` says. 0: `capacity_bytes`.",
+        description="On a GPU: the share of its free memory to take at start, instead of `capacity_bytes`. 0: `capacity_bytes` counts.",
     )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from kvtier.cuda.surface import Addresses
 from kvtier.errors import DeviceError
 
+LIBRARY = "libcuda.so.1"
 _DEVICE, _PINNED, _READ_AND_WRITE, _IN_STREAM_ORDER = 1, 1, 3, 1
 _PORTABLE_AND_MAPPED = 1 | 2  # for every device, and for kernels, not only for copies
 _HAS_VIRTUAL_MEMORY = 102
@@ -197,7 +198,7 @@ class Driver:
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL:
     try:
-        library = ctypes.CDLL("libcuda.so.1")
+        library = ctypes.CDLL(LIBRARY)
     except OSError as error:
         raise DeviceError(f"the CUDA driver cannot be loaded: {error}") from error
     for name, arguments in _SIGNATURES.items():

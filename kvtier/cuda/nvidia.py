@@ -182,23 +182,21 @@ class Nvidia(Accelerator):
 
     def _peers(self) -> list[int]:
         """The other devices that may copy from and to this one's memory."""
-        own = self.device.index
+        own, reaches = self.device.index, torch.cuda.can_device_access_peer
         others = (index for index in range(torch.cuda.device_count()) if index != own)
-        return [index for index in others if torch.cuda.can_device_access_peer(own, index) and torch.cuda.can_device_access_peer(index, own)]
+        return [index for index in others if reaches(own, index) and reaches(index, own)]
+
+
+class _Range:
+    """Device memory as torch takes it from others."""
+
+    def __init__(self, address: int, size_bytes: int) -> None:
+        self.__cuda_array_interface__ = {"shape": (size_bytes,), "typestr": "|u1", "data": (address, False), "version": 3}
 
 
 def _tensor_at(address: int, size_bytes: int, device: torch.device) -> torch.Tensor:
     """A view of device memory that torch does not own. DeviceError if torch copied it instead."""
-
-    class Range:
-        __cuda_array_interface__ = {
-            "shape": (size_bytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-        }
-
-    tensor = torch.as_tensor(Range(), device=device)
+    tensor = torch.as_tensor(_Range(address, size_bytes), device=device)
     if tensor.data_ptr() != address or tensor.device != device:
         raise DeviceError(f"torch took the memory at {address:#x} of {device} for that of {tensor.device}")
     return tensor

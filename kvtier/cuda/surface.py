@@ -58,7 +58,7 @@ class Stream(ABC):
 
     @abstractmethod
     def wait(self, event: Event) -> None:
-        """What is launched here from now on happens after `event`; the calling thread goes on. DeviceError during a capture, as `record`."""
+        """What is launched here from now on happens after `event`; the calling thread goes on. DeviceError as `record`."""
 
 
 class Span(ABC):

@@ -148,6 +148,15 @@ class BlockFormat(Format):
         """The blocks of a payload, by layer and plane."""
         return self._plan(layout).places
 
+    def layer_starts(self, layout: PageLayout) -> tuple[int, ...]:
+        """The byte of a payload at which each layer begins, and behind the last one the payload's size."""
+        return (*(row[0].offset for row in self.places(layout)), self.payload_bytes(layout))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a payload is the bytes of its page, in their order."""
+        return {codec.name for pair in (self._pair, *(pair for _, pair in self._ranges)) for codec in pair} == {"raw"}
+
     def streams(self, layout: PageLayout) -> tuple[Stream, ...]:
         return self._plan(layout).streams
 

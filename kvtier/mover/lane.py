@@ -1,9 +1,9 @@
 """A lane to a GPU: what one worker copies and codes with, on a stream of its own, beside the engine's.
 
-Towards the GPU, encoded bytes are copied from registered host memory straight into the pool (raw pages), or beside it and decoded there;
-step by step, a few layers of all pages at once, with an event behind each step, so that the engine's stream waits for no more than it reads.
-Away from it, pages are encoded beside the pool and copied straight to where the host tier keeps them. The worker sleeps until the last event
-before anybody learns that the transfer ended: until then its slots on both sides belong to it, also when a launch fails half way.
+Towards the GPU, encoded bytes are copied from registered host memory straight into the pool (raw pages), or beside it and decoded
+there; step by step, a few layers of all pages at once, with an event behind each step, so that the engine's stream waits for no more than
+it reads. Away from it, pages are encoded beside the pool and copied straight to where the host tier keeps them. The worker sleeps until the
+last event before anybody learns that the transfer ended: until then its slots on both sides belong to it, also if a launch fails half way.
 
 Before a lane touches the pool, its stream waits for every use that engines noted (`GpuPool.fences`).
 """
@@ -19,9 +19,12 @@ import numpy as np
 
 from kvtier.cuda.registration import Registration
 from kvtier.cuda.surface import Accelerator, Addresses, Event, Stream
-from kvtier.errors import DeviceError
-from kvtier.formats.base import Payload
-from kvtier.formats.on_device import OnDevice
+from kvtier.errors import ConfigError, DeviceError
+from kvtier.formats.base import Format, Payload
+from kvtier.formats.blocks import BlockFormat
+from kvtier.formats.lossless import Staged
+from kvtier.formats.on_device import decode_pages, encode_pages
+from kvtier.layout import PageLayout
 from kvtier.memory.region import aligned_array
 from kvtier.mover.transfer import Move
 from kvtier.tiers.base import Tier
@@ -35,19 +38,35 @@ _ROW_ALIGNMENT = 256
 Announce = Callable[[int, Event], None]
 
 
-def lane_row_bytes(codecs: Iterable[OnDevice]) -> int:
+class LaneFormat:
+    """What a tier's format is to a lane: `inner` without its byte stage, which stays on the host, and where layers begin in its payloads.
+
+    `is_plain`: payloads are the pages' own bytes, and copies are all they need. ConfigError for formats that a GPU cannot code.
+    """
+
+    def __init__(self, format: Format, layout: PageLayout) -> None:
+        inner = format.inner if isinstance(format, Staged) else format
+        if not isinstance(inner, BlockFormat):
+            raise ConfigError(f"format {format.name} is not made of blocks, so a GPU cannot code it; use another one, or device.place cpu")
+        self.inner = inner
+        self.payload_bytes = inner.payload_bytes(layout)
+        self.layer_starts = inner.layer_starts(layout)
+        self.is_plain = inner.is_plain
+
+
+def lane_row_bytes(formats: Iterable[LaneFormat]) -> int:
     """Bytes of a row that holds a payload of any of these formats; 0 for none."""
-    return max([-(-codec.payload_bytes // _ROW_ALIGNMENT) * _ROW_ALIGNMENT for codec in codecs], default=0)
+    return max([-(-each.payload_bytes // _ROW_ALIGNMENT) * _ROW_ALIGNMENT for each in formats], default=0)
 
 
-def layers_per_step(pages: int, codec: OnDevice) -> int:
+def layers_per_step(pages: int, form: LaneFormat) -> int:
     """Layers to copy at once: as few as are worth an event."""
-    layers = len(codec.layer_starts) - 1
-    return max(1, min(layers, -(-STEP_BYTES * layers // max(1, pages * codec.payload_bytes))))
+    layers = len(form.layer_starts) - 1
+    return max(1, min(layers, -(-STEP_BYTES * layers // max(1, pages * form.payload_bytes))))
 
 
 class Lane:
-    """Room for `pages` payloads of at most `row_bytes` on the host, registered, and as many on the GPU. DeviceError if either is refused."""
+    """Room for `pages` payloads of at most `row_bytes` on the host, registered, and as many on the GPU. DeviceError without either."""
 
     def __init__(self, accelerator: Accelerator, pages: int, row_bytes: int) -> None:
         self.stream: Stream = accelerator.new_stream()
@@ -62,42 +81,42 @@ class Lane:
         self._host_rows: Addresses = self._host.ctypes.data + rows
 
     def restore(
-        self, source: Tier, target: GpuPool, codec: OnDevice, arrived: Sequence[tuple[Move, Payload]], announce: Announce | None
+        self, source: Tier, target: GpuPool, form: LaneFormat, arrived: Sequence[tuple[Move, Payload]], announce: Announce | None
     ) -> None:
         """Bring verified payloads of `source` to their slots; on return they are there. `announce(layers, event)` is called as soon as the
         first layers are launched. DeviceError if the GPU fails; then nothing of this is under way any more."""
         slots = [move.target_slot for move, _ in arrived]
-        count, starts, stream = len(slots), codec.layer_starts, self.stream
+        count, starts, stream = len(slots), form.layer_starts, self.stream
         places = self._sources(source, arrived)
         pages = target.addresses(slots)
-        step = layers_per_step(count, codec)
+        step = layers_per_step(count, form)
         with _drained(stream):
             target.fences.before(stream)
             for first in range(0, len(starts) - 1, step):
                 stop = min(first + step, len(starts) - 1)
                 begin, size = starts[first], starts[stop] - starts[first]
-                if codec.kernels is None:
+                if form.is_plain:
                     stream.copy(pages + begin, places + begin, size)
                 else:
                     stream.copy(self._coded_rows[:count] + begin, places + begin, size)
-                    stream.run(partial(codec.kernels.decode, self._coded[:count], target.pages, slots, first, stop))
+                    stream.run(partial(decode_pages, form.inner, self._coded[:count], target.paged, slots, None, slice(first, stop)))
                 if announce is not None:
                     announce(stop, stream.record())
 
-    def offload(self, source: GpuPool, target: Tier, codec: OnDevice, moves: Sequence[Move], first: Sequence[int]) -> list[Payload]:
-        """The pages of `moves` as payloads without byte stage, each where `target.direct` says or in this lane's memory, until its next use.
+    def offload(self, source: GpuPool, target: Tier, form: LaneFormat, moves: Sequence[Move], first: Sequence[int]) -> list[Payload]:
+        """The pages of `moves` as payloads without byte stage: where `target.direct` says, or in this lane's memory until its next use.
 
         `first`: which of them begin a sequence. DeviceError if the GPU fails; then nothing of this is under way any more.
         """
-        slots, count, size, stream = [move.source_slot for move in moves], len(moves), codec.payload_bytes, self.stream
+        slots, count, size, stream = [move.source_slot for move in moves], len(moves), form.payload_bytes, self.stream
         direct = target.direct([move.target_slot for move in moves])
         places = np.where(direct == 0, self._host_rows[:count], direct)
         with _drained(stream):
             source.fences.before(stream)
-            if codec.kernels is None:
+            if form.is_plain:
                 stream.copy(places, source.addresses(slots), size)
             else:
-                stream.run(partial(codec.kernels.encode, source.pages, slots, self._coded[:count], list(first)))
+                stream.run(partial(encode_pages, form.inner, source.paged, slots, self._coded[:count], None, first))
                 stream.copy(places, self._coded_rows[:count], size)
         there = zip(moves, direct.tolist(), self._host, strict=False)
         return [target.payload_at(move.target_slot) if address else row[:size] for move, address, row in there]

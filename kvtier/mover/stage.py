@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 
 from kvtier.errors import ConfigError, DeviceError
 from kvtier.formats.base import Format, Payload
-from kvtier.formats.on_device import OnDevice
 from kvtier.layout import PageLayout
 from kvtier.machine import last_level_cache_bytes
 from kvtier.memory.region import aligned_array
-from kvtier.mover.lane import Lane, lane_row_bytes
+from kvtier.mover.lane import Lane, LaneFormat, lane_row_bytes
 from kvtier.mover.packing import Packer
 from kvtier.mover.plan import layers_per_step, pages_per_arrival, pages_per_piece, pieces
 from kvtier.mover.transfer import Move, Transfer
@@ -59,8 +58,8 @@ class StagingPool:
         each = total_bytes // workers
         piece = pages_per_piece(slot_bytes, layout.page_bytes, cache_bytes, max(1, each // 4 // layout.page_bytes))
         gpu = device if isinstance(device, GpuPool) else None
-        self.codecs = {tier.name: OnDevice(tier.format, layout) for tier in tiers[1:]} if gpu is not None else {}
-        row_bytes = lane_row_bytes(self.codecs.values())
+        self.lane_formats = {tier.name: LaneFormat(tier.format, layout) for tier in tiers[1:]} if gpu is not None else {}
+        row_bytes = lane_row_bytes(self.lane_formats.values())
         self.pages_per_round = max(1, (each - piece * layout.page_bytes) // (slot_bytes + row_bytes))
         self.packers = {tier.name: Packer(tier) for tier in tiers if isinstance(tier, Tier)}
         self._lanes: list[Lane] = []
@@ -179,7 +178,7 @@ def _offload_from_gpu(
     transfer: Transfer, start: int, moves: Sequence[Move], source: GpuPool, target: Tier, staging: StagingPool, scratch: Scratch
 ) -> int:
     lane, packer = _lane(scratch), staging.packers[target.name]
-    payloads = lane.offload(source, target, staging.codecs[target.name], moves, _first(moves))
+    payloads = lane.offload(source, target, staging.lane_formats[target.name], moves, _first(moves))
     return _store(transfer, range(start, start + len(moves)), packer, packer.pack(payloads, list(scratch.encoded[: len(moves)])))
 
 
@@ -191,7 +190,7 @@ def _restore_to_gpu(
         arrived.append((transfer.moves[index], payload))
         moved += len(payload)
     last = start + len(moves) == len(transfer.moves)
-    lane.restore(source, target, staging.codecs[source.name], arrived, transfer.placed if last else None)
+    lane.restore(source, target, staging.lane_formats[source.name], arrived, transfer.placed if last else None)
     return moved
 
 

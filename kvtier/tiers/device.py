@@ -140,4 +140,3 @@ class DevicePool(DeviceSlots):
 
     def close(self) -> None:
         self._pool = torch.empty((0, *self.layout.shape), dtype=self.layout.torch_dtype)
-

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from kvtier.cuda.fences import Fences
 from kvtier.cuda.find import find_accelerator
 from kvtier.cuda.surface import Accelerator, Addresses, Event, Span, Stream
 from kvtier.errors import ConfigError, DeviceError, IntegrityError, LayoutError
+from kvtier.formats.paged import PagedKV
 from kvtier.layout import PageLayout
 from kvtier.tiers.device import DevicePool
 
@@ -45,8 +47,8 @@ class GpuPool(DevicePool):
             capacity_bytes = int(free * free_memory_fraction)
             if capacity_bytes < layout.page_bytes:
                 raise ConfigError(
-                    f"device.free_memory_fraction is {free_memory_fraction}, of {free} free bytes on {accelerator.name}, but one page of this "
-                    f"model takes {layout.page_bytes} bytes; raise it, or make room on the GPU"
+                    f"device.free_memory_fraction is {free_memory_fraction}, of {free} free bytes on {accelerator.name}, but one page of "
+                    f"this model takes {layout.page_bytes} bytes; raise it, or make room on the GPU"
                 )
         super().__init__(layout, capacity_bytes)
         self._retired_from = self.capacity_slots
@@ -83,10 +85,10 @@ class GpuPool(DevicePool):
         """Where these slots' pages begin in the GPU's memory."""
         return self._pool.data_ptr() + np.asarray(slots, np.int64) * self.slot_bytes
 
-    @property
-    def pages(self) -> torch.Tensor:
-        """All slots, `[slots or more, *layout.shape]`; those that are not `capacity_slots` may have no memory behind them."""
-        return self._pool
+    @cached_property
+    def paged(self) -> PagedKV:
+        """The pool as the codecs on the device see it. Behind the first `capacity_slots` pages there may be no memory."""
+        return PagedKV.of_pool(self._pool, self.layout)
 
     # -- pages: on the calling thread's stream -----------------------------------------------------------------------------------
 
@@ -153,7 +155,7 @@ class GpuPool(DevicePool):
         return sum(self._taken) * self.slot_bytes if self._retired_from < self.capacity_slots else super().bytes_used
 
     def reach(self, slots: int) -> None:
-        """Take memory for `slots` slots; `extend` then gives them out. Without lock. DeviceError, and nothing changed, if there is too little."""
+        """Take memory for `slots` slots; `extend` then gives them out. Without lock. DeviceError, and nothing taken, if there is not."""
         self._check_size(slots)
         self._mapped().resize(max(slots, self.capacity_slots) * self.slot_bytes)
 
@@ -223,6 +225,7 @@ class GpuPool(DevicePool):
         except DeviceError as error:
             log.warning("work on the pool failed before it was closed: %s", error)
         self._pool = torch.empty((0, *self.layout.shape), dtype=self.layout.torch_dtype)
+        vars(self).pop("paged", None)
         if self._span is not None:
             self._span.close()
             self._span = None
@@ -251,11 +254,13 @@ class GpuPool(DevicePool):
 
 
 def open_pool(layout: PageLayout, capacity_bytes: int, place: str, free_memory_fraction: float = 0.0) -> DevicePool:
-    """The device tier on `place` ("auto", "cpu", "cuda", "cuda:1"). ConfigError if that place is not there or too small, or if the share of a
-    GPU's free memory is asked for where there is none."""
+    """The device tier on `place` ("auto", "cpu", "cuda", "cuda:1"). ConfigError if that place is not there or too small, or if a share of a
+    GPU's free memory is asked for and there is no GPU."""
     accelerator = find_accelerator(place)
     if accelerator is not None:
         return GpuPool(layout, capacity_bytes, accelerator, free_memory_fraction)
     if free_memory_fraction:
-        raise ConfigError(f"device.free_memory_fraction is {free_memory_fraction}, but the device tier is in CPU memory: give capacity_bytes")
+        raise ConfigError(
+            f"device.free_memory_fraction is {free_memory_fraction}, but the device tier is in CPU memory: give capacity_bytes"
+        )
     return DevicePool(layout, capacity_bytes)

@@ -36,7 +36,8 @@ class HostTier(Tier):
 
     `mlock`: keep the arena from being swapped. `pin`: register it with `accelerator`, the GPU that pages come from; "auto" as far as that
     goes. `huge_pages`: see `Arena`. Each "auto" (tried, else done without), "on" (or ConfigError) or "off". `numa`, `numa_nodes`: see
-    `choose_nodes`; `near` is the torch device that pages come from. Slots on the nearest node are given out first. `load` returns views of the arena: valid until the slot is freed, not to be written to.
+    `choose_nodes`; `near` is the torch device that pages come from. Slots on the nearest node are given out first.
+    `load` returns views of the arena: valid until the slot is freed, not to be written to.
 
     Raises ConfigError for a capacity below one page or beyond the memory that this machine (or container) has left, for formats whose
     payloads vary in size, and for an "on" that cannot be met.
@@ -78,7 +79,9 @@ class HostTier(Tier):
             if pin == "on":
                 self._registration.undo()
                 self._arena.close()
-                raise ConfigError(f"host.pin is on, but {self._registration.why}; lower host.capacity_bytes, or set host.pin to auto or off")
+                raise ConfigError(
+                    f"host.pin is on, but {self._registration.why}; lower host.capacity_bytes, or set host.pin to auto or off"
+                )
             _log.info("host tier: %d bytes pinned: %s", self._registration.registered_bytes, self._registration.why)
         self._bytes = self._arena.bytes.reshape(slots, self.slot_bytes)[:, : self._payload_bytes]
         self._reserved = bytearray(slots)
@@ -195,4 +198,3 @@ class HostTier(Tier):
             return Refused("key")
         payload = self._bytes[slot]
         return payload if xxhash.xxh3_64_intdigest(payload.data) == self._checksum[slot] else Refused("checksum")
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -36,6 +37,10 @@ def gpu_of(cache: TieredKVCache) -> LateAccelerator:
     return found
 
 
+def _note(layers: list[torch.Tensor], pool: torch.Tensor, slots: torch.Tensor) -> None:
+    layers.append(pool[slots].clone())
+
+
 class Engine:
     """Reads pages on a stream, later: what it finds is known once `finish` waited for that stream."""
 
@@ -49,8 +54,7 @@ class Engine:
         """Launch a read of every layer, each as soon as `lease.layer` lets it; the number of this read."""
         layers: list[torch.Tensor] = []
         for index in range(self.cache.layout.layers):
-            pool, slots = lease.layer(index), torch.as_tensor(lease.slots())
-            self.stream.run(lambda pool=pool, slots=slots: layers.append(pool[slots].clone()))
+            self.stream.run(partial(_note, layers, lease.layer(index), torch.as_tensor(lease.slots())))
         self._found.append(layers)
         return len(self._found) - 1
 

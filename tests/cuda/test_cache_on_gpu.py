@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +56,7 @@ def test_an_offload_waits_on_the_gpu_for_the_write_it_copies(monkeypatch):
         put(cache, run(1, 3))
         assert gpu.engine.pending, "the write has not even begun"
         cache.settle(20)
-        host = cache._residency.tiers[HOST]
+        host: Any = cache._residency.tiers[HOST]
         rows = [cache._residency.table.row(key) for key in cache.lookup(run(1, 3)).keys]
         payloads = host.load([int(cache._residency.table.slot[HOST, row]) for row in rows], cache.lookup(run(1, 3)).keys, None)
         found = torch.stack([torch.from_numpy(payload.copy()).view(torch.float32).view(LAYOUT.shape) for payload in payloads])
@@ -71,6 +73,7 @@ def test_a_restore_does_not_overwrite_what_an_engine_has_yet_to_read(monkeypatch
         gpu.engine = gpu.new_stream()
         engine = Engine(cache, gpu.engine)
         put(cache, run(2, 4))
+        cache.flush()
         with hold(cache, run(2, 4)) as lease:
             late = engine.read(lease)
         assert gpu.engine.pending, "the engine has not read yet"
@@ -151,24 +154,38 @@ def test_a_copy_that_fails_takes_its_own_transfer_along_and_no_other(monkeypatch
         cache.check_integrity()
 
 
-def test_a_restore_that_breaks_after_its_first_layers_breaks_the_lease_and_frees_its_slots_only_when_copies_are_over(monkeypatch):
+def test_a_restore_that_breaks_half_way_breaks_the_lease_and_frees_its_slots_only_when_its_copies_are_over(monkeypatch):
     monkeypatch.setattr(lane, "STEP_BYTES", 1)
     with gpu_cache(monkeypatch, layout=DEEP, mover__workers=1) as cache:
         put(cache, run(1, 2))
         push_out(cache)
         cache.flush()
-        gpu, pool = gpu_of(cache), cache._residency.device
-        gpu.fail_at_launch, gpu.fail_after = DeviceError("a cosmic ray"), 3
-        stream = cache._residency.mover.staging._lanes[0].stream
-        free, pending = pool.free, []
-        monkeypatch.setattr(pool, "free", lambda slots: (pending.append(stream.pending), free(slots)))
-        lease = cache.acquire(cache.lookup(run(1, 2)))
-        with pytest.raises(TransferFailed):
-            for index in range(DEEP.layers):
-                lease.layer(index, timeout=20)
-                cache.settle(20)
-        lease.release()
+        pool: Any = cache._residency.device
+        stream: Any = cache._residency.mover.staging._lanes[0].stream
+        copy, free, asked, steps = stream.copy, pool.free, threading.Event(), itertools.count()
+        pending: list[int] = []
+
+        def breaks_at_the_second_layer(*copies):
+            if next(steps) == 1:
+                assert asked.wait(20)
+                raise DeviceError("a cosmic ray")
+            copy(*copies)
+
+        def noting(slots):
+            pending.append(stream.pending)
+            free(slots)
+
+        monkeypatch.setattr(stream, "copy", breaks_at_the_second_layer)
+        monkeypatch.setattr(pool, "free", noting)
+        with cache.acquire(cache.lookup(run(1, 2))) as lease:
+            lease.layer(0, timeout=20)
+            assert lease.tokens == 2 * PAGE
+            asked.set()
+            with pytest.raises(TransferFailed):
+                lease.layer(1, timeout=20)
+            cache.settle(20)
         assert set(pending) == {0}
+        monkeypatch.setattr(stream, "copy", copy)
         with hold(cache, run(1, 2)) as lease:
             engine = Engine(cache)
             engine.assert_found(engine.read(lease), run(1, 2), DEEP)
@@ -179,10 +196,14 @@ def test_bytes_under_way_are_bounded_by_staging(monkeypatch):
         put(cache, run(1, 40))
         cache.flush()
         staging = cache._residency.mover.staging
-        most = []
+        most: list[int] = []
+
+        def counting(copy, to, of, size):
+            most.append(len(to))
+            copy(to, of, size)
+
         for each in staging._lanes:
-            copy = each.stream.copy
-            monkeypatch.setattr(each.stream, "copy", lambda to, of, size, copy=copy: (most.append(len(to)), copy(to, of, size)))
+            monkeypatch.setattr(each.stream, "copy", partial(counting, each.stream.copy))
         push_out(cache)
         with hold(cache, run(1, 40)) as lease:
             engine = Engine(cache)
@@ -195,7 +216,7 @@ def test_bytes_under_way_are_bounded_by_staging(monkeypatch):
 def test_host_memory_that_is_not_registered_is_copied_through_memory_that_is(monkeypatch, refuse_after):
     pages = 32
     with gpu_cache(monkeypatch, host_pages=pages, host__mlock="off") as cache:
-        host = cache._residency.tiers[HOST]
+        host: Any = cache._residency.tiers[HOST]
         if refuse_after is not None:
             monkeypatch.setattr(host._registration, "registered_bytes", refuse_after)
         direct = host.direct(range(pages))
