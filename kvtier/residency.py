@@ -462,7 +462,8 @@ class Residency:
         table = self.table
         table.begin(rows, target, slots)
         moves = [Move(row, table.page_id(row), int(table.slot[source, row]), slot) for row, slot in zip(rows, slots, strict=True)]
-        size = max(1, min(self.mover.staging.pages_per_round, -(-len(moves) // self.config.mover.workers)))
+        most = self.mover.staging.pages_in_one(self.tiers[source], self.tiers[target])
+        size = max(1, min(most, -(-len(moves) // self.config.mover.workers)))
         transfers = []
         for start in range(0, len(moves), size):
             part = tuple(moves[start : start + size])

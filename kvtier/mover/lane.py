@@ -14,8 +14,10 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
+import torch
 
 from kvtier.cuda.registration import Registration
 from kvtier.cuda.surface import Accelerator, Addresses, Event, Stream
@@ -56,7 +58,7 @@ class LaneFormat:
 
 def lane_row_bytes(formats: Iterable[LaneFormat]) -> int:
     """Bytes of a row that holds a payload of any of these formats; 0 for none."""
-    return max([-(-each.payload_bytes // _ROW_ALIGNMENT) * _ROW_ALIGNMENT for each in formats], default=0)
+    return max([_aligned(each.payload_bytes) for each in formats], default=0)
 
 
 def layers_per_step(pages: int, form: LaneFormat) -> int:
@@ -70,26 +72,39 @@ class Lane:
 
     def __init__(self, accelerator: Accelerator, pages: int, row_bytes: int) -> None:
         self.stream: Stream = accelerator.new_stream()
-        self._coded = accelerator.allocate(pages * row_bytes).view(pages, row_bytes)
-        self._host = aligned_array(pages * row_bytes).reshape(pages, row_bytes)
+        self._room_bytes = pages * row_bytes
+        # Before and behind: see `_window`.
+        self._device = accelerator.allocate(self._room_bytes + 2 * row_bytes + _ROW_ALIGNMENT)
+        self._pad_bytes = row_bytes
+        self._host = aligned_array(self._room_bytes).reshape(pages, row_bytes)
         self._registration = Registration(accelerator, self._host.ctypes.data, self._host.nbytes, row_bytes)
         if self._registration.why:
             self._registration.undo()
             raise DeviceError(f"host memory of that size cannot be registered: {self._registration.why}")
-        rows = np.arange(pages, dtype=np.int64) * row_bytes
-        self._coded_rows: Addresses = self._coded.data_ptr() + rows
-        self._host_rows: Addresses = self._host.ctypes.data + rows
+        self._host_rows: Addresses = self._host.ctypes.data + np.arange(pages, dtype=np.int64) * row_bytes
+
+    def most_pages(self, form: LaneFormat) -> int:
+        """The most pages of one `restore` from memory that the GPU reads itself: one layer of all of them has to fit."""
+        starts = form.layer_starts
+        widest = max(_aligned(stop - start) for start, stop in pairwise(starts))
+        return max(len(self._host), self._room_bytes // widest)
 
     def restore(
         self, source: Tier, target: GpuPool, form: LaneFormat, arrived: Sequence[tuple[Move, Payload]], announce: Announce | None
     ) -> None:
-        """Bring verified payloads of `source` to their slots; on return they are there. `announce(layers, event)` is called as soon as the
-        first layers are launched. DeviceError if the GPU fails; then nothing of this is under way any more."""
+        """Bring verified payloads of `source`, at most `most_pages`, to their slots; on return they are there.
+
+        `announce(layers, event)` is called as soon as the first layers are launched. DeviceError if the GPU fails; then nothing of this is
+        under way any more.
+        """
         slots = [move.target_slot for move, _ in arrived]
         count, starts, stream = len(slots), form.layer_starts, self.stream
         places = self._sources(source, arrived)
         pages = target.addresses(slots)
         step = layers_per_step(count, form)
+        if not form.is_plain and count:
+            widest = max(_aligned(stop - start) for start, stop in pairwise(starts))
+            step = max(1, min(step, self._room_bytes // (count * widest)))
         with _drained(stream):
             target.fences.before(stream)
             for first in range(0, len(starts) - 1, step):
@@ -98,8 +113,9 @@ class Lane:
                 if form.is_plain:
                     stream.copy(pages + begin, places + begin, size)
                 else:
-                    stream.copy(self._coded_rows[:count] + begin, places + begin, size)
-                    stream.run(partial(decode_pages, form.inner, self._coded[:count], target.paged, slots, None, slice(first, stop)))
+                    coded, rows = self._window(count, form.payload_bytes, begin, size)
+                    stream.copy(rows, places + begin, size)
+                    stream.run(partial(decode_pages, form.inner, coded, target.paged, slots, None, slice(first, stop)))
                 if announce is not None:
                     announce(stop, stream.record())
 
@@ -116,8 +132,9 @@ class Lane:
             if form.is_plain:
                 stream.copy(places, source.addresses(slots), size)
             else:
-                stream.run(partial(encode_pages, form.inner, source.paged, slots, self._coded[:count], None, first))
-                stream.copy(places, self._coded_rows[:count], size)
+                coded, rows = self._window(count, size, 0, size)
+                stream.run(partial(encode_pages, form.inner, source.paged, slots, coded, None, first))
+                stream.copy(places, rows, size)
         there = zip(moves, direct.tolist(), self._host, strict=False)
         return [target.payload_at(move.target_slot) if address else row[:size] for move, address, row in there]
 
@@ -125,13 +142,26 @@ class Lane:
         """Give the registration back."""
         self._registration.undo()
 
+    def _window(self, count: int, payload_bytes: int, begin: int, size: int) -> tuple[torch.Tensor, Addresses]:
+        """Room on the GPU for bytes `begin` to `begin + size` of `count` payloads: a tensor `[count, payload_bytes]` of which only these
+        columns may be touched, because the rows lie closer together than they are long; and the address of byte `begin` of each."""
+        stride = _aligned(size)
+        offset = -(-self._pad_bytes // _ROW_ALIGNMENT) * _ROW_ALIGNMENT - begin // _ROW_ALIGNMENT * _ROW_ALIGNMENT
+        tensor = self._device.as_strided((count, payload_bytes), (stride, 1), offset)
+        return tensor, self._device.data_ptr() + offset + begin + np.arange(count, dtype=np.int64) * stride
+
     def _sources(self, source: Tier, arrived: Sequence[tuple[Move, Payload]]) -> Addresses:
         """Where the GPU can read these payloads: where they are, or in this lane's memory, after a copy."""
-        direct = source.direct([move.source_slot for move, _ in arrived])
-        for row in np.flatnonzero(direct == 0).tolist():
+        places = source.direct([move.source_slot for move, _ in arrived])
+        for row in np.flatnonzero(places == 0).tolist():
             payload = arrived[row][1]
             self._host[row, : len(payload)] = payload
-        return np.where(direct == 0, self._host_rows[: len(arrived)], direct)
+            places[row] = self._host_rows[row]
+        return places
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
 
 
 @contextmanager

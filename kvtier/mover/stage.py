@@ -2,7 +2,7 @@
 
 Scratch memory is bounded: each worker owns one `Scratch`, and a transfer is carried in rounds that fit it. Towards the device, the pages of
 a transfer count as placed only when all of them are verified, so that whoever reads layer by layer never sees a page that fails later; the
-mover's owner therefore makes device-bound transfers no larger than one round (`StagingPool.pages_per_round`). From memory, layers are then
+mover's owner therefore makes device-bound transfers no larger than one round (`StagingPool.pages_in_one`). From memory, layers are then
 decoded one after the other and announced as they are placed. From files, where reading is what takes long, each page is decoded as soon
 as its bytes are verified, while others are still being read, and all layers are announced at the end. To and from a GPU, see `lane.py`.
 """
@@ -76,6 +76,12 @@ class StagingPool:
             why = f"{error}; lower it" if isinstance(error, DeviceError) else "more than this machine gives; lower it"
             raise ConfigError(f"mover.staging_bytes is {total_bytes}, {why}") from error
 
+    def pages_in_one(self, source: Slots, target: Slots) -> int:
+        """The most pages that go from one tier to another in one round: a transfer to the device is no larger."""
+        if isinstance(target, GpuPool) and isinstance(source, Tier) and source.all_direct:
+            return self._lanes[0].most_pages(self.lane_formats[source.name])
+        return self.pages_per_round
+
     def close(self) -> None:
         """Give back what the GPU knows of. Safe to call twice; no transfer may be under way."""
         for lane in self._lanes:
@@ -97,8 +103,9 @@ def carry(transfer: Transfer, tiers: Sequence[Slots], staging: StagingPool) -> i
     source, target = tiers[transfer.source], tiers[transfer.target]
     moved = 0
     with staging.borrow() as scratch:
-        for start in range(0, len(transfer.moves), len(scratch.encoded)):
-            moves = transfer.moves[start : start + len(scratch.encoded)]
+        step = staging.pages_in_one(source, target)
+        for start in range(0, len(transfer.moves), step):
+            moves = transfer.moves[start : start + step]
             match source, target:
                 case GpuPool(), Tier():
                     moved += _offload_from_gpu(transfer, start, moves, source, target, staging, scratch)

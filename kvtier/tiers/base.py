@@ -119,6 +119,9 @@ class Tier(Slots):
     in_memory: bool = False
     """Whether `load` only looks at memory. Else it waits for reads, and a restore decodes each page while others are being read."""
 
+    all_direct: bool = False
+    """Whether `direct` knows every slot: a restore to a GPU then needs no memory of the mover's, however many pages it has."""
+
     compress: Literal["always", "auto"] = "always"
     """Whether a byte stage of `format` may rest while it does not pay."""
 

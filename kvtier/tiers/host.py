@@ -90,6 +90,7 @@ class HostTier(Tier):
         # Free slots of each NUMA node, nearest first; a slot over a boundary counts to the nearer one.
         self._firsts = [-(-segment.start // self.slot_bytes) for segment in self._nodes.segments] or [0]
         self._free = [list(range(end - 1, first - 1, -1)) for first, end in zip(self._firsts, [*self._firsts[1:], slots], strict=True)]
+        self.all_direct = bool(self.direct(range(slots)).all())
         self._closed = False
 
     @property

@@ -191,25 +191,39 @@ def test_a_restore_that_breaks_half_way_breaks_the_lease_and_frees_its_slots_onl
             engine.assert_found(engine.read(lease), run(1, 2), DEEP)
 
 
-def test_bytes_under_way_are_bounded_by_staging(monkeypatch):
-    with gpu_cache(monkeypatch, device_pages=40, host_pages=64, mover__staging_bytes=12 * LAYOUT.page_bytes, mover__workers=2) as cache:
+@pytest.mark.parametrize("way", ["q8", "raw", "disk"])
+def test_bytes_under_way_fit_the_lanes_and_layers_of_many_pages_come_first(monkeypatch, tmp_path, way):
+    """A restore of more pages than a lane holds whole goes by layers: the first one of all pages before the second of any."""
+    monkeypatch.setattr(lane, "STEP_BYTES", 1)
+    options: dict[str, Any] = {"host_pages": None, "disk_pages": 96} if way == "disk" else {"host_pages": 96, "host__format": way}
+    staging_bytes, disk = 12 * DEEP.page_bytes, tmp_path if way == "disk" else None
+    with gpu_cache(monkeypatch, disk, DEEP, device_pages=40, mover__staging_bytes=staging_bytes, mover__workers=1, **options) as cache:
         put(cache, run(1, 40))
         cache.flush()
         staging = cache._residency.mover.staging
-        most: list[int] = []
+        one, asked = staging._lanes[0], []
+        copy = one.stream.copy
 
-        def counting(copy, to, of, size):
-            most.append(len(to))
+        def noting(to, of, size):
+            asked.append((len(to), size))
             copy(to, of, size)
 
-        for each in staging._lanes:
-            monkeypatch.setattr(each.stream, "copy", partial(counting, each.stream.copy))
-        push_out(cache)
+        put(cache, run(2, 40))
+        cache.flush()
+        monkeypatch.setattr(one.stream, "copy", noting)
         with hold(cache, run(1, 40)) as lease:
-            engine = Engine(cache)
-            engine.assert_found(engine.read(lease), run(1, 40))
-        assert most
-        assert max(most) <= staging.pages_per_round <= 3, "two workers, each with room for so many pages twice and one decoded"
+            engine, form = Engine(cache), staging.lane_formats["disk" if way == "disk" else "host"]
+            found = engine.finish(engine.read(lease))
+            assert torch.equal(found, kv_of(run(1, 40), layout=DEEP)) or way == "q8"
+            assert float((found - kv_of(run(1, 40), layout=DEEP)).norm() / found.norm()) < 0.02
+        if way == "disk":
+            assert max(pages for pages, _ in asked) <= staging.pages_per_round < 40
+            return
+        assert {pages for pages, _ in asked} == {40}
+        assert sum(size for _, size in asked) == form.payload_bytes
+        if way == "q8":
+            assert all(pages * size <= one._room_bytes < pages * form.payload_bytes for pages, size in asked)
+            assert len(asked) >= DEEP.layers // 2
 
 
 @pytest.mark.parametrize("refuse_after", [None, 0, 1 << 15])
