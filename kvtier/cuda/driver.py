@@ -23,6 +23,7 @@ _DEVICE, _PINNED, _READ_AND_WRITE, _IN_STREAM_ORDER = 1, 1, 3, 1
 _PORTABLE_AND_MAPPED = 1 | 2  # for every device, and for kernels, not only for copies
 _HAS_VIRTUAL_MEMORY = 102
 _MINIMUM_GRANULARITY = 0
+_RELAXED = 2
 
 
 class _Location(Structure):
@@ -56,6 +57,7 @@ _SIGNATURES = {
     "cuDeviceGet": (POINTER(c_int), c_int),
     "cuDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
     "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
+    "cuThreadExchangeStreamCaptureMode": (POINTER(c_int),),
     "cuCtxPushCurrent_v2": (c_void_p,),
     "cuCtxPopCurrent_v2": (POINTER(c_void_p),),
     "cuMemGetAllocationGranularity": (POINTER(c_size_t), POINTER(_Allocation), c_int),
@@ -103,6 +105,17 @@ class Driver:
             yield
         finally:
             self._call("cuCtxPopCurrent_v2", byref(c_void_p()))
+
+    @contextmanager
+    def relaxed(self) -> Iterator[None]:
+        """Calls of this thread are allowed inside while another one captures a CUDA graph. Otherwise a mere question for an event would fail,
+        and ruin the capture, whose mode is "global" unless the engine says otherwise."""
+        mode = c_int(_RELAXED)
+        self._call("cuThreadExchangeStreamCaptureMode", byref(mode))
+        try:
+            yield
+        finally:
+            self._call("cuThreadExchangeStreamCaptureMode", byref(mode))
 
     def copy(self, targets: Addresses, sources: Addresses, size_bytes: int, stream: int) -> None:
         """Launch copies of `size_bytes` each on the stream of that handle."""

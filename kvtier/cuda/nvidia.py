@@ -7,6 +7,7 @@ instead of letting it spin: a spinning worker would take a core from the engine.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -21,19 +22,22 @@ STEP_BYTES = 64 << 20
 class NvidiaEvent(Event):
     """A CUDA event, recorded."""
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
+    def __init__(self, driver: Driver, stream: torch.cuda.Stream) -> None:
+        self._driver = driver
         self.event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self.event.record(stream)
 
     def done(self) -> bool:
         try:
-            return bool(self.event.query())  # type: ignore[no-untyped-call]
+            with self._driver.relaxed():
+                return bool(self.event.query())  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             raise _failed(error) from error
 
     def wait(self) -> None:
         try:
-            self.event.synchronize()
+            with self._driver.relaxed():
+                self.event.synchronize()
         except RuntimeError as error:
             raise _failed(error) from error
 
@@ -66,7 +70,7 @@ class NvidiaStream(Stream):
 
     def record(self) -> Event:
         self._refuse_capture()
-        return NvidiaEvent(self._stream)
+        return NvidiaEvent(self._driver, self._stream)
 
     def wait(self, event: Event) -> None:
         if not isinstance(event, NvidiaEvent):
@@ -142,6 +146,9 @@ class Nvidia(Accelerator):
 
     def new_stream(self) -> Stream:
         return NvidiaStream(self._driver, torch.cuda.Stream(self.device), current=False)  # type: ignore[no-untyped-call]
+
+    def beside_captures(self) -> AbstractContextManager[None]:
+        return self._driver.relaxed()
 
     def memory(self) -> tuple[int, int]:
         free, total = torch.cuda.mem_get_info(self.device)

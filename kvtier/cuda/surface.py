@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -94,6 +95,10 @@ class Accelerator(ABC):
     @abstractmethod
     def new_stream(self) -> Stream:
         """A stream of its own, beside the engine's."""
+
+    @abstractmethod
+    def beside_captures(self) -> AbstractContextManager[None]:
+        """What the calling thread, one of kvtier's own, does inside disturbs no CUDA graph that an engine's thread is capturing."""
 
     @abstractmethod
     def memory(self) -> tuple[int, int]:

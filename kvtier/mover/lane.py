@@ -71,6 +71,7 @@ class Lane:
     """Room for `pages` payloads of at most `row_bytes` on the host, registered, and as many on the GPU. DeviceError without either."""
 
     def __init__(self, accelerator: Accelerator, pages: int, row_bytes: int) -> None:
+        self._accelerator = accelerator
         self.stream: Stream = accelerator.new_stream()
         self._room_bytes = pages * row_bytes
         # Before and behind: see `_window`.
@@ -105,7 +106,7 @@ class Lane:
         if not form.is_plain and count:
             widest = max(_aligned(stop - start) for start, stop in pairwise(starts))
             step = max(1, min(step, self._room_bytes // (count * widest)))
-        with _drained(stream):
+        with self._accelerator.beside_captures(), _drained(stream):
             target.fences.before(stream)
             for first in range(0, len(starts) - 1, step):
                 stop = min(first + step, len(starts) - 1)
@@ -127,7 +128,7 @@ class Lane:
         slots, count, size, stream = [move.source_slot for move in moves], len(moves), form.payload_bytes, self.stream
         direct = target.direct([move.target_slot for move in moves])
         places = np.where(direct == 0, self._host_rows[:count], direct)
-        with _drained(stream):
+        with self._accelerator.beside_captures(), _drained(stream):
             source.fences.before(stream)
             if form.is_plain:
                 stream.copy(places, source.addresses(slots), size)

@@ -12,7 +12,8 @@ import ctypes
 import threading
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -186,6 +187,14 @@ class LateAccelerator(Accelerator):
             self._streams += 1
             return LateStream(self, self._streams + id(self))
 
+    @contextmanager
+    def beside_captures(self) -> Iterator[None]:
+        self._own.beside = getattr(self._own, "beside", 0) + 1
+        try:
+            yield
+        finally:
+            self._own.beside -= 1
+
     def memory(self) -> tuple[int, int]:
         return self.total_bytes - self.used_bytes, self.total_bytes
 
@@ -234,6 +243,8 @@ class LateAccelerator(Accelerator):
 
     def count_copies(self, count: int) -> None:
         """A launch of `count` copies; raises what the test wants it to raise. Lock held."""
+        own = threading.current_thread().name.startswith("kvtier")
+        assert not own or getattr(self._own, "beside", 0), "kvtier's own threads work beside captures only"
         if self.fail_at_launch is not None:
             if self.fail_after == 0:
                 failure, self.fail_at_launch = self.fail_at_launch, None

@@ -132,11 +132,12 @@ class GpuPool(DevicePool):
                 f"there is no direct way from {self.accelerator.name} ({self.place}) to {other.accelerator.name} ({other.place}): "
                 "put the pages into a tier that both can read"
             )
-        stream = self.accelerator.new_stream()
-        for pool in {self, other}:
-            pool.fences.before(stream)
-        stream.copy(other.addresses(other_slots), self.addresses(slots), self.slot_bytes)
-        stream.record().wait()
+        with self.accelerator.beside_captures():
+            stream = self.accelerator.new_stream()
+            for pool in {self, other}:
+                pool.fences.before(stream)
+            stream.copy(other.addresses(other_slots), self.addresses(slots), self.slot_bytes)
+            stream.record().wait()
 
     # -- size ------------------------------------------------------------------------------------------------------------------
 
@@ -157,7 +158,8 @@ class GpuPool(DevicePool):
     def reach(self, slots: int) -> None:
         """Take memory for `slots` slots; `extend` then gives them out. Without lock. DeviceError, and nothing taken, if there is not."""
         self._check_size(slots)
-        self._mapped().resize(max(slots, self.capacity_slots) * self.slot_bytes)
+        with self.accelerator.beside_captures():
+            self._mapped().resize(max(slots, self.capacity_slots) * self.slot_bytes)
 
     def extend(self, slots: int) -> None:
         """The first `slots` slots have memory now."""
@@ -180,8 +182,9 @@ class GpuPool(DevicePool):
 
     def give_back(self) -> None:
         """Return the memory behind the last slot, once no stream uses it. Sleeps; without lock, and not beside another change of size."""
-        self.fences.finish()
-        self._mapped().resize(self.capacity_slots * self.slot_bytes)
+        with self.accelerator.beside_captures():
+            self.fences.finish()
+            self._mapped().resize(self.capacity_slots * self.slot_bytes)
 
     def _end_at(self, slots: int) -> None:
         self._taken = self._taken[:slots] + bytearray(max(0, slots - len(self._taken)))

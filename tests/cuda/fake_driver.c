@@ -20,6 +20,9 @@ int cuGetErrorString(int code, const char **text) { *text = code == NO_MEMORY ? 
 int cuDeviceGet(int *device, int ordinal) { *device = ordinal + 10; return OK; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute == 102 && device >= 10; return OK; }
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = device >= 10 ? &here : NULL; return OK; }
+static int mode;
+int cuThreadExchangeStreamCaptureMode(int *wanted) { int before = mode; mode = *wanted; *wanted = before; return before == mode ? INVALID : OK; }
+int capture_mode(void) { return mode; }
 int cuCtxPushCurrent_v2(void *context) { depth++; return context == &here ? OK : INVALID; }
 int cuCtxPopCurrent_v2(void **context) { *context = &here; return depth-- > 0 ? OK : INVALID; }
 

@@ -105,6 +105,14 @@ def test_memory_that_cannot_be_made_accessible_is_given_back(fake, span_of):
     assert ctypes.c_uint64.in_dll(fake, "memory_left").value == 64 * STEP
 
 
+def test_calls_beside_a_capture_relax_this_threads_mode_and_put_it_back(fake):
+    driver = Driver(3)
+    assert fake.capture_mode() == 0
+    with driver.relaxed():
+        assert fake.capture_mode() == 2
+    assert fake.capture_mode() == 0
+
+
 def test_host_memory_is_registered_or_the_reason_is_told(fake):
     driver = Driver(3)
     assert driver.register(4096, 4096) is None
