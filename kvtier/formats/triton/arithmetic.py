@@ -22,35 +22,38 @@ ROUNDER: tl.constexpr = tl.constexpr(1.5 * 2.0**23)
 
 
 @triton.jit
-def load_word(address, offsets, mask, BYTES: tl.constexpr, ALIGN: tl.constexpr):
-    """Words of 1, 2 or 4 bytes at uint8 pointer `address + offsets`, uint32; byte by byte where they may lie crooked."""
-    if BYTES == 1:
-        return tl.load(address + offsets, mask, 0).to(tl.uint32)
-    elif ALIGN % BYTES == 0:
-        if BYTES == 2:
-            return tl.load((address + offsets).to(tl.pointer_type(tl.uint16)), mask, 0).to(tl.uint32)
-        else:
-            return tl.load((address + offsets).to(tl.pointer_type(tl.uint32)), mask, 0)
+def load_word(address, places, mask, BYTES: tl.constexpr, ALIGN: tl.constexpr):
+    """uint32: word number `places` of 1, 2 or 4 bytes from uint8 pointer `address` on, which is a multiple of ALIGN; byte by byte where
+    words lie crooked."""
+    if ALIGN % BYTES == 0:
+        return tl.load(_word_pointer(address, BYTES, ALIGN) + places, mask, 0).to(tl.uint32)
     else:
-        word = tl.load(address + offsets, mask, 0).to(tl.uint32)
+        word = tl.load(address + places * BYTES, mask, 0).to(tl.uint32)
         for byte in tl.static_range(1, BYTES):
-            word |= tl.load(address + offsets + byte, mask, 0).to(tl.uint32) << (8 * byte)
+            word |= tl.load(address + (places * BYTES + byte), mask, 0).to(tl.uint32) << (8 * byte)
         return word
 
 
 @triton.jit
-def store_word(address, offsets, word, mask, BYTES: tl.constexpr, ALIGN: tl.constexpr):
+def store_word(address, places, word, mask, BYTES: tl.constexpr, ALIGN: tl.constexpr):
     """The inverse of `load_word` for uint32 `word`."""
-    if BYTES == 1:
-        tl.store(address + offsets, word.to(tl.uint8), mask)
-    elif ALIGN % BYTES == 0:
-        if BYTES == 2:
-            tl.store((address + offsets).to(tl.pointer_type(tl.uint16)), word.to(tl.uint16), mask)
-        else:
-            tl.store((address + offsets).to(tl.pointer_type(tl.uint32)), word, mask)
+    if ALIGN % BYTES == 0:
+        pointer = _word_pointer(address, BYTES, ALIGN) + places
+        tl.store(pointer, word.to(pointer.dtype.element_ty), mask)
     else:
         for byte in tl.static_range(0, BYTES):
-            tl.store(address + offsets + byte, (word >> (8 * byte)).to(tl.uint8), mask)
+            tl.store(address + (places * BYTES + byte), (word >> (8 * byte)).to(tl.uint8), mask)
+
+
+@triton.jit
+def _word_pointer(address, BYTES: tl.constexpr, ALIGN: tl.constexpr):
+    if BYTES == 2:
+        pointer = address.to(tl.pointer_type(tl.uint16))
+    elif BYTES == 4:
+        pointer = address.to(tl.pointer_type(tl.uint32))
+    else:
+        pointer = address
+    return tl.multiple_of(pointer, ALIGN)
 
 
 @triton.jit

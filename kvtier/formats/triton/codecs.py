@@ -35,13 +35,14 @@ def encode_q8(
     numbers, address, vectors, rows, inside, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
     BLOCK: tl.constexpr, LIMIT: tl.constexpr, NORM: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
+    SCALES_ALIGN: tl.constexpr = 2 if ALIGN % 2 == 0 and COUNT * HEAD_DIM % 2 == 0 else 1
     rotated = butterflies(finite(numbers, LIMIT), T, D, BLOCK) * NORM
     word = half_word(divided(tl.max(tl.abs(rotated), 1), LARGEST8))
     scales = numbers_of_words(word, FP16)
     codes = rounded(rotated * inverse(scales)[:, None], LARGEST8).to(tl.int32)
     channel = tl.arange(0, D)
     tl.store(address + (vectors[:, None] * HEAD_DIM + channel[None, :]), codes.to(tl.uint8), inside)
-    store_word(address, COUNT * HEAD_DIM + vectors * 2, word, rows, 2, ALIGN)
+    store_word(address + COUNT * HEAD_DIM, vectors, word, rows, 2, SCALES_ALIGN)
 
 
 @triton.jit
@@ -49,9 +50,10 @@ def decode_q8(
     address, vectors, rows, inside, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     NORM: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
+    SCALES_ALIGN: tl.constexpr = 2 if ALIGN % 2 == 0 and COUNT * HEAD_DIM % 2 == 0 else 1
     channel = tl.arange(0, D)
     codes = tl.load(address + (vectors[:, None] * HEAD_DIM + channel[None, :]), inside, 0).to(tl.int8, bitcast=True)
-    scales = numbers_of_words(load_word(address, COUNT * HEAD_DIM + vectors * 2, rows, 2, ALIGN), FP16)
+    scales = numbers_of_words(load_word(address + COUNT * HEAD_DIM, vectors, rows, 2, SCALES_ALIGN), FP16)
     return butterflies(codes.to(tl.float32), T, D, BLOCK) * (scales * NORM)[:, None]
 
 
@@ -84,30 +86,29 @@ def encode_fp8(
     numbers, address, vectors, rows, inside, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, LIMIT: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
+    SCALES_ALIGN: tl.constexpr = 2 if ALIGN % 2 == 0 and COUNT * HEAD_DIM % 2 == 0 else 1
     numbers = finite(numbers, LIMIT)
     word = half_word(divided(tl.max(tl.abs(numbers), 1), LARGEST_E4M3))
     scaled = numbers * inverse(numbers_of_words(word, FP16))[:, None]
     codes = e4m3_codes(tl.minimum(tl.maximum(scaled, -LARGEST_E4M3), LARGEST_E4M3))
     channel = tl.arange(0, D)
     tl.store(address + (vectors[:, None] * HEAD_DIM + channel[None, :]), codes, inside)
-    store_word(address, COUNT * HEAD_DIM + vectors * 2, word, rows, 2, ALIGN)
+    store_word(address + COUNT * HEAD_DIM, vectors, word, rows, 2, SCALES_ALIGN)
 
 
 @triton.jit
 def decode_fp8(address, vectors, rows, inside, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, ALIGN: tl.constexpr):
+    SCALES_ALIGN: tl.constexpr = 2 if ALIGN % 2 == 0 and COUNT * HEAD_DIM % 2 == 0 else 1
     channel = tl.arange(0, D)
     codes = tl.load(address + (vectors[:, None] * HEAD_DIM + channel[None, :]), inside, 0).to(tl.uint32)
-    scales = numbers_of_words(load_word(address, COUNT * HEAD_DIM + vectors * 2, rows, 2, ALIGN), FP16)
+    scales = numbers_of_words(load_word(address + COUNT * HEAD_DIM, vectors, rows, 2, SCALES_ALIGN), FP16)
     return e4m3_values(codes) * scales[:, None]
 
 
 @triton.jit
 def kept_word(source, offsets, mask, DTYPE: tl.constexpr, LIMIT: tl.constexpr):
     """The bits of finite numbers in the 16 bits that sparse24 keeps, uint32: bf16 in bf16 pages, fp16 in others."""
-    if DTYPE == FP32:
-        words = tl.load(source.to(tl.pointer_type(tl.uint32)) + offsets, mask, 0)
-    else:
-        words = tl.load(source.to(tl.pointer_type(tl.uint16)) + offsets, mask, 0).to(tl.uint32)
+    words = tl.load(source + offsets, mask, 0).to(tl.uint32)
     numbers = finite(numbers_of_words(words, DTYPE), LIMIT)
     if DTYPE == BF16:
         return words_of_numbers(numbers, BF16)
@@ -120,7 +121,7 @@ def encode_sparse24(
     source, starts, address, vectors, rows, DTYPE: tl.constexpr, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, T: tl.constexpr,
     FOURS: tl.constexpr, LIMIT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Straight from the numbers at int64 `source`, vectors beginning at `starts` `[T]`: the four of each four apart."""
+    """Straight from the numbers at pointer `source`, vectors beginning at `starts` `[T]`: the four of each four apart."""
     four = tl.arange(0, FOURS)[None, :]
     inside = rows[:, None] & (four < HEAD_DIM // 4)
     at = starts[:, None] + four * 4
@@ -137,9 +138,9 @@ def encode_sparse24(
     last = tl.where((m0 >= m3).to(tl.int32) + (m1 >= m3).to(tl.int32) + (m2 >= m3).to(tl.int32) < 2, 3, tl.where(b2 < 2, 2, 1))
     kept0 = tl.where(first == 0, w0, tl.where(first == 1, w1, w2))
     kept1 = tl.where(last == 3, w3, tl.where(last == 2, w2, w1))
-    pair = vectors[:, None] * HEAD_DIM + four * 4
+    pair = vectors[:, None] * (HEAD_DIM // 2) + four * 2
     store_word(address, pair, kept0, inside, 2, ALIGN)
-    store_word(address, pair + 2, kept1, inside, 2, ALIGN)
+    store_word(address, pair + 1, kept1, inside, 2, ALIGN)
     halves = tl.reshape(first | last << 2, [T, FOURS // 2, 2]) << (tl.arange(0, 2) * 4)[None, None, :]
     packed = tl.arange(0, FOURS // 2)[None, :]
     place = COUNT * HEAD_DIM + vectors[:, None] * (HEAD_DIM // 8) + packed
@@ -157,7 +158,7 @@ def decode_sparse24(
     nibble = packed >> (four % 2 * 4)
     is_first = (nibble & 3) == place
     is_second = (nibble >> 2 & 3) == place
-    which = vectors[:, None] * HEAD_DIM + four * 4 + tl.where(is_first, 0, 2)
+    which = vectors[:, None] * (HEAD_DIM // 2) + four * 2 + tl.where(is_first, 0, 1)
     words = load_word(address, which, inside & (is_first | is_second), 2, ALIGN)
     if DTYPE == FP32:
         return numbers_of_words(words, FP16).to(tl.uint32, bitcast=True)

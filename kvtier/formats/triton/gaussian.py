@@ -86,7 +86,10 @@ def encode_levels(rotated, ROWS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.con
     PER_RMS: tl.constexpr = PER_RMS4 if BITS == 4 else PER_RMS3
     energy = sum_of_rows(rotated * rotated, ROWS, D)
     factor = inverse(tl.sqrt_rn(divided(energy, HEAD_DIM))) * PER_RMS
-    cells = tl.minimum(tl.maximum(tl.floor(rotated * factor[:, None]), -128.0), 127.0).to(tl.int32)
+    scaled = tl.minimum(tl.maximum(rotated * factor[:, None], -128.0), 127.0)
+    cells = scaled.to(tl.int32)
+    # Not tl.floor, which takes numbers below 1e-38 for 0 on a GPU.
+    cells -= (scaled < cells.to(tl.float32)).to(tl.int32)
     # Boundaries are whole numbers and symmetric: cell c of -1, -2, ... is the mirror image of cell -1 - c.
     mirrored = cells ^ (cells >> 31)
     place = tl.zeros([ROWS, D], tl.int32)
@@ -134,10 +137,11 @@ def encode_q4(
         mean = butterflies(divided(sum_of_columns(numbers, T, D), TOKENS), 1, D, BLOCK) * NORM
         mean_codes, mean_scale = encode_levels(mean, 1, D, HEAD_DIM, 4)
         word = half_word(mean_scale)
-        store_word(address, head * 2 + tl.arange(0, 1), word, tl.arange(0, 1) == 0, 2, ALIGN)
-        packed = joined(mean_codes, 1, D, HEAD_DIM, 2, HALF2)
-        tl.store(address + (HEADS * 2 + head * HALF + pair), packed, pair < HALF)
+        store_word(address, head + tl.arange(0, 1), word, tl.arange(0, 1) == 0, 2, ALIGN)
+        mean_bytes = joined(mean_codes, 1, D, HEAD_DIM, 2, HALF2)
+        tl.store(address + (HEADS * 2 + head * HALF + pair), mean_bytes, pair < HALF)
         shift = values4(mean_codes) * (numbers_of_words(word, FP16) * ONE_RMS4)[:, None]
+        shift = tl.where(tl.arange(0, D)[None, :] < HEAD_DIM, shift, 0.0)
         without = rotated - shift
         shorter = sum_of_rows(without * without, T, D) < sum_of_rows(rotated * rotated, T, D)
         shorter = shorter & rows
@@ -162,8 +166,9 @@ def encode_q4(
 
 @triton.jit
 def _store_scales(address, head, vectors, rows, super_word, steps, MEAN: tl.constexpr, HEADS: tl.constexpr, ALIGN: tl.constexpr):
+    EVEN: tl.constexpr = 2 if ALIGN % 2 == 0 and MEAN % 2 == 0 else 1
     one = tl.arange(0, 1)
-    store_word(address, MEAN + head * 2 + one, super_word + tl.zeros([1], tl.uint32), one == 0, 2, ALIGN)
+    store_word(address + MEAN, head + one, super_word + tl.zeros([1], tl.uint32), one == 0, 2, EVEN)
     tl.store(address + (MEAN + HEADS * 2 + vectors), steps.to(tl.uint8), rows)
 
 
@@ -223,6 +228,7 @@ def decode_q4(
 ):  # fmt: skip
     MEAN: tl.constexpr = HEADS * (2 + HEAD_DIM // 2) if KEYS else 0
     CODES: tl.constexpr = MEAN + HEADS * 2 + TOKENS * HEADS
+    EVEN: tl.constexpr = 2 if ALIGN % 2 == 0 and MEAN % 2 == 0 else 1
     vectors = tokens * HEADS + head
     per_rms = tl.full([T], FACTOR4, tl.float32)
     if CAN_BEGIN:
@@ -236,11 +242,11 @@ def decode_q4(
     whole = tl.where(inside, whole, 0.0)
     steps = tl.load(address + (MEAN + HEADS * 2 + vectors), rows, 0).to(tl.int32)
     one = tl.arange(0, 1)
-    super_word = load_word(address, MEAN + head * 2 + one, one == 0, 2, ALIGN) & 0x7FFF
+    super_word = load_word(address + MEAN, head + one, one == 0, 2, EVEN) & 0x7FFF
     scales = numbers_of_words(super_word, FP16) * tl.load(step_values + (steps & 127))
     numbers = butterflies(whole, T, D, BLOCK) * (scales * per_rms)[:, None]
     if KEYS:
-        mean_word = load_word(address, head * 2 + one, one == 0, 2, ALIGN) & 0x7FFF
+        mean_word = load_word(address, head + one, one == 0, 2, ALIGN) & 0x7FFF
         channel = tl.arange(0, D)[None, :]
         codes = _codes4(address, HEADS * 2 + (head + one)[:, None] * (HEAD_DIM // 2), channel < HEAD_DIM, HEAD_DIM, D)
         levels = tl.where(channel < HEAD_DIM, values4(codes), 0.0)

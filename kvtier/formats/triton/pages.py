@@ -33,6 +33,16 @@ def _vector_starts(
     return blocks * block_stride + within
 
 
+@triton.jit
+def _numbers_at(base, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """The engine's numbers at an address, as words of 16 or 32 bits."""
+    if DTYPE == 2:
+        pointer = base.to(tl.pointer_type(tl.uint32))
+    else:
+        pointer = base.to(tl.pointer_type(tl.uint16))
+    return tl.multiple_of(pointer, ALIGN)
+
+
 @triton.jit(do_not_specialize=["entries"])
 def encode_kernel(
     bases, sources, offsets, table, out, out_rows, begins, mantissas, step_values, entries, block_stride, token_stride, head_stride,
@@ -48,23 +58,22 @@ def encode_kernel(
     tokens = tl.arange(0, T)
     rows = tokens < TOKENS
     starts = _vector_starts(table, page, head, tokens, rows, block_stride, token_stride, head_stride, TOKENS, BLOCK_TOKENS)
-    source = tl.multiple_of(tl.load(bases + tl.load(sources + entry)), SOURCE_ALIGN)
+    source = tl.load(bases + tl.load(sources + entry))
     place = tl.load(out_rows + page) * row_bytes + tl.multiple_of(tl.load(offsets + entry), ALIGN)
     address = tl.multiple_of(out + place, ALIGN)
     vectors = tokens * HEADS + head
     if CODEC == SPARSE24:
-        encode_sparse24(source, starts, address, vectors, rows, DTYPE, TOKENS * HEADS, HEAD_DIM, T, D // 4, LIMIT, ALIGN)
+        encode_sparse24(
+            _numbers_at(source, DTYPE, SOURCE_ALIGN), starts, address, vectors, rows, DTYPE, TOKENS * HEADS, HEAD_DIM, T, D // 4, LIMIT,
+            ALIGN,
+        )  # fmt: skip
     else:
         channel = tl.arange(0, D)[None, :]
         inside = rows[:, None] & (channel < HEAD_DIM)
         BYTES: tl.constexpr = 4 if DTYPE == 2 else 2
-        numbers_at = starts[:, None] + channel
-        if DTYPE == 2:
-            words = tl.load(source.to(tl.pointer_type(tl.uint32)) + numbers_at, inside, 0)
-        else:
-            words = tl.load(source.to(tl.pointer_type(tl.uint16)) + numbers_at, inside, 0).to(tl.uint32)
+        words = tl.load(_numbers_at(source, DTYPE, SOURCE_ALIGN) + (starts[:, None] + channel), inside, 0).to(tl.uint32)
         if CODEC == RAW:
-            store_word(address, (vectors[:, None] * HEAD_DIM + channel) * BYTES, words, inside, BYTES, ALIGN)
+            store_word(address, vectors[:, None] * HEAD_DIM + channel, words, inside, BYTES, ALIGN)
         else:
             numbers = numbers_of_words(words, DTYPE)
             if CODEC == FP8:
@@ -96,7 +105,7 @@ def decode_kernel(
     tokens = tl.arange(0, T)
     rows = tokens < TOKENS
     starts = _vector_starts(table, page, head, tokens, rows, block_stride, token_stride, head_stride, TOKENS, BLOCK_TOKENS)
-    target = tl.multiple_of(tl.load(bases + tl.load(targets + entry)), TARGET_ALIGN)
+    target = tl.load(bases + tl.load(targets + entry))
     place = tl.load(payload_rows + page) * row_bytes + tl.multiple_of(tl.load(offsets + entry), ALIGN)
     address = tl.multiple_of(payloads + place, ALIGN)
     vectors = tokens * HEADS + head
@@ -105,7 +114,7 @@ def decode_kernel(
     COUNT: tl.constexpr = TOKENS * HEADS
     BYTES: tl.constexpr = 4 if DTYPE == 2 else 2
     if CODEC == RAW:
-        words = load_word(address, (vectors[:, None] * HEAD_DIM + channel) * BYTES, inside, BYTES, ALIGN)
+        words = load_word(address, vectors[:, None] * HEAD_DIM + channel, inside, BYTES, ALIGN)
     elif CODEC == SPARSE24:
         words = decode_sparse24(address, vectors, inside, DTYPE, COUNT, HEAD_DIM, D, ALIGN)
     elif CODEC == FP8:
@@ -113,13 +122,10 @@ def decode_kernel(
     elif CODEC == Q8:
         words = words_of_numbers(decode_q8(address, vectors, rows, inside, COUNT, HEAD_DIM, T, D, BLOCK, NORM, ALIGN), DTYPE)
     else:
-        numbers = decode_q4(
+        decoded = decode_q4(
             address, head, tokens, rows, inside, step_values, KEYS, TOKENS, HEADS, HEAD_DIM, T, D, BLOCK, FACTOR4, FACTOR3, CAN_BEGIN,
             ALIGN,
         )  # fmt: skip
-        words = words_of_numbers(numbers, DTYPE)
-    numbers_at = starts[:, None] + channel
-    if DTYPE == 2:
-        tl.store(target.to(tl.pointer_type(tl.uint32)) + numbers_at, words, inside)
-    else:
-        tl.store(target.to(tl.pointer_type(tl.uint16)) + numbers_at, words.to(tl.uint16), inside)
+        words = words_of_numbers(decoded, DTYPE)
+    numbers = _numbers_at(target, DTYPE, TARGET_ALIGN) + (starts[:, None] + channel)
+    tl.store(numbers, words.to(numbers.dtype.element_ty), inside)
