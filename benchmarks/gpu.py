@@ -25,7 +25,6 @@ from functools import partial
 import numpy as np
 import torch
 
-from kvtier.cache import TieredKVCache
 from kvtier.cuda.find import find_accelerator
 from kvtier.cuda.registration import Registration
 from kvtier.cuda.surface import Accelerator, Addresses, Stream
@@ -81,7 +80,7 @@ TINY = Sizes(4 << 20, 4, 256, 64, 2, SMALL)
 
 
 def measure(run: Run, accelerator: Accelerator | None = None, check: bool = True) -> list[Row]:
-    """The rows, on `accelerator` (the current CUDA device). KVTierError without one, if it has too little memory, or if a format is wrong."""
+    """The rows, on `accelerator` (the current CUDA device). KVTierError without one, or if its memory is too small or a format wrong."""
     gpu = accelerator or find_gpu()
     sizes = TINY if run.tiny else FULL
     run.expect(6 + len(FORMATS))
@@ -171,6 +170,10 @@ def _copies(run: Run, gpu: Accelerator, sizes: Sizes) -> list[Row]:
             part = slice(start, start + PAGES_A_CALL)
             stream.copy(targets[part], sources[part], PAGE_BYTES)
 
+    def both(*launches: Callable[[], None]) -> None:
+        for launch in launches:
+            launch()
+
     pages_down = partial(paged, down, scattered[0][0], scattered[0][1])
     pages_up = partial(paged, up, scattered[1][1], scattered[1][0])
     took = _in_turns(
@@ -180,14 +183,15 @@ def _copies(run: Run, gpu: Accelerator, sizes: Sizes) -> list[Row]:
             "pages.d2h": lambda: _seconds(pages_down, down),
             "copy.h2d": lambda: _seconds(large_up, up),
             "pages.h2d": lambda: _seconds(pages_up, up),
-            "copy.both": lambda: _seconds(lambda: (large_down(), large_up()), down, up),
-            "pages.both": lambda: _seconds(lambda: (pages_down(), pages_up()), down, up),
+            "copy.both": lambda: _seconds(partial(both, large_down, large_up), down, up),
+            "pages.both": lambda: _seconds(partial(both, pages_down, pages_up), down, up),
             "copy.memory": lambda: _seconds(lambda: down.run(lambda: other.copy_(device[:size])), down),
         },
     )
     registration.undo()
-    speed = {name: size * (1 if name.endswith("2h") or name.endswith("2d") else 2) / seconds / 1e9 for name, seconds in took.items()}
-    return [Row(name, value, "GB/s", speed.get(name.replace("pages", "copy")) if "pages" in name else None) for name, value in speed.items()]
+    speed = {name: size * (1 if name.endswith(("d2h", "h2d")) else 2) / seconds / 1e9 for name, seconds in took.items()}
+    ceilings = {f"pages.{way}": speed[f"copy.{way}"] for way in ("d2h", "h2d", "both")}
+    return [Row(name, value, "GB/s", ceilings.get(name)) for name, value in speed.items()]
 
 
 def _lanes(run: Run, gpu: Accelerator, sizes: Sizes, memory_speed: float) -> list[Row]:
@@ -209,8 +213,8 @@ def _lanes(run: Run, gpu: Accelerator, sizes: Sizes, memory_speed: float) -> lis
             slots = list(range(count))
             encode = partial(encode_pages, form, pool.paged, slots, room)
             decode = partial(decode_pages, form, room, pool.paged, slots)
-            works["encode"] = lambda stream=stream, encode=encode: _seconds(lambda: stream.run(encode), stream)
-            works["decode"] = lambda stream=stream, decode=decode: _seconds(lambda: stream.run(decode), stream)
+            works["encode"] = partial(_seconds, partial(stream.run, encode), stream)
+            works["decode"] = partial(_seconds, partial(stream.run, decode), stream)
             took = _in_turns(run, works)
         for way in ("offload", "restore"):
             rows.append(Row(f"{name}.{way}", page_bytes / took[f"{name}.{way}"] / 1e9, "GB/s", page_bytes / took[f"raw.{way}"] / 1e9))
@@ -263,8 +267,9 @@ def _prefix(run: Run, gpu: Accelerator, sizes: Sizes) -> list[Row]:
     prefixes = [token_ids(number, tokens) for number in (1, 2)]
     form = get_format("q8")
     with open_cache(layout, Room(pages + 1, host=2 * pages + 2), device__place=place_of(gpu), mover__workers=8) as cache:
+        kv = made_kv(layout, tokens)
         for ids in prefixes:
-            cache.put(ids, made_kv(layout, tokens))
+            cache.put(ids, kv)
             cache.flush()
         engine = gpu.engine_stream()
         turn = iter(range(1 << 30))

@@ -79,7 +79,9 @@ def _check_one(accelerator: Accelerator, layout: PageLayout, name: str, pages: t
             transfer = Transfer(source, target, moves, Priority.DEMAND, 0)
             carry(transfer, (pool, host), staging)
             if transfer.refused:
-                raise KVTierError(f"check: {name} of {layout}: pages are refused: {sorted({each.reason for each in transfer.refused.values()})}")
+                raise KVTierError(
+                    f"check: {name} of {layout}: pages are refused: {sorted({each.reason for each in transfer.refused.values()})}"
+                )
         stored = host.load(list(range(PAGES)), [move.page.key for move in moves_of(PAGES)], np.empty((PAGES, 0), np.uint8))
         payloads = [payload for payload in stored if isinstance(payload, np.ndarray)]
         expected = format.decode(payloads, layout)

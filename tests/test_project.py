@@ -51,7 +51,7 @@ BELOW = {
     "quality": {"attention", "budget", "engines", "errors", "formats", "layout"},
     "job": {"cache", "config", "engines", "errors", "formats", "layout", "machine", "quality"},
     "cli": {
-        *("columns", "config", "engines", "errors", "formats", "io", "job", "layout"),
+        *("columns", "config", "cuda", "engines", "errors", "formats", "io", "job", "layout"),
         *("tiers", "memory", "machine", "numa", "quality", "replay"),
     },
     "testing": {"cuda", "errors", "io", "layout", "keys", "formats", "policy", "tiers"},

@@ -108,8 +108,8 @@ class Driver:
 
     @contextmanager
     def relaxed(self) -> Iterator[None]:
-        """Calls of this thread are allowed inside while another one captures a CUDA graph. Otherwise a mere question for an event would fail,
-        and ruin the capture, whose mode is "global" unless the engine says otherwise."""
+        """Calls of this thread are allowed inside while another one captures a CUDA graph. Otherwise a mere question for an event fails
+        and ruins the capture, whose mode is "global" unless the engine says otherwise."""
         mode = c_int(_RELAXED)
         self._call("cuThreadExchangeStreamCaptureMode", byref(mode))
         try:

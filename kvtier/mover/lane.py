@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 STEP_BYTES = 8 << 20
 """Bytes to copy behind one event: 150 us of a fast link, in which the next step is launched."""
+ROOM_BYTES = 32 << 20
+"""What a lane takes of a GPU's memory (of a small one a thousandth): one layer of 1,000 pages of a Llama-3-8B in q8."""
 _ROW_ALIGNMENT = 256
 Announce = Callable[[int, Event], None]
 
@@ -68,16 +70,16 @@ def layers_per_step(pages: int, form: LaneFormat) -> int:
 
 
 class Lane:
-    """Room for `pages` payloads of at most `row_bytes` on the host, registered, and as many on the GPU. DeviceError without either."""
+    """Room for `pages` payloads of at most `row_bytes` on the host, registered; at least as much on the GPU. DeviceError without either."""
 
     def __init__(self, accelerator: Accelerator, pages: int, row_bytes: int) -> None:
         self._accelerator = accelerator
         self.stream: Stream = accelerator.new_stream()
-        self._room_bytes = pages * row_bytes
+        self._room_bytes = max(pages * row_bytes, min(ROOM_BYTES, accelerator.memory()[1] // 1024))
         # Before and behind: see `_window`.
         self._device = accelerator.allocate(self._room_bytes + 2 * row_bytes + _ROW_ALIGNMENT)
         self._pad_bytes = row_bytes
-        self._host = aligned_array(self._room_bytes).reshape(pages, row_bytes)
+        self._host = aligned_array(pages * row_bytes).reshape(pages, row_bytes)
         self._registration = Registration(accelerator, self._host.ctypes.data, self._host.nbytes, row_bytes)
         if self._registration.why:
             self._registration.undo()

@@ -137,6 +137,7 @@ class LateSpan(Span):
 
     def close(self) -> None:
         self._gpu.take(-self.mapped_bytes)
+        self._gpu.forget(self.tensor)
         self.mapped_bytes = 0
 
 
@@ -189,11 +190,11 @@ class LateAccelerator(Accelerator):
 
     @contextmanager
     def beside_captures(self) -> Iterator[None]:
-        self._own.beside = getattr(self._own, "beside", 0) + 1
+        before, self._own.beside = getattr(self._own, "beside", False), True
         try:
             yield
         finally:
-            self._own.beside -= 1
+            self._own.beside = before
 
     def memory(self) -> tuple[int, int]:
         return self.total_bytes - self.used_bytes, self.total_bytes
@@ -223,7 +224,13 @@ class LateAccelerator(Accelerator):
         return other is self or other in self.friends
 
     def report(self) -> dict[str, object]:
-        return {"gpu": self.name, "gpu_memory_bytes": self.total_bytes, "memory_can_grow": self.can_grow}
+        return {
+            "gpu": self.name,
+            "compute_capability": "none",
+            "gpu_memory_bytes": self.total_bytes,
+            "batch_copies": True,
+            "memory_can_grow": self.can_grow,
+        }
 
     # -- for the parts above ---------------------------------------------------------------------------------------------------
 
@@ -241,10 +248,15 @@ class LateAccelerator(Accelerator):
             self._memories.append(memory)
         return memory
 
+    def forget(self, memory: torch.Tensor) -> None:
+        """This is no memory of the device any more."""
+        with self.lock:
+            self._memories = [each for each in self._memories if each is not memory]
+
     def count_copies(self, count: int) -> None:
         """A launch of `count` copies; raises what the test wants it to raise. Lock held."""
         own = threading.current_thread().name.startswith("kvtier")
-        assert not own or getattr(self._own, "beside", 0), "kvtier's own threads work beside captures only"
+        assert not own or getattr(self._own, "beside", False), "kvtier's own threads work beside captures only"
         if self.fail_at_launch is not None:
             if self.fail_after == 0:
                 failure, self.fail_at_launch = self.fail_at_launch, None

@@ -133,7 +133,6 @@ def test_a_captured_graph_replays_over_a_pool_and_kvtier_refuses_to_be_captured(
     with torch.cuda.graph(graph):
         torch.index_select(pool.layer(0), 0, index, out=out)
         with pytest.raises(DeviceError, match="a CUDA graph is being captured"):
-            pool.enter()
             pool.leave()
     pool.scatter([1], torch.full((1, *layout.shape), 2.0).bfloat16())
     pool.reach(16)

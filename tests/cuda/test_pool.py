@@ -14,7 +14,7 @@ from kvtier.errors import ConfigError, DeviceError, LayoutError
 from kvtier.layout import PageLayout
 from kvtier.testing.accelerator import UNMAPPED, LateAccelerator
 from kvtier.tiers.gpu import GpuPool, open_pool
-from tests.cache.rig import LAYOUT, PAGE, grow, hold, kv_of, push_out, put, run, tiers_of
+from tests.cache.rig import LAYOUT, PAGE, grow, hold, push_out, put, run, tiers_of
 from tests.cuda.rig import Engine, gpu_cache, gpu_of, on_gpu
 
 PAGE_BYTES = LAYOUT.page_bytes
