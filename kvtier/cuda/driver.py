@@ -80,9 +80,7 @@ class Driver:
 
     def __init__(self, index: int) -> None:
         self._library = _library()
-        device = c_int()
-        self._call("cuDeviceGet", byref(device), index)
-        self._device = device.value
+        self._device = self._device_of(index)
         self._context = c_void_p()
         self._call("cuDevicePrimaryCtxRetain", byref(self._context), self._device)  # held to the end of the process, as torch does
         there = c_int()
@@ -153,7 +151,7 @@ class Driver:
     def map(self, address: int, size_bytes: int, peers: Sequence[int]) -> None:
         """Put new memory behind reserved addresses, for this device and `peers`. DeviceError, and nothing taken, if there is too little."""
         handle = c_uint64()
-        devices = (self._device, *peers)
+        devices = (self._device, *map(self._device_of, peers))
         access = (_Access * len(devices))(*(_Access(_Location(_DEVICE, device), _READ_AND_WRITE) for device in devices))
         with self.current():
             self._call("cuMemCreate", byref(handle), size_bytes, byref(self._allocation()), 0)
@@ -182,6 +180,11 @@ class Driver:
         """Undo `register`."""
         with self.current():
             self._call("cuMemHostUnregister", address)
+
+    def _device_of(self, index: int) -> int:
+        device = c_int()
+        self._call("cuDeviceGet", byref(device), index)
+        return device.value
 
     def _allocation(self) -> _Allocation:
         return _Allocation(type=_PINNED, location=_Location(_DEVICE, self._device))

@@ -203,7 +203,8 @@ class _Range:
 
 def _tensor_at(address: int, size_bytes: int, device: torch.device) -> torch.Tensor:
     """A view of device memory that torch does not own. DeviceError if torch copied it instead."""
-    tensor = torch.as_tensor(_Range(address, size_bytes), device=device)
+    with torch.cuda.device(device):
+        tensor = torch.as_tensor(_Range(address, size_bytes), device=device)
     if tensor.data_ptr() != address or tensor.device != device:
         raise DeviceError(f"torch took the memory at {address:#x} of {device} for that of {tensor.device}")
     return tensor

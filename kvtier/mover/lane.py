@@ -11,6 +11,7 @@ Before a lane touches the pool, its stream waits for every use that engines note
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -45,7 +46,8 @@ Announce = Callable[[int, Event], None]
 class LaneFormat:
     """What a tier's format is to a lane: `inner` without its byte stage, which stays on the host, and where layers begin in its payloads.
 
-    `is_plain`: payloads are the pages' own bytes, and copies are all they need. ConfigError for formats that a GPU cannot code.
+    `widest_bytes`: what the largest layer of a payload takes on the GPU. `is_plain`: payloads are the pages' own bytes, and copies are all
+    they need. ConfigError for formats that a GPU cannot code.
     """
 
     def __init__(self, format: Format, layout: PageLayout) -> None:
@@ -56,6 +58,7 @@ class LaneFormat:
         self.payload_bytes = inner.payload_bytes(layout)
         self.layer_starts = inner.layer_starts(layout)
         self.is_plain = inner.is_plain
+        self.widest_bytes = max(_aligned(stop - start) for start, stop in pairwise(self.layer_starts))
 
 
 def lane_row_bytes(formats: Iterable[LaneFormat]) -> int:
@@ -87,10 +90,8 @@ class Lane:
         self._host_rows: Addresses = self._host.ctypes.data + np.arange(pages, dtype=np.int64) * row_bytes
 
     def most_pages(self, form: LaneFormat) -> int:
-        """The most pages of one `restore` from memory that the GPU reads itself: one layer of all of them has to fit."""
-        starts = form.layer_starts
-        widest = max(_aligned(stop - start) for start, stop in pairwise(starts))
-        return max(len(self._host), self._room_bytes // widest)
+        """The most pages of one `restore` from memory that the GPU reads itself: one layer of all of them has to fit, unless it is plain."""
+        return sys.maxsize if form.is_plain else max(len(self._host), self._room_bytes // form.widest_bytes)
 
     def restore(
         self, source: Tier, target: GpuPool, form: LaneFormat, arrived: Sequence[tuple[Move, Payload]], announce: Announce | None
@@ -106,8 +107,7 @@ class Lane:
         pages = target.addresses(slots)
         step = layers_per_step(count, form)
         if not form.is_plain and count:
-            widest = max(_aligned(stop - start) for start, stop in pairwise(starts))
-            step = max(1, min(step, self._room_bytes // (count * widest)))
+            step = max(1, min(step, self._room_bytes // (count * form.widest_bytes)))
         with self._accelerator.beside_captures(), _drained(stream):
             target.fences.before(stream)
             for first in range(0, len(starts) - 1, step):

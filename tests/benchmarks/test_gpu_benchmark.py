@@ -18,7 +18,7 @@ from kvtier.tiers import gpu as pools
 
 @pytest.fixture
 def card(monkeypatch):
-    made = LateAccelerator(total_bytes=1 << 25, step_bytes=1 << 16)
+    made = LateAccelerator(total_bytes=1 << 27, step_bytes=1 << 16)
     monkeypatch.setattr(pools, "find_accelerator", lambda place: made)
     return made
 

@@ -78,7 +78,7 @@ def span_of(fake, monkeypatch):
 
     monkeypatch.setattr(nvidia, "_tensor_at", tensor_at)
     monkeypatch.setattr(nvidia, "STEP_BYTES", 2 * STEP)
-    return lambda *sizes: nvidia.NvidiaSpan(Driver(3), torch.device("cpu"), [11], *sizes)
+    return lambda *sizes: nvidia.NvidiaSpan(Driver(3), torch.device("cpu"), [1], *sizes)
 
 
 def test_a_span_grows_and_shrinks_behind_the_same_addresses(fake, span_of):
