@@ -111,7 +111,19 @@ def _codecs() -> list[Finding]:
     from kvtier.formats.native import codecs, why_missing
 
     native = codecs()
-    return [Finding("native codecs", native is not None, f"compiled kernels for {native.features()}" if native else why_missing())]
+    return [
+        Finding("native codecs", native is not None, f"compiled kernels for {native.features()}" if native else why_missing()),
+        _triton(),
+    ]
+
+
+def _triton() -> Finding:
+    import torch
+
+    from kvtier.formats.triton import triton_version, why_missing
+
+    missing = why_missing(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    return Finding("Triton kernels", not missing, missing or f"pages are coded on the GPU by Triton {triton_version()}")
 
 
 def _bookkeeping() -> list[Finding]:

@@ -40,6 +40,11 @@ def divided(numbers: torch.Tensor, divisor: float) -> torch.Tensor:
     return numbers / torch.full((), divisor, dtype=numbers.dtype, device=numbers.device)
 
 
+def root(numbers: torch.Tensor) -> torch.Tensor:
+    """Square roots of fp32 `numbers`, rounded once. By way of double precision, because MKL's, which torch takes on a CPU, are not."""
+    return numbers.double().sqrt_().float()
+
+
 def fp16_scale(scale: torch.Tensor) -> torch.Tensor:
     """`scale` as fp16, saturated instead of infinite."""
     return scale.clamp(max=FP16_MAX).half()

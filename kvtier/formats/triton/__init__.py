@@ -25,7 +25,9 @@ def why_missing(device: torch.device) -> str:
     if problem:
         return problem
     if device.type != "cuda" or torch.version.cuda is None:
-        return f"Triton kernels run on NVIDIA GPUs, not on {device.type if torch.version.cuda else 'this build of torch'}; torch does the work"
+        return (
+            f"Triton kernels run on NVIDIA GPUs, not on {device.type if torch.version.cuda else 'this build of torch'}; torch does the work"
+        )
     found = torch.cuda.get_device_capability(device)
     if found < OLDEST_ARCHITECTURE:
         name = torch.cuda.get_device_name(device)

@@ -27,11 +27,10 @@ def load_word(address, places, mask, BYTES: tl.constexpr, ALIGN: tl.constexpr):
     words lie crooked."""
     if ALIGN % BYTES == 0:
         return tl.load(_word_pointer(address, BYTES, ALIGN) + places, mask, 0).to(tl.uint32)
-    else:
-        word = tl.load(address + places * BYTES, mask, 0).to(tl.uint32)
-        for byte in tl.static_range(1, BYTES):
-            word |= tl.load(address + (places * BYTES + byte), mask, 0).to(tl.uint32) << (8 * byte)
-        return word
+    word = tl.load(address + places * BYTES, mask, 0).to(tl.uint32)
+    for byte in tl.static_range(1, BYTES):
+        word |= tl.load(address + (places * BYTES + byte), mask, 0).to(tl.uint32) << (8 * byte)
+    return word
 
 
 @triton.jit
@@ -61,10 +60,9 @@ def numbers_of_words(words, DTYPE: tl.constexpr):
     """fp32 of uint32 words that hold numbers of a page's dtype."""
     if DTYPE == BF16:
         return (words << 16).to(tl.float32, bitcast=True)
-    elif DTYPE == FP16:
+    if DTYPE == FP16:
         return words.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    else:
-        return words.to(tl.float32, bitcast=True)
+    return words.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -73,11 +71,10 @@ def words_of_numbers(numbers, DTYPE: tl.constexpr):
     if DTYPE == BF16:
         bits = numbers.to(tl.uint32, bitcast=True)
         return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    elif DTYPE == FP16:
+    if DTYPE == FP16:
         within = tl.minimum(tl.maximum(numbers, -LARGEST_HALF), LARGEST_HALF)
         return within.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-    else:
-        return numbers.to(tl.uint32, bitcast=True)
+    return numbers.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -154,10 +151,9 @@ def joined(codes, ROWS: tl.constexpr, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr
     if HEAD_DIM == SIZE:
         place = tl.arange(0, PARTS)[None, :, None]
         return tl.sum(tl.reshape(codes, [ROWS, PARTS, PART]) << (place * WIDTH), 1).to(tl.uint8)
-    else:
-        packed = tl.zeros([ROWS, PART], tl.int32)
-        channel = tl.zeros([ROWS, PART], tl.int32) + tl.arange(0, PART)[None, :]
-        for part in tl.static_range(0, PARTS):
-            taken = tl.minimum(channel + part * (HEAD_DIM // PARTS), SIZE - 1)
-            packed |= tl.gather(codes, taken, 1) << (part * WIDTH)
-        return packed.to(tl.uint8)
+    packed = tl.zeros([ROWS, PART], tl.int32)
+    channel = tl.zeros([ROWS, PART], tl.int32) + tl.arange(0, PART)[None, :]
+    for part in tl.static_range(0, PARTS):
+        taken = tl.minimum(channel + part * (HEAD_DIM // PARTS), SIZE - 1)
+        packed |= tl.gather(codes, taken, 1) << (part * WIDTH)
+    return packed.to(tl.uint8)

@@ -74,9 +74,7 @@ def e4m3_codes(numbers):
 def e4m3_values(codes):
     """fp32 values of uint32 e4m3 codes; the two NaN codes count as 0."""
     magnitude = codes & 0x7F
-    value = tl.where(
-        magnitude < 8, magnitude.to(tl.float32) * 0.001953125, ((magnitude << 20) + 0x3C000000).to(tl.float32, bitcast=True)
-    )
+    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, ((magnitude << 20) + 0x3C000000).to(tl.float32, bitcast=True))
     signed = (value.to(tl.uint32, bitcast=True) | ((codes & 0x80) << 24)).to(tl.float32, bitcast=True)
     return tl.where(magnitude == 0x7F, 0.0, signed)
 
@@ -112,8 +110,13 @@ def kept_word(source, offsets, mask, DTYPE: tl.constexpr, LIMIT: tl.constexpr):
     numbers = finite(numbers_of_words(words, DTYPE), LIMIT)
     if DTYPE == BF16:
         return words_of_numbers(numbers, BF16)
-    else:
-        return words_of_numbers(numbers, FP16)
+    return words_of_numbers(numbers, FP16)
+
+
+@triton.jit
+def _of_four(fours, PLACE: tl.constexpr):
+    """One of the last axis of `[T, FOURS, 4]`, int32."""
+    return tl.sum(tl.where(tl.arange(0, 4)[None, None, :] == PLACE, fours, 0), 2).to(tl.int32)
 
 
 @triton.jit
@@ -122,13 +125,12 @@ def encode_sparse24(
     FOURS: tl.constexpr, LIMIT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Straight from the numbers at pointer `source`, vectors beginning at `starts` `[T]`: the four of each four apart."""
+    channel = tl.arange(0, FOURS * 4)[None, :]
+    words = kept_word(source, starts[:, None] + channel, rows[:, None] & (channel < HEAD_DIM), DTYPE, LIMIT)
+    fours = tl.reshape(words.to(tl.int32), [T, FOURS, 4])
+    w0, w1, w2, w3 = _of_four(fours, 0), _of_four(fours, 1), _of_four(fours, 2), _of_four(fours, 3)
     four = tl.arange(0, FOURS)[None, :]
     inside = rows[:, None] & (four < HEAD_DIM // 4)
-    at = starts[:, None] + four * 4
-    w0 = kept_word(source, at, inside, DTYPE, LIMIT)
-    w1 = kept_word(source, at + 1, inside, DTYPE, LIMIT)
-    w2 = kept_word(source, at + 2, inside, DTYPE, LIMIT)
-    w3 = kept_word(source, at + 3, inside, DTYPE, LIMIT)
     m0, m1, m2, m3 = w0 & 0x7FFF, w1 & 0x7FFF, w2 & 0x7FFF, w3 & 0x7FFF
     # How many of the others come before each one; of equal magnitudes the first does.
     b0 = (m1 > m0).to(tl.int32) + (m2 > m0).to(tl.int32) + (m3 > m0).to(tl.int32)
@@ -139,8 +141,8 @@ def encode_sparse24(
     kept0 = tl.where(first == 0, w0, tl.where(first == 1, w1, w2))
     kept1 = tl.where(last == 3, w3, tl.where(last == 2, w2, w1))
     pair = vectors[:, None] * (HEAD_DIM // 2) + four * 2
-    store_word(address, pair, kept0, inside, 2, ALIGN)
-    store_word(address, pair + 1, kept1, inside, 2, ALIGN)
+    store_word(address, pair, kept0.to(tl.uint32), inside, 2, ALIGN)
+    store_word(address, pair + 1, kept1.to(tl.uint32), inside, 2, ALIGN)
     halves = tl.reshape(first | last << 2, [T, FOURS // 2, 2]) << (tl.arange(0, 2) * 4)[None, None, :]
     packed = tl.arange(0, FOURS // 2)[None, :]
     place = COUNT * HEAD_DIM + vectors[:, None] * (HEAD_DIM // 8) + packed
@@ -162,5 +164,4 @@ def decode_sparse24(
     words = load_word(address, which, inside & (is_first | is_second), 2, ALIGN)
     if DTYPE == FP32:
         return numbers_of_words(words, FP16).to(tl.uint32, bitcast=True)
-    else:
-        return words
+    return words

@@ -13,7 +13,6 @@ from kvtier.formats.levels import LEVELS3, LEVELS4, Levels
 from kvtier.formats.q4 import LARGEST_CODE, SMALLEST_SCALE, STEPS_PER_OCTAVE, ZERO_SCALE
 from kvtier.formats.triton.arithmetic import (
     FP16,
-    LARGEST_HALF,
     butterflies,
     divided,
     finite,
@@ -197,7 +196,9 @@ def _encode_first(
     factors = divided(largest * tl.load(step_values + steps), PER_RMS4)
     whole = rounded(rotated * inverse(factors)[:, None], LARGEST8).to(tl.int32)
     channel = tl.arange(0, D)[None, :]
-    tl.store(address + (CODES + head * HEAD_DIM + channel + 0 * tokens[:, None]), whole.to(tl.uint8), is_first[:, None] & (channel < HEAD_DIM))
+    tl.store(
+        address + (CODES + head * HEAD_DIM + channel + 0 * tokens[:, None]), whole.to(tl.uint8), is_first[:, None] & (channel < HEAD_DIM)
+    )
     short = (tokens - 1) * HEADS + head
     quarter = tl.arange(0, D // 4)[None, :]
     low = joined(codes3 & 3, T, D, HEAD_DIM, 4, D // 4)

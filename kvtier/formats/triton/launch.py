@@ -126,9 +126,7 @@ def encode(
             )  # fmt: skip
 
 
-def decode(
-    plan: Launches, payloads: torch.Tensor, rows: torch.Tensor, target: PagedKV, table: torch.Tensor, first: int, stop: int
-) -> None:
+def decode(plan: Launches, payloads: torch.Tensor, rows: torch.Tensor, target: PagedKV, table: torch.Tensor, first: int, stop: int) -> None:
     """Queue the decoding of layers `first` to `stop` of `payloads[rows]` into the pages of `table`."""
     with _on(target.device):
         for group in plan.groups:
