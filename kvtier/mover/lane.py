@@ -90,7 +90,7 @@ class Lane:
         self._host_rows: Addresses = self._host.ctypes.data + np.arange(pages, dtype=np.int64) * row_bytes
 
     def most_pages(self, form: LaneFormat) -> int:
-        """The most pages of one `restore` from memory that the GPU reads itself: one layer of all of them has to fit, unless it is plain."""
+        """The most pages of one `restore` from memory that the GPU reads itself: a layer of them has to fit, unless they are plain."""
         return sys.maxsize if form.is_plain else max(len(self._host), self._room_bytes // form.widest_bytes)
 
     def restore(
