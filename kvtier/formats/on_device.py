@@ -125,9 +125,8 @@ def _payload_rows(
     """int64 `[count]` on the device. LayoutError if the payloads or the rows do not fit."""
     size = page_format.payload_bytes(paged.layout)
     if payloads.dtype != torch.uint8 or payloads.ndim != 2 or payloads.shape[1] < size or payloads.stride(1) != 1:
-        raise LayoutError(
-            f"{name} is {payloads.dtype} {list(payloads.shape)}; {page_format.name} needs uint8 [pages, at least {size}] with contiguous rows"
-        )
+        given_as = f"{name} is {payloads.dtype} {list(payloads.shape)}"
+        raise LayoutError(f"{given_as}; {page_format.name} needs uint8 [pages, at least {size}] with contiguous rows")
     if payloads.device != paged.device and not (payloads.is_cpu and payloads.is_pinned()):
         raise LayoutError(f"{name} is on {payloads.device}; expected {paged.device}, or host memory that is pinned")
     given = range(count) if rows is None else rows
