@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def test_runs_are_the_rows_in_order_and_cannot_be_longer(pairs):
     sources, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     runs = list(runs_of(sources, targets))
     assert [(source + i, target + i) for source, target, count in runs for i in range(count)] == pairs
-    for (source, target, count), (next_source, next_target, _) in zip(runs, runs[1:], strict=False):
+    for (source, target, count), (next_source, next_target, _) in pairwise(runs):
         assert (source + count, target + count) != (next_source, next_target)
 
 
