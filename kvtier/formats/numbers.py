@@ -1,6 +1,6 @@
 """Arithmetic that the quantized codecs share: finite numbers, sums, fp16 scales, rotated vectors back to the page's dtype.
 
-Each step rounds once and in a stated order, so that the reference gives the same bytes on every machine, and the Triton kernels give them too.
+Each step rounds once and in a stated order, so that the reference gives the same bytes on every machine, and so do the Triton kernels.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ Arguments are checked before.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,9 @@ from kvtier.formats.blocks import BlockFormat
 from kvtier.formats.paged import PagedKV
 from kvtier.formats.triton import why_missing
 from kvtier.layout import PageLayout
+
+if TYPE_CHECKING:
+    from kvtier.formats.triton.launch import Launches
 
 Blocks = Sequence[int] | Sequence[Sequence[int]] | torch.Tensor
 """Which blocks hold the pages, `[n, page_blocks]` or, where a page is one block, `[n]`; see `PagedKV.block_table`."""
@@ -43,10 +47,10 @@ def encode_pages(
     begins = _begins(first, len(table))
     if not len(table):
         return
-    if fused(page_format, source.layout, source.device):
+    plan = _launches(page_format, source.layout, source.device)
+    if plan is not None:
         from kvtier.formats.triton import launch
 
-        plan = launch.launches(page_format, source.layout, source.device)
         launch.encode(plan, source, table, out, places, None if begins is None else begins.to(source.device, non_blocking=True))
         return
     coded = _encode_by_torch(page_format, source.gather(table, 0, source.layout.layers), source.layout, first)
@@ -73,10 +77,11 @@ def decode_pages(
     begin, end = span_of(layers, target.layout)
     if not len(table) or begin == end:
         return
-    if fused(page_format, target.layout, target.device):
+    plan = _launches(page_format, target.layout, target.device)
+    if plan is not None:
         from kvtier.formats.triton import launch
 
-        launch.decode(launch.launches(page_format, target.layout, target.device), payloads, places, target, table, begin, end)
+        launch.decode(plan, payloads, places, target, table, begin, end)
         return
     size = page_format.payload_bytes(target.layout)
     coded = payloads[:, :size].index_select(0, places.to(payloads.device)).to(target.device)
@@ -85,11 +90,15 @@ def decode_pages(
 
 def fused(page_format: BlockFormat, layout: PageLayout, device: torch.device) -> bool:
     """Whether Triton kernels do the work there: both directions in one pass over memory each."""
-    if why_missing(device):
-        return False
-    from kvtier.formats.triton import launch
+    return _launches(page_format, layout, device) is not None
 
-    return launch.launches(page_format, layout, device) is not None
+
+def _launches(page_format: BlockFormat, layout: PageLayout, device: torch.device) -> Launches | None:
+    if why_missing(device):
+        return None
+    from kvtier.formats.triton.launch import launches  # which imports Triton
+
+    return launches(page_format, layout, device)
 
 
 def _encode_by_torch(page_format: BlockFormat, pages: torch.Tensor, layout: PageLayout, first: Collection[int]) -> torch.Tensor:
@@ -125,9 +134,8 @@ def _payload_rows(
     """int64 `[count]` on the device. LayoutError if the payloads or the rows do not fit."""
     size = page_format.payload_bytes(paged.layout)
     if payloads.dtype != torch.uint8 or payloads.ndim != 2 or payloads.shape[1] < size or payloads.stride(1) != 1:
-        raise LayoutError(
-            f"{name} is {payloads.dtype} {list(payloads.shape)}; {page_format.name} needs uint8 [pages, at least {size}] with contiguous rows"
-        )
+        given_as = f"{name} is {payloads.dtype} {list(payloads.shape)}"
+        raise LayoutError(f"{given_as}; {page_format.name} needs uint8 [pages, at least {size}] with contiguous rows")
     if payloads.device != paged.device and not (payloads.is_cpu and payloads.is_pinned()):
         raise LayoutError(f"{name} is on {payloads.device}; expected {paged.device}, or host memory that is pinned")
     given = range(count) if rows is None else rows

@@ -97,7 +97,8 @@ class PagedKV:
         if block_tokens < 1 or any(pool.ndim != 3 for pools_of in pools for pool in pools_of):
             raise LayoutError("paged KV: token pools are [slots, kv_heads, head_dim] each, blocks at least one token")
         views = [
-            [pool[: len(pool) // block_tokens * block_tokens].unflatten(0, (-1, block_tokens)) for pool in pools_of] for pools_of in pools
+            [pool[: len(pool) // block_tokens * block_tokens].view(-1, block_tokens, *pool.shape[1:]) for pool in pools_of]
+            for pools_of in pools
         ]
         return cls(layout, tuple(zip(*views, strict=True)))
 
@@ -164,4 +165,4 @@ class PagedKV:
         """The inverse of `gather`: `pages` become layers `first` and following of these blocks."""
         for layer in range(pages.shape[1]):
             for plane, view in enumerate(self.views[first + layer]):
-                view[table] = pages[:, layer, plane].unflatten(1, (self.page_blocks, self.block_tokens))
+                view[table] = pages[:, layer, plane].reshape(len(pages), self.page_blocks, self.block_tokens, *pages.shape[4:])

@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 from kvtier.formats import get_format
 from kvtier.formats.blocks import BlockFormat
 from kvtier.formats.triton import launch, pages
+from kvtier.formats.triton.gaussian import decode_factors
 from kvtier.layout import PageLayout
 
 LAYOUT = PageLayout(2, 2, 16, 8, 128, "bf16")
@@ -48,7 +49,7 @@ def main() -> None:
         assert plan is not None
         for group in plan.groups:
             what = f"{name}{' keys' if group.shared['KEYS'] else ''}"
-            factor4, factor3 = launch.decode_factors(LAYOUT.head_dim)
+            factor4, factor3 = decode_factors(LAYOUT.head_dim)
             sizes = {"BLOCK_TOKENS": 16, "ALIGN": 16}
             there = {"LIMIT": group.limit, "FIRST": False, "SOURCE_ALIGN": 16}
             back = {"FACTOR4": factor4, "FACTOR3": factor3, "CAN_BEGIN": group.can_begin, "TARGET_ALIGN": 16}

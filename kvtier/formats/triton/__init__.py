@@ -25,9 +25,8 @@ def why_missing(device: torch.device) -> str:
     if problem:
         return problem
     if device.type != "cuda" or torch.version.cuda is None:
-        return (
-            f"Triton kernels run on NVIDIA GPUs, not on {device.type if torch.version.cuda else 'this build of torch'}; torch does the work"
-        )
+        what = "torch is built without CUDA" if torch.version.cuda is None else f"this is a device of type {device.type}"
+        return f"they run on NVIDIA GPUs, and {what}; pages in CPU memory are coded there"
     found = torch.cuda.get_device_capability(device)
     if found < OLDEST_ARCHITECTURE:
         name = torch.cuda.get_device_name(device)

@@ -1,6 +1,6 @@
 """q8, fp8 and sparse24 as Triton functions over the vectors of one head of one block: `[T, D]`, padded to powers of two. Pure.
 
-`address` is the coded block; `vectors` `[T]` numbers the vectors as they lie in it (token, head). Layouts: `q8.py`, `fp8.py`, `sparse24.py`.
+`address` is the coded block; `vectors` `[T]` numbers its vectors in their order. Layouts: `q8.py`, `fp8.py`, `sparse24.py`.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ The block's layout and why it is so: `q4.py`; levels: `levels.py`; keys without 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import triton
 import triton.language as tl
 
@@ -38,7 +40,7 @@ def _magnitudes(levels: Levels) -> list[int]:
 
 def _boundaries(levels: Levels) -> list[int]:
     magnitudes = _magnitudes(levels)
-    return [(lower + upper) // 2 for lower, upper in zip(magnitudes, magnitudes[1:], strict=False)]
+    return [(lower + upper) // 2 for lower, upper in pairwise(magnitudes)]
 
 
 MAGNITUDES4_LOW: tl.constexpr = tl.constexpr(_bytes(_magnitudes(LEVELS4)[:4]))
@@ -151,9 +153,7 @@ def encode_q4(
     else:
         special = False
     if special:
-        _encode_first(
-            rotated, reduced, address, head, tokens, rows, mantissas, step_values, MEAN, CODES, TOKENS, HEADS, HEAD_DIM, T, D, ALIGN
-        )
+        _encode_first(rotated, reduced, address, head, tokens, rows, mantissas, step_values, MEAN, CODES, HEADS, HEAD_DIM, T, D, ALIGN)
     else:
         codes, scales = encode_levels(rotated, T, D, HEAD_DIM, 4)
         super_word = half_word(tl.max(scales, 0))
@@ -173,7 +173,7 @@ def _store_scales(address, head, vectors, rows, super_word, steps, MEAN: tl.cons
 
 @triton.jit
 def _encode_first(
-    rotated, reduced, address, head, tokens, rows, mantissas, step_values, MEAN: tl.constexpr, CODES: tl.constexpr, TOKENS: tl.constexpr,
+    rotated, reduced, address, head, tokens, rows, mantissas, step_values, MEAN: tl.constexpr, CODES: tl.constexpr,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """`Gaussian.encode_first`: 8 bits for the first token, three for those that pay, four for the others."""
@@ -196,9 +196,8 @@ def _encode_first(
     factors = divided(largest * tl.load(step_values + steps), PER_RMS4)
     whole = rounded(rotated * inverse(factors)[:, None], LARGEST8).to(tl.int32)
     channel = tl.arange(0, D)[None, :]
-    tl.store(
-        address + (CODES + head * HEAD_DIM + channel + 0 * tokens[:, None]), whole.to(tl.uint8), is_first[:, None] & (channel < HEAD_DIM)
-    )
+    at = CODES + head * HEAD_DIM + channel + 0 * tokens[:, None]
+    tl.store(address + at, whole.to(tl.uint8), is_first[:, None] & (channel < HEAD_DIM))
     short = (tokens - 1) * HEADS + head
     quarter = tl.arange(0, D // 4)[None, :]
     low = joined(codes3 & 3, T, D, HEAD_DIM, 4, D // 4)

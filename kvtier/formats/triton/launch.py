@@ -1,4 +1,4 @@
-"""How a format becomes launches of the kernels: blocks that are coded alike go together, all pages and layers at once. Stateless but a cache.
+"""How a format becomes launches of the kernels: blocks coded alike go together, all pages and layers at once. No state but a cache.
 
 Imports Triton: only for devices of which `kvtier.formats.triton.why_missing` has nothing to say.
 """
