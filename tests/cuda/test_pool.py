@@ -244,3 +244,29 @@ def test_registered_chunks_touch_but_never_overlap_and_no_direct_slot_crosses_tw
     made.undo()
     assert gpu.registered == {}
     assert not made.covers(places, slot_bytes).any()
+
+
+def test_a_page_that_is_leased_while_it_is_being_moved_stays_where_its_lease_says(monkeypatch):
+    with gpu_cache(monkeypatch, device_pages=8, gpu={"step_bytes": PAGE_BYTES}) as cache:
+        put(cache, run(1, 2))
+        put(cache, run(2, 2))
+        put(cache, run(3, 2))
+        pool = cache._residency.device
+        assert isinstance(pool, GpuPool)
+        copy_to, held = pool.copy_to, []
+
+        def and_lease(*copies):
+            copy_to(*copies)
+            held.append(hold(cache, run(3, 2)))
+            held.append(held[0].block_table.tolist())
+
+        monkeypatch.setattr(pool, "copy_to", and_lease)
+        end = cache.resize_device(4 * PAGE_BYTES) // PAGE_BYTES
+        lease, slots = held
+        assert max(slots) >= 4, "these are pages that were to be moved"
+        assert lease.block_table.tolist() == slots
+        assert end == max(slots) + 1
+        engine = Engine(cache)
+        engine.assert_found(engine.read(lease), run(3, 2))
+        lease.release()
+        cache.check_integrity()
