@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -253,7 +255,8 @@ def test_a_page_that_is_leased_while_it_is_being_moved_stays_where_its_lease_say
         put(cache, run(3, 2))
         pool = cache._residency.device
         assert isinstance(pool, GpuPool)
-        copy_to, held = pool.copy_to, []
+        copy_to = pool.copy_to
+        held: list[Any] = []
 
         def and_lease(*copies):
             copy_to(*copies)
