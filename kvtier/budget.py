@@ -351,7 +351,8 @@ class BudgetedLease:
                 residency.forget(row, tier, "unusable")
 
     def _slots(self, pages: Sequence[int]) -> list[int]:
-        """Device slots of pages that stay."""
+        """Device slots of pages that stay, for the calling thread's stream to read."""
+        self._residency.device.enter()
         rows = np.array([self._lease.rows[page] for page in pages], np.int64)
         with self._residency.lock:
             slots: list[int] = self._residency.table.slot[DEVICE][rows].tolist()

@@ -32,6 +32,7 @@ from kvtier.mover.transfer import Priority, Transfer
 from kvtier.pages import ABSENT, NO_ROW, READY, WRITING
 from kvtier.prefetch import Prefetch
 from kvtier.residency import DEVICE, Residency
+from kvtier.resizing import resize
 from kvtier.tiers.base import Tier
 from kvtier.writing import Writer
 
@@ -217,8 +218,8 @@ class TieredKVCache:
         with residency.lock:
             if lease.released:
                 return
-            lease.released = True
             residency.release(lease.rows)
+            lease.released = True
 
     # -- writing ---------------------------------------------------------------------------------------------------------------
 
@@ -412,6 +413,16 @@ class TieredKVCache:
                     return index
                 counted |= keys
         return len(requests)
+
+    def resize_device(self, capacity_bytes: int) -> int:
+        """Grow or shrink the device tier on a GPU to about `capacity_bytes`, for an engine whose own needs change; its bytes then.
+
+        Addresses, block tables and captured CUDA graphs stay valid. Shrinking moves pages to free slots in front and lets the policy choose
+        which leave; what is leased stays where it is, and the pool ends behind the last such page. ConfigError, and nothing changed, if the
+        device tier cannot change its size, or not to that.
+        """
+        residency = self._open()
+        return residency.mover.spawn(resize(residency, capacity_bytes // self.layout.page_bytes)).result() * self.layout.page_bytes
 
     # -- the whole -------------------------------------------------------------------------------------------------------------
 

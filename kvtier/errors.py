@@ -55,6 +55,10 @@ class TransferFailed(KVTierError):
     """A restore broke after its pages had been verified (an internal failure). Release the lease and recompute."""
 
 
+class DeviceError(KVTierError):
+    """A GPU refused a call, or work on it failed. What was asked for has not been done; other work on it may go on."""
+
+
 class NumaError(KVTierError):
     """A NUMA node, CPU, process or plan is not there, not allowed or not understood. Nothing has been bound."""
 

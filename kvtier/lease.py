@@ -106,12 +106,16 @@ class Lease:
         if not self.restored.done():
             raise LeaseError("the block table is not known yet: wait() for the lease or `await ready()` first")
         self.known = True
+        self.residency.device.enter()
         with self.residency.lock:
             slots: NDArray[np.int64] = self.residency.table.slot[0, self.rows]
         return slots
 
     def layer(self, index: int, timeout: float | None = None) -> torch.Tensor:
         """Block until layer `index` of every page is on the device; the pool seen by that layer.
+
+        On a GPU the calling thread goes on once the layer is on its way, and only its current stream waits, on the GPU. That stream must be
+        current again at `release`, or be done with the pages by then.
 
         A view `[slots, planes, page_tokens, kv_heads, head_dim]`, to be indexed with `slots()`. After the first call `tokens` is final:
         pages that did not verify have shortened it. Layers arrive in order, so an engine computes layer 0 while layer 1 is still being
@@ -121,6 +125,7 @@ class Lease:
         if not 0 <= index < layers:
             raise LeaseError(f"layer {index}: this model has layers 0 to {layers - 1}")
         self.wait_layers(index + 1, timeout)
+        self._enter(index + 1)
         return self.residency.device.layer(index)
 
     def slots(self) -> NDArray[np.int64]:
@@ -146,6 +151,11 @@ class Lease:
             self._shorten()
         self.known = True
         self.check_whole()
+
+    def _enter(self, layers: int) -> None:
+        """Let the calling thread's stream wait for the first `layers` layers, where the device is a GPU."""
+        events = [event for transfer in self.transfers if (event := transfer.event_of(layers)) is not None]
+        self.residency.device.enter(events)
 
     def check_whole(self) -> None:
         """TransferFailed if fewer tokens came than the holder was told."""

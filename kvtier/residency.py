@@ -38,8 +38,8 @@ from kvtier.policy.admission import Admission
 from kvtier.pricing import Prices
 from kvtier.protection import Protected
 from kvtier.tiers.base import Slots, Tier
-from kvtier.tiers.device import DevicePool
 from kvtier.tiers.disk import DiskTier
+from kvtier.tiers.gpu import open_pool
 from kvtier.tiers.host import HostTier
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Residency:
         self.layout = layout
         self.clock = clock
         self.lock = threading.RLock()
-        self.device = DevicePool(layout, config.device.capacity_bytes, config.device.place)
+        self.device = open_pool(layout, config.device.capacity_bytes, config.device.place, config.device.free_memory_fraction)
         self.tiers: list[Slots] = [self.device]
         self.entry: list[str] = [WRITE_BACK]
         """Per tier, the write policy by which pages come into it from the tier above."""
@@ -100,10 +100,9 @@ class Residency:
         config, layout = self.config, self.layout
         if config.host is not None:
             own = config.host
-            near = str(self.device.place)
-            host = HostTier(
-                layout, get_format(own.format), own.capacity_bytes, own.mlock, own.pin, own.huge_pages, own.numa, own.numa_nodes, near
-            )
+            near, gpu = str(self.device.place), self.device.accelerator
+            sizes = (layout, get_format(own.format), own.capacity_bytes)
+            host = HostTier(*sizes, own.mlock, own.pin, own.huge_pages, own.numa, own.numa_nodes, near, gpu)
             self.tiers.append(host)
             self.entry.append(config.host.write_policy)
         if config.disk is not None:
@@ -308,7 +307,8 @@ class Residency:
         self.touch(rows, DEVICE)
 
     def release(self, rows: Rows | Sequence[int]) -> None:
-        """A request lets go of these pages. Lock held."""
+        """A request lets go of these pages; what it launched on its stream may still be reading them. Lock held."""
+        self.device.leave()
         open_slots = self.table.release(rows)
         if open_slots:
             self.device.free(open_slots)
@@ -515,7 +515,8 @@ class Residency:
         table = self.table
         table.begin(rows, target, slots)
         moves = [Move(row, table.page_id(row), int(table.slot[source, row]), slot) for row, slot in zip(rows, slots, strict=True)]
-        size = max(1, min(self.mover.staging.pages_per_round, -(-len(moves) // self.config.mover.workers)))
+        most = self.mover.staging.pages_in_one(self.tiers[source], self.tiers[target])
+        size = max(1, min(most, -(-len(moves) // self.config.mover.workers)))
         transfers = []
         for start in range(0, len(moves), size):
             part = tuple(moves[start : start + size])

@@ -23,20 +23,22 @@ BELOW = {
     "numa": {"errors"},
     "formats": {"errors", "format_spec", "layout"},
     "columns": set(),
+    "cuda": {"errors"},
     "attention": {"errors", "formats", "layout"},
     "policy": {"columns", "errors"},
     "replay": {"errors", "policy"},
     "tune": {"config", "errors", "format_spec", "formats", "layout", "policy", "replay"},
-    "tiers": {"columns", "errors", "layout", "keys", "formats", "io", "memory", "numa"},
+    "tiers": {"columns", "cuda", "errors", "layout", "keys", "formats", "io", "memory", "numa"},
     "pages": {"columns", "errors", "keys", "tiers"},
     "protection": {"pages", "policy"},
     "pricing": set(),
-    "mover": {"errors", "formats", "layout", "machine", "memory", "tiers"},
+    "mover": {"cuda", "errors", "formats", "layout", "machine", "memory", "tiers"},
     "housekeeping": {"mover", "pages", "residency", "tiers"},
     "residency": {
         *("attention", "config", "housekeeping", "errors", "keys", "layout", "metrics"),
         *("formats", "policy", "pricing", "protection", "tiers", "pages", "mover"),
     },
+    "resizing": {"errors", "mover", "pages", "residency", "tiers"},
     "prefetch": {"keys", "mover", "residency"},
     "lease": {"errors", "keys", "mover", "pages", "residency"},
     "attending": {"attention", "errors", "lease", "pages", "residency"},
@@ -44,16 +46,16 @@ BELOW = {
     "writing": {"attention", "errors", "keys", "lease", "mover", "pages", "residency", "tiers"},
     "cache": {
         *("attending", "budget", "config", "errors", "layout", "keys", "lease", "prefetch"),
-        *("mover", "pages", "residency", "tiers", "writing"),
+        *("mover", "pages", "residency", "resizing", "tiers", "writing"),
     },
     "engines": {"budget", "cache", "config", "errors", "layout", "lease"},
     "quality": {"attention", "budget", "engines", "errors", "formats", "layout"},
     "job": {"cache", "config", "engines", "errors", "formats", "layout", "machine", "quality"},
     "cli": {
-        *("columns", "config", "engines", "errors", "formats", "io", "job", "layout"),
+        *("columns", "config", "cuda", "engines", "errors", "formats", "io", "job", "layout"),
         *("tiers", "memory", "machine", "numa", "quality", "replay", "tune"),
     },
-    "testing": {"errors", "io", "layout", "keys", "formats", "policy", "tiers"},
+    "testing": {"cuda", "errors", "io", "layout", "keys", "formats", "policy", "tiers"},
     "errors": set(),
 }
 """Which rooms a room may import: the floors of CONTRIBUTING.md."""
@@ -126,6 +128,17 @@ def test_example_runs_and_reuses():
     done = subprocess.run([sys.executable, ROOT / "examples" / "embed.py"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "first visit: 0 tokens reused; second visit: 1280 of 1280"
     assert len((ROOT / "examples" / "embed.py").read_text().splitlines()) < 60
+
+
+def test_nothing_waits_for_a_whole_gpu():
+    """An engine's work is not kvtier's to wait for: streams and events only. And one room alone talks to CUDA about them."""
+    forbidden = ("cuda.synchronize", "DeviceSynchronize", "CtxSynchronize", "stream.synchronize", "stream().synchronize")
+    streams = ("torch.cuda.Stream", "torch.cuda.stream(", "torch.cuda.Event", "cudart", "libcuda")
+    for path in (ROOT / "kvtier").rglob("*.py"):
+        text, room = path.read_text(), path.relative_to(ROOT / "kvtier").parts[0]
+        assert not [word for word in forbidden if word in text], f"{path} waits for more than one transfer"
+        if room != "cuda" and path.name != "stopwatch.py":
+            assert not [word for word in streams if word in text], f"{path} talks to CUDA itself; kvtier.cuda does that"
 
 
 def test_links_in_the_documents_lead_somewhere():

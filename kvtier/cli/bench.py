@@ -235,6 +235,21 @@ def pricing(
     measured("pricing", repeats, tiny, json, plot, profile, note, layout=layout, path=_directory(path))
 
 
+@app.command()
+def gpu(
+    check: Annotated[bool, typer.Option(help="First let every format go down and up, and compare with the CPU.")] = True,
+    repeats: RepeatsOption = 7,
+    tiny: TinyOption = False,
+    json: JsonOption = None,
+    plot: PlotOption = None,
+    profile: ProfileOption = None,
+) -> None:
+    """What the link to a GPU gives: scattered pages, coded pages, launches, layers read while others come, decoding beside an offload."""
+    program = importlib.import_module("kvtier.bench.gpu")
+    program.find_gpu()
+    measured("gpu", repeats, tiny, json, plot, profile, program.note(), check=check)
+
+
 def _directory(path: Path | None) -> Path | None:
     if path is not None and not path.is_dir():
         raise KVTierError(f"--path {path} is not a directory; name an existing one")

@@ -6,13 +6,16 @@ import tempfile
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvtier.cli.app import app
 from kvtier.cli.output import JsonOption, check_json_target, human_console, write_json
-from kvtier.errors import KVTierError
+from kvtier.errors import ConfigError, KVTierError
+
+if TYPE_CHECKING:
+    from kvtier.cuda.surface import Accelerator
 
 _HUGE_PAGES = {
     "explicit": "2 MiB pages from the system's pool",
@@ -55,26 +58,41 @@ def doctor(
 
 
 def _memory() -> list[Finding]:
-    import torch
-
     from kvtier.formats import get_format
     from kvtier.layout import PageLayout
     from kvtier.memory.limits import available_memory
     from kvtier.tiers.host import HostTier
 
-    cuda = torch.cuda.is_available()
-    name = torch.cuda.get_device_name(0) if cuda else "none; the device tier lives in CPU memory"
-    host = HostTier(PageLayout(1, 2, 16, 8, 128, "fp16"), get_format("raw"), 16 << 20)
+    gpu, findings = _gpu()
+    host = HostTier(PageLayout(1, 2, 16, 8, 128, "fp16"), get_format("raw"), 16 << 20, accelerator=gpu)
     got: Any = host.report()
     host.close()
     room = available_memory()
     return [
-        Finding("CUDA", cuda, name),
+        *findings,
         Finding("locked host memory", got["mlock"], "host pages stay in memory" if got["mlock"] else "host pages may be swapped out"),
-        Finding("pinned host memory", got["pinned"], "fast copies to the GPU" if got["pinned"] else "copies to a GPU are staged"),
+        Finding("pinned host memory", got["pinned"], "fast copies to the GPU" if got["pinned"] else got["why_not_pinned"]),
         Finding("huge pages", got["huge_pages"] != "none", _HUGE_PAGES[got["huge_pages"]]),
         *_nodes(),
         Finding("memory for a host tier", True, f"{room.bytes / 2**30:.1f} GiB; {room.why}"),
+    ]
+
+
+def _gpu() -> tuple[Accelerator | None, list[Finding]]:
+    from kvtier.cuda.find import find_accelerator
+
+    try:
+        gpu = find_accelerator("auto")
+    except ConfigError as error:
+        return None, [Finding("CUDA", False, str(error))]
+    if gpu is None:
+        return None, [Finding("CUDA", False, "none; the device tier lives in CPU memory")]
+    got: Any = gpu.report()
+    batches, grows = got["batch_copies"], got["memory_can_grow"]
+    return gpu, [
+        Finding("CUDA", True, f"{gpu.name}, compute capability {got['compute_capability']}"),
+        Finding("GPU batch copies", batches, "many pages are one call" if batches else "one call a page; drivers of CUDA 12.8 can"),
+        Finding("GPU memory that grows", grows, "the device tier can be resized" if grows else "the device tier has a fixed size"),
     ]
 
 
@@ -93,7 +111,19 @@ def _codecs() -> list[Finding]:
     from kvtier.formats.native import codecs, why_missing
 
     native = codecs()
-    return [Finding("native codecs", native is not None, f"compiled kernels for {native.features()}" if native else why_missing())]
+    return [
+        Finding("native codecs", native is not None, f"compiled kernels for {native.features()}" if native else why_missing()),
+        _triton(),
+    ]
+
+
+def _triton() -> Finding:
+    import torch
+
+    from kvtier.formats.triton import triton_version, why_missing
+
+    missing = why_missing(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    return Finding("Triton kernels", not missing, missing or f"pages are coded on the GPU by Triton {triton_version()}")
 
 
 def _bookkeeping() -> list[Finding]:

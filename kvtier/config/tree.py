@@ -94,6 +94,12 @@ class PagesConfig(_Section):
 class DeviceConfig(_Section):
     capacity_bytes: Bytes = Field(default=1 * GiB, gt=0, description="Memory for pages the engine attends over, always stored raw.")
     place: Place = Field(default="auto", description="Where that memory is. `auto`: the current CUDA device, or the CPU.")
+    free_memory_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="On a GPU: the share of its free memory to take at start, instead of `capacity_bytes`. 0: `capacity_bytes` counts.",
+    )
 
 
 class HostConfig(_Section):

@@ -5,7 +5,7 @@ stretch, keys and values may use different codecs, and so may layers. Nothing of
 arithmetic up to one rounding per step, so layer by layer, page by page or all at once give the same numbers.
 
 The codecs here are the torch reference. Where `kvtier.formats.native` has compiled kernels for a layout they do the work, from and into the
-caller's memory, without the interpreter's lock.
+caller's memory, without the interpreter's lock; pages on a GPU are coded there (`on_device.py`).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class BlockCodec(ABC):
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where one block of a payload is and what codes it."""
 
     codec: BlockCodec
@@ -99,7 +99,7 @@ class _Place:
 class _Plan:
     """All blocks of one format and layout, by layer and plane, and the same for the native kernels (None if they cannot do it)."""
 
-    places: tuple[tuple[_Place, ...], ...]
+    places: tuple[tuple[Place, ...], ...]
     payload_bytes: int
     streams: tuple[Stream, ...]
     native: bytes | None
@@ -145,6 +145,19 @@ class BlockFormat(Format):
     def payload_bytes(self, layout: PageLayout) -> int:
         return self._plan(layout).payload_bytes
 
+    def places(self, layout: PageLayout) -> tuple[tuple[Place, ...], ...]:
+        """The blocks of a payload, by layer and plane."""
+        return self._plan(layout).places
+
+    def layer_starts(self, layout: PageLayout) -> tuple[int, ...]:
+        """The byte of a payload at which each layer begins, and behind the last one the payload's size."""
+        return (*(row[0].offset for row in self.places(layout)), self.payload_bytes(layout))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a payload is the bytes of its page, in their order."""
+        return {codec.name for pair in (self._pair, *(pair for _, pair in self._ranges)) for codec in pair} == {"raw"}
+
     def streams(self, layout: PageLayout) -> tuple[Stream, ...]:
         return self._plan(layout).streams
 
@@ -166,6 +179,9 @@ class BlockFormat(Format):
         if native is not None and plan.native is not None:
             begins = bytes(index in first for index in range(len(rows))) if first else bytes(len(rows))
             native.encode(plan.native, pages.data_ptr(), rows, payloads, begins)
+            return payloads
+        if pages.is_cuda:
+            self._encode_on_device(pages, layout, rows, payloads, first)
             return payloads
         for special in (False, True):
             some = [index for index in range(len(rows)) if (index in first) == special]
@@ -194,6 +210,17 @@ class BlockFormat(Format):
             return out
         native.decode(plan.native, payloads, out.data_ptr(), rows, begin, end, out.stride(0) * DTYPE_BYTES[layout.dtype])
         return out
+
+    def _encode_on_device(
+        self, pages: torch.Tensor, layout: PageLayout, rows: Sequence[int], payloads: Sequence[Payload], first: Collection[int]
+    ) -> None:
+        from kvtier.formats.on_device import encode_pages  # which is built on this file
+        from kvtier.formats.paged import PagedKV
+
+        coded = torch.empty((len(rows), self.payload_bytes(layout)), dtype=torch.uint8, device=pages.device)
+        encode_pages(self, PagedKV.of_pool(pages if pages.stride(5) == 1 else pages.contiguous(), layout), rows, coded, first=first)
+        for payload, each in zip(payloads, coded.cpu().numpy(), strict=True):
+            payload[:] = each
 
     def _encode_reference(
         self, pages: torch.Tensor, layout: PageLayout, rows: Sequence[int], payloads: Sequence[Payload], special: bool
@@ -234,13 +261,13 @@ class BlockFormat(Format):
             row = []
             for codec, keys in zip(pair if layout.planes == 2 else pair[1:], (True, False), strict=False):
                 shape = BlockShape(layout.page_tokens, layout.kv_heads, layout.head_dim, layout.dtype, keys and layout.planes == 2)
-                row.append(_Place(codec, shape, offset, codec.block_bytes(shape)))
+                row.append(Place(codec, shape, offset, codec.block_bytes(shape)))
                 offset += row[-1].size
             places.append(tuple(row))
         return _Plan(tuple(places), offset, _streams(places), _native_plan(places, layout, offset))
 
 
-def _streams(places: Sequence[Sequence[_Place]]) -> tuple[Stream, ...]:
+def _streams(places: Sequence[Sequence[Place]]) -> tuple[Stream, ...]:
     """One for each kind of bytes of each codec and plane: keys and values have different statistics."""
     alike: dict[tuple[BlockCodec, bool, int], list[tuple[int, int]]] = {}
     elements: dict[tuple[BlockCodec, bool, int], int] = {}
@@ -255,7 +282,7 @@ def _streams(places: Sequence[Sequence[_Place]]) -> tuple[Stream, ...]:
     return tuple(Stream(elements[key], tuple(spans)) for key, spans in alike.items())
 
 
-def _native_plan(places: Sequence[Sequence[_Place]], layout: PageLayout, payload_bytes: int) -> bytes | None:
+def _native_plan(places: Sequence[Sequence[Place]], layout: PageLayout, payload_bytes: int) -> bytes | None:
     native = native_codecs()
     if native is None:
         return None

@@ -23,7 +23,7 @@ from functools import lru_cache
 import torch
 
 from kvtier.formats.blocks import BlockCodec, BlockShape
-from kvtier.formats.numbers import FP16_MAX, as_page_dtype, finite, fp16_scale, inverse, numbers_of
+from kvtier.formats.numbers import FP16_MAX, as_page_dtype, divided, finite, fp16_scale, inverse, numbers_of
 
 E4M3_MAX = 448.0
 
@@ -39,14 +39,16 @@ class FP8(BlockCodec):
 
     def encode(self, blocks: torch.Tensor, shape: BlockShape) -> torch.Tensor:
         numbers = finite(blocks, E4M3_MAX * FP16_MAX)
-        scales = fp16_scale(numbers.abs().amax(-1, keepdim=True) / E4M3_MAX)
+        scales = fp16_scale(divided(numbers.abs().amax(-1, keepdim=True), E4M3_MAX))
         # A scale that was rounded down lets numbers exceed the largest code, which older versions of torch make NaN.
         codes = (numbers * inverse(scales)).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         return torch.cat([codes.view(torch.uint8).flatten(1), scales.flatten(1).view(torch.uint8)], 1)
 
     def decode(self, coded: torch.Tensor, shape: BlockShape) -> torch.Tensor:
         codes, scales = coded.split_with_sizes([shape.vectors * shape.head_dim, shape.vectors * 2], 1)
-        numbers = _e4m3_values().index_select(0, codes.reshape(-1).int()).view(-1, shape.tokens, shape.heads, shape.head_dim)
+        numbers = (
+            _e4m3_values().to(codes.device).index_select(0, codes.reshape(-1).int()).view(-1, shape.tokens, shape.heads, shape.head_dim)
+        )
         factors = numbers_of(scales, torch.float16).view(-1, shape.tokens, shape.heads, 1)
         return as_page_dtype(numbers * factors, shape.torch_dtype)
 

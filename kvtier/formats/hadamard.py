@@ -33,10 +33,17 @@ def signs(block: int, device: torch.device) -> torch.Tensor:
 
 
 def rotate(vectors: torch.Tensor) -> torch.Tensor:
-    """Rotated copy of fp32 `vectors` `[..., head_dim]`; norms are kept."""
+    """Rotated copy of fp32 `vectors` `[..., head_dim]`; norms are kept.
+
+    Sums and differences of neighbours, then of numbers 2, 4, ... apart, then one product: the same bits on every machine and device. Each
+    step leaves the differences behind the sums, so that the next one's numbers are neighbours again.
+    """
     block = block_size(vectors.shape[-1])
-    matrix = signs(block, vectors.device) / math.sqrt(block)
-    return (vectors.reshape(-1, block) @ matrix).view(vectors.shape)
+    numbers = vectors.reshape(-1, block)
+    for _ in range(block.bit_length() - 1):
+        left, right = numbers[:, 0::2], numbers[:, 1::2]
+        numbers = torch.cat([left + right, left - right], 1)
+    return (numbers * unrotate_factor(block)).view(vectors.shape)
 
 
 def unrotate_whole(codes: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 
-from kvtier.formats.numbers import inverse
+from kvtier.formats.numbers import divided, inverse, root, sum_by_halves
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Levels:
 
     def encode(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes, uint8 `[..., head_dim]`, and fp32 scales `[..., 1]` (0 where there is nothing to code) of fp32 vectors."""
-        energy = vectors.square().sum(-1, keepdim=True)
-        rms = (energy / vectors.shape[-1]).sqrt_()
+        energy = sum_by_halves(vectors.square(), -1)
+        rms = root(divided(energy, vectors.shape[-1]))
         cells = (vectors * (inverse(rms) * self.per_rms)).floor_().clamp_(-128, 127)
         codes = self.code_of_cell.to(vectors.device)[cells.int() + 128]
-        along = (self.decode(codes) * vectors).sum(-1, keepdim=True)
+        along = sum_by_halves(self.decode(codes) * vectors, -1)
         return codes, energy * inverse(along) * self.per_rms
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:

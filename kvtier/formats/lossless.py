@@ -147,6 +147,14 @@ class Staged(Format):
             return [np.concatenate(pieces) for pieces in packed]
         return [_joined(pieces, place) for pieces, place in zip(packed, out, strict=False)]
 
+    def store(self, payloads: Sequence[Payload], out: Sequence[Payload]) -> list[Payload]:
+        """As `pack`, but everything is stored as it is: what `encode` does with `compress` False."""
+        places = [place[: PREFIX.size + len(payload)] for payload, place in zip(payloads, out, strict=False)]
+        for payload, place in zip(payloads, places, strict=True):
+            place[PREFIX.size :] = payload
+            _write_prefix(place, STORED, 0, len(payload))
+        return places
+
     def unpack(self, payloads: Sequence[Payload], layout: PageLayout) -> list[Payload]:
         streams, length = self.inner.streams(layout), self.inner.payload_bytes(layout)
         return self.inner.unpack([_unpack(payload, streams, self.stage, length) for payload in payloads], layout)

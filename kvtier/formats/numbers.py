@@ -1,4 +1,7 @@
-"""Arithmetic that the quantized codecs share: finite numbers, fp16 scales, rotated vectors back to the page's dtype."""
+"""Arithmetic that the quantized codecs share: finite numbers, sums, fp16 scales, rotated vectors back to the page's dtype.
+
+Each step rounds once and in a stated order, so that the reference gives the same bytes on every machine, and so do the Triton kernels.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,29 @@ def finite(numbers: torch.Tensor, limit: float) -> torch.Tensor:
     if bool(lowest >= -limit) and bool(highest <= limit):
         return numbers
     return numbers.clamp(-limit, limit).nan_to_num_(nan=0.0)
+
+
+def sum_by_halves(numbers: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sum along `dim`, which stays with size 1: filled up with zeros to a power of two, then the second half is added to the first until
+    one number is left."""
+    count = numbers.shape[dim]
+    size = 1 << (count - 1).bit_length()
+    if size > count:
+        numbers = torch.cat([numbers, torch.zeros_like(numbers.narrow(dim, 0, size - count))], dim)
+    while size > 1:
+        size //= 2
+        numbers = numbers.narrow(dim, 0, size) + numbers.narrow(dim, size, size)
+    return numbers
+
+
+def divided(numbers: torch.Tensor, divisor: float) -> torch.Tensor:
+    """`numbers / divisor`, rounded once. Written plainly, CUDA would multiply by the inverse of a divisor that is a plain number."""
+    return numbers / torch.full((), divisor, dtype=numbers.dtype, device=numbers.device)
+
+
+def root(numbers: torch.Tensor) -> torch.Tensor:
+    """Square roots of fp32 `numbers`, rounded once. By way of double precision, because MKL's, which torch takes on a CPU, are not."""
+    return numbers.double().sqrt_().float()
 
 
 def fp16_scale(scale: torch.Tensor) -> torch.Tensor:
@@ -46,5 +72,5 @@ def symmetric_codes(vectors: torch.Tensor, largest_code: int) -> tuple[torch.Ten
 
     The scale is rounded to fp16 before its inverse is taken, so that encoder and decoder agree.
     """
-    scales = fp16_scale(vectors.abs().amax(-1, keepdim=True) / largest_code)
+    scales = fp16_scale(divided(vectors.abs().amax(-1, keepdim=True), largest_code))
     return (vectors * inverse(scales)).round_().clamp_(-largest_code, largest_code), scales

@@ -20,7 +20,7 @@ from kvtier.formats.bits import pack, unpack
 from kvtier.formats.blocks import BlockShape
 from kvtier.formats.hadamard import rotate, unrotate_factor, unrotate_whole
 from kvtier.formats.levels import LEVELS4
-from kvtier.formats.numbers import fp16_scale, numbers_of
+from kvtier.formats.numbers import divided, fp16_scale, numbers_of, sum_by_halves
 
 
 def mean_bytes(shape: BlockShape) -> int:
@@ -38,7 +38,7 @@ class PageMean:
     @classmethod
     def of(cls, keys: torch.Tensor) -> PageMean:
         """The mean over tokens of finite fp32 `keys` `[m, tokens, heads, head_dim]`."""
-        codes, scales = LEVELS4.encode(rotate(keys.mean(1)))
+        codes, scales = LEVELS4.encode(rotate(divided(sum_by_halves(keys, 1), keys.shape[1]).squeeze(1)))
         return cls(fp16_scale(scales.squeeze(-1)), codes)
 
     @classmethod
@@ -56,7 +56,7 @@ class PageMean:
         """Rotated vectors `[m, tokens, heads, head_dim]`, each without the mean if that is shorter, and whether it is (bool `[..., 1]`)."""
         factor = self.scales.float() * _as_fp32(1 / LEVELS4.per_rms)
         without = rotated - (LEVELS4.decode(self.codes) * factor[..., None])[:, None]
-        shorter = without.square().sum(-1, keepdim=True) < rotated.square().sum(-1, keepdim=True)
+        shorter = sum_by_halves(without.square(), -1) < sum_by_halves(rotated.square(), -1)
         return torch.where(shorter, without, rotated), shorter
 
     def values(self) -> torch.Tensor:

@@ -42,7 +42,7 @@ from kvtier.formats.bits import pack_planes, plane_bytes, unpack_planes
 from kvtier.formats.blocks import BlockCodec, BlockShape
 from kvtier.formats.hadamard import rotate, unrotate_factor, unrotate_whole
 from kvtier.formats.levels import LEVELS2, LEVELS3, LEVELS4, Levels
-from kvtier.formats.numbers import FP16_MAX, as_page_dtype, finite, fp16_scale, inverse, numbers_of
+from kvtier.formats.numbers import FP16_MAX, as_page_dtype, divided, finite, fp16_scale, inverse, numbers_of
 from kvtier.formats.page_mean import PageMean, mean_bytes
 
 STEPS_PER_OCTAVE = 32
@@ -72,7 +72,8 @@ class Gaussian(BlockCodec):
         mean = mean_bytes(shape) if shape.keys else 0
         return mean, shape.heads * 2, shape.vectors, *(shape.vectors * each for each in plane_bytes(shape.head_dim, self.levels.bits))
 
-    def _can_begin(self, shape: BlockShape) -> bool:
+    def can_begin(self, shape: BlockShape) -> bool:
+        """Whether pages of that shape are coded differently where they begin a sequence."""
         return shape.tokens > self._payers and shape.head_dim % MULTIPLE[FEWER[self.levels.bits].bits] == 0
 
     @property
@@ -89,7 +90,7 @@ class Gaussian(BlockCodec):
         return torch.cat(parts, 1)
 
     def encode_first(self, blocks: torch.Tensor, shape: BlockShape) -> torch.Tensor:
-        if not self._can_begin(shape):
+        if not self.can_begin(shape):
             return self.encode(blocks, shape)
         parts, vectors, reduced = _without_mean(blocks, shape)
         first, short, rest = vectors.split_with_sizes(self._first_tokens(shape), 1)
@@ -99,10 +100,10 @@ class Gaussian(BlockCodec):
         scales = torch.cat([first_scales, short_scales, rest_scales], 1)
         supers = fp16_scale(scales.amax(1, keepdim=True))
         steps = _scale_steps(scales, supers.float())
-        values = _step_values().to(steps.device)
+        values = step_values().to(steps.device)
         too_small = (steps[:, :1] > 0) & (steps[:, :1] < ZERO_SCALE) & (supers * values[steps[:, :1]] < first_scales)
         steps[:, :1] -= too_small.int()
-        factors = supers.float() * values[steps[:, :1]] / self.levels.per_rms
+        factors = divided(supers.float() * values[steps[:, :1]], self.levels.per_rms)
         first_codes = (first * inverse(factors)).round_().clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int8)
         marked = supers.flatten(1).view(torch.int16) | -0x8000
         parts += [marked.view(torch.uint8), (steps | reduced << 7).to(torch.uint8).flatten(1), first_codes.view(torch.uint8).flatten(1)]
@@ -112,7 +113,7 @@ class Gaussian(BlockCodec):
     def decode(self, coded: torch.Tensor, shape: BlockShape) -> torch.Tensor:
         before = self.sections(shape)[:3]
         mean, supers, steps, codes = coded.split_with_sizes([*before, coded.shape[1] - sum(before)], 1)
-        begins = (supers[:, 1] >= 0x80) & self._can_begin(shape)
+        begins = (supers[:, 1] >= 0x80) & self.can_begin(shape)
         whole = torch.empty(len(coded), shape.tokens, shape.heads, shape.head_dim, device=coded.device)
         per_rms = torch.full((len(coded), shape.tokens, 1, 1), _factor(shape.head_dim, self.levels.per_rms), device=coded.device)
         whole[~begins] = self._levels(codes[~begins], self.levels, shape)
@@ -120,7 +121,7 @@ class Gaussian(BlockCodec):
             self._decode_first(codes, begins, shape, whole, per_rms)
         step = steps.reshape(-1, shape.tokens, shape.heads, 1).int()
         largest = numbers_of(supers, torch.float16).abs().float().view(-1, 1, shape.heads, 1)
-        scales = largest * _step_values().to(coded.device)[step & 127]
+        scales = largest * step_values().to(coded.device)[step & 127]
         numbers = unrotate_whole(whole) * (scales * per_rms)
         if shape.keys:
             numbers += torch.where(step >= 128, PageMean.decode(mean, shape).values(), 0.0)
@@ -178,13 +179,13 @@ def _factor(head_dim: int, per_rms: float) -> float:
 
 
 @lru_cache(maxsize=1)
-def _step_values() -> torch.Tensor:
+def step_values() -> torch.Tensor:
     """fp32 `[128]`: what a super is multiplied with; the last one is 0."""
     return torch.tensor([2.0 ** (-step / STEPS_PER_OCTAVE) for step in range(ZERO_SCALE)] + [0.0])
 
 
 @lru_cache(maxsize=1)
-def _mantissa_steps() -> torch.Tensor:
+def mantissa_steps() -> torch.Tensor:
     """int32 `[256]`: steps within an octave for the middle of each of 256 equal parts of a mantissa."""
     return torch.tensor([math.floor(STEPS_PER_OCTAVE * math.log2(1 + (part + 0.5) / 256) + 0.5) for part in range(256)], dtype=torch.int32)
 
@@ -193,7 +194,7 @@ def _scale_steps(scales: torch.Tensor, supers: torch.Tensor) -> torch.Tensor:
     """int32 steps 0..127 below the super for each scale. Whole-number arithmetic on the bits of the ratio, the same on every machine."""
     ratio = (scales / supers).nan_to_num_(nan=0.0).clamp_(max=1.0)
     bits = ratio.view(torch.int32)
-    steps = (127 - (bits >> 23)) * STEPS_PER_OCTAVE - _mantissa_steps().to(scales.device)[(bits >> 15) & 255]
+    steps = (127 - (bits >> 23)) * STEPS_PER_OCTAVE - mantissa_steps().to(scales.device)[(bits >> 15) & 255]
     too_small = (steps > SMALLEST_SCALE + STEPS_PER_OCTAVE) | (ratio == 0)
     return torch.where(too_small, ZERO_SCALE, steps.clamp(0, SMALLEST_SCALE))
 

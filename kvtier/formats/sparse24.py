@@ -37,8 +37,8 @@ class Sparse24(BlockCodec):
         return sum(_sections(shape))
 
     def encode(self, blocks: torch.Tensor, shape: BlockShape) -> torch.Tensor:
-        kept_dtype = _kept_dtype(shape)
-        numbers = finite(blocks, torch.finfo(kept_dtype).max).to(kept_dtype).reshape(len(blocks), -1, 4)
+        kept_as = kept_dtype(shape)
+        numbers = finite(blocks, torch.finfo(kept_as).max).to(kept_as).reshape(len(blocks), -1, 4)
         largest_first = numbers.abs().sort(dim=-1, descending=True, stable=True).indices
         places = largest_first[..., :2].sort(-1).values
         kept = numbers.gather(-1, places).contiguous().view(torch.uint8)
@@ -47,7 +47,7 @@ class Sparse24(BlockCodec):
 
     def decode(self, coded: torch.Tensor, shape: BlockShape) -> torch.Tensor:
         kept, packed = coded.split_with_sizes(_sections(shape), 1)
-        pairs = numbers_of(kept, _kept_dtype(shape)).view(len(coded), -1, 2)
+        pairs = numbers_of(kept, kept_dtype(shape)).view(len(coded), -1, 2)
         fours = torch.stack([packed & 15, packed >> 4], -1).flatten(1)[..., None]
         place = torch.arange(4, dtype=torch.uint8, device=coded.device)
         second = torch.where(fours >> 2 == place, pairs[..., 1:], 0)
@@ -59,5 +59,6 @@ def _sections(shape: BlockShape) -> list[int]:
     return [shape.vectors * shape.head_dim, shape.vectors * shape.head_dim // 8]
 
 
-def _kept_dtype(shape: BlockShape) -> torch.dtype:
+def kept_dtype(shape: BlockShape) -> torch.dtype:
+    """What 16 bits the numbers that stay are kept in."""
     return torch.bfloat16 if shape.dtype == "bf16" else torch.float16

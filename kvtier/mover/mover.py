@@ -4,6 +4,8 @@ Threads. `submit`, `urge` and `cancel` may be called from any thread; the queues
 picking and finishing happen on the loop thread; bytes move on worker threads (`kvtier.mover.stage`). `on_finished` is called on the
 loop thread before the transfer's future is set, so whoever waits for the future finds the outcome already in the page table.
 
+On a GPU, workers launch copies on side streams and sleep until they are done; the engine's thread launches nothing and waits for nothing.
+
 Bounded: staging memory (one buffer a worker), queued bytes per link (`submit` answers False when a link is full and the transfer can wait),
 transfers per worker (one).
 """
@@ -23,7 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from kvtier.errors import Closed
+from kvtier.errors import Closed, DeviceError
 from kvtier.mover.stage import StagingPool, carry
 from kvtier.mover.transfer import Outcome, Priority, Transfer
 from kvtier.tiers.base import Refused, Slots
@@ -124,6 +126,7 @@ class Mover:
         for transfer in waiting:
             self.cancel(transfer)
         self._executor.shutdown(wait=True)
+        self.staging.close()
         asyncio.run_coroutine_threadsafe(_settle(), self.loop).result()
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
@@ -184,9 +187,9 @@ class Mover:
         start = time.perf_counter()
         try:
             moved = carry(transfer, self.tiers, self.staging)
-        except Exception:  # a worker must not die: the transfer fails, is counted, and the log has the trace
+        except Exception as error:  # a worker must not die: the transfer fails, is counted, and the log has the trace
             log.exception("transfer %s -> %s failed", self.tiers[transfer.source].name, self.tiers[transfer.target].name)
-            reason = Refused("internal")
+            reason = Refused("gpu" if isinstance(error, DeviceError) else "internal")
             return Outcome(dict.fromkeys(range(len(transfer.moves)), reason), seconds=time.perf_counter() - start)
         return Outcome(transfer.refused, frozenset(transfer.lost), link_bytes=moved, seconds=time.perf_counter() - start)
 

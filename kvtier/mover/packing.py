@@ -39,7 +39,23 @@ class Packer:
         if not self.economy.compress_next:
             self.economy = self.economy.stored()
             return codec.encode(pages, layout, rows, room, first, compress=False)
-        plain = codec.inner.encode(pages, layout, rows, None, first)
+        return self._pack(codec, codec.inner.encode(pages, layout, rows, None, first), room)
+
+    def pack(self, plain: Sequence[Payload], room: Sequence[Payload]) -> list[Payload]:
+        """What `encode` gives, of payloads that were encoded elsewhere, by the format without its byte stage."""
+        codec, layout = self._tier.format, self._tier.layout
+        if not isinstance(codec, Staged):
+            return list(plain)
+        if self._tier.compress == "always":
+            return codec.pack(plain, layout, room)
+        if not self.economy.compress_next:
+            self.economy = self.economy.stored()
+            return codec.store(plain, room)
+        return self._pack(codec, plain, room)
+
+    def _pack(self, codec: Staged, plain: Sequence[Payload], room: Sequence[Payload]) -> list[Payload]:
+        """Compress, and learn what it took and saved."""
+        layout = self._tier.layout
         start = time.perf_counter()
         packed = codec.pack(plain, layout, room)
         if self._bytes_per_s:

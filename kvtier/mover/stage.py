@@ -2,9 +2,9 @@
 
 Scratch memory is bounded: each worker owns one `Scratch`, and a transfer is carried in rounds that fit it. Towards the device, the pages of
 a transfer count as placed only when all of them are verified, so that whoever reads layer by layer never sees a page that fails later; the
-mover's owner therefore makes device-bound transfers no larger than one round (`StagingPool.pages_per_round`). From memory, layers are then
+mover's owner therefore makes device-bound transfers no larger than one round (`StagingPool.pages_in_one`). From memory, layers are then
 decoded one after the other and announced as they are placed. From files, where reading is what takes long, each page is decoded as soon
-as its bytes are verified, while others are still being read, and all layers are announced at the end.
+as its bytes are verified, while others are still being read, and all layers are announced at the end. To and from a GPU, see `lane.py`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvtier.errors import ConfigError
+from kvtier.errors import ConfigError, DeviceError
 from kvtier.formats.base import Format, Payload
 from kvtier.layout import PageLayout
 from kvtier.machine import last_level_cache_bytes
 from kvtier.memory.region import aligned_array
+from kvtier.mover.lane import Lane, LaneFormat, lane_row_bytes
 from kvtier.mover.packing import Packer
 from kvtier.mover.plan import layers_per_step, pages_per_arrival, pages_per_piece, pieces
 from kvtier.mover.transfer import Move, Transfer
 from kvtier.tiers.base import DeviceSlots, Refused, Slots, Tier
+from kvtier.tiers.gpu import GpuPool
 
 log = logging.getLogger(__name__)
 
@@ -35,32 +37,56 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Scratch:
     """Memory of one worker: `encoded` `[pages_per_round, slot_bytes]` for payloads as a tier reads or writes them, page-aligned, and
-    `pages` `[pages_per_piece, *layout.shape]` for decoded ones."""
+    `pages` `[pages_per_piece, *layout.shape]` for decoded ones; its lane, where the device is a GPU."""
 
     encoded: NDArray[np.uint8]
     pages: torch.Tensor
     cache_bytes: int
+    lane: Lane | None
 
 
 class StagingPool:
-    """Equal scratch memories for `workers` workers, together at most `total_bytes`; never less than one page each."""
+    """Equal scratch memories for `workers` workers, together at most `total_bytes`; never less than one page each.
+
+    Where the first tier is a GPU, each has a lane to it, and the transfers under way are never more bytes than the lanes hold.
+    """
 
     def __init__(self, workers: int, total_bytes: int, tiers: Sequence[Slots]) -> None:
-        layout = tiers[0].layout
+        layout, device = tiers[0].layout, tiers[0]
         slot_bytes = max([tier.slot_bytes for tier in tiers[1:]], default=layout.page_bytes)
         cache_bytes = last_level_cache_bytes() // workers
         each = total_bytes // workers
         piece = pages_per_piece(slot_bytes, layout.page_bytes, cache_bytes, max(1, each // 4 // layout.page_bytes))
-        self.pages_per_round = max(1, (each - piece * layout.page_bytes) // slot_bytes)
+        gpu = device if isinstance(device, GpuPool) else None
+        self.lane_formats = {tier.name: LaneFormat(tier.format, layout) for tier in tiers[1:]} if gpu is not None else {}
+        row_bytes = lane_row_bytes(self.lane_formats.values())
+        self.pages_per_round = max(1, (each - piece * layout.page_bytes) // (slot_bytes + row_bytes))
         self.packers = {tier.name: Packer(tier) for tier in tiers if isinstance(tier, Tier)}
+        self._lanes: list[Lane] = []
         self._idle: queue.SimpleQueue[Scratch] = queue.SimpleQueue()
         try:
             for _ in range(workers):
                 encoded = aligned_array(self.pages_per_round * slot_bytes).reshape(self.pages_per_round, slot_bytes)
                 pages = torch.from_numpy(aligned_array(piece * layout.page_bytes)).view(layout.torch_dtype).view(piece, *layout.shape)
-                self._idle.put(Scratch(encoded, pages, cache_bytes))
-        except (MemoryError, ValueError, OSError) as error:
-            raise ConfigError(f"mover.staging_bytes is {total_bytes}, more than this machine gives; lower it") from error
+                if gpu is not None and row_bytes:
+                    self._lanes.append(Lane(gpu.accelerator, self.pages_per_round, row_bytes))
+                self._idle.put(Scratch(encoded, pages, cache_bytes, self._lanes[-1] if self._lanes else None))
+        except (MemoryError, ValueError, OSError, DeviceError) as error:
+            self.close()
+            why = f"{error}; lower it" if isinstance(error, DeviceError) else "more than this machine gives; lower it"
+            raise ConfigError(f"mover.staging_bytes is {total_bytes}, {why}") from error
+
+    def pages_in_one(self, source: Slots, target: Slots) -> int:
+        """The most pages that go from one tier to another in one round: a transfer to the device is no larger."""
+        if isinstance(target, GpuPool) and isinstance(source, Tier) and source.all_direct:
+            return self._lanes[0].most_pages(self.lane_formats[source.name])
+        return self.pages_per_round
+
+    def close(self) -> None:
+        """Give back what the GPU knows of. Safe to call twice; no transfer may be under way."""
+        for lane in self._lanes:
+            lane.close()
+        self._lanes = []
 
     @contextmanager
     def borrow(self) -> Iterator[Scratch]:
@@ -77,9 +103,14 @@ def carry(transfer: Transfer, tiers: Sequence[Slots], staging: StagingPool) -> i
     source, target = tiers[transfer.source], tiers[transfer.target]
     moved = 0
     with staging.borrow() as scratch:
-        for start in range(0, len(transfer.moves), len(scratch.encoded)):
-            moves = transfer.moves[start : start + len(scratch.encoded)]
+        step = staging.pages_in_one(source, target)
+        for start in range(0, len(transfer.moves), step):
+            moves = transfer.moves[start : start + step]
             match source, target:
+                case GpuPool(), Tier():
+                    moved += _offload_from_gpu(transfer, start, moves, source, target, staging, scratch)
+                case Tier(), GpuPool():
+                    moved += _restore_to_gpu(transfer, start, moves, source, target, staging, scratch)
                 case DeviceSlots(), Tier():
                     moved += _offload(transfer, start, moves, source, staging.packers[target.name], scratch)
                 case Tier(), DeviceSlots():
@@ -148,6 +179,32 @@ def _restore_as_read(transfer: Transfer, start: int, moves: Sequence[Move], sour
     if slots:
         _place(target, slots, payloads, slice(None), source.format, scratch)
     return moved
+
+
+def _offload_from_gpu(
+    transfer: Transfer, start: int, moves: Sequence[Move], source: GpuPool, target: Tier, staging: StagingPool, scratch: Scratch
+) -> int:
+    lane, packer = _lane(scratch), staging.packers[target.name]
+    payloads = lane.offload(source, target, staging.lane_formats[target.name], moves, _first(moves))
+    return _store(transfer, range(start, start + len(moves)), packer, packer.pack(payloads, list(scratch.encoded[: len(moves)])))
+
+
+def _restore_to_gpu(
+    transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: GpuPool, staging: StagingPool, scratch: Scratch
+) -> int:
+    lane, arrived, moved = _lane(scratch), [], 0
+    for index, payload in _loaded(transfer, start, moves, source, scratch):
+        arrived.append((transfer.moves[index], payload))
+        moved += len(payload)
+    last = start + len(moves) == len(transfer.moves)
+    lane.restore(source, target, staging.lane_formats[source.name], arrived, transfer.placed if last else None)
+    return moved
+
+
+def _lane(scratch: Scratch) -> Lane:
+    if scratch.lane is None:
+        raise TypeError("a worker without a lane is asked to carry pages of a GPU")
+    return scratch.lane
 
 
 def _recode(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: Tier, packer: Packer, scratch: Scratch) -> int:

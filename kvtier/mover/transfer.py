@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kvtier.cuda.surface import Event
 from kvtier.tiers.base import PageId, Refused
 
 
@@ -64,6 +65,7 @@ class Transfer:
     started: bool = False
     cancelled: bool = False
     _layers: int = 0
+    _marks: list[tuple[int, Event]] = field(default_factory=list)
     _progress: threading.Condition = field(default_factory=threading.Condition)
 
     def __post_init__(self) -> None:
@@ -76,11 +78,23 @@ class Transfer:
         refused = self.future.result().refused if self.future.done() else self.refused
         return [move.row for index, move in enumerate(self.moves) if index not in refused]
 
-    def placed(self, layers: int) -> None:
-        """The first `layers` layers of every page that was not refused are in their target slots (device targets only)."""
+    def placed(self, layers: int, event: Event | None = None) -> None:
+        """The first `layers` layers of every page that was not refused are in their target slots (device targets only).
+
+        With `event`, they are on their way there, and are there once it is reached.
+        """
         with self._progress:
             self._layers = max(self._layers, layers)
+            if event is not None:
+                self._marks.append((layers, event))
             self._progress.notify_all()
+
+    def event_of(self, layers: int) -> Event | None:
+        """What a stream has to wait for before it reads the first `layers` layers; None if they are there."""
+        with self._progress:
+            if self.future.done():
+                return None
+            return next((event for placed, event in self._marks if placed >= layers), None)
 
     def finish(self, outcome: Outcome) -> None:
         """Set the outcome and wake everybody."""
@@ -89,7 +103,10 @@ class Transfer:
             self._progress.notify_all()
 
     def wait_layers(self, layers: int, timeout: float | None = None) -> bool:
-        """Block until `layers` layers are placed or the transfer ended; False on timeout. Refusals are known by then."""
+        """Block until `layers` layers are placed, or on their way with an event (`event_of`), or the transfer ended; False on timeout.
+
+        Refusals are known by then.
+        """
         with self._progress:
             return self._progress.wait_for(lambda: self._layers >= layers or self.future.done(), timeout)
 

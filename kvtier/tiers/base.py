@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvtier.cuda.surface import Addresses
+from kvtier.errors import IntegrityError
 from kvtier.formats.base import Format, Payload
 from kvtier.keys import PageKey
 from kvtier.layout import PageLayout
@@ -117,6 +119,9 @@ class Tier(Slots):
     in_memory: bool = False
     """Whether `load` only looks at memory. Else it waits for reads, and a restore decodes each page while others are being read."""
 
+    all_direct: bool = False
+    """Whether `direct` knows every slot: a restore to a GPU then needs no memory of the mover's, however many pages it has."""
+
     compress: Literal["always", "auto"] = "always"
     """Whether a byte stage of `format` may rest while it does not pay."""
 
@@ -144,6 +149,18 @@ class Tier(Slots):
         afterwards nothing is read into `staging` any more, and what it gave stays valid as with `load`.
         """
         yield from enumerate(self.load(slots, keys, staging))
+
+    def direct(self, slots: Sequence[int]) -> Addresses:
+        """Where in registered host memory the payload of each of these slots is or will be, for a GPU that copies by itself; 0 for those
+        that are elsewhere, and must pass through the mover's memory.
+
+        A reserved slot may be written there before `store` is given `payload_at` of it, which then only proves it.
+        """
+        return np.zeros(len(slots), np.int64)
+
+    def payload_at(self, slot: int) -> Payload:
+        """The memory that `direct` named, of one payload. IntegrityError for slots that have none."""
+        raise IntegrityError(f"{self.name}: slot {slot} is not in memory that others may write to")
 
     def recover(self) -> Iterator[tuple[int, PageId]]:
         """Copies that survived from an earlier process, as (slot, id), parents before children, each slot already reserved.

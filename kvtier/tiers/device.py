@@ -1,4 +1,4 @@
-"""The device tier: a preallocated paged pool the engine attends over, in GPU memory or, without a GPU, in CPU memory.
+"""The device tier: a preallocated paged pool the engine attends over, here in CPU memory; `gpu.py` is the one in GPU memory.
 
 One tensor `[slots, layers, planes, page_tokens, kv_heads, head_dim]`; a slot number is what a block table holds. The free list belongs
 to the caller's lock like all bookkeeping; the tensor's contents belong to whoever reserved the slot.
@@ -6,13 +6,14 @@ to the caller's lock like all bookkeeping; the tensor's contents belong to whoev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from kvtier import columns
-from kvtier.errors import ConfigError, IntegrityError
+from kvtier.cuda.surface import Accelerator, Event
+from kvtier.errors import ConfigError, DeviceError, IntegrityError
 from kvtier.formats import get_format
 from kvtier.layout import PageLayout
 from kvtier.memory.arena import Arena
@@ -22,14 +23,15 @@ _PLAIN = (list, tuple)  # made once: `list | tuple` would be made at every call
 
 
 class DevicePool(DeviceSlots):
-    """A pool of `capacity_bytes // layout.page_bytes` pages on `place` ("auto", "cpu", "cuda", "cuda:1").
-
-    ConfigError if not even one page fits, if the place does not exist or if its memory is too small.
-    """
+    """A pool of `capacity_bytes // layout.page_bytes` pages. ConfigError if not even one page fits, or if memory is too small."""
 
     name = "device"
+    place: torch.device
+    """Where its tensors are."""
+    accelerator: Accelerator | None = None
+    """The GPU whose memory this is."""
 
-    def __init__(self, layout: PageLayout, capacity_bytes: int, place: str = "auto") -> None:
+    def __init__(self, layout: PageLayout, capacity_bytes: int) -> None:
         self.layout = layout
         self.format = get_format("raw")
         self.slot_bytes = layout.page_bytes
@@ -40,17 +42,22 @@ class DevicePool(DeviceSlots):
                 "give at least one page, better thousands"
             )
         self.capacity_bytes = slots * self.slot_bytes
-        self.place = _resolve(place)
         try:
-            self._pool = _allocate((slots, *layout.shape), layout, self.place)
-        except (RuntimeError, MemoryError, OSError) as error:
-            why = str(error).splitlines()[0]
+            self._pool = self._allocate(slots)
+        except (DeviceError, RuntimeError, MemoryError, OSError) as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(
                 f"device.capacity_bytes: {self.capacity_bytes} bytes cannot be allocated on {self.place}: {why}; lower it"
             ) from error
         self._free = list(range(slots - 1, -1, -1))
         self._taken = bytearray(slots)
         self._loops = columns.loops()
+
+    def _allocate(self, slots: int) -> torch.Tensor:
+        """Memory for the pool: `[slots or more, *layout.shape]`."""
+        self.place = torch.device("cpu")
+        arena = Arena(slots * self.slot_bytes, mlock="off", section="device")
+        return torch.from_numpy(arena.bytes).view(self.layout.torch_dtype).view(slots, *self.layout.shape)
 
     @property
     def bytes_used(self) -> int:
@@ -87,22 +94,26 @@ class DevicePool(DeviceSlots):
             self._free.append(slot)
 
     def memory(self) -> torch.Tensor | None:
-        return self._pool if self.place.type == "cpu" else None
+        return self._pool
 
     def gather(self, slots: Sequence[int]) -> torch.Tensor:
-        return self._pool[torch.as_tensor(slots, device=self.place)].cpu()
+        return self._pool[torch.as_tensor(slots)]
 
     def scatter(self, slots: Sequence[int], pages: torch.Tensor, layers: slice = slice(None)) -> None:
-        if self.place.type == "cpu" and pages.device.type == "cpu":
-            # Indexed assignment takes five times as long, and torch's copies wake threads that the engine needs.
-            bits = {2: torch.int16, 4: torch.int32}[pages.element_size()]
-            pool, source = self._pool.view(bits).numpy(), pages.detach().view(bits).numpy()
-            for slot, page in zip(slots, source, strict=True):
-                np.copyto(pool[slot, layers], page)
-            return
-        self._pool[torch.as_tensor(slots, device=self.place), layers] = pages.to(self.place)
-        if self.place.type == "cuda":
-            torch.cuda.current_stream(self.place).synchronize()  # the engine reads on a stream of its own
+        # Indexed assignment takes five times as long, and torch's copies wake threads that the engine needs.
+        bits = {2: torch.int16, 4: torch.int32}[pages.element_size()]
+        pool, source = self._pool.view(bits).numpy(), pages.detach().cpu().view(bits).numpy()
+        for slot, page in zip(slots, source, strict=True):
+            np.copyto(pool[slot, layers], page)
+
+    def enter(self, events: Iterable[Event] = ()) -> None:
+        """Let what the calling thread computes from now on see what others wrote into the pool, and what `events` stand for.
+
+        Nobody waits here where memory is the CPU's: what was written is there.
+        """
+
+    def leave(self) -> None:
+        """What the calling thread launched so far may use any page; from now on it does not rely on those it lets go of."""
 
     def layer(self, index: int) -> torch.Tensor:
         """The whole pool seen by one layer: a view `[slots, planes, page_tokens, kv_heads, head_dim]`, to be indexed with a block table."""
@@ -131,22 +142,3 @@ class DevicePool(DeviceSlots):
 
     def close(self) -> None:
         self._pool = torch.empty((0, *self.layout.shape), dtype=self.layout.torch_dtype)
-
-
-def _allocate(shape: tuple[int, ...], layout: PageLayout, place: torch.device) -> torch.Tensor:
-    if place.type != "cpu":
-        return torch.empty(shape, dtype=layout.torch_dtype, device=place)
-    arena = Arena(shape[0] * layout.page_bytes, mlock="off", section="device")
-    return torch.from_numpy(arena.bytes).view(layout.torch_dtype).view(shape)
-
-
-def _resolve(place: str) -> torch.device:
-    if place == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(place)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError(f"device.place is {place!r}, but torch sees no CUDA device here; use 'cpu' or 'auto'")
-        if device.index is not None and device.index >= torch.cuda.device_count():
-            raise ConfigError(f"device.place is {place!r}, but there are only {torch.cuda.device_count()} CUDA devices")
-    return device

@@ -11,13 +11,13 @@ import logging
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
 import numpy as np
-import torch
 import xxhash
 from numpy.typing import NDArray
 
+from kvtier.cuda.registration import Registration
+from kvtier.cuda.surface import Accelerator, Addresses
 from kvtier.errors import ConfigError, IntegrityError
 from kvtier.formats.base import Format, Payload
 from kvtier.keys import PageKey
@@ -27,8 +27,6 @@ from kvtier.tiers.base import PageId, Refused, Tier
 from kvtier.tiers.host_nodes import NumaMode, choose_nodes
 
 _CACHE_LINE_BYTES = 64
-_PIN_CHUNK_BYTES = 1 << 30
-_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device, not only the current one
 _UINT8 = np.dtype(np.uint8)
 _log = logging.getLogger(__name__)
 
@@ -36,9 +34,10 @@ _log = logging.getLogger(__name__)
 class HostTier(Tier):
     """Copies in host memory, `capacity_bytes // slot_bytes` of them, gone when the process ends.
 
-    `mlock`: keep the arena from being swapped. `pin`: register it with CUDA. `huge_pages`: see `Arena`. Each "auto" (tried, else done
-    without), "on" (or ConfigError) or "off". `numa`, `numa_nodes`: see `choose_nodes`; `near` is the torch device that pages come from.
-    Slots on the nearest node are given out first. `load` returns views of the arena: valid until the slot is freed, not to be written to.
+    `mlock`: keep the arena from being swapped. `pin`: register it with `accelerator`, the GPU that pages come from; "auto" as far as that
+    goes. `huge_pages`: see `Arena`. Each "auto" (tried, else done without), "on" (or ConfigError) or "off". `numa`, `numa_nodes`: see
+    `choose_nodes`; `near` is the torch device that pages come from. Slots on the nearest node are given out first.
+    `load` returns views of the arena: valid until the slot is freed, not to be written to.
 
     Raises ConfigError for a capacity below one page or beyond the memory that this machine (or container) has left, for formats whose
     payloads vary in size, and for an "on" that cannot be met.
@@ -58,6 +57,7 @@ class HostTier(Tier):
         numa: NumaMode = "auto",
         numa_nodes: Sequence[int] = (),
         near: str = "cpu",
+        accelerator: Accelerator | None = None,
     ) -> None:
         if not format.fixed_size:
             advice = "a byte stage saves nothing in fixed slots; leave it off here and use it on disk"
@@ -73,11 +73,16 @@ class HostTier(Tier):
         slots = capacity_bytes // self.slot_bytes
         self._nodes = choose_nodes(numa, numa_nodes, near, slots * self.slot_bytes)
         self._arena = Arena(slots * self.slot_bytes, huge_pages, mlock, place=self._nodes.place, section="host")
-        try:
-            self._pinning = _Pinning(self._arena.bytes.ctypes.data, self._arena.bytes.nbytes, pin)
-        except BaseException:
-            self._arena.close()
-            raise
+        self._address = self._arena.bytes.ctypes.data
+        self._registration = Registration(None if pin == "off" else accelerator, self._address, self._arena.bytes.nbytes, self.slot_bytes)
+        if pin != "off" and self._registration.why:
+            if pin == "on":
+                self._registration.undo()
+                self._arena.close()
+                raise ConfigError(
+                    f"host.pin is on, but {self._registration.why}; lower host.capacity_bytes, or set host.pin to auto or off"
+                )
+            _log.info("host tier: %d bytes pinned: %s", self._registration.registered_bytes, self._registration.why)
         self._bytes = self._arena.bytes.reshape(slots, self.slot_bytes)[:, : self._payload_bytes]
         self._reserved = bytearray(slots)
         self._key: list[PageKey | None] = [None] * slots
@@ -85,6 +90,7 @@ class HostTier(Tier):
         # Free slots of each NUMA node, nearest first; a slot over a boundary counts to the nearer one.
         self._firsts = [-(-segment.start // self.slot_bytes) for segment in self._nodes.segments] or [0]
         self._free = [list(range(end - 1, first - 1, -1)) for first, end in zip(self._firsts, [*self._firsts[1:], slots], strict=True)]
+        self.all_direct = bool(self.direct(range(slots)).all())
         self._closed = False
 
     @property
@@ -125,6 +131,14 @@ class HostTier(Tier):
     def load(self, slots: Sequence[int], keys: Sequence[PageKey], staging: NDArray[np.uint8]) -> list[Payload | Refused]:  # noqa: ARG002
         return [self._read(*copy) for copy in zip(slots, keys, strict=True)]
 
+    def direct(self, slots: Sequence[int]) -> Addresses:
+        places = self._address + np.asarray(slots, np.int64) * self.slot_bytes
+        return np.where(self._registration.covers(places, self._payload_bytes), places, 0)
+
+    def payload_at(self, slot: int) -> Payload:
+        payload: Payload = self._bytes[slot]
+        return payload
+
     def check_integrity(self) -> None:
         free = sorted(chain(*self._free))
         if free != [slot for slot, taken in enumerate(self._reserved) if not taken]:
@@ -141,7 +155,10 @@ class HostTier(Tier):
             "bytes_used": self.bytes_used,
             "slot_bytes": self.slot_bytes,
             "free_slots": self.free_slots,
-            "pinned": bool(self._pinning.chunks),
+            "pinned": bool(self._registration.registered_bytes),
+            "pinned_bytes": self._registration.registered_bytes,
+            "pinned_chunks": self._registration.chunks,
+            "why_not_pinned": self._registration.why,
             **self._arena.report(),
             **self._nodes.report(self._arena.bytes.ctypes.data, self._arena.bytes.nbytes),
         }
@@ -152,7 +169,7 @@ class HostTier(Tier):
             self._closed = True
             self._key = [None] * self.capacity_slots
             self._bytes = self._bytes[:0].copy()
-            self._pinning.undo()
+            self._registration.undo()
             self._arena.close()
 
     def _check_reserved(self, slots: Sequence[int]) -> None:
@@ -165,12 +182,13 @@ class HostTier(Tier):
             return Refused("closed")
         if payload.dtype != _UINT8 or payload.shape != (self._payload_bytes,):
             return Refused("format")
-        payload = np.ascontiguousarray(payload)
         if self._key[slot] is not None:
             raise IntegrityError(f"host: slot {slot} already holds a copy; free it before storing another one")
+        payload = np.ascontiguousarray(payload)
         # Of the source, not of the arena: a copy that went wrong on the way must not prove itself right.
         self._checksum[slot] = xxhash.xxh3_64_intdigest(payload.data)
-        self._bytes[slot] = payload
+        if payload.base is not self._bytes.base or payload.ctypes.data != self._address + slot * self.slot_bytes:
+            self._bytes[slot] = payload  # else a GPU wrote it here itself, where `direct` told it to
         self._key[slot] = page.key
         return None
 
@@ -181,40 +199,3 @@ class HostTier(Tier):
             return Refused("key")
         payload = self._bytes[slot]
         return payload if xxhash.xxh3_64_intdigest(payload.data) == self._checksum[slot] else Refused("checksum")
-
-
-class _Pinning:
-    """Memory registered with CUDA, chunk by chunk; `chunks` are those that are."""
-
-    def __init__(self, address: int, size_bytes: int, pin: Switch) -> None:
-        self.chunks: list[int] = []
-        if pin == "off":
-            return
-        why = self._register(address, size_bytes) if torch.cuda.is_available() else "CUDA is not available here"
-        if why is None:
-            return
-        self.undo()
-        if pin == "on":
-            raise ConfigError(f"host.pin is on, but {why}; set host.pin to auto or off")
-        _log.info("host tier: not pinned: %s", why)
-
-    def undo(self) -> None:
-        """Unregister what is registered."""
-        for address in self.chunks:
-            _cuda_runtime().cudaHostUnregister(address)
-        self.chunks = []
-
-    def _register(self, start: int, size_bytes: int) -> str | None:
-        runtime = _cuda_runtime()
-        for offset in range(0, size_bytes, _PIN_CHUNK_BYTES):
-            code = int(runtime.cudaHostRegister(start + offset, min(_PIN_CHUNK_BYTES, size_bytes - offset), _PORTABLE))
-            if code != 0:
-                return (
-                    f"cudaHostRegister failed with error {code} after {offset} of {size_bytes} bytes (a lower host.capacity_bytes may do)"
-                )
-            self.chunks.append(start + offset)
-        return None
-
-
-def _cuda_runtime() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kvtier.cli import main
 from kvtier.cli.app import app
+from kvtier.errors import ConfigError
 
 
 def test_doctor_says_what_the_machine_allows(capsys, tmp_path):
@@ -35,3 +36,21 @@ def test_every_command_is_in_the_documents():
     names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
     assert {"run", "doctor"} <= set(names)
     assert all(f"`kvtier {name}" in text for name in [*names, *(group.name for group in app.registered_groups)])
+
+
+def test_a_gpu_is_told_about_as_it_is(monkeypatch, capsys):
+    from kvtier.cuda import find
+    from kvtier.testing.accelerator import LateAccelerator
+
+    monkeypatch.setattr(find, "find_accelerator", lambda place: LateAccelerator(can_grow=False, refuse_after=0))
+    assert main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    for line in ("CUDA: a stand-in", "GPU memory that grows: the device tier has a fixed size", "the stand-in registers no more"):
+        assert line in told
+
+    def broken(place):
+        raise ConfigError("device.place is 'auto', but no kernel image is available")
+
+    monkeypatch.setattr(find, "find_accelerator", broken)
+    assert main(["doctor"]) == 0
+    assert "no kernel image is available" in capsys.readouterr().out

@@ -17,7 +17,7 @@ LAYOUT = PageLayout(layers=1, planes=1, page_tokens=1, kv_heads=1, head_dim=1)
 
 
 def pool(native: bool) -> DevicePool:
-    made = DevicePool(LAYOUT, SLOTS * LAYOUT.page_bytes, "cpu")
+    made = DevicePool(LAYOUT, SLOTS * LAYOUT.page_bytes)
     assert made._loops is not None
     made._loops = made._loops if native else None
     return made

@@ -21,7 +21,7 @@ Q4 = get_format("q4")
 @pytest.mark.parametrize("way", ["from the device", "from a warmer tier"])
 def test_a_page_of_depth_0_is_coded_as_one_that_begins_a_sequence(way):
     pages = torch.randn(2, *LAYOUT.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-    device = DevicePool(LAYOUT, 2 * LAYOUT.page_bytes, "cpu")
+    device = DevicePool(LAYOUT, 2 * LAYOUT.page_bytes)
     warm = HostTier(LAYOUT, get_format("raw"), 4 * LAYOUT.page_bytes, mlock="off", pin="off")
     cold = HostTier(LAYOUT, Q4, 4 * LAYOUT.page_bytes, mlock="off", pin="off")
     warm.name = "warm"

@@ -67,7 +67,7 @@ class Rig:
 
     def __init__(self, workers=1, staging_pages=64, queue_pages=64, layout=LAYOUT):
         self.layout = layout
-        self.device = DevicePool(layout, 32 * layout.page_bytes, "cpu")
+        self.device = DevicePool(layout, 32 * layout.page_bytes)
         self.host = SlowTier(layout)
         self.lower = SlowTier(layout, "lower")
         self.finished: list[tuple[Transfer, Outcome]] = []

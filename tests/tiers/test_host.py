@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from kvtier.cuda.find import find_accelerator
+from kvtier.cuda.registration import Registration
 from kvtier.errors import ConfigError
 from kvtier.formats import get_format
 from kvtier.layout import PageLayout
 from kvtier.memory.region import Region
+from kvtier.testing.accelerator import LateAccelerator
 from kvtier.testing.tiers import LAYOUT, TierContract, get, page_id, put
-from kvtier.tiers import host
 from kvtier.tiers.base import Refused
 from kvtier.tiers.host import HostTier
 from tests.memory.kernel import is_mapped, locked_bytes, resident
@@ -106,9 +108,8 @@ def test_the_memory_is_there_from_the_start_and_goes_with_close():
     assert not is_mapped(address)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
-def test_pin_on_without_cuda_is_an_error_and_auto_is_not():
-    with pytest.raises(ConfigError, match=r"host\.pin is on"):
+def test_pin_on_without_a_gpu_is_an_error_and_auto_is_not():
+    with pytest.raises(ConfigError, match=r"host\.pin is on, but there is no GPU"):
         HostTier(LAYOUT, RAW, 1 << 20, pin="on")
     tier = HostTier(LAYOUT, RAW, 1 << 20, pin="auto")
     assert tier.report()["pinned"] is False
@@ -117,68 +118,69 @@ def test_pin_on_without_cuda_is_an_error_and_auto_is_not():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_pinned_arena_copies_from_the_device_as_pinned_memory():
-    tier = HostTier(LAYOUT, RAW, 1 << 20, pin="on")
+    tier = HostTier(LAYOUT, RAW, 1 << 20, pin="on", accelerator=find_accelerator("cuda"))
     assert tier.report()["pinned"] is True
     assert torch.from_numpy(tier._arena.bytes).is_pinned()
     tier.close()
 
 
-class FakeCuda:
-    """Counts registrations; the one numbered `fail_at` is refused."""
-
-    def __init__(self, fail_at: int | None = None) -> None:
-        self.registered: dict[int, int] = {}
-        self.calls = 0
-        self.fail_at = fail_at
-
-    def cudaHostRegister(self, address, size, flags):
-        self.calls += 1
-        if self.calls == self.fail_at:
-            return 2
-        self.registered[address] = size
-        return 0
-
-    def cudaHostUnregister(self, address):
-        del self.registered[address]
-        return 0
-
-
-def with_fake_cuda(monkeypatch: pytest.MonkeyPatch, fake: FakeCuda) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(host, "_cuda_runtime", lambda: fake)
-    monkeypatch.setattr(host, "_PIN_CHUNK_BYTES", 1 << 20)
+def with_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Registration.__init__, "__defaults__", (1 << 20,))
 
 
 def test_pinning_covers_the_arena_in_chunks_and_ends_with_close(monkeypatch):
-    fake = FakeCuda()
-    with_fake_cuda(monkeypatch, fake)
-    tier = HostTier(LAYOUT, RAW, (2 << 20) + 4096, pin="on")
-    assert sorted(fake.registered.values()) == [4096, 1 << 20, 1 << 20]
-    assert tier.report()["pinned"] is True
+    with_small_chunks(monkeypatch)
+    gpu = LateAccelerator()
+    tier = HostTier(LAYOUT, RAW, (2 << 20) + 4096, pin="on", accelerator=gpu)
+    report = tier.report()
+    assert (report["pinned"], report["pinned_bytes"], report["pinned_chunks"]) == (True, tier._arena.bytes.nbytes, len(gpu.registered))
+    assert len(gpu.registered) >= 2
+    assert tier.all_direct
     tier.close()
     tier.close()
-    assert not fake.registered
+    assert not gpu.registered
 
 
-def test_pinning_that_fails_half_way_is_undone(monkeypatch, caplog):
-    fake = FakeCuda(fail_at=2)
-    with_fake_cuda(monkeypatch, fake)
+def test_pinning_goes_as_far_as_it_can_and_says_how_far(monkeypatch, caplog):
+    with_small_chunks(monkeypatch)
+    gpu = LateAccelerator(refuse_after=(1 << 20) + 4096)
     with caplog.at_level(logging.INFO, "kvtier.tiers.host"):
-        tier = HostTier(LAYOUT, RAW, 2 << 20, mlock="off")
-    assert not fake.registered
-    assert tier.report()["pinned"] is False
-    assert sum("not pinned" in record.message for record in caplog.records) == 1
+        tier = HostTier(LAYOUT, RAW, 2 << 20, mlock="off", accelerator=gpu)
+    pinned = sum(gpu.registered.values())
+    report = tier.report()
+    assert 0 < pinned < 2 << 20
+    assert (report["pinned"], report["pinned_bytes"]) == (True, pinned)
+    assert "the stand-in registers no more, after" in str(report["why_not_pinned"])
+    assert not tier.all_direct
+    assert sum("bytes pinned" in record.message for record in caplog.records) == 1
     tier.close()
-    fake.calls = 0
-    with pytest.raises(ConfigError, match=r"host\.pin is on, but cudaHostRegister failed with error 2"):
-        HostTier(LAYOUT, RAW, 2 << 20, pin="on")
-    assert not fake.registered
+    assert not gpu.registered
 
 
 def test_an_arena_that_cannot_be_pinned_as_asked_does_not_stay(monkeypatch):
-    with_fake_cuda(monkeypatch, FakeCuda(fail_at=1))
+    gpu = LateAccelerator(refuse_after=0)
     before = locked_bytes()
-    with pytest.raises(ConfigError, match=r"host\.pin is on") as kept:  # an exception keeps what its frames hold
-        HostTier(LAYOUT, RAW, 2 << 20, mlock="auto", pin="on", huge_pages="off")
+    with pytest.raises(ConfigError, match=r"host\.pin is on, but the stand-in registers no more") as kept:  # it keeps what its frames hold
+        HostTier(LAYOUT, RAW, 2 << 20, mlock="auto", pin="on", huge_pages="off", accelerator=gpu)
     assert locked_bytes() == before
+    assert not gpu.registered
     del kept
+
+
+def test_a_slot_that_a_gpu_wrote_itself_is_proven_not_copied():
+    tier = HostTier(LAYOUT, RAW, 1 << 20, accelerator=LateAccelerator())
+    slots = tier.reserve(2)
+    assert slots is not None
+    payload = tier.payload_at(slots[0])
+    assert tier.direct(slots).tolist() == [payload.ctypes.data, tier.payload_at(slots[1]).ctypes.data]
+    payload[:] = 7
+    assert tier.load([slots[0]], [page_id(0).key], np.zeros((1, 1), np.uint8)) == [Refused("key")], "not visible before store"
+    assert tier.store([slots[0]], [page_id(0)], [payload]) == [None]
+    found = tier.load([slots[0]], [page_id(0).key], np.zeros((1, 1), np.uint8))[0]
+    assert isinstance(found, np.ndarray)
+    assert bool((found == 7).all())
+    assert tier.store([slots[1]], [page_id(1)], [found]) == [None], "another slot's memory is copied as any other"
+    payload[3] = 8
+    assert tier.load(slots, [page_id(0).key, page_id(1).key], np.zeros((2, 1), np.uint8))[0] == Refused("checksum")
+    assert isinstance(tier.load([slots[1]], [page_id(1).key], np.zeros((1, 1), np.uint8))[0], np.ndarray)
+    tier.close()

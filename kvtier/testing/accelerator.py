@@ -1,0 +1,276 @@
+"""A stand-in for a GPU, in CPU memory, that does everything as late as it may: what a test forgot to wait for has not happened.
+
+Launched work stays in its stream until somebody waits for an event, and then only what that event depends on is done, in order. So a reader
+that does not wait sees old bytes, and a writer that does not wait for readers overwrites what they have yet to read: every time, not once
+in a thousand. Copies go to and from registered memory and its own memory only, and can be made to fail. Memory that is not mapped is filled
+with 0xEE. Thread-safe; work is done on the thread that waits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from kvtier.cuda.surface import Accelerator, Addresses, Event, Span, Stream
+from kvtier.errors import DeviceError
+
+UNMAPPED = 0xEE
+
+
+@dataclass(eq=False)
+class LateEvent(Event):
+    """`reached` once everything before it in its stream was done; `failure` if something before it failed."""
+
+    stream: LateStream
+    reached: bool = False
+    failure: Exception | None = None
+
+    def done(self) -> bool:
+        with self.stream.gpu.lock:
+            return self._result()
+
+    def wait(self) -> None:
+        with self.stream.gpu.lock:
+            self.stream.do_until(self)
+            self._result()
+
+    def _result(self) -> bool:
+        if self.failure is not None:
+            raise DeviceError(f"work on the GPU failed: {self.failure}") from self.failure
+        return self.reached
+
+
+class LateStream(Stream):
+    """Work in order, none of which is done before somebody waits for it."""
+
+    def __init__(self, gpu: LateAccelerator, key: int) -> None:
+        self.gpu = gpu
+        self.key = key
+        self._work: deque[Callable[[], object] | LateEvent | tuple[LateEvent]] = deque()
+        self._failure: Exception | None = None
+
+    def run(self, work: Callable[[], object]) -> None:
+        with self.gpu.lock:
+            self._work.append(work)
+
+    def result(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+        self.run(lambda: found.append(work()))
+        self.record().wait()
+        return found[0]
+
+    def copy(self, targets: Addresses, sources: Addresses, size_bytes: int) -> None:
+        with self.gpu.lock:
+            self.gpu.count_copies(len(targets))
+            pairs = list(zip(targets.tolist(), sources.tolist(), strict=True))
+            for pair in pairs:
+                for address in pair:
+                    self.gpu.check_reachable(address, size_bytes)
+            failure, self.gpu.fail_in_stream = self.gpu.fail_in_stream, None
+            self._work.append(lambda: self._carry(pairs, size_bytes, failure))
+
+    def record(self) -> Event:
+        event = LateEvent(self)
+        with self.gpu.lock:
+            self._work.append(event)
+        return event
+
+    def wait(self, event: Event) -> None:
+        assert isinstance(event, LateEvent), "an event of another accelerator"
+        with self.gpu.lock:
+            self._work.append((event,))
+
+    def do_until(self, event: LateEvent) -> None:
+        """Do what is in front of `event`, and what that waits for. Lock held."""
+        while not event.reached and event.failure is None:
+            work = self._work.popleft()
+            if isinstance(work, LateEvent):
+                work.reached, work.failure = self._failure is None, self._failure
+                if work is event:
+                    self._failure = None  # one transfer's failure is not the next one's
+            elif isinstance(work, tuple):
+                work[0].stream.do_until(work[0])
+            elif self._failure is None:
+                try:
+                    work()
+                except Exception as error:  # noqa: BLE001 - as a GPU does: kept until somebody asks
+                    self._failure = error
+
+    @property
+    def pending(self) -> int:
+        """Pieces of work that are not done."""
+        with self.gpu.lock:
+            return len(self._work)
+
+    def _carry(self, pairs: list[tuple[int, int]], size_bytes: int, failure: Exception | None) -> None:
+        if failure is not None:
+            raise failure
+        for target, source in pairs:
+            ctypes.memmove(target, source, size_bytes)
+
+
+class LateSpan(Span):
+    """A range of CPU memory of which only the first bytes count as memory of the device."""
+
+    def __init__(self, gpu: LateAccelerator, size_bytes: int, most_bytes: int) -> None:
+        self._gpu = gpu
+        self.step_bytes = gpu.step_bytes
+        self._most = -(-most_bytes // self.step_bytes) * self.step_bytes
+        self.tensor = gpu.made(self._most)
+        self.mapped_bytes = 0
+        self.resize(size_bytes)
+
+    def resize(self, size_bytes: int) -> None:
+        wanted = -(-size_bytes // self.step_bytes) * self.step_bytes
+        if not 0 <= wanted <= self._most:
+            raise DeviceError(f"{size_bytes} bytes are asked for; this memory can have 0 to {self._most}")
+        self._gpu.take(wanted - self.mapped_bytes)
+        self.tensor[min(wanted, self.mapped_bytes) :] = UNMAPPED
+        self.mapped_bytes = wanted
+
+    def close(self) -> None:
+        self._gpu.take(-self.mapped_bytes)
+        self._gpu.forget(self.tensor)
+        self.mapped_bytes = 0
+
+
+@dataclass(eq=False)
+class LateAccelerator(Accelerator):
+    """A GPU with `total_bytes` of memory. Each thread computes on a stream of its own, unless `engine` is set to one for all.
+
+    `fail_at_launch`, `fail_in_stream`: what the next copies fail with, when they are launched or when they are done. `refuse_after`: how
+    many bytes of host memory can be registered. `can_grow`: whether it has spans.
+    """
+
+    total_bytes: int = 1 << 30
+    step_bytes: int = 1 << 16
+    refuse_after: int | None = None
+    can_grow: bool = True
+    fail_at_launch: Exception | None = None
+    fail_in_stream: Exception | None = None
+    fail_after: int = 0
+    """How many launches of copies still succeed before `fail_at_launch`."""
+    engine: LateStream | None = None
+    copies: int = 0
+    """Copies launched so far."""
+    launches: int = 0
+    """Calls that launched them."""
+    friends: list[LateAccelerator] = field(default_factory=list)
+    """Which others this one reaches."""
+
+    def __post_init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.name = "a stand-in"
+        self.lock = threading.RLock()
+        self.registered: dict[int, int] = {}
+        self.used_bytes = 0
+        self._streams = 0
+        self._own = threading.local()
+        self._memories: list[torch.Tensor] = []
+
+    def engine_stream(self) -> LateStream:
+        if self.engine is not None:
+            return self.engine
+        stream: LateStream | None = getattr(self._own, "stream", None)
+        if stream is None:
+            stream = self._own.stream = self.new_stream()
+        return stream
+
+    def new_stream(self) -> LateStream:
+        with self.lock:
+            self._streams += 1
+            return LateStream(self, self._streams + id(self))
+
+    @contextmanager
+    def beside_captures(self) -> Iterator[None]:
+        before, self._own.beside = getattr(self._own, "beside", False), True
+        try:
+            yield
+        finally:
+            self._own.beside = before
+
+    def memory(self) -> tuple[int, int]:
+        return self.total_bytes - self.used_bytes, self.total_bytes
+
+    def allocate(self, size_bytes: int) -> torch.Tensor:
+        self.take(size_bytes)
+        return self.made(size_bytes)
+
+    def span(self, size_bytes: int, most_bytes: int) -> Span:
+        if not self.can_grow:
+            raise DeviceError("a stand-in cannot map memory behind reserved addresses")
+        return LateSpan(self, size_bytes, most_bytes)
+
+    def register(self, address: int, size_bytes: int) -> str | None:
+        assert address % 4096 == 0, "registered memory begins with a page"
+        with self.lock:
+            if self.refuse_after is not None and sum(self.registered.values()) + size_bytes > self.refuse_after:
+                return "the stand-in registers no more"
+            self.registered[address] = size_bytes
+        return None
+
+    def unregister(self, address: int) -> None:
+        with self.lock:
+            del self.registered[address]
+
+    def reaches(self, other: Accelerator) -> bool:
+        return other is self or other in self.friends
+
+    def report(self) -> dict[str, object]:
+        return {
+            "gpu": self.name,
+            "compute_capability": "none",
+            "gpu_memory_bytes": self.total_bytes,
+            "batch_copies": True,
+            "memory_can_grow": self.can_grow,
+        }
+
+    # -- for the parts above ---------------------------------------------------------------------------------------------------
+
+    def take(self, size_bytes: int) -> None:
+        """Count memory as used (or given back). DeviceError if there is too little."""
+        with self.lock:
+            if self.used_bytes + size_bytes > self.total_bytes:
+                raise DeviceError(f"out of memory: {size_bytes} bytes are asked for, {self.total_bytes - self.used_bytes} are free")
+            self.used_bytes += size_bytes
+
+    def made(self, size_bytes: int) -> torch.Tensor:
+        """Memory of this device, uint8 `[size_bytes]`."""
+        memory = torch.full((size_bytes,), UNMAPPED, dtype=torch.uint8)
+        with self.lock:
+            self._memories.append(memory)
+        return memory
+
+    def forget(self, memory: torch.Tensor) -> None:
+        """This is no memory of the device any more."""
+        with self.lock:
+            self._memories = [each for each in self._memories if each is not memory]
+
+    def count_copies(self, count: int) -> None:
+        """A launch of `count` copies; raises what the test wants it to raise. Lock held."""
+        own = threading.current_thread().name.startswith("kvtier")
+        assert not own or getattr(self._own, "beside", False), "kvtier's own threads work beside captures only"
+        if self.fail_at_launch is not None:
+            if self.fail_after == 0:
+                failure, self.fail_at_launch = self.fail_at_launch, None
+                raise failure
+            self.fail_after -= 1
+        self.copies += count
+        self.launches += 1
+
+    def check_reachable(self, address: int, size_bytes: int) -> None:
+        """DeviceError unless it is one piece of this device's, a friend's or registered memory. Lock held."""
+        for gpu in (self, *self.friends):
+            if any(0 <= address - each.data_ptr() <= each.numel() - size_bytes for each in gpu._memories):
+                return
+        starts = sorted(self.registered)
+        place = bisect_right(starts, address) - 1
+        if place < 0 or address + size_bytes > starts[place] + self.registered[starts[place]]:
+            raise DeviceError(f"{size_bytes} bytes at {address:#x} are not in one piece of memory that this device reaches")

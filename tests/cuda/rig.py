@@ -1,0 +1,73 @@
+"""Caches whose device is a stand-in GPU that does everything as late as it may, and ways to read as an engine does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from kvtier.cache import TieredKVCache
+from kvtier.layout import PageLayout
+from kvtier.lease import Lease
+from kvtier.testing.accelerator import LateAccelerator, LateStream
+from kvtier.tiers import gpu as gpu_module
+from tests.cache.rig import LAYOUT, kv_of, make_cache
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch, **more: Any) -> LateAccelerator:
+    """From now on, caches of this test live on this GPU."""
+    gpu = LateAccelerator(**{"total_bytes": 1 << 22, "step_bytes": 1 << 13, **more})
+    monkeypatch.setattr(gpu_module, "find_accelerator", lambda place: gpu)
+    return gpu
+
+
+def gpu_cache(monkeypatch: pytest.MonkeyPatch, *args: Any, gpu: dict[str, Any] | None = None, **more: Any) -> TieredKVCache:
+    """A cache by `make_config` on a GPU of its own."""
+    on_gpu(monkeypatch, **(gpu or {}))
+    return make_cache(*args, **more)
+
+
+def gpu_of(cache: TieredKVCache) -> LateAccelerator:
+    """The GPU a cache is on."""
+    found = cache._residency.device.accelerator
+    assert isinstance(found, LateAccelerator)
+    return found
+
+
+def _note(layers: list[torch.Tensor], pool: torch.Tensor, slots: torch.Tensor) -> None:
+    layers.append(pool[slots].clone())
+
+
+class Engine:
+    """Reads pages on a stream, later: what it finds is known once `finish` waited for that stream."""
+
+    def __init__(self, cache: TieredKVCache, stream: LateStream | None = None) -> None:
+        self.cache = cache
+        self.gpu = gpu_of(cache)
+        self.stream = stream or self.gpu.engine_stream()
+        self._found: list[list[torch.Tensor]] = []
+
+    def read(self, lease: Lease) -> int:
+        """Launch a read of every layer, each as soon as `lease.layer` lets it; the number of this read."""
+        layers: list[torch.Tensor] = []
+        for index in range(self.cache.layout.layers):
+            self.stream.run(partial(_note, layers, lease.layer(index), torch.as_tensor(lease.slots())))
+        self._found.append(layers)
+        return len(self._found) - 1
+
+    def finish(self, number: int) -> torch.Tensor:
+        """What a read found: `[layers, planes, tokens, kv_heads, head_dim]`."""
+        self.stream.record().wait()
+        layout = self.cache.layout
+        pages = torch.stack(self._found[number])
+        return pages.permute(0, 2, 1, 3, 4, 5).reshape(layout.layers, layout.planes, -1, layout.kv_heads, layout.head_dim)
+
+    def assert_found(self, number: int, tokens: Sequence[int], layout: PageLayout = LAYOUT) -> None:
+        """The read found, bit for bit, the KV of `tokens`."""
+        found, wanted = self.finish(number), kv_of(tokens, layout=layout)
+        assert found.shape == wanted.shape
+        wrong = (found != wanted).flatten(3).any(-1).any(0).any(0)
+        assert not bool(wrong.any()), f"wrong KV at tokens {torch.nonzero(wrong).flatten().tolist()}"

@@ -1,0 +1,281 @@
+"""A whole cache on a GPU that does nothing before it must: every missing wait would show as wrong bytes here."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from kvtier.errors import DeviceError, TransferFailed
+from kvtier.mover import lane
+from tests.cache.rig import DEEP, LAYOUT, PAGE, grow, hold, kv_of, push_out, put, run, tiers_of
+from tests.cuda.rig import Engine, gpu_cache, gpu_of
+
+HOST = 1
+
+
+@pytest.mark.parametrize("host_format", ["raw", "q8"])
+def test_pages_go_down_and_come_back_without_the_engine_ever_waiting(monkeypatch, host_format):
+    with gpu_cache(monkeypatch, host__format=host_format) as cache:
+        assert put(cache, run(1, 4)) == 4 * PAGE
+        push_out(cache)
+        assert tiers_of(cache, run(1, 4)) == [{HOST}] * 4
+        engine = Engine(cache)
+        lease = cache.acquire(cache.lookup(run(1, 4)))
+        number = engine.read(lease)
+        assert lease.tokens == 4 * PAGE
+        if host_format == "raw":
+            engine.assert_found(number, run(1, 4))
+        else:
+            difference = engine.finish(number) - kv_of(run(1, 4))
+            assert 0 < float(difference.norm() / kv_of(run(1, 4)).norm()) < 0.02
+        lease.release()
+        cache.check_integrity()
+
+
+def test_what_was_put_is_read_by_another_stream_only_after_it_was_written(monkeypatch):
+    with gpu_cache(monkeypatch) as cache:
+        gpu = gpu_of(cache)
+        writer, reader = gpu.new_stream(), gpu.new_stream()
+        gpu.engine = writer
+        put(cache, run(1, 3))
+        gpu.engine = reader
+        engine = Engine(cache, reader)
+        with hold(cache, run(1, 3)) as lease:
+            engine.assert_found(engine.read(lease), run(1, 3))
+
+
+def test_an_offload_waits_on_the_gpu_for_the_write_it_copies(monkeypatch):
+    with gpu_cache(monkeypatch, host__write_policy="write_through") as cache:
+        gpu = gpu_of(cache)
+        gpu.engine = gpu.new_stream()
+        put(cache, run(1, 3))
+        assert gpu.engine.pending, "the write has not even begun"
+        cache.settle(20)
+        host: Any = cache._residency.tiers[HOST]
+        rows = [cache._residency.table.row(key) for key in cache.lookup(run(1, 3)).keys]
+        payloads = host.load([int(cache._residency.table.slot[HOST, row]) for row in rows], cache.lookup(run(1, 3)).keys, None)
+        found = torch.stack([torch.from_numpy(payload.copy()).view(torch.float32).view(LAYOUT.shape) for payload in payloads])
+        wanted = kv_of(run(1, 3)).view(LAYOUT.layers, 2, 3, PAGE, 1, 32).permute(2, 0, 1, 3, 4, 5)
+        assert torch.equal(found, wanted)
+
+
+def test_a_restore_does_not_overwrite_what_an_engine_has_yet_to_read(monkeypatch):
+    """The engine lets go of pages that it will read later on its stream; their slots are filled again before it does."""
+    with gpu_cache(monkeypatch, device_pages=4) as cache:
+        put(cache, run(1, 4))
+        push_out(cache)
+        gpu = gpu_of(cache)
+        gpu.engine = gpu.new_stream()
+        engine = Engine(cache, gpu.engine)
+        put(cache, run(2, 4))
+        cache.flush()
+        with hold(cache, run(2, 4)) as lease:
+            late = engine.read(lease)
+        assert gpu.engine.pending, "the engine has not read yet"
+        gpu.engine = gpu.new_stream()
+        other = Engine(cache, gpu.engine)
+        with hold(cache, run(1, 4)) as lease:
+            assert lease.tokens == 4 * PAGE
+            other.assert_found(other.read(lease), run(1, 4))
+        engine.assert_found(late, run(2, 4))
+
+
+def test_a_write_does_not_overwrite_what_another_stream_has_yet_to_read(monkeypatch):
+    with gpu_cache(monkeypatch, device_pages=4, host_pages=None) as cache:
+        gpu = gpu_of(cache)
+        gpu.engine = first = gpu.new_stream()
+        put(cache, run(1, 4))
+        engine = Engine(cache, first)
+        with hold(cache, run(1, 4)) as lease:
+            late = engine.read(lease)
+        gpu.engine = second = gpu.new_stream()
+        put(cache, run(2, 4))
+        second.record().wait()
+        engine.assert_found(late, run(1, 4))
+
+
+def test_a_layer_is_read_while_the_next_is_not_even_launched(monkeypatch):
+    monkeypatch.setattr(lane, "STEP_BYTES", 1)
+    with gpu_cache(monkeypatch, layout=DEEP, mover__workers=1) as cache:
+        put(cache, run(1, 2))
+        push_out(cache)
+        cache.flush()
+        stream = cache._residency.mover.staging._lanes[0].stream
+        go_on, record, records = threading.Event(), stream.record, itertools.count()
+
+        def held_before_the_second_layer():
+            assert next(records) == 0 or go_on.wait(20)
+            return record()
+
+        monkeypatch.setattr(stream, "record", held_before_the_second_layer)
+        with cache.acquire(cache.lookup(run(1, 2))) as lease:
+            engine = gpu_of(cache).engine_stream()
+            pool, slots = lease.layer(0, timeout=20), torch.as_tensor(lease.slots())
+            found = engine.result(lambda: pool[slots].clone())
+            assert torch.equal(found[:, 0].flatten(0, 1), kv_of(run(1, 2), layout=DEEP)[0, 0])
+            with pytest.raises(TimeoutError):
+                lease.layer(1, timeout=0.05)
+            go_on.set()
+            reader = Engine(cache)
+            reader.assert_found(reader.read(lease), run(1, 2), DEEP)
+
+
+@pytest.mark.parametrize("when", ["fail_at_launch", "fail_in_stream"])
+@pytest.mark.parametrize("way", ["down", "up"])
+def test_a_copy_that_fails_takes_its_own_transfer_along_and_no_other(monkeypatch, when, way):
+    with gpu_cache(monkeypatch, mover__workers=1, mover__staging_bytes=5 * LAYOUT.page_bytes) as cache:
+        gpu = gpu_of(cache)
+        assert cache._residency.mover.staging.pages_per_round == 2
+        put(cache, run(1, 2))
+        put(cache, run(2, 2))
+        if way == "up":
+            push_out(cache)
+            cache.flush()
+        setattr(gpu, when, DeviceError("a cosmic ray"))
+        if way == "down":
+            push_out(cache)
+            refused = cache.stats()["tiers"]["host"]["refused"]
+            assert cache.stats()["links"]["device->host"]["pages"] == 2, "the other transfer went well"
+        else:
+            with hold(cache, run(1, 2)) as lease:
+                assert lease.tokens == 0
+            refused = cache.stats()["tiers"]["device"]["refused"]
+        assert refused == {"gpu": 2}
+        for number in (1, 2):
+            engine = Engine(cache)
+            with hold(cache, run(number, 2)) as lease:
+                engine.assert_found(engine.read(lease), run(number, 2)[: lease.tokens])
+                assert way == "down" or lease.tokens == 2 * PAGE, "the copies on the host are as good as before"
+        cache.check_integrity()
+
+
+def test_a_restore_that_breaks_half_way_breaks_the_lease_and_frees_its_slots_only_when_its_copies_are_over(monkeypatch):
+    monkeypatch.setattr(lane, "STEP_BYTES", 1)
+    with gpu_cache(monkeypatch, layout=DEEP, mover__workers=1) as cache:
+        put(cache, run(1, 2))
+        push_out(cache)
+        cache.flush()
+        pool: Any = cache._residency.device
+        stream: Any = cache._residency.mover.staging._lanes[0].stream
+        copy, free, asked, steps = stream.copy, pool.free, threading.Event(), itertools.count()
+        pending: list[int] = []
+
+        def breaks_at_the_second_layer(*copies):
+            if next(steps) == 1:
+                assert asked.wait(20)
+                raise DeviceError("a cosmic ray")
+            copy(*copies)
+
+        def noting(slots):
+            pending.append(stream.pending)
+            free(slots)
+
+        monkeypatch.setattr(stream, "copy", breaks_at_the_second_layer)
+        monkeypatch.setattr(pool, "free", noting)
+        with cache.acquire(cache.lookup(run(1, 2))) as lease:
+            lease.layer(0, timeout=20)
+            assert lease.tokens == 2 * PAGE
+            asked.set()
+            with pytest.raises(TransferFailed):
+                lease.layer(1, timeout=20)
+            cache.settle(20)
+        assert set(pending) == {0}
+        monkeypatch.setattr(stream, "copy", copy)
+        with hold(cache, run(1, 2)) as lease:
+            engine = Engine(cache)
+            engine.assert_found(engine.read(lease), run(1, 2), DEEP)
+
+
+@pytest.mark.parametrize("way", ["q8", "raw", "disk"])
+def test_bytes_under_way_fit_the_lanes_and_layers_of_many_pages_come_first(monkeypatch, tmp_path, way):
+    """A restore of more pages than a lane holds whole goes by layers: the first one of all pages before the second of any."""
+    monkeypatch.setattr(lane, "STEP_BYTES", 1)
+    options: dict[str, Any] = {"host_pages": None, "disk_pages": 96} if way == "disk" else {"host_pages": 96, "host__format": way}
+    staging_bytes, disk = 12 * DEEP.page_bytes, tmp_path if way == "disk" else None
+    with gpu_cache(monkeypatch, disk, DEEP, device_pages=40, mover__staging_bytes=staging_bytes, mover__workers=1, **options) as cache:
+        put(cache, run(1, 40))
+        cache.flush()
+        staging = cache._residency.mover.staging
+        one, asked = staging._lanes[0], []
+        copy = one.stream.copy
+
+        def noting(to, of, size):
+            asked.append((len(to), size))
+            copy(to, of, size)
+
+        put(cache, run(2, 40))
+        cache.flush()
+        monkeypatch.setattr(one.stream, "copy", noting)
+        with hold(cache, run(1, 40)) as lease:
+            engine, form = Engine(cache), staging.lane_formats["disk" if way == "disk" else "host"]
+            found = engine.finish(engine.read(lease))
+            assert torch.equal(found, kv_of(run(1, 40), layout=DEEP)) or way == "q8"
+            assert float((found - kv_of(run(1, 40), layout=DEEP)).norm() / found.norm()) < 0.02
+        if way == "disk":
+            assert max(pages for pages, _ in asked) <= staging.pages_per_round < 40
+            return
+        assert {pages for pages, _ in asked} == {40}
+        assert sum(size for _, size in asked) == form.payload_bytes
+        if way == "q8":
+            assert all(pages * size <= one._room_bytes < pages * form.payload_bytes for pages, size in asked)
+            assert len(asked) >= DEEP.layers // 2
+
+
+@pytest.mark.parametrize("refuse_after", [None, 0, 1 << 15])
+def test_host_memory_that_is_not_registered_is_copied_through_memory_that_is(monkeypatch, refuse_after):
+    pages = 32
+    with gpu_cache(monkeypatch, host_pages=pages, host__mlock="off") as cache:
+        host: Any = cache._residency.tiers[HOST]
+        if refuse_after is not None:
+            monkeypatch.setattr(host._registration, "registered_bytes", refuse_after)
+        direct = host.direct(range(pages))
+        expected = pages if refuse_after is None else refuse_after // LAYOUT.page_bytes
+        assert (direct != 0).sum() == expected
+        for number in (1, 2, 3):
+            put(cache, run(number, 8))
+        engine = Engine(cache)
+        for number in (1, 2, 3):
+            with hold(cache, run(number, 8)) as lease:
+                engine.assert_found(engine.read(lease), run(number, 8))
+
+
+def test_a_disk_behind_a_gpu_works_with_its_byte_stage(monkeypatch, tmp_path):
+    for compress in ("always", "auto"):
+        with gpu_cache(monkeypatch, tmp_path / compress, host_pages=None, disk__compress=compress) as cache:
+            for number in (1, 2, 3):
+                put(cache, run(number, 8))
+            engine = Engine(cache)
+            for number in (1, 2, 3):
+                with hold(cache, run(number, 8)) as lease:
+                    assert lease.tokens == 8 * PAGE
+                    engine.assert_found(engine.read(lease), run(number, 8))
+
+
+def test_closing_gives_back_all_memory_and_every_registration(monkeypatch):
+    cache = gpu_cache(monkeypatch)
+    gpu = gpu_of(cache)
+    put(cache, run(1, 8))
+    assert gpu.registered
+    cache.close()
+    assert gpu.registered == {}
+
+
+def test_token_by_token_forks_and_truncation_keep_their_order_on_the_stream(monkeypatch):
+    with gpu_cache(monkeypatch) as cache:
+        gpu_of(cache).engine = gpu_of(cache).new_stream()
+        lease = cache.begin()
+        tokens = run(1, 3)[:-2]
+        for index in range(len(tokens)):
+            assert grow(cache, lease, tokens[index : index + 1]) == 1
+        twin = cache.fork(lease)
+        assert grow(cache, twin, [7]) == 1
+        cache.truncate(lease, 5)
+        assert grow(cache, lease, [8, 9]) == 2
+        engine = Engine(cache)
+        numbers = engine.read(twin), engine.read(lease)
+        for number, wanted in zip(numbers, ([*tokens, 7], [*tokens[:5], 8, 9]), strict=True):
+            assert torch.equal(engine.finish(number)[:, :, : len(wanted)], kv_of(wanted))
