@@ -38,6 +38,7 @@ from kvtier.protection import Protected
 from kvtier.residency import policy_parameters
 from kvtier.tiers.base import PageId
 from kvtier.tiers.disk import DiskTier
+from kvtier.tiers.disk.directory import read_description
 from kvtier.tiers.lent import BlockLayout, LentBlocks, Parts, parts_of
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,15 @@ def store_config(settings: Mapping[str, object], format: str = LOSSLESS) -> Conf
     if config.disk is None:
         raise ConfigError("disk.path is missing; name the directory of the store")
     return config
+
+
+def stored_block_bytes(config: Config) -> int | None:
+    """Bytes of a block in the store that `config` names, for doors that are told only with the first block; None if there is none yet.
+
+    StoreError if there is one that cannot be read.
+    """
+    found = read_description(Path(config.disk.path)) if config.disk is not None else None
+    return None if found is None else found.layout.page_bytes
 
 
 def _names_a_disk(overrides: Mapping[str, object], file: object) -> bool:

@@ -68,8 +68,8 @@ class KvtierHiCache(HiCacheStorage):  # type: ignore[misc]  # SGLang is not ther
         self._pool: _Pool | None = None
         if storage_config.is_mla_model and storage_config.tp_size > 1:
             raise ConfigError(
-                f"this model keeps the same KV on all {storage_config.tp_size} tensor-parallel ranks and SGLang stores it once, but a store of "
-                "kvtier belongs to one process; run it with one rank, or use another backend"
+                f"this model keeps the same KV on all {storage_config.tp_size} tensor-parallel ranks and SGLang stores it once, but a "
+                "store of kvtier belongs to one process; run it with one rank, or use another backend"
             )
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
@@ -79,15 +79,18 @@ class KvtierHiCache(HiCacheStorage):  # type: ignore[misc]  # SGLang is not ther
         ranks, own = self._ranks, self._config.disk
         assert own is not None  # `store_config` requires it
         blocks, pieces = _blocks_of(mem_pool_host)
-        place = {
-            **{"tp": (ranks.tp_rank, ranks.tp_size), "pp": (ranks.pp_rank, ranks.pp_size)},
-            **{"cp": (ranks.attn_cp_rank, ranks.attn_cp_size), "dcp": (ranks.dcp_rank, ranks.dcp_size)},
-        }
+        place = {"tp": (ranks.tp_rank, ranks.tp_size), "pp": (ranks.pp_rank, ranks.pp_size)}
+        place |= {"cp": (ranks.attn_cp_rank, ranks.attn_cp_size), "dcp": (ranks.dcp_rank, ranks.dcp_size)}
         facts: dict[str, object] = {
-            **{"engine": "sglang", "model": ranks.model_name or self._config.model.name, "revision": self._config.model.revision},
-            **{"dtype": str(mem_pool_host.dtype), "page_tokens": mem_pool_host.page_size, "block_bytes": blocks.block_bytes},
-            **{"layers": [mem_pool_host.start_layer, mem_pool_host.end_layer], "ranks": place},
-            **({} if blocks.known else {"layout": mem_pool_host.layout}),
+            "engine": "sglang",
+            "model": ranks.model_name or self._config.model.name,
+            "revision": self._config.model.revision,
+            "dtype": str(mem_pool_host.dtype),
+            "page_tokens": mem_pool_host.page_size,
+            "block_bytes": blocks.block_bytes,
+            "layers": [mem_pool_host.start_layer, mem_pool_host.end_layer],
+            "ranks": place,
+            "layout": "any" if blocks.known else mem_pool_host.layout,
         }
         where = "-".join(f"{name}{rank}of{size}" for name, (rank, size) in place.items() if size > 1 or name == "tp")
         path = Path(own.path) / (where + (f"-dp{ranks.dp_rank}" if ranks.dp_rank else ""))
@@ -178,8 +181,8 @@ def _blocks_of(host: Any) -> tuple[BlockLayout, int]:
     values = host.layer_num * planes * host.page_size * heads * width
     if getattr(host, "v_head_dim", width) == width and total != values * host.dtype.itemsize:
         raise LayoutError(
-            f"a page of this host pool has {total} bytes in {len(sizes)} pieces; expected {values * host.dtype.itemsize} of keys and values: "
-            "a pool with something more in it (scales, an index) is not one that kvtier holds"
+            f"a page of this host pool has {total} bytes in {len(sizes)} pieces; expected {values * host.dtype.itemsize} of keys and "
+            "values: a pool with something more in it (scales, an index) is not one that kvtier holds"
         )
     name = _DTYPES.get(host.dtype)
     if name is None or getattr(host, "v_head_dim", width) != width:

@@ -34,7 +34,7 @@ class _Ends:
 
 
 class KvtierPolicy(CachePolicy):  # type: ignore[misc]  # vLLM is not there when types are checked
-    """One of kvtier's policies (`policy_name`) over vLLM's chunks. Subclasses name others: the class's name is what vLLM is configured with.
+    """One of kvtier's policies (`policy_name`) over vLLM's chunks; subclasses name others, and vLLM's configuration names the class.
 
     Chunks of one request and KV group follow each other, so a request's first chunks stay while later ones are here. `evict` is atomic and
     leaves alone what vLLM protects, reads or has not finished writing.
@@ -174,8 +174,10 @@ class KvtierPolicy(CachePolicy):  # type: ignore[misc]  # vLLM is not there when
         depth = 0 if parent == ROOT else self._depth[parent] + 1
         page = self._free.pop() if self._free else len(self._keys)
         if page == len(self._keys):
-            for column, empty in ((self._keys, None), (self._parent, ROOT), (self._children, 0), (self._depth, 0)):
-                column.append(empty)  # type: ignore[attr-defined]
+            self._keys.append(None)
+            self._parent.append(ROOT)
+            self._children.append(0)
+            self._depth.append(0)
         if page >= len(self._names):
             larger = np.zeros(max(256, 2 * page), np.int64)
             larger[: len(self._names)] = self._names

@@ -1,8 +1,9 @@
-"""kvtier's policies under vLLM's own CPU offloading manager: atomic, respectful of what is held, and better than LRU where reuse differs."""
+"""kvtier's policies under vLLM's own CPU offloading manager: atomic, leaving alone what is held, better than LRU where reuse differs."""
 
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
@@ -49,7 +50,7 @@ def test_vllm_finds_the_policy_by_its_configuration():
 
 
 def test_evict_takes_exactly_as_many_or_none_and_nothing_protected_held_or_unfinished():
-    policy = A2CR(cache_capacity=6)
+    policy: Any = A2CR(cache_capacity=6)
     keys = [key(number) for number in range(6)]
     context = request("a", keys)
     policy.on_store_miss(keys, context)
@@ -72,7 +73,7 @@ def test_evict_takes_exactly_as_many_or_none_and_nothing_protected_held_or_unfin
 
 
 def test_a_request_leaves_from_its_end_also_when_its_chunks_come_in_two_steps():
-    policy = A2CR(cache_capacity=8)
+    policy: Any = A2CR(cache_capacity=8)
     keys = [key(number) for number in range(6)]
     context = request("a", keys)
     for part in (keys[:3], keys[3:]):
