@@ -46,7 +46,7 @@ BELOW = {
         *("attending", "budget", "config", "errors", "layout", "keys", "lease", "prefetch"),
         *("mover", "pages", "residency", "tiers", "writing"),
     },
-    "engines": {"blocks", "budget", "cache", "config", "errors", "layout", "lease"},
+    "engines": {"blocks", "budget", "cache", "config", "errors", "layout", "lease", "policy", "tiers"},
     "quality": {"attention", "budget", "engines", "errors", "formats", "layout"},
     "job": {"cache", "config", "engines", "errors", "formats", "layout", "machine", "quality"},
     "cli": {
