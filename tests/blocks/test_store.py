@@ -61,6 +61,17 @@ def get(store: BlockStore, *numbers: int) -> list[bool]:
     return came
 
 
+def damage(path: Path, number: int) -> None:
+    """Flip a bit in the record of a block, as it is on disk."""
+    segment = next(path.glob("segment-*.kvt"))
+    at = segment.read_bytes().index(block(number).tobytes()) + 100
+    with segment.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
 @pytest.mark.parametrize("format", ["raw", "raw+lz4", "raw+zstd"])
 def test_what_was_put_comes_back_to_the_bit_and_after_a_restart(tmp_path, format):
     with open_store(tmp_path, disk__format=format) as store:
@@ -218,18 +229,34 @@ for number in range(1, 10**6):
 def test_a_corrupted_record_is_a_miss_and_can_be_put_again(tmp_path):
     with open_store(tmp_path) as store:
         put(store, 1, 2)
-        path = next(tmp_path.glob("segment-*.kvt"))
-        data = bytearray(path.read_bytes())
-        at = data.index(block(1).tobytes())
-        with path.open("r+b") as file:
-            file.seek(at + 100)
-            file.write(bytes([data[at + 100] ^ 1]))
+        damage(tmp_path, 1)
         assert get(store, 1, 2) == [False, True]
         assert store.exists(keys(1, 2)) == [False, True]
         assert store.stats()["refused: checksum"] == 1
         assert put(store, 1) == [True]
         assert get(store, 1) == [True]
         store.check_integrity()
+
+
+def test_a_corrupted_record_that_is_still_being_read_is_not_taken_for_stored(tmp_path):
+    with open_store(tmp_path) as store:
+        put(store, 1)
+        damage(tmp_path, 1)
+        rows = store._find(store._names(keys(1)))
+        store._table.hold(rows, 0)
+        assert get(store, 1) == [False]
+        assert put(store, 1) == [False]
+        assert store.exists(keys(1)) == [False]
+        store._unhold(rows)
+        assert put(store, 1) == [True]
+        assert get(store, 1) == [True]
+        store.check_integrity()
+
+
+def test_other_facts_make_other_keys(tmp_path):
+    with open_store(tmp_path / "a") as one, open_store(tmp_path / "b", facts=FACTS | {"rank": 1}) as other:
+        assert set(one._names(keys(*range(9)))).isdisjoint(other._names(keys(*range(9))))
+        assert one._names(keys(1)) == one._names(keys(1))
 
 
 def test_a_full_store_lets_blocks_go_and_never_exceeds_its_room(tmp_path):
@@ -264,6 +291,7 @@ def test_sequences_go_from_their_ends(tmp_path):
 def test_a_chain_may_begin_after_what_is_unknown_or_already_stored_alone(tmp_path):
     with open_store(tmp_path) as store:
         put(store, 5, chain=Chain(key(4), 4))
+        assert sorted(store._table.depth[: store._table.rows].tolist()) == [3, 4]
         put(store, 4)
         put(store, 3, 4, 5, 6, chain=Chain(key(2), 2))
         assert get(store, 3, 4, 5, 6) == [True] * 4
