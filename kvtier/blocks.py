@@ -20,13 +20,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtier.config import Config, load_config
+from kvtier.config import Config
 from kvtier.errors import Closed, ConfigError, LayoutError
 from kvtier.formats import get_format
 from kvtier.keys import KEY_BYTES, PageKey
@@ -38,13 +37,10 @@ from kvtier.protection import Protected
 from kvtier.residency import policy_parameters
 from kvtier.tiers.base import PageId
 from kvtier.tiers.disk import DiskTier
-from kvtier.tiers.disk.directory import read_description
 from kvtier.tiers.lent import BlockLayout, LentBlocks, Parts, parts_of
 
 log = logging.getLogger(__name__)
 
-LOSSLESS = "raw+lz4"
-"""The format of stores of opaque blocks unless the configuration names another."""
 _CALLER, _DISK = 0, 1
 """Ends of the mover's link."""
 _HERE = 0
@@ -87,36 +83,6 @@ class _Part(NamedTuple):
 
     operation: _Operation
     indices: tuple[int, ...]
-
-
-def store_config(settings: Mapping[str, object], format: str = LOSSLESS) -> Config:
-    """The configuration of a store from what an engine's own configuration says: kvtier's dotted keys (`disk.path`,
-    `disk.capacity_bytes`, `disk.format`, `policy.name`, `mover.workers`, ...), and `config`, a YAML file below them.
-
-    `disk.path` is required; `disk.format` is `format` where nobody says. ConfigError, in one line, for anything wrong.
-    """
-    overrides = dict(settings)
-    file = overrides.pop("config", None)
-    if file is not None and not isinstance(file, str | Path):
-        raise ConfigError(f"config is {file!r}; expected the path of a YAML file of kvtier")
-    config = load_config(file, overrides=overrides, base={"disk": {"format": format}} if _names_a_disk(overrides, file) else None)
-    if config.disk is None:
-        raise ConfigError("disk.path is missing; name the directory of the store")
-    return config
-
-
-def stored_block_bytes(config: Config) -> int | None:
-    """Bytes of a block in the store that `config` names, for doors that are told only with the first block; None if there is none yet.
-
-    StoreError if there is one that cannot be read.
-    """
-    found = read_description(Path(config.disk.path)) if config.disk is not None else None
-    return None if found is None else found.layout.page_bytes
-
-
-def _names_a_disk(overrides: Mapping[str, object], file: object) -> bool:
-    """Whether a disk is configured at all, so that a missing path is told in the words above."""
-    return file is not None or any(key.startswith("disk.") and key != "disk.format" for key in overrides)
 
 
 class BlockStore:

@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from kvtier.blocks import BlockStore, store_config, stored_block_bytes
+from kvtier.blocks import BlockStore
+from kvtier.engines.settings import store_config, stored_block_bytes
 from kvtier.engines.versions import require_engine
 from kvtier.errors import Closed, KVTierError, LayoutError
 from kvtier.tiers.lent import BlockLayout

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvtier.blocks import BlockStore, Chain, store_config
+from kvtier.blocks import BlockStore, Chain
+from kvtier.engines.settings import store_config
 from kvtier.engines.versions import require_engine
 from kvtier.errors import ConfigError, LayoutError
 from kvtier.layout import PageLayout

@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtier.blocks import BlockStore, Chain, Presence, store_config
+from kvtier.blocks import BlockStore, Chain, Presence
+from kvtier.engines.settings import store_config
 from kvtier.engines.versions import require_engine
 from kvtier.tiers.lent import BlockLayout
 

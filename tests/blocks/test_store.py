@@ -17,7 +17,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvtier.blocks import BlockStore, Chain, Presence, store_config
+from kvtier.blocks import BlockStore, Chain, Presence
+from kvtier.engines.settings import store_config
 from kvtier.errors import Closed, ConfigError, LayoutError, StoreError, StoreLocked
 from kvtier.layout import PageLayout
 from kvtier.tiers.disk.record import record_bytes
