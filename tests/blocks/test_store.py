@@ -128,7 +128,8 @@ def test_a_format_that_loses_bits_of_opaque_blocks_is_refused(tmp_path, format):
     [
         ({}, "disk.path is missing"),
         ({"disk.capacity_bytes": "1GiB"}, "disk.path is missing"),
-        ({"disk.pth": "x"}, "nearest known key is disk.path"),
+        ({"disk.path": "x", "disk.pth": "y"}, "nearest known key is disk.path"),
+        ({"disk.path": "x", "disk": None}, "disk is null"),
         ({"disk.path": "x", "disk.capacity_bytes": "many"}, "disk.capacity_bytes is 'many'"),
         ({"config": 7}, "path of a YAML file"),
         ({"config": "nowhere.yaml"}, "no such configuration file"),
