@@ -19,10 +19,10 @@ import pytest
 
 from kvtier.engines.lmcache import KvtierL2
 from kvtier.errors import ConfigError, StoreError, StoreLocked
-from tests.engines_real.conftest import running
-from tests.engines_real.test_vllm_tier import PROMPT, ask
+from tests.engines_real.test_vllm_tier import PROMPT
 
 SIZE = 8192
+ROOT = Path(__file__).parents[2]
 
 
 def chunk(number: int) -> np.ndarray:
@@ -100,7 +100,7 @@ def server(path: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], int
     options = ["--host", "localhost", "--port", str(port), "--chunk-size", "256", "--l1-size-gb", "1", "--eviction-policy", "LRU"]
     options += ["--disable-observability", "--supported-transfer-mode", "engine_driven", "--l2-adapter", json.dumps(l2_adapter(path))]
     command = [sys.executable, "-m", "lmcache.v1.multiprocess.server", *options]
-    with log.open("ab") as out:
+    with log.open("wb") as out:
         child = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | {"LMCACHE_TRACK_USAGE": "false"})
         try:
             for _ in range(600):
@@ -119,16 +119,14 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("localhost", port)) == 0
 
 
-def engine(model_folder: Path, port: int) -> Any:
-    from vllm.config import KVTransferConfig
-
-    connector = KVTransferConfig(
-        kv_connector="LMCacheMPConnector",
-        kv_connector_module_path="lmcache.integration.vllm.lmcache_mp_connector",
-        kv_role="kv_both",
-        kv_connector_extra_config={"lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": port},
-    )
-    return running(model_folder, kv_transfer_config=connector)
+def ask(model_folder: Path, port: int) -> tuple[list[int], int]:
+    """The answer's tokens and how many of the prompt's came from a cache, from an engine that is started for this and ends."""
+    command = [sys.executable, "-m", "tests.engines_real.ask_with_lmcache", str(model_folder), str(port), PROMPT]
+    variables = os.environ | {"LMCACHE_TRACK_USAGE": "false", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    return said["tokens"], said["cached"]
 
 
 def written(path: Path) -> int:
@@ -146,12 +144,11 @@ def written(path: Path) -> int:
 def test_a_server_and_an_engine_that_start_anew_find_the_chunks_on_disk(model_folder, tmp_path):
     path, log = tmp_path / "store", tmp_path / "server.log"
     with server(path, log) as (child, port):
-        with engine(model_folder, port) as llm:
-            cold, cached = ask(llm, PROMPT)
-            assert cached == 0
-            assert written(path) > 1 << 20
+        cold, cached = ask(model_folder, port)
+        assert cached == 0
+        assert written(path) > 1 << 20
         child.kill()
-    with server(path, log) as (_, port), engine(model_folder, port) as llm:
-        warm, cached = ask(llm, PROMPT)
+    with server(path, log) as (_, port):
+        warm, cached = ask(model_folder, port)
         assert cached >= 512
         assert warm == cold
