@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -22,15 +21,10 @@ from kvtier.policy import ROOT, EvictionPolicy, Mask, Pages, make_policy
 
 require_engine("vllm")
 
-from vllm.v1.kv_offload.base import OffloadKey, ReqContext, get_offload_group_idx  # noqa: E402  # after the check
+from vllm.v1.kv_offload.base import OffloadKey, ReqContext  # noqa: E402  # after the check
 from vllm.v1.kv_offload.cpu.policies.base import CachePolicy, ChunkStatus  # noqa: E402
 
-
-@dataclass
-class _Ends:
-    """How far a request came: end token and key of its last known chunk, by KV group. Kept in the request's own scratch space."""
-
-    ends: dict[int, tuple[int, OffloadKey]] = field(default_factory=dict)
+from kvtier.engines.vllm_requests import chunks_before  # noqa: E402
 
 
 class KvtierPolicy(CachePolicy):  # type: ignore[misc]  # vLLM is not there when types are checked
@@ -90,26 +84,15 @@ class KvtierPolicy(CachePolicy):  # type: ignore[misc]  # vLLM is not there when
 
     def touch(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
         self._settle()
-        keys = list(dict.fromkeys(keys))
-        told = req_context.get_state(_Ends) or _Ends()
-        req_context.set_state(told)
-        for group, position, key in _ordered(keys, req_context):
-            if told.ends.get(group, (0, key))[0] <= position:
-                told.ends[group] = (position, key)
-        pages = [page for key in keys if (page := self._page_of.get(key)) is not None]
+        pages = [page for key in dict.fromkeys(keys) if (page := self._page_of.get(key)) is not None]
         if pages:
             self._policy.touch(np.array(pages), time.monotonic())
 
     def on_store_miss(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
         """What a request stores next: how its chunks hang together. A miss is no use of anything that is here."""
         self._settle()
-        told = req_context.get_state(_Ends) or _Ends()
-        req_context.set_state(told)
-        self._before = {}
-        for group, position, key in _ordered(keys, req_context):
-            end = told.ends.get(group)
-            self._before[key] = end[1] if end is not None and end[0] < position else None
-            told.ends[group] = (position, key)
+        before, coming = chunks_before(req_context), set(keys)
+        self._before = {key: before[key] for key in before if key in coming}
 
     def on_request_finished(
         self,
@@ -199,12 +182,6 @@ class KvtierPolicy(CachePolicy):  # type: ignore[misc]  # vLLM is not there when
                 self._children[parent] -= 1
                 if not self._children[parent] and self._keys[parent] is None:
                     self._free.append(parent)
-
-
-def _ordered(keys: Iterable[OffloadKey], req_context: ReqContext) -> list[tuple[int, int, OffloadKey]]:
-    """(KV group, end token, key) of the keys whose place the request knows, in order."""
-    placed = [(get_offload_group_idx(key), req_context.get_offload_key_position(key), key) for key in keys]
-    return sorted((group, position, key) for group, position, key in placed if position is not None)
 
 
 class A2CR(KvtierPolicy):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -36,12 +36,7 @@ from vllm.v1.kv_offload.base import (  # noqa: E402  # after the check
 )
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob  # noqa: E402
 
-
-@dataclass
-class _Places:
-    """The keys of a request that were seen, by KV group and end token. Kept in the request's own scratch space."""
-
-    keys: dict[tuple[int, int], OffloadKey] = field(default_factory=dict)
+from kvtier.engines.vllm_requests import chunks_before  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,6 @@ class KvtierTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not the
     # -- what vLLM asks --------------------------------------------------------------------------------------------------------
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        self._note([key], req_context)
         presence = self._store.lookup([key])[0]
         return {Presence.READY: LookupResult.HIT, Presence.COMING: LookupResult.RETRY, Presence.ABSENT: LookupResult.MISS}[presence]
 
@@ -157,37 +151,31 @@ class KvtierTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not the
             transfer_bytes=len(good) * self.block_size_bytes,
         )
 
-    def _note(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> _Places:
-        places: _Places = req_context.get_state(_Places) or _Places()
-        req_context.set_state(places)
-        for key in keys:
-            position = req_context.get_offload_key_position(key)
-            if position is not None:
-                places.keys[get_offload_group_idx(key), position] = key
-        return places
-
     def _runs(self, keys: Sequence[OffloadKey], req_context: ReqContext) -> Iterator[tuple[list[OffloadKey], Chain | None]]:
         """The keys in runs that follow each other, each with its place in the sequence; those whose place nobody knows at the end."""
-        places = self._note(keys, req_context).keys
-        wanted, run = set(keys), list[OffloadKey]()
+        before, wanted = chunks_before(req_context), set(keys)
+        run: list[OffloadKey] = []
         chain: Chain | None = None
-        end = (-1, -1)
-        for group, position in sorted(places):
-            key = places[group, position]
+        for key in before:
             if key not in wanted:
                 continue
             wanted.discard(key)
-            step = self._chunk_tokens[group]
-            if run and end != (group, position - step):
+            if run and before[key] != run[-1]:
                 yield run, chain
                 run = []
             if not run:
-                before = places.get((group, position - step))
-                depth = position // step - 1
-                chain = Chain(None, 0) if depth == 0 else Chain(before, depth) if before is not None and depth > 0 else None
+                chain = self._place(key, before[key], req_context)
             run.append(key)
-            end = (group, position)
         if run:
             yield run, chain
         if wanted:
             yield [key for key in keys if key in wanted], None
+
+    def _place(self, key: OffloadKey, before: OffloadKey | None, req_context: ReqContext) -> Chain | None:
+        """Where a chunk stands in its sequence; None where what is just before it is not known (sliding windows leave gaps)."""
+        step, end = self._chunk_tokens[get_offload_group_idx(key)], req_context.get_offload_key_position(key)
+        if end == step:
+            return Chain(None, 0)
+        if before is None or req_context.get_offload_key_position(before) != end - step:
+            return None
+        return Chain(before, end // step - 1)

@@ -84,6 +84,22 @@ def test_a_request_leaves_from_its_end_also_when_its_chunks_come_in_two_steps():
     assert [each for each, _ in policy.evict(4, set())] == keys[:1:-1]
 
 
+def test_what_goes_on_from_a_resident_prefix_keeps_the_prefix():
+    cpu = manager(8)
+    keys = [key(number) for number in range(6)]
+    assert serve(cpu, "first turn", keys[:3]) == 0
+    assert serve(cpu, "second turn", keys) == 3
+    serve(cpu, "others", [key(100 + number) for number in range(2)])
+    context = request("look", keys)
+    serve(cpu, "more", [key(200 + number) for number in range(3)])
+    here = [cpu.lookup(each, context) is LookupResult.HIT for each in keys]
+    assert here == sorted(here, reverse=True)
+    policy: Any = cpu._policy
+    policy._settle()
+    depths = {each: policy._depth[page] for each, page in policy._page_of.items()}
+    assert [depths[each] for each, found in zip(keys, here, strict=True) if found] == list(range(sum(here)))
+
+
 def test_a_failed_store_leaves_nothing_behind():
     cpu = manager(4)
     keys = [key(number) for number in range(4)]
