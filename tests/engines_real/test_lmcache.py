@@ -141,6 +141,7 @@ def written(path: Path) -> int:
     return before
 
 
+@pytest.mark.timeout(900)  # two servers and two engines start
 def test_a_server_and_an_engine_that_start_anew_find_the_chunks_on_disk(model_folder, tmp_path):
     path, log = tmp_path / "store", tmp_path / "server.log"
     with server(path, log) as (child, port):

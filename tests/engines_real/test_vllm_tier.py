@@ -62,6 +62,7 @@ def tier_of(llm: Any) -> Any:
     return scheduler.connector.connector_scheduler.manager.secondary_tiers[0]
 
 
+@pytest.mark.timeout(900)  # three engines start
 def test_chunks_on_disk_serve_the_next_engine_and_damaged_ones_are_computed_again(model_folder, tmp_path):
     with engine(model_folder, tmp_path) as llm:
         from kvtier.engines.vllm_policy import A2CR
