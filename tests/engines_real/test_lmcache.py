@@ -125,7 +125,7 @@ def ask(model_folder: Path, port: int) -> tuple[list[int], int]:
     variables = os.environ | {"LMCACHE_TRACK_USAGE": "false", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"tokens"')))  # among the engine's own lines
     return said["tokens"], said["cached"]
 
 
