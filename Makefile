@@ -4,11 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: help install run test test-numa lint format types bench docs clean
+VLLM := .venv-vllm
+
+.PHONY: help install run test test-numa test-engines lint format types bench docs clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Make .venv with kvtier, the demo's model and the development tools
 
@@ -32,6 +34,15 @@ test: install ## Run all tests, lint and type checks
 test-numa: install ## Run the NUMA tests in an emulated machine of five memory nodes (root, Debian; 2 minutes)
 	tests/numa/guest/boot $(ARGS)
 
+test-engines: $(VLLM)/installed ## Run the tests in real serving engines, each in an environment of its own (6 minutes; 4 GB to install)
+	$(VLLM)/bin/python -m pytest tests/engines_real $(ARGS)
+
+$(VLLM)/installed: tests/engines_real/vllm.txt setup.py $(wildcard kvtier/formats/native/*.[ch] kvtier/columns/*.[ch] kvtier/io/*.c kvtier/numa/*.c)
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement tests/engines_real/vllm.txt
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
 lint: install ## Check style and common mistakes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,4 +61,4 @@ docs: install ## Write the generated pages of docs/
 	$(BIN)/kvtier config reference > docs/configuration.md
 
 clean: ## Remove what the targets made
-	rm -rf $(VENV) build *.egg-info kvtier/formats/native/*.so kvtier/columns/*.so kvtier/io/*.so kvtier/numa/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis report.html
+	rm -rf $(VENV) $(VLLM) build *.egg-info kvtier/formats/native/*.so kvtier/columns/*.so kvtier/io/*.so kvtier/numa/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis report.html

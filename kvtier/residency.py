@@ -74,7 +74,9 @@ class Residency:
         self.names = [tier.name for tier in self.tiers]
         self.last = len(self.tiers) - 1
         self.table = PageTable(len(self.tiers), layout.page_tokens)
-        self.policies: list[EvictionPolicy] = [make_policy(config.policy.name, _parameters(config), layout.page_tokens) for _ in self.tiers]
+        self.policies: list[EvictionPolicy] = [
+            make_policy(config.policy.name, policy_parameters(config), layout.page_tokens) for _ in self.tiers
+        ]
         for policy in self.policies:
             policy.names = self.table.names  # rows are used again for other pages
         self._smoothed = [SmoothedPressure() for _ in self.tiers]
@@ -653,7 +655,8 @@ class Residency:
                 self.table.check_tier(index, policy)
 
 
-def _parameters(config: Config) -> A2CRParameters:
+def policy_parameters(config: Config) -> A2CRParameters:
+    """What the configuration says to the A²CR family."""
     policy = config.policy
     bands = tuple(PressureBand(band.above, band.eviction_threshold, band.time_decay_factor) for band in policy.bands)
     return A2CRParameters(

@@ -44,11 +44,12 @@ BELOW = {
     "attending": {"attention", "errors", "lease", "pages", "residency"},
     "budget": {"attention", "errors", "formats", "keys", "lease", "memory", "mover", "pages", "residency", "tiers", "writing"},
     "writing": {"attention", "errors", "keys", "lease", "mover", "pages", "residency", "tiers"},
+    "blocks": {"config", "errors", "formats", "keys", "mover", "pages", "policy", "protection", "residency", "tiers"},
     "cache": {
         *("attending", "budget", "config", "errors", "layout", "keys", "lease", "prefetch"),
         *("mover", "pages", "residency", "resizing", "tiers", "writing"),
     },
-    "engines": {"budget", "cache", "config", "errors", "layout", "lease"},
+    "engines": {"blocks", "budget", "cache", "config", "errors", "layout", "lease", "policy", "tiers"},
     "quality": {"attention", "budget", "engines", "errors", "formats", "layout"},
     "job": {"cache", "config", "engines", "errors", "formats", "layout", "machine", "quality"},
     "cli": {

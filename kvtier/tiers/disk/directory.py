@@ -135,14 +135,9 @@ class StoreDirectory:
 
     def describe(self, wanted: Description) -> Description | None:
         """The description found on disk, None if there is none yet. LayoutError or StoreError unless it agrees with `wanted`."""
-        where = self.path / _DESCRIPTION
-        try:
-            text = where.read_bytes().decode("utf-8", "replace")
-        except FileNotFoundError:
+        found = read_description(self.path)
+        if found is None:
             return None
-        except OSError as error:
-            raise StoreError(f"{where}: cannot be read: {error.strerror}; {_REMEDY}") from error
-        found = Description.from_json(text, where)
         if found.layout != wanted.layout:
             raise LayoutError(f"disk store {self.path} holds pages of {found.layout}; this cache has {wanted.layout}; {_REMEDY}")
         for field, what in (("format", "format"), ("namespace", "model or revision (namespace)"), ("slot_bytes", "record size")):
@@ -209,6 +204,18 @@ class StoreDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
             os.close(self._lock)
             self._lock = None
+
+
+def read_description(path: Path) -> Description | None:
+    """The description of the store in directory `path`, None if there is none. StoreError if it is damaged, newer, or cannot be read."""
+    where = path / _DESCRIPTION
+    try:
+        text = where.read_bytes().decode("utf-8", "replace")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StoreError(f"{where}: cannot be read: {error.strerror}; {_REMEDY}") from error
+    return Description.from_json(text, where)
 
 
 def reopened(found: Description, capacity_bytes: int) -> Description:

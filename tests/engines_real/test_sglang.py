@@ -1,0 +1,188 @@
+"""The backend under SGLang's own factory, interface, page arithmetic and failure injector (its engine needs a GPU and is not run)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvtier.errors import ConfigError, LayoutError, StoreError, StoreLocked
+from tests.engines_real.sglang_pool import import_storage, mha_pool
+
+ROOT = import_storage()
+
+from sglang.srt.mem_cache.hicache_storage import (  # noqa: E402
+    HiCacheStorageConfig,
+    HiCacheStorageExtraInfo,
+    HiCacheStorageFailureInjector,
+)
+from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory  # noqa: E402
+
+PAGE = 16
+LAYOUTS = ["layer_first", "page_first", "page_first_direct", "page_head"]
+KEYS = [f"hash{number}" for number in range(12)]
+
+
+def make(path: Path, pool: Any, more: dict[str, Any] | None = None, **ranks: Any) -> Any:
+    # --- docs/sglang.md: hicache-storage-backend-extra-config
+    extra_config = {
+        "backend_name": "kvtier",
+        "module_path": "kvtier.engines.sglang",
+        "class_name": "KvtierHiCache",
+        "interface_v1": 1,
+        "disk.path": str(path),
+        "disk.capacity_bytes": "64MiB",
+    }
+    # ---
+    usual = {"tp_rank": 0, "tp_size": 1, "pp_rank": 0, "pp_size": 1, "attn_cp_rank": 0, "attn_cp_size": 1, "is_mla_model": False}
+    config = HiCacheStorageConfig(
+        **(usual | {"enable_storage_metrics": False, "is_page_first_layout": False, "model_name": "m"} | ranks),
+        extra_config=extra_config | (more or {}),
+    )
+    backend = StorageBackendFactory.create_backend("dynamic", config, pool)
+    backend.register_mem_pool_host(pool)
+    backend.on_host_pools_registered()
+    return backend
+
+
+def indices(*pages: int) -> torch.Tensor:
+    return torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE) for page in pages])
+
+
+def page(pool: Any, number: int) -> torch.Tensor:
+    return pool.get_data_page(number * PAGE).clone()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_pages_come_back_to_the_bit_in_every_layout_also_after_a_restart(tmp_path, layout, dtype):
+    pool = mha_pool(ROOT, layout, dtype)
+    before = [page(pool, number) for number in range(12)]
+    backend = make(tmp_path, pool)
+    assert backend.batch_set_v1(KEYS[:3], indices(0, 5, 2), HiCacheStorageExtraInfo(prefix_keys=[])) == [True] * 3
+    assert backend.batch_set_v1(KEYS[3:4], indices(7), HiCacheStorageExtraInfo(prefix_keys=KEYS[:3])) == [True]
+    backend.close()
+    backend = make(tmp_path, pool)
+    assert backend.batch_exists([*KEYS[:4], "never", KEYS[0]]) == 4
+    assert backend.exists(KEYS[2])
+    assert not backend.exists("never")
+    pool.kv_buffer.view(torch.uint8).zero_()
+    assert backend.batch_get_v1([KEYS[1], "never", KEYS[3]], indices(1, 2, 3)) == [True, False, True]
+    for place, source in ((1, 5), (3, 7)):
+        assert torch.equal(page(pool, place).view(torch.uint8), before[source].view(torch.uint8))
+    assert not page(pool, 2).view(torch.uint8).any()
+    backend.store.check_integrity()
+    backend.close()
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "page_head"])
+def test_the_calls_with_tensors_and_those_without_see_the_same_pages(tmp_path, layout):
+    pool = mha_pool(ROOT, layout, torch.bfloat16)
+    first, second = page(pool, 1), page(pool, 2)
+    backend = make(tmp_path, pool)
+    assert backend.batch_set(KEYS[:1], [pool.get_data_page(1 * PAGE)])
+    assert backend.batch_set_v1(KEYS[1:2], indices(2)) == [True]
+    pool.kv_buffer.zero_()
+    assert backend.batch_get_v1(KEYS[:1], indices(4)) == [True]
+    assert torch.equal(page(pool, 4), first)
+    found = backend.batch_get([*KEYS[1:2], "never"], [pool.get_dummy_flat_data_page() for _ in range(2)])
+    assert found[1] is None
+    pool.set_from_flat_data_page(6 * PAGE, found[0])
+    assert torch.equal(page(pool, 6), second)
+    assert torch.equal(backend.get(KEYS[0]), first)
+    assert backend.set(KEYS[5], first)
+    assert not backend.set(KEYS[6])
+    backend.close()
+
+
+def test_quantized_pages_are_smaller_and_one_store_serves_all_layouts(tmp_path):
+    pool = mha_pool(ROOT, "page_first", torch.bfloat16)
+    before = page(pool, 3).reshape(2, PAGE, 3, 2, 32)
+    backend = make(tmp_path, pool, {"disk.format": "q8"})
+    assert backend.batch_set_v1(KEYS[:1], indices(3), HiCacheStorageExtraInfo(prefix_keys=[])) == [True]
+    backend.close()
+    other = mha_pool(ROOT, "layer_first", torch.bfloat16)
+    backend = make(tmp_path, other, {"disk.format": "q8"})
+    assert backend.batch_get_v1(KEYS[:1], indices(0)) == [True]
+    error = (page(other, 0).reshape(2, 3, PAGE, 2, 32).transpose(1, 2).float() - before.float()).abs().max()
+    assert 0 < error < 0.05
+    backend.close()
+
+
+def test_under_sglangs_failure_injector_pages_are_right_or_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("SGLANG_TEST_HICACHE_BACKEND_RANDOM_FAILURE", "0.3")
+    monkeypatch.setenv("SGLANG_TEST_HICACHE_BACKEND_RANDOM_DELAY", "0.002")
+    pool = mha_pool(ROOT, "page_first_direct", torch.bfloat16)
+    before = [page(pool, number) for number in range(6)]
+    backend = make(tmp_path, pool)
+    assert isinstance(backend, HiCacheStorageFailureInjector)
+    came = 0
+    for _ in range(30):
+        for number in range(6):
+            backend.batch_set_v1([KEYS[number]], indices(number))
+        there = backend.batch_exists(KEYS[:6])
+        for number in range(there):
+            if backend.batch_get_v1([KEYS[number]], indices(11)) == [True]:
+                came += 1
+                assert torch.equal(page(pool, 11), before[number])
+    assert came > 0
+    backend.close()
+
+
+def test_corrupted_pages_are_not_handed_out(tmp_path):
+    pool = mha_pool(ROOT, "page_first", torch.bfloat16)
+    backend = make(tmp_path, pool, {"disk.format": "raw"})
+    assert backend.batch_set_v1(KEYS[:2], indices(0, 1)) == [True, True]
+    segment = next(tmp_path.rglob("segment-*.kvt"))
+    with segment.open("r+b") as file:
+        file.seek(1000)
+        byte = file.read(1)[0]
+        file.seek(1000)
+        file.write(bytes([byte ^ 1]))
+    assert sorted(backend.batch_get_v1(KEYS[:2], indices(4, 5))) == [False, True]
+    backend.clear()
+    assert backend.batch_exists(KEYS[:2]) == 0
+    backend.close()
+
+
+def test_ranks_keep_their_pages_apart(tmp_path):
+    pool = mha_pool(ROOT, "page_first", torch.bfloat16)
+    backends = [make(tmp_path, pool, tp_rank=rank, tp_size=2) for rank in range(2)]
+    assert backends[0].batch_set_v1(KEYS[:1], indices(0)) == [True]
+    assert [backend.batch_exists(KEYS[:1]) for backend in backends] == [1, 0]
+    with pytest.raises(StoreLocked):
+        make(tmp_path, pool, tp_rank=0, tp_size=2)
+    for backend in backends:
+        backend.close()
+
+
+@pytest.mark.parametrize("change", [{"model_name": "other"}, {"dtype": torch.float16}])
+def test_a_store_of_another_model_or_dtype_is_refused(tmp_path, change):
+    make(tmp_path, mha_pool(ROOT, "page_first", torch.bfloat16)).close()
+    dtype = change.pop("dtype", torch.bfloat16)
+    with pytest.raises((StoreError, LayoutError)):
+        make(tmp_path, mha_pool(ROOT, "page_first", dtype), **change)
+
+
+def test_what_cannot_be_held_is_refused_in_words(tmp_path):
+    pool = mha_pool(ROOT, "page_first", torch.bfloat16)
+    with pytest.raises(ConfigError, match="opaque"):
+        make(tmp_path, mha_pool(ROOT, "page_first", torch.float8_e4m3fn), {"disk.format": "q4"})
+    with pytest.raises(ConfigError, match="nearest known key is disk.format"):
+        make(tmp_path, pool, {"disk.formt": "q4"})
+    with pytest.raises(ConfigError, match="tensor-parallel ranks"):
+        make(tmp_path, pool, is_mla_model=True, tp_size=2)
+    pool.layout = "page_unified"
+    with pytest.raises(LayoutError, match="page_first_direct"):
+        make(tmp_path, pool)
+    pool.layout = "page_first"
+    backend = make(tmp_path, pool)
+    with pytest.raises(LayoutError, match="mamba"):
+        backend.register_mem_host_pool_v2(pool, "mamba")
+    with pytest.raises(LayoutError, match="expected 2 pages"):
+        backend.batch_get_v1(KEYS[:2], indices(0))
+    backend.close()
+    with pytest.raises(ConfigError, match="register_mem_pool_host"):
+        backend.batch_exists(KEYS)

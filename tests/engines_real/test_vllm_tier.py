@@ -1,0 +1,176 @@
+"""Policy and disk tier inside vLLM's tiered offloading, in real engines: hits from disk after a restart, none from what is damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvtier.errors import ConfigError, StoreError
+from tests.engines_real.conftest import running
+
+PROMPT = "Water boils at a lower temperature on a mountain than at the sea. " * 75
+OTHER = "A lighthouse keeper writes down every ship that passes in the night. " * 75
+TOKENS = 12
+
+
+def offloading(path: Path, **tier: Any) -> dict[str, Any]:
+    # --- docs/vllm-offloading.md: kv_transfer_config
+    config = {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {
+            "spec_name": "TieringOffloadingSpec",
+            "cpu_bytes_to_use": 400 << 20,
+            "eviction_policy": "A2CR",
+            "cache_policy_module_path": "kvtier.engines.vllm_policy",
+            "secondary_tiers": [
+                {
+                    "type": "KvtierTier",
+                    "module_path": "kvtier.engines.vllm_tier",
+                    "disk.path": str(path),
+                    "disk.capacity_bytes": "2GiB",
+                    "disk.format": "raw+zstd",
+                }
+            ],
+        },
+    }
+    # ---
+    extra: dict[str, Any] = config["kv_connector_extra_config"]  # type: ignore[assignment]
+    extra |= {"spec_name": "CpuTieringSpec", "spec_module_path": "tests.engines_real.cpu_tiering"}
+    extra["secondary_tiers"][0] |= tier
+    return config
+
+
+def engine(model_folder: Path, path: Path, **tier: Any) -> Any:
+    from vllm.config import KVTransferConfig
+
+    return running(model_folder, kv_transfer_config=KVTransferConfig(**offloading(path, **tier)))
+
+
+def ask(llm: Any, prompt: str) -> tuple[list[int], int]:
+    """The answer's tokens and how many of the prompt's were found in a cache."""
+    from vllm import SamplingParams
+
+    output = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=TOKENS), use_tqdm=False)[0]
+    return list(output.outputs[0].token_ids), output.num_cached_tokens
+
+
+def tier_of(llm: Any) -> Any:
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    return scheduler.connector.connector_scheduler.manager.secondary_tiers[0]
+
+
+@pytest.mark.timeout(900)  # three engines start
+def test_chunks_on_disk_serve_the_next_engine_and_damaged_ones_are_computed_again(model_folder, tmp_path):
+    with engine(model_folder, tmp_path) as llm:
+        from kvtier.engines.vllm_policy import A2CR
+
+        assert isinstance(llm.llm_engine.engine_core.engine_core.scheduler.connector.connector_scheduler.manager.primary_tier._policy, A2CR)
+        cold, cached = ask(llm, PROMPT)
+        assert cached == 0
+        other, _ = ask(llm, OTHER)
+        llm.reset_prefix_cache()
+        warm, cached = ask(llm, PROMPT)  # from the CPU tier
+        assert cached > 512
+        assert warm == cold
+        ask(llm, "One more step, so that everything is handed on.")
+        assert tier_of(llm).store.stats()["stored"] > 8
+    with engine(model_folder, tmp_path) as llm:
+        warm, cached = ask(llm, PROMPT)
+        stats = tier_of(llm).store.stats()
+        assert cached > 512
+        assert warm == cold
+        assert stats["hits"] >= cached // 128
+        assert "refused: checksum" not in stats
+        assert 0 < stats["disk"]["bytes_used"] < stats["blocks"] * tier_of(llm).block_size_bytes
+    for segment in tmp_path.glob("segment-*.kvt"):
+        with segment.open("r+b") as file:
+            for at in range(100_000, segment.stat().st_size, 200_000):
+                file.seek(at)
+                file.write(bytes(512))
+    with engine(model_folder, tmp_path) as llm:
+        again, cached = ask(llm, OTHER)
+        assert again == other
+        assert cached == 0
+        assert sum(count for what, count in tier_of(llm).store.stats().items() if str(what).startswith("refused")) > 0
+
+
+@pytest.mark.parametrize(
+    ("tier", "error", "says"),
+    [
+        ({"disk.format": "q4"}, ConfigError, "opaque bytes; use a format without loss"),
+        ({"disk.formt": "raw"}, ConfigError, "nearest known key is disk.format"),
+    ],
+)
+def test_a_tier_that_cannot_be_is_refused_in_words(tmp_path, tier, error, says):
+    with pytest.raises(error, match=says):
+        make_tier(tmp_path, **tier)
+
+
+def make_tier(path: Path, model: str = "m", rows: int = 4, **settings: Any) -> Any:
+    """The tier without an engine, under vLLM's own configuration objects."""
+    import numpy as np
+    from vllm.v1.kv_offload.base import OffloadingSpec
+    from vllm.v1.kv_offload.config import (
+        OffloadingCacheConfig,
+        OffloadingConfig,
+        OffloadingGroupConfig,
+        OffloadingModelConfig,
+        OffloadingParallelConfig,
+    )
+
+    from kvtier.engines.vllm_tier import KvtierTier
+
+    class Spec(OffloadingSpec):
+        def get_manager(self):
+            raise NotImplementedError
+
+        def get_worker(self, kv_caches):
+            raise NotImplementedError
+
+    config = OffloadingConfig(
+        groups=(OffloadingGroupConfig(16, ("layer.0",), 0),),
+        worker_kv_bytes_per_block=4096,
+        enable_kv_cache_events=False,
+        extra_config={},
+        engine_id="e",
+        model=OffloadingModelConfig(model, "bfloat16"),
+        cache=OffloadingCacheConfig(16, 1),
+        parallel=OffloadingParallelConfig(0, 1, 1, 1, 1, 1, 0, 1, None, False),
+    )
+    memory = np.random.default_rng(1).integers(0, 255, (rows, 4096), np.uint8)
+    return KvtierTier(Spec(config), memory.data, "KvtierTier", **({"disk.path": str(path), "disk.capacity_bytes": "1MiB"} | settings))
+
+
+def test_jobs_are_answered_and_lookups_tell_the_truth(tmp_path):
+    import numpy as np
+    from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
+    from vllm.v1.kv_offload.tiering.base import TransferJob
+
+    tier = make_tier(tmp_path)
+    keys = [make_offload_key(bytes([number] * 32), 0) for number in range(4)]
+    context = ReqContext("r")
+    for place, key in enumerate(keys):
+        context.set_offload_key_position(key, 16 * (place + 1))
+    assert [tier.lookup(key, context) for key in keys] == [LookupResult.MISS] * 4
+    tier.submit_store(TransferJob(7, keys[:2], np.array([0, 1]), False, context))
+    tier.submit_store(TransferJob(8, keys[2:3], np.array([2]), False, context))
+    tier.drain_jobs()
+    assert {(result.job_id, result.success) for result in tier.get_finished_jobs()} == {(7, True), (8, True)}
+    assert [tier.lookup(key, context) for key in keys] == [LookupResult.HIT] * 3 + [LookupResult.MISS]
+    table = tier.store._table
+    assert sorted(table.depth[: table.rows].tolist()) == [0, 1, 2]  # known as one sequence
+    before = tier._rows[:2].copy()
+    tier._rows[:2] = 0
+    tier.submit_load(TransferJob(9, [keys[0], keys[3], keys[1]], np.array([0, 3, 1]), True, context))
+    tier.drain_jobs()
+    (result,) = tier.get_finished_jobs()
+    assert not result.success
+    assert result.successful_keys == (keys[0], keys[1])
+    np.testing.assert_array_equal(tier._rows[:2], before)
+    assert list(tier.get_finished_jobs()) == []
+    tier.shutdown()
+    with pytest.raises(StoreError, match="another model"):
+        make_tier(tmp_path, model="other")
