@@ -37,15 +37,16 @@ BELOW = {
         *("formats", "policy", "pricing", "protection", "tiers", "pages", "mover"),
     },
     "prefetch": {"keys", "mover", "residency"},
+    "keyed": {"keys", "lease", "pages", "residency"},
     "lease": {"errors", "keys", "mover", "pages", "residency"},
     "attending": {"attention", "errors", "lease", "pages", "residency"},
     "budget": {"attention", "errors", "formats", "keys", "lease", "memory", "mover", "pages", "residency", "tiers", "writing"},
     "writing": {"attention", "errors", "keys", "lease", "mover", "pages", "residency", "tiers"},
     "cache": {
-        *("attending", "budget", "config", "errors", "layout", "keys", "lease", "prefetch"),
+        *("attending", "budget", "config", "errors", "keyed", "layout", "keys", "lease", "prefetch"),
         *("mover", "pages", "residency", "tiers", "writing"),
     },
-    "engines": {"budget", "cache", "config", "errors", "layout", "lease"},
+    "engines": {"budget", "cache", "config", "errors", "keyed", "keys", "layout", "lease", "pricing"},
     "quality": {"attention", "budget", "engines", "errors", "formats", "layout"},
     "job": {"cache", "config", "engines", "errors", "formats", "layout", "machine", "quality"},
     "cli": {
