@@ -89,6 +89,8 @@ class KeyedPages:
         with residency.lock:
             missing = np.flatnonzero(self._homes(keys) == NO_TIER).tolist()
             slots = residency.reserve_now(DEVICE, len(missing))
+            if slots is None and self._vacate(residency.table.ready(DEVICE)):
+                slots = residency.reserve_now(DEVICE, len(missing))
         if slots is None:
             slots = residency.mover.spawn(residency.reserve(DEVICE, len(missing))).result() if wait else []
         written = missing[: len(slots)]
@@ -129,24 +131,54 @@ class KeyedPages:
 
         `hand_out` copies from the slots it is given, which are others' afterwards.
         """
-        waiting = [keys[start : start + self.at_once] for start in range(0, len(keys), self.at_once)]
-        came = 0
-        leases = deque(self._acquire(part) for part in waiting[:2])  # the next part is on its way while this one is copied
+        parts = deque(keys[start : start + self.at_once] for start in range(0, len(keys), self.at_once))
+        ahead: deque[tuple[Sequence[PageKey], Lease]] = deque()
+        came, tried_again_at = 0, -1
         try:
-            while leases:
-                lease = leases[0]
+            while parts or ahead:
+                while parts and len(ahead) < 2:  # the next part is on its way while this one is copied
+                    ahead.append((parts[0], self._acquire(parts[0])))
+                    parts.popleft()
+                part, lease = ahead[0]
                 slots = lease.wait()[: lease.pages].tolist()
                 hand_out(range(came, came + len(slots)), slots)
                 came += len(slots)
-                leases.popleft().release()
-                if len(slots) < len(waiting.pop(0)):
-                    break
-                if len(waiting) > 1:
-                    leases.append(self._acquire(waiting[1]))
+                ahead.popleft()
+                self._let_go(lease)
+                if len(slots) < len(part):
+                    while ahead:
+                        later, lease = ahead.pop()
+                        lease.release()
+                        parts.appendleft(later)
+                    if came == tried_again_at or not self._make_room(part[len(slots)]):
+                        break
+                    parts.appendleft(part[len(slots) :])
+                    tried_again_at = came
         finally:
-            for lease in leases:
+            for _, lease in ahead:
                 lease.release()
         return came
+
+    def _let_go(self, lease: Lease) -> None:
+        """These pages were handed out: their places in the staging area are free, if the pages are elsewhere too."""
+        residency = self._residency
+        with residency.lock:
+            rows = np.array(lease.rows, np.int64)
+            lease.release()
+            self._vacate(rows)
+
+    def _vacate(self, rows: Rows) -> int:
+        """Take pages that are elsewhere too, and that nobody holds, out of the staging area; how many. Lock held.
+
+        The device's policy would not: it lets no page go before those that follow it.
+        """
+        return self._residency.clear(rows[self._residency.is_clean(rows, DEVICE)], DEVICE)
+
+    def _make_room(self, wanted: PageKey) -> bool:
+        """A page did not come: whether it is still there and there is more room now, so that trying again makes sense."""
+        residency = self._residency
+        with residency.lock:
+            return bool(self._vacate(residency.table.ready(DEVICE))) and bool(len(residency.table.find([wanted])))
 
     def _acquire(self, keys: Sequence[PageKey]) -> Lease:
         tokens = len(keys) * self._residency.layout.page_tokens

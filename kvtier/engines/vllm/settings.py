@@ -120,10 +120,11 @@ def _configured(vllm_config: Any, layout: PageLayout, workers: int) -> Config:
         "device.place": "cpu",
         "device.capacity_bytes": whole.device.capacity_bytes // workers,
     }
-    if fixed["device.capacity_bytes"] < FEWEST_STAGED * layout.page_bytes:  # type: ignore[operator]
+    fewest = FEWEST_STAGED * layout.page_bytes * workers
+    if whole.device.capacity_bytes < fewest:
         raise ConfigError(
-            f"device.capacity_bytes is {whole.device.capacity_bytes}, but the staging area of {workers} workers must hold {FEWEST_STAGED} pages "
-            f"of {layout.page_bytes} bytes each; raise it to at least {FEWEST_STAGED * layout.page_bytes * workers}"
+            f"device.capacity_bytes is {whole.device.capacity_bytes}: the staging area must hold {FEWEST_STAGED} pages of {layout.page_bytes} "
+            f"bytes for each of {workers} workers; raise it to at least {fewest}"
         )
     if whole.host is not None:
         fixed["host.capacity_bytes"] = whole.host.capacity_bytes // workers
