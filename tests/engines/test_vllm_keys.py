@@ -49,9 +49,7 @@ def test_salts_and_adapters_share_no_page():
 
 def test_images_separate_pages_from_where_they_are():
     shown = [image("cat", 5, 6), image("dog", 5, 6), image("cat", 6, 6)]
-    cat, dog, later = (
-        keys(request(range(16), features=[feature])) for feature in (image("cat", 5, 6), image("dog", 5, 6), image("cat", 6, 6))
-    )
+    cat, dog, later = (keys(request(range(16), features=[feature])) for feature in shown)
     plain = keys(request(range(16)))
     assert cat[0] == dog[0] == later[0] == plain[0]
     assert all(len({names[page] for names in (cat, dog, later, plain)}) == 4 for page in (1, 2, 3))

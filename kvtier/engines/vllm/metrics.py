@@ -30,6 +30,8 @@ COUNTERS = {
 class Counts(KVConnectorStats):  # type: ignore[misc]
     """`data[name][label]`: how many since the last time they were taken."""
 
+    data: dict[str, dict[str, float]]
+
     def add(self, name: str, count: float = 1, label: str = "") -> None:
         """Count."""
         if count:

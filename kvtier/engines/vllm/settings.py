@@ -123,8 +123,8 @@ def _configured(vllm_config: Any, layout: PageLayout, workers: int) -> Config:
     fewest = FEWEST_STAGED * layout.page_bytes * workers
     if whole.device.capacity_bytes < fewest:
         raise ConfigError(
-            f"device.capacity_bytes is {whole.device.capacity_bytes}: the staging area must hold {FEWEST_STAGED} pages of {layout.page_bytes} "
-            f"bytes for each of {workers} workers; raise it to at least {fewest}"
+            f"device.capacity_bytes is {whole.device.capacity_bytes}: the staging area must hold {FEWEST_STAGED} pages, "
+            f"each of {layout.page_bytes} bytes, for each of {workers} workers; raise it to at least {fewest}"
         )
     if whole.host is not None:
         fixed["host.capacity_bytes"] = whole.host.capacity_bytes // workers

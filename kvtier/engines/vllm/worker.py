@@ -105,7 +105,7 @@ class WorkerSide:
         """Begin to store what the step, which is over or queued on the device, computed."""
         ready = None
         if plan.stores and self._on_gpu:
-            ready = torch.cuda.Event()
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
         for job in plan.stores:
             keeping = Keeping(job, ready)
