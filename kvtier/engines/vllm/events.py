@@ -55,7 +55,8 @@ class Announcer:
                 "kv_cache_spec_kind": "full_attention",
                 "session_id": request.session_id,
             }
-            self.moved(keys[page], 0, self._mirror.tiers(keys[page]))
+            if now := self._mirror.tiers(keys[page]):
+                self.moved(keys[page], 0, now)
 
     def moved(self, key: PageKey, before: int, now: int) -> None:
         """A page is in the tiers `now` (bits) and was in those `before`."""
