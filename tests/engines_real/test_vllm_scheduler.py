@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+
 from kvtier.config import load_config
 from kvtier.engines.vllm.messages import Hello, LoadDone, RankReport, WorkerReport
 from kvtier.engines.vllm.scheduler import MOST_STORING, SchedulerSide
@@ -157,17 +159,18 @@ def test_events_tell_of_tiers_in_vllms_words():
     engine = Engine(events=True)
     request = engine.request("a", range(9))
     request.block_hashes, request.session_id = [b"h0", b"h1"], None
+    first, second = map(maybe_convert_block_hash, request.block_hashes)
     plan = engine.step(request)
     assert engine.side.events() == []
     engine.stored(plan)
     told = engine.side.events()
     assert [(type(event).__name__, event.block_hashes, event.medium) for event in told] == [
-        ("BlockStored", [b"h0"], "CPU"),
-        ("BlockStored", [b"h1"], "CPU"),
+        ("BlockStored", [first], "CPU"),
+        ("BlockStored", [second], "CPU"),
     ]
-    assert told[1].parent_block_hash == b"h0"
+    assert told[1].parent_block_hash == first
     assert told[1].token_ids == [4, 5, 6, 7]
     engine.side.heard(WorkerReport({0: RankReport(0, {plan.stores[0].keys[1]: 0})}))
     assert [(type(event).__name__, event.block_hashes, event.medium) for event in engine.side.events()] == [
-        ("BlockRemoved", [b"h1"], "CPU")
+        ("BlockRemoved", [second], "CPU")
     ]

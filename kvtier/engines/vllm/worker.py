@@ -157,9 +157,13 @@ class WorkerSide:
             if not future.done():
                 running.append((load, future, began))
                 continue
-            came = self._came(load, future)
+            came, seconds = self._came(load, future), time.perf_counter() - began
             self._unloaded.update(load.blocks[came:])
-            report.loads.append(LoadDone(load.request_id, came, time.perf_counter() - began))
+            report.loads.append(LoadDone(load.request_id, came, seconds))
+            with self._counting:
+                self.counts.add("loaded_pages", came)
+                self.counts.add("failed_pages", len(load.blocks) - came)
+                self.counts.add("load_seconds", seconds)
         self._loads = running
         for number, (_, job) in list(self._keeping.items()):
             if job.done():
@@ -172,15 +176,10 @@ class WorkerSide:
         return report, finished
 
     def _came(self, load: LoadJob, future: Future[int]) -> int:
-        error, came = future.exception(), 0
-        if error is not None:
-            log.error("kvtier: a load failed; vLLM computes its tokens again", exc_info=error)
-        else:
-            came = future.result()
-        with self._counting:
-            self.counts.add("loaded_pages", came)
-            self.counts.add("failed_pages", len(load.blocks) - came)
-        return came
+        if (error := future.exception()) is None:
+            return future.result()
+        log.error("kvtier: the load of request %s failed; vLLM computes its tokens again", load.request_id, exc_info=error)
+        return 0
 
     def unloaded_blocks(self) -> set[int]:
         """The blocks that were to be loaded and do not hold what they should, since the last call."""
