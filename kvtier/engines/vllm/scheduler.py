@@ -28,6 +28,8 @@ from kvtier.pricing import Prices
 
 MOST_STORING = 256
 """Pages whose blocks the workers may be asked to copy before they have copied others."""
+MOST_PER_JOB = 16
+"""Pages in one store job: a step that overwrites one of its blocks waits until all of them are copied."""
 
 
 @dataclass
@@ -204,6 +206,9 @@ class SchedulerSide:
             else:
                 run.append(page)
             state.stored = page + 1
+            if len(run) == MOST_PER_JOB:
+                self._job(state, keys, run, blocks, jobs)
+                run = []
         self._job(state, keys, run, blocks, jobs)
 
     def _job(self, state: RequestState, keys: Sequence[PageKey], run: Sequence[int], blocks: Sequence[int], jobs: list[StoreJob]) -> None:
