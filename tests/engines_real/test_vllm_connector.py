@@ -191,7 +191,7 @@ class TestLossless:
     def test_vllm_counts_what_kvtier_does(self, talk):
         names = {metric.name: metric for metric in talk.llm.get_metrics()}
         assert names["vllm:external_prefix_cache_hits"].value > 0
-        for name in ("hit_tokens", "loaded_pages", "stored_pages", "load_seconds", "store_seconds"):
+        for name in ("hit_tokens", "loaded_pages", "stored_pages"):
             assert talk.counted(name) > 0
         assert talk.counted("failed_pages") == 0
 
@@ -258,7 +258,8 @@ class TestDamaged:
     options: ClassVar[dict[str, Any]] = {}
 
     @pytest.fixture(scope="class", autouse=True)
-    def _damage(self, store):
+    @classmethod
+    def _damage(cls, store):
         assert overwrite_payloads_with_zeros(store, 1 << 20) > 1 << 20
 
     @pytest.mark.parametrize("length", LENGTHS)
@@ -303,7 +304,7 @@ class TestQuantized:
         for prompt in prompts:
             talk.ask(prompt)
         talk.forget()
-        cached = [talk.ask(prompt)[0] for prompt in prompts]
+        cached = [talk.ask(prompt)[0] for prompt in reversed(prompts)]
         assert any(cached)
         assert not all(cached)
         assert talk.counted("evicted_pages") > 0
@@ -377,18 +378,18 @@ def test_other_releases_of_vllm_are_refused():
 
 def test_workers_share_the_sizes_and_keep_their_parts_apart(model_folder, tmp_path):
     asked = {
-        "host__capacity_bytes": "64MiB",
+        "host__capacity_bytes": "48MiB",
         "disk__path": str(tmp_path),
         "disk__capacity_bytes": "128MiB",
         "device__capacity_bytes": "1GiB",
     }
     whole = settings_of(*configured(model_folder, asked, {}))
-    halves = settings_of(*configured(model_folder, asked, {"tensor_parallel_size": 2}))
-    half, all_of_it = halves.config.host, whole.config.host
-    assert half is not None
+    thirds = settings_of(*configured(model_folder, asked, {"tensor_parallel_size": 3}))
+    third, all_of_it = thirds.config.host, whole.config.host
+    assert third is not None
     assert all_of_it is not None
-    assert half.capacity_bytes * 2 == all_of_it.capacity_bytes == 64 << 20
-    assert halves.namespace != whole.namespace
-    first, second = (for_rank(halves, rank) for rank in (0, 1))
+    assert third.capacity_bytes * 3 == all_of_it.capacity_bytes == 48 << 20
+    assert thirds.namespace != whole.namespace
+    first, second = (for_rank(thirds, rank) for rank in (0, 1))
     assert first.disk != second.disk
     assert first.model.revision != second.model.revision
