@@ -25,6 +25,7 @@ from kvtier.attending import lease_mass
 from kvtier.budget import BudgetedLease, check_budget
 from kvtier.config import Config, load_config
 from kvtier.errors import Closed, ConfigError, LayoutError, LeaseError
+from kvtier.keyed import KeyedPages
 from kvtier.keys import PageKey, TokenIds, namespace, page_keys, root_key, token_array
 from kvtier.layout import PageLayout
 from kvtier.lease import Lease, Match
@@ -144,6 +145,13 @@ class TieredKVCache:
         """A lease on nothing yet: the start of a new sequence of tenant `salt`, to be grown with `append`."""
         empty = np.empty(0, np.int64)
         return self.acquire(Match(0, empty, (), root_key(self._namespace, salt), {}, 0, 0.0, 0.0))
+
+    def by_key(self) -> KeyedPages:
+        """This cache for an engine that owns its paged cache and names pages by their keys: the device tier is a staging area then.
+
+        Once per cache.
+        """
+        return KeyedPages(self._open(), self.acquire)
 
     def _worthwhile(self, match: Match) -> int:
         """How many of the match's pages are worth bringing up, counting as declined those that are not. Lock held."""
@@ -478,6 +486,11 @@ class TieredKVCache:
                 "pages": len(residency.table),
                 "leased_pages": int((residency.table.leases[: residency.table.rows] > 0).sum()),
             }
+
+    def tier_sizes(self) -> tuple[list[str], list[int]]:
+        """The tiers' names, warmest first, and the encoded bytes of a page in each, the most it can take where that varies."""
+        residency = self._open()
+        return residency.names, residency.page_bytes.tolist()
 
     def settle(self, timeout: float | None = None) -> None:
         """Wait until no transfer is queued or under way: for tests, benchmarks and orderly hand-overs.

@@ -93,6 +93,8 @@ class Residency:
         kept = config.attention.digest_bytes
         self.digests = DigestStore(layout, kept, self.device.place) if kept else None
         """The digests of committed pages, as many as there is room for."""
+        self.watcher: Callable[[Sequence[PageKey | None]], None] | None = None
+        """Told, lock held, which pages (None: an open one) got or lost a copy somewhere."""
         self.house = Housekeeping(self)
         self._recover()
         mover = config.mover
@@ -176,6 +178,8 @@ class Residency:
         if tier == DEVICE:
             self.metrics.prefetch.wasted += self.unmark_prefetched(rows)
         self.metrics.tiers[tier].evicted[reason] += len(rows)
+        if self.watcher is not None:
+            self.watcher(table.key[rows].tolist())
         self.tiers[tier].free(table.drop(rows, tier))
         if self.digests is not None:
             self.digests.drop([row for row in rows.tolist() if table.key[row] is None])
@@ -217,6 +221,8 @@ class Residency:
         if attended is not None:
             for row in rows[attended].tolist():
                 policy.record_attention(row, float(table.attention[row]))
+        if self.watcher is not None:
+            self.watcher(table.key[rows].tolist())
 
     def touch(self, rows: Rows, tier: int) -> None:
         """Copies in `tier` were used; those that its policy does not know (on their way out) are passed over. Lock held."""

@@ -119,6 +119,10 @@ class DevicePool(DeviceSlots):
         """The whole pool seen by one layer: a view `[slots, planes, page_tokens, kv_heads, head_dim]`, to be indexed with a block table."""
         return self._pool[:, index]
 
+    def page(self, slot: int) -> torch.Tensor:
+        """One slot's memory: a view `[layers, planes, page_tokens, kv_heads, head_dim]`."""
+        return self._pool[slot]
+
     def keys(self, slots: Sequence[int]) -> torch.Tensor:
         """The keys of whole pages, a copy where the pool is: `[len(slots), layers, page_tokens, kv_heads, head_dim]`."""
         return self._pool[torch.as_tensor(slots, dtype=torch.int64, device=self.place), :, 0]

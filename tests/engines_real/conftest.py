@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
-# Before vLLM is imported: engine core and worker in this process, so that tests reach into them, and threads where the system puts them.
+# Before vLLM is imported: engine core and worker in this process, so that tests reach into them, and one compute thread, because two that
+# wait for each other at every operation take seconds per token where others use the processor too.
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }

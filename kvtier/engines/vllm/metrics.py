@@ -1,0 +1,85 @@
+"""What the connector counts, in vLLM's own statistics: the log line "KV Transfer metrics" and counters `vllm:kvtier_*` in Prometheus.
+
+Counts of an interval: both sides of the connector hand theirs over once per step, vLLM adds them up. State: whoever counts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+COUNTERS = {
+    "hit_tokens": ("Tokens that were to be loaded instead of computed, by the tier they came from.", "tier"),
+    "loaded_pages": ("Pages (KV blocks of one worker) brought back into vLLM's cache.", ""),
+    "failed_pages": ("Pages that were to be loaded and did not come; vLLM computed them again, or failed the request.", ""),
+    "load_seconds": ("Seconds that loads took, from being told to the last page.", ""),
+    "stored_pages": ("Pages copied out of vLLM's cache and kept.", ""),
+    "store_seconds": ("Seconds that stores took, beside the engine's steps.", ""),
+    "skipped_pages": (
+        "Pages that were not stored: `busy`: too many were; `overwritten` before they were copied; `no room`.",
+        "why",
+    ),
+    "refused_pages": ("Copies that did not verify or could not be written, by reason.", "why"),
+    "evicted_pages": ("Pages that left a tier, by tier.", "tier"),
+    "waits": ("Times a request was asked to wait a moment, because its pages were just being stored or loaded.", ""),
+}
+"""Name, what it counts, and its label if it has one."""
+
+
+class Counts(KVConnectorStats):  # type: ignore[misc]
+    """`data[name][label]`: how many since the last time they were taken."""
+
+    data: dict[str, dict[str, float]]
+
+    def add(self, name: str, count: float = 1, label: str = "") -> None:
+        """Count."""
+        if count:
+            labels = self.data.setdefault(name, {})
+            labels[label] = labels.get(label, 0) + count
+
+    def taken(self) -> Counts | None:
+        """What was counted so far, which starts anew; None if nothing."""
+        if self.is_empty():
+            return None
+        data, self.data = self.data, {}
+        return Counts(data)
+
+    def reset(self) -> None:
+        """Start anew."""
+        self.data = {}
+
+    def aggregate(self, other: KVConnectorStats) -> Counts:
+        """Add the other's counts to these."""
+        for name, labels in other.data.items():
+            for label, count in labels.items():
+                self.add(name, count, label)
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """Flat, for the log."""
+        return {f"{name} {label}".strip(): round(count, 3) for name, labels in self.data.items() for label, count in labels.items()}
+
+    def is_empty(self) -> bool:
+        """Whether nothing was counted."""
+        return not self.data
+
+
+class PrometheusCounters(KVConnectorPromMetrics):  # type: ignore[misc]
+    """The counters in vLLM's Prometheus registry."""
+
+    def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._counters = {
+            name: self._counter_cls(
+                name=f"vllm:kvtier_{name}", documentation=text, labelnames=[*self._labelnames, label] if label else self._labelnames
+            )
+            for name, (text, label) in COUNTERS.items()
+        }
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Add what one engine counted."""
+        engine = self.per_engine_labelvalues[engine_idx]
+        for name, labels in transfer_stats_data.items():
+            for label, count in labels.items():
+                self._counters[name].labels(*engine, *([label] if COUNTERS[name][1] else [])).inc(count)

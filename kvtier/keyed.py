@@ -1,0 +1,191 @@
+"""Pages by key, for engines that own their paged cache and only want bytes kept and brought back.
+
+The engine names pages by the keys of `kvtier.keys`; its blocks are its own. Bytes go through the device tier, which is a staging area
+then: `store` fills slots of it and lets the cache write them further down, `restore` brings pages up and hands their slots out to be
+copied. What is held where is told as changes, so that a scheduler in another process can keep a mirror. `store` may run beside `restore`,
+each on one thread at a time; `changes` on any. State: the keys that changed since they were last asked for, under the cache's lock.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from kvtier.keys import PageKey
+from kvtier.lease import Lease, Match
+from kvtier.pages import ABSENT, NO_ROW, NO_TIER, READY, Rows
+from kvtier.residency import DEVICE, Residency
+
+MOST_AT_ONCE = 16
+"""Pages of one request in the staging area at a time, so that some are decoded while others are copied."""
+
+Carry = Callable[[Sequence[int], Sequence[int]], None]
+"""Copies pages between the engine and the staging area: their positions in the list of keys, and their slots."""
+
+
+class KeyedPages:
+    """Stores and restores pages by key: `TieredKVCache.by_key()`. Nothing else may put pages into that cache."""
+
+    def __init__(self, residency: Residency, acquire: Callable[[Match], Lease]) -> None:
+        self._residency = residency
+        self._acquire_match = acquire
+        self._changed: set[PageKey] = set()
+        self.at_once = max(1, min(MOST_AT_ONCE, residency.device.capacity_slots // 8))
+        with residency.lock:
+            residency.watcher = self._note
+            for tier in range(len(residency.tiers)):
+                self._note(residency.table.key[residency.table.ready(tier)].tolist())
+
+    def slot(self, slot: int) -> torch.Tensor:
+        """The memory of one slot of the staging area, `[layers, planes, page_tokens, kv_heads, head_dim]`."""
+        return self._residency.device.page(slot)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Since the start: pages that left each tier, and copies that were refused, by reason."""
+        residency = self._residency
+        with residency.lock:
+            tiers = residency.metrics.tiers
+            evicted = {name: sum(counts.evicted.values()) for name, counts in zip(residency.names, tiers, strict=True)}
+            return {"evicted": evicted, "refused": dict(sum((counts.refused for counts in tiers), Counter()))}
+
+    def _note(self, keys: Sequence[PageKey | None]) -> None:
+        """These pages got or lost a copy. Lock held."""
+        self._changed.update(key for key in keys if key is not None)
+
+    def changes(self) -> dict[PageKey, int]:
+        """The pages whose copies changed since the last call (at first: all pages), as bits: bit t is set where tier t has it."""
+        residency = self._residency
+        with residency.lock:
+            keys, self._changed = list(self._changed), set()
+            if not keys:
+                return {}
+            rows = residency.table.rows_of(keys)
+            masks = np.zeros(len(keys), np.int64)
+            for tier in range(len(residency.tiers)):
+                masks |= (residency.table.state[tier][rows] == READY).astype(np.int64) << tier
+            masks[rows == NO_ROW] = 0
+        return dict(zip(keys, masks.tolist(), strict=True))
+
+    def store(self, keys: Sequence[PageKey], before: PageKey, depth: int, fill: Carry, wait: bool = True) -> int:
+        """Keep pages that follow each other, the first one at `depth` after the page `before`; returns how many are kept now.
+
+        `fill` writes those that are new into the slots it is given. Waits for room, or (`wait=False`) keeps only what there is room for at
+        once; the first pages come first.
+        """
+        kept = 0
+        for start in range(0, len(keys), self.at_once):
+            part = keys[start : start + self.at_once]
+            done = self._store_some(part, keys[start - 1] if start else before, depth + start, _shifted(fill, start), wait)
+            kept += done
+            if done < len(part):
+                break
+        return kept
+
+    def _store_some(self, keys: Sequence[PageKey], before: PageKey, depth: int, fill: Carry, wait: bool) -> int:
+        residency = self._residency
+        with residency.lock:
+            missing = np.flatnonzero(self._homes(keys) == NO_TIER).tolist()
+            slots = residency.reserve_now(DEVICE, len(missing))
+            if slots is None and self._vacate(residency.table.ready(DEVICE)):
+                slots = residency.reserve_now(DEVICE, len(missing))
+        if slots is None:
+            slots = residency.mover.spawn(residency.reserve(DEVICE, len(missing))).result() if wait else []
+        written = missing[: len(slots)]
+        try:
+            if written:
+                fill(written, slots)
+        except BaseException:
+            with residency.lock:
+                residency.device.free(slots)
+            raise
+        with residency.lock:
+            self._settle(keys, before, depth, written, slots)
+        return len(keys) if len(written) == len(missing) else missing[len(written)]
+
+    def _homes(self, keys: Sequence[PageKey]) -> Rows:
+        """The warmest tier of each page, NO_TIER for those that are nowhere. Lock held."""
+        table = self._residency.table
+        rows = table.rows_of(keys)
+        homes = table.warmest(rows)
+        homes[rows == NO_ROW] = NO_TIER
+        return homes
+
+    def _settle(self, keys: Sequence[PageKey], before: PageKey, depth: int, written: Sequence[int], slots: Sequence[int]) -> None:
+        """What was written becomes visible and goes on its way down; pages that others brought meanwhile are left to them. Lock held."""
+        residency, table = self._residency, self._residency.table
+        for index, slot in zip(written, slots, strict=True):
+            row = table.row(keys[index])
+            if row != NO_ROW and table.state[DEVICE, row] != ABSENT:
+                residency.device.free([slot])
+                continue
+            parent_key = keys[index - 1] if index else before
+            rows = residency.settle_in([keys[index]], parent_key, depth + index, table.row(parent_key), [slot])
+            residency.house.tend(DEVICE, rows)
+            residency.release(rows)
+
+    def restore(self, keys: Sequence[PageKey], hand_out: Carry) -> int:
+        """Bring these pages up and hand them out, in order; how many came, counted up to the first one that did not.
+
+        `hand_out` copies from the slots it is given, which are others' afterwards.
+        """
+        parts = deque(keys[start : start + self.at_once] for start in range(0, len(keys), self.at_once))
+        ahead: deque[tuple[Sequence[PageKey], Lease]] = deque()
+        came, tried_again_at = 0, -1
+        try:
+            while parts or ahead:
+                while parts and len(ahead) < 2:  # the next part is on its way while this one is copied
+                    ahead.append((parts[0], self._acquire(parts[0])))
+                    parts.popleft()
+                part, lease = ahead[0]
+                slots = lease.wait()[: lease.pages].tolist()
+                hand_out(range(came, came + len(slots)), slots)
+                came += len(slots)
+                ahead.popleft()
+                self._let_go(lease)
+                if len(slots) < len(part):
+                    while ahead:
+                        later, lease = ahead.pop()
+                        lease.release()
+                        parts.appendleft(later)
+                    if came == tried_again_at or not self._make_room(part[len(slots)]):
+                        break
+                    parts.appendleft(part[len(slots) :])
+                    tried_again_at = came
+        finally:
+            for _, lease in ahead:
+                lease.release()
+        return came
+
+    def _let_go(self, lease: Lease) -> None:
+        """These pages were handed out: their places in the staging area are free, if the pages are elsewhere too."""
+        residency = self._residency
+        with residency.lock:
+            rows = np.array(lease.rows, np.int64)
+            lease.release()
+            self._vacate(rows)
+
+    def _vacate(self, rows: Rows) -> int:
+        """Take pages that are elsewhere too, and that nobody holds, out of the staging area; how many. Lock held.
+
+        The device's policy would not: it lets no page go before those that follow it.
+        """
+        return self._residency.clear(rows[self._residency.is_clean(rows, DEVICE)], DEVICE)
+
+    def _make_room(self, wanted: PageKey) -> bool:
+        """A page did not come: whether it is still there and there is more room now, so that trying again makes sense."""
+        residency = self._residency
+        with residency.lock:
+            return bool(self._vacate(residency.table.ready(DEVICE))) and bool(len(residency.table.find([wanted])))
+
+    def _acquire(self, keys: Sequence[PageKey]) -> Lease:
+        tokens = len(keys) * self._residency.layout.page_tokens
+        # Nothing is appended to these leases, so nobody asks for their tokens or their root.
+        return self._acquire_match(Match(tokens, np.zeros(tokens, np.int64), tuple(keys), b"", {}, 0, None, None))
+
+
+def _shifted(carry: Carry, start: int) -> Carry:
+    """`carry` for a part of the keys that begins at position `start`."""
+    return lambda positions, slots: carry([start + position for position in positions], slots)

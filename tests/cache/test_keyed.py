@@ -1,0 +1,137 @@
+"""Laws checked: pages stored by key come back by key, bit for bit, up to the first that is missing; changes say what is where."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvtier.cache import TieredKVCache
+from kvtier.config import load_config
+from kvtier.layout import PageLayout
+
+LAYOUT = PageLayout(layers=2, planes=2, page_tokens=4, kv_heads=2, head_dim=32, dtype="fp32")
+KEYS = [bytes([index]) * 32 for index in range(40)]
+ROOT = bytes([255]) * 32
+
+
+def config(tmp_path, device=16, host=None, disk=None):
+    overrides = {"model.name": "m", "pages.page_tokens": 4, "device.capacity_bytes": device * LAYOUT.page_bytes, "device.place": "cpu"}
+    overrides |= {"host": None} if host is None else {"host.capacity_bytes": host * LAYOUT.page_bytes, "host.format": "raw"}
+    if host is not None:
+        overrides["host.write_policy"] = "write_through"
+    if disk is not None:
+        overrides |= {"disk.path": str(tmp_path / "kv"), "disk.capacity_bytes": disk * 2 * LAYOUT.page_bytes, "disk.format": "raw"}
+    return load_config(overrides=overrides, env={})
+
+
+def page(index):
+    return torch.full(LAYOUT.shape, float(index))
+
+
+class Engine:
+    """An engine's blocks: what it would store, and what it got back."""
+
+    def __init__(self, cache):
+        self.pages = cache.by_key()
+        self.got: dict[int, torch.Tensor] = {}
+
+    def store(self, first, count, wait=True):
+        def fill(positions, slots):
+            for position, slot in zip(positions, slots, strict=True):
+                self.pages.slot(slot)[:] = page(first + position)
+
+        return self.pages.store(KEYS[first : first + count], KEYS[first - 1] if first else ROOT, first, fill, wait)
+
+    def restore(self, count):
+        self.got = {}
+
+        def hand_out(positions, slots):
+            for position, slot in zip(positions, slots, strict=True):
+                self.got[position] = self.pages.slot(slot).clone()
+
+        came = self.pages.restore(KEYS[:count], hand_out)
+        assert sorted(self.got) == list(range(came))
+        assert all(torch.equal(content, page(index)) for index, content in self.got.items())
+        return came
+
+
+def test_pages_come_back_though_the_staging_area_is_far_smaller(tmp_path):
+    with TieredKVCache(config(tmp_path, device=16, host=64), LAYOUT) as cache:
+        engine = Engine(cache)
+        assert engine.store(0, 40) == 40
+        assert engine.restore(40) == 40
+        cache.check_integrity()
+
+
+def test_a_restore_ends_at_the_first_page_that_is_missing(tmp_path):
+    with TieredKVCache(config(tmp_path, host=64), LAYOUT) as cache:
+        engine = Engine(cache)
+        engine.store(0, 5)
+        engine.store(6, 5)
+        assert engine.restore(11) == 5
+        engine.store(5, 1)
+        assert engine.restore(11) == 11
+        cache.check_integrity()
+
+
+def test_a_new_process_finds_what_the_disk_has(tmp_path):
+    with TieredKVCache(config(tmp_path, host=64, disk=64), LAYOUT) as cache:
+        Engine(cache).store(0, 20)
+    with TieredKVCache(config(tmp_path, host=64, disk=64), LAYOUT) as cache:
+        engine = Engine(cache)
+        assert engine.pages.changes() == dict.fromkeys(KEYS[:20], 0b100)
+        assert engine.restore(20) == 20
+
+
+def test_changes_say_what_is_where_until_it_is_gone(tmp_path):
+    with TieredKVCache(config(tmp_path, host=8), LAYOUT) as cache:
+        engine = Engine(cache)
+        engine.store(0, 4)
+        cache.settle()
+        assert engine.pages.changes() == dict.fromkeys(KEYS[:4], 0b11)
+        assert engine.pages.changes() == {}
+        engine.store(4, 30)
+        cache.settle()
+        seen = engine.pages.changes()
+        held = {key for key, mask in seen.items() if mask}
+        assert len(held) <= 24
+        cache.clear()
+        assert set(engine.pages.changes().values()) == {0}
+
+
+def test_a_page_that_is_there_is_not_written_again(tmp_path):
+    with TieredKVCache(config(tmp_path, host=64), LAYOUT) as cache:
+        engine = Engine(cache)
+        engine.store(0, 4)
+        written = []
+        kept = engine.pages.store(KEYS[:6], ROOT, 0, lambda positions, slots: written.extend(positions))
+        assert kept == 6
+        assert written == [4, 5]
+
+
+def test_without_waiting_only_what_there_is_room_for_is_kept(tmp_path):
+    with TieredKVCache(config(tmp_path, device=16, host=64), LAYOUT) as cache:
+        engine = Engine(cache)
+        leases = [engine.pages._acquire(KEYS[start : start + 2]) for start in range(0, 12, 2) if engine.store(start, 2) == 2]
+        kept = engine.store(12, 8, wait=False)
+        assert kept < 8
+        for lease in leases:
+            lease.release()
+        cache.settle()
+        assert engine.store(12, 8, wait=False) == 8
+        cache.check_integrity()
+
+
+def test_a_copy_that_fails_leaves_nothing_behind(tmp_path):
+    def fail(positions, slots):
+        raise OSError("no")
+
+    with TieredKVCache(config(tmp_path, host=64), LAYOUT) as cache:
+        engine = Engine(cache)
+        with pytest.raises(OSError, match="no"):
+            engine.pages.store(KEYS[:3], ROOT, 0, fail)
+        engine.store(0, 3)
+        with pytest.raises(OSError, match="no"):
+            engine.pages.restore(KEYS[:3], fail)
+        assert engine.restore(3) == 3
+        cache.check_integrity()

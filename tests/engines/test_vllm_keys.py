@@ -1,0 +1,87 @@
+"""Laws checked: pages of vLLM requests are named by tokens and by all else their KV depends on; a page counts when every worker has it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from kvtier.engines.vllm.keys import RequestKeys
+from kvtier.engines.vllm.mirror import Mirror
+from kvtier.engines.vllm.weights import PIECE_BYTES, adapter_revision, folder_revision
+from kvtier.errors import MissingExtra
+from kvtier.keys import page_keys, root_key
+
+PAGE = 4
+NAMESPACE = b"namespace"
+
+
+def request(tokens, salt=None, lora=None, features=()):
+    return SimpleNamespace(all_token_ids=list(tokens), cache_salt=salt, lora_request=lora, mm_features=list(features))
+
+
+def image(identifier, offset, length):
+    return SimpleNamespace(identifier=identifier, mm_position=SimpleNamespace(offset=offset, length=length))
+
+
+def keys(asked, revision=""):
+    return RequestKeys(asked, NAMESPACE, PAGE, revision).first(len(asked.all_token_ids) // PAGE)
+
+
+def test_plain_requests_have_the_keys_kvtier_gives_them_anywhere():
+    assert keys(request(range(14))) == page_keys(range(14), PAGE, root_key(NAMESPACE))
+
+
+def test_keys_asked_for_bit_by_bit_are_those_asked_for_at_once():
+    asked = request(range(9), features=[image("cat", 6, 4)])
+    growing = RequestKeys(asked, NAMESPACE, PAGE)
+    growing.first(1)
+    asked.all_token_ids += range(9, 16)
+    assert growing.first(4) == keys(request(range(16), features=[image("cat", 6, 4)]))
+
+
+def test_salts_and_adapters_share_no_page():
+    adapters = [SimpleNamespace(lora_name=name, lora_path=path) for name, path in [("a", "/a"), ("b", "/b")]]
+    variants = [request(range(8)), request(range(8), "x"), request(range(8), "y"), *(request(range(8), None, lora) for lora in adapters)]
+    first = [keys(variant)[0] for variant in variants] + [keys(variants[3], "retrained")[0], keys(request(range(8), "x", adapters[0]))[0]]
+    assert len(set(first)) == len(first)
+
+
+def test_images_separate_pages_from_where_they_are():
+    shown = [image("cat", 5, 6), image("dog", 5, 6), image("cat", 6, 6)]
+    cat, dog, later = (keys(request(range(16), features=[feature])) for feature in shown)
+    plain = keys(request(range(16)))
+    assert cat[0] == dog[0] == later[0] == plain[0]
+    assert all(len({names[page] for names in (cat, dog, later, plain)}) == 4 for page in (1, 2, 3))
+
+
+def test_a_page_counts_only_where_every_worker_has_its_part():
+    mirror = Mirror(2)
+    assert mirror.update(0, {b"a": 0b10, b"b": 0b10}) == []
+    assert mirror.prefix([b"a", b"b"]) == 0
+    assert mirror.update(1, {b"a": 0b110}) == [(b"a", 0, 0b10)]
+    assert mirror.prefix([b"a", b"b"]) == 1
+    mirror.update(0, {b"a": 0b100})
+    assert mirror.homes([b"a"]).tolist() == [2]
+    assert mirror.update(1, {b"a": 0}) == [(b"a", 0b100, 0)]
+    assert not mirror.holds(b"a")
+
+
+def test_other_weights_are_another_revision(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    weights = bytearray(PIECE_BYTES * 200)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    first = folder_revision(tmp_path)
+    for eighth in range(8):
+        changed, part = bytearray(weights), len(weights) // 8
+        changed[eighth * part : (eighth + 1) * part] = b"\1" * part
+        (tmp_path / "model.safetensors").write_bytes(changed)
+        assert folder_revision(tmp_path) != first
+    assert adapter_revision(str(tmp_path)) == folder_revision(tmp_path)
+
+
+def test_without_vllm_the_connector_says_what_to_install():
+    import kvtier.engines.vllm as connector
+
+    with pytest.raises(MissingExtra, match="pip install"):
+        connector.KvtierConnector  # noqa: B018

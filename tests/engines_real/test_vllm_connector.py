@@ -1,0 +1,395 @@
+"""Laws checked in real vLLM: what kvtier brings back gives the same tokens as vLLM's own cache, and what it cannot bring back is computed.
+
+Each test that is about hits asserts that there were some: an integration that never hits passes all else. Compared with vLLM's own prefix
+cache at the same length, because a prefix that was computed in one go may round differently from one that was found. Engines run one after
+the other, one per class.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from kvtier.engines.vllm.settings import check_version, for_rank, settings_of
+from kvtier.errors import ConfigError, KVTierError, LayoutError, ModelError, StoreLocked
+from kvtier.tiers.disk.record import HEADER_BYTES
+from tests.engines_real.conftest import running
+
+BLOCK = 128
+MODULE = "kvtier.engines.vllm"
+
+
+def connector(policy="recompute", **settings):
+    """vLLM's configuration of the connector, with kvtier's dotted keys."""
+    from vllm.config import KVTransferConfig
+
+    dotted = {key.replace("__", "."): value for key, value in settings.items()}
+    return KVTransferConfig(
+        kv_connector="KvtierConnector",
+        kv_connector_module_path=MODULE,
+        kv_role="kv_both",
+        kv_load_failure_policy=policy,
+        kv_connector_extra_config=dotted,
+    )
+
+
+LOSSLESS: dict[str, Any] = {
+    "host__format": "raw",
+    "host__capacity_bytes": "200MiB",
+    "disk__format": "raw",
+    "disk__capacity_bytes": "400MiB",
+}
+
+
+class Talk:
+    """One engine and its connector's two sides."""
+
+    def __init__(self, llm):
+        self.llm = llm
+        self.scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector
+        text = (Path(__file__).parents[2] / "LICENSE").read_text()
+        self.text = llm.get_tokenizer().encode(text)
+
+    @property
+    def worker(self):
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group()
+
+    def prompt(self, tokens, start=0, salt=None):
+        """`tokens` tokens of a text, from another place for every `start`."""
+        from vllm.inputs import TokensPrompt
+
+        ids = (self.text * 3)[start : start + tokens]
+        return TokensPrompt(prompt_token_ids=ids, **({"cache_salt": salt} if salt else {}))
+
+    def ask(self, *prompts, tokens=6):
+        """(cached tokens, generated tokens) of each prompt, all asked at once."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        outputs = self.llm.generate(list(prompts), sampling, use_tqdm=False)
+        answers = [(output.num_cached_tokens, list(output.outputs[0].token_ids)) for output in outputs]
+        return answers if len(answers) > 1 else answers[0]
+
+    def forget(self):
+        """Empty vLLM's own cache, and let kvtier finish what it has begun."""
+        side = self.scheduler.scheduler_side
+        while side._jobs or side._loading:
+            self.ask(self.prompt(3), tokens=1)  # engines tell each other things in steps only
+        self.worker.worker_side.cache.settle()
+        assert self.llm.reset_prefix_cache()
+
+    def counted(self, name):
+        """The value of a connector's counter in vLLM's metrics, labels added up."""
+        return sum(metric.value for metric in self.llm.get_metrics() if metric.name == f"vllm:kvtier_{name}")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("store") / "kv"
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """What vLLM said with its own cache, kept for later engines."""
+    return {}
+
+
+@pytest.fixture(scope="class")
+def talk(request, model_folder, store):
+    settings, options = request.cls.settings, request.cls.options
+    if "disk__format" in settings:
+        settings = settings | {"disk__path": str(store)}
+    with running(model_folder, kv_transfer_config=connector(**settings), **options) as llm:
+        yield Talk(llm)
+
+
+LENGTHS = (8 * BLOCK, 8 * BLOCK + 1, 9 * BLOCK + 70)
+"""A prompt ending with a block, one token after one, and inside one."""
+
+
+class TestLossless:
+    settings: ClassVar[dict[str, Any]] = LOSSLESS
+    options: ClassVar[dict[str, Any]] = {"max_num_batched_tokens": 512}  # prompts are computed in pieces
+
+    @pytest.mark.parametrize("length", LENGTHS)
+    def test_a_prefix_comes_back_bit_for_bit(self, talk, answers, length):
+        prompt = talk.prompt(length, length)
+        cached, cold = talk.ask(prompt)
+        assert cached == 0
+        cached_by_vllm, own = talk.ask(prompt)
+        talk.forget()
+        cached, restored = talk.ask(prompt)
+        assert cached == cached_by_vllm == (length - 1) // BLOCK * BLOCK
+        assert restored == own
+        answers[length] = own
+        assert len(cold) == len(own)
+
+    def test_generated_tokens_are_found_again(self, talk):
+        prompt = talk.prompt(2 * BLOCK, 900)
+        _, said = talk.ask(prompt, tokens=BLOCK + 10)
+        longer = {"prompt_token_ids": prompt["prompt_token_ids"] + said}
+        talk.forget()
+        assert talk.ask(longer)[0] == 3 * BLOCK
+
+    def test_what_vllm_holds_itself_is_not_loaded(self, talk):
+        prompt = talk.prompt(6 * BLOCK + 5, 50)
+        talk.ask(prompt)
+        talk.forget()
+        head = {"prompt_token_ids": prompt["prompt_token_ids"][: 3 * BLOCK + 1]}
+        talk.ask(head)
+        before = talk.counted("loaded_pages")
+        assert talk.ask(prompt)[0] == 6 * BLOCK
+        assert talk.counted("loaded_pages") - before == 3
+
+    def test_many_at_once_load_a_shared_prefix_once(self, talk):
+        shared = [talk.prompt(4 * BLOCK + extra, 300) for extra in (5, 20, 40, 60)]
+        prompts = [*shared, *(talk.prompt(3 * BLOCK + 9, 500 + at) for at in (0, 9))]
+        talk.ask(*prompts)
+        own = talk.ask(*prompts)
+        talk.forget()
+        before = talk.counted("loaded_pages")
+        restored = talk.ask(*prompts)
+        assert [cached for cached, _ in restored] == [4 * BLOCK] * 4 + [3 * BLOCK] * 2
+        assert talk.counted("loaded_pages") - before == 4 + 2 * 3
+        assert [said for _, said in restored] == [said for _, said in own]
+
+    def test_a_salt_separates_tenants(self, talk):
+        mine, yours = talk.prompt(4 * BLOCK + 3, 700, "mine"), talk.prompt(4 * BLOCK + 3, 700, "yours")
+        talk.ask(mine)
+        talk.forget()
+        assert talk.ask(yours)[0] == 0
+        talk.forget()
+        assert talk.ask(mine)[0] == talk.ask(yours)[0] == 4 * BLOCK
+
+    def test_cancelled_requests_leave_nothing_behind(self, talk):
+        from vllm import SamplingParams
+
+        prompt = talk.prompt(8 * BLOCK + 3, 1100)
+        talk.ask(prompt)
+        talk.forget()
+        engine = talk.llm.llm_engine
+        for name, steps in (("waiting", 0), ("loading", 1), ("begun", 3)):
+            engine.add_request(name, prompt, SamplingParams(temperature=0, max_tokens=50))
+            for _ in range(steps):
+                engine.step()
+            engine.abort_request([name])
+            while engine.has_unfinished_requests():
+                engine.step()
+        talk.forget()
+        side = talk.scheduler.scheduler_side
+        assert not side._requests
+        assert not side._loading
+        assert not side._fetching
+        assert talk.ask(prompt)[0] == 8 * BLOCK
+        talk.worker.worker_side.cache.check_integrity()
+
+    def test_vllm_counts_what_kvtier_does(self, talk):
+        names = {metric.name: metric for metric in talk.llm.get_metrics()}
+        assert names["vllm:external_prefix_cache_hits"].value > 0
+        for name in ("hit_tokens", "loaded_pages", "stored_pages"):
+            assert talk.counted(name) > 0
+        assert talk.counted("failed_pages") == 0
+
+    def test_a_second_engine_on_the_store_is_refused(self, talk):
+        from kvtier.engines.vllm.worker import WorkerSide
+
+        with pytest.raises(StoreLocked, match="Another process|another|in use"):
+            WorkerSide(talk.scheduler.scheduler_side._settings, 0)
+
+    def test_a_reset_reaches_every_tier(self, talk):
+        prompt = talk.prompt(4 * BLOCK + 2, 1500)
+        talk.ask(prompt)
+        talk.forget()
+        assert talk.llm.reset_prefix_cache(reset_connector=True)
+        assert talk.ask(prompt)[0] == 0
+        talk.forget()
+        assert talk.ask(prompt)[0] == 4 * BLOCK
+        worker = talk.worker.worker_side
+        assert (
+            worker.cache.stats()["tiers"]["disk"]["evicted"].get("cleared", 0) + worker.cache.stats()["tiers"]["host"]["evicted"]["cleared"]
+        )
+
+    def test_what_the_next_engine_will_ask_for_is_there(self, talk, answers):
+        for length in LENGTHS:
+            talk.ask(talk.prompt(length, length))
+            answers[length] = talk.ask(talk.prompt(length, length))[1]
+
+
+class TestRestarted:
+    settings: ClassVar[dict[str, Any]] = LOSSLESS
+    options: ClassVar[dict[str, Any]] = {}
+
+    @pytest.mark.parametrize("length", LENGTHS)
+    def test_a_new_engine_finds_what_the_last_one_left_on_disk(self, talk, answers, length):
+        cached, restored = talk.ask(talk.prompt(length, length))
+        assert cached == (length - 1) // BLOCK * BLOCK
+        assert restored == answers[length]
+        assert talk.counted("failed_pages") == 0
+
+    def test_it_all_came_from_disk(self, talk):
+        hits = {metric.labels.get("tier"): metric.value for metric in talk.llm.get_metrics() if metric.name == "vllm:kvtier_hit_tokens"}
+        assert set(hits) == {"disk"}
+
+
+def overwrite_payloads_with_zeros(store: Path, page_bytes: int) -> int:
+    """Spoil every copy of the store behind its header; how many bytes are zero now that were not."""
+    spoiled = 0
+    for path in store.rglob("*"):
+        if path.is_file() and path.stat().st_size > page_bytes:
+            content = bytearray(path.read_bytes())
+            header = content.find(b"kvtier\0r")
+            while header >= 0:
+                end = content.find(b"kvtier\0r", header + 1)
+                payload = slice(header + HEADER_BYTES, end if end >= 0 else len(content))
+                spoiled += payload.stop - payload.start - content[payload].count(0)
+                content[payload] = bytes(payload.stop - payload.start)
+                header = end
+            path.write_bytes(content)
+    return spoiled
+
+
+class TestDamaged:
+    settings: ClassVar[dict[str, Any]] = LOSSLESS
+    options: ClassVar[dict[str, Any]] = {}
+
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def _damage(cls, store):
+        assert overwrite_payloads_with_zeros(store, 1 << 20) > 1 << 20
+
+    @pytest.mark.parametrize("length", LENGTHS)
+    def test_damaged_copies_are_computed_again(self, talk, length):
+        prompt, failed = talk.prompt(length, length), talk.counted("failed_pages")
+        _, said = talk.ask(prompt)
+        assert talk.counted("failed_pages") > failed
+        assert said == talk.ask(talk.prompt(length, length, "computed in one go, as the damaged one is"))[1]
+        _, own = talk.ask(prompt)
+        talk.forget()
+        cached, again = talk.ask(prompt)
+        assert cached == (length - 1) // BLOCK * BLOCK
+        assert again == own
+
+    def test_the_reason_is_counted(self, talk):
+        reasons = {metric.labels.get("why") for metric in talk.llm.get_metrics() if metric.name == "vllm:kvtier_refused_pages"}
+        assert reasons == {"checksum"}
+
+
+class TestQuantized:
+    """8 bits on the host, with room for a part of the prompts only, in an engine whose own cache is small."""
+
+    settings: ClassVar[dict[str, Any]] = {"host__format": "q8", "host__capacity_bytes": "40MiB", "device__capacity_bytes": "50MiB"}
+    options: ClassVar[dict[str, Any]] = {"num_gpu_blocks_override": 40, "max_num_seqs": 8}
+
+    def test_most_tokens_are_the_same(self, talk):
+        prompts = [talk.prompt(4 * BLOCK + 11, 200 * at) for at in range(4)]
+        own = []
+        for prompt in prompts:
+            talk.ask(prompt, tokens=12)
+            own.append(talk.ask(prompt, tokens=12)[1])
+        talk.forget()
+        agreed = 0
+        for prompt, said in zip(prompts, own, strict=True):
+            cached, restored = talk.ask(prompt, tokens=12)
+            assert cached == 4 * BLOCK
+            agreed += sum(ours == theirs for ours, theirs in zip(restored, said, strict=True))
+        assert agreed >= 0.75 * 12 * len(prompts)
+
+    def test_more_than_fits_is_served_all_the_same(self, talk):
+        prompts = [talk.prompt(8 * BLOCK + 1, 60 * at) for at in range(8)]
+        for prompt in prompts:
+            talk.ask(prompt)
+        talk.forget()
+        cached = [talk.ask(prompt)[0] for prompt in reversed(prompts)]
+        assert any(cached)
+        assert not all(cached)
+        assert talk.counted("evicted_pages") > 0
+        talk.worker.worker_side.cache.check_integrity()
+
+    def test_preempted_requests_end(self, talk):
+        # Five prompts of 7 blocks fit 39 blocks, but not when each begins its eighth.
+        prompts = [talk.prompt(6 * BLOCK + 120, 90 * at) for at in range(5)]
+        together = talk.ask(*prompts, tokens=20)
+        assert [len(said) for _, said in together] == [20] * 5
+        preempted = next(metric.value for metric in talk.llm.get_metrics() if metric.name == "vllm:num_preemptions")
+        assert preempted > 0
+        assert not talk.scheduler.scheduler_side._requests
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        ({"host__capacity": "1GiB"}, {}, "capacity_bytes"),
+        ({"host": None}, {}, "nowhere to keep pages"),
+        ({"pages__page_tokens": 16}, {}, "not for you to set"),
+        ({"device__capacity_bytes": "3MiB"}, {}, "raise it to at least"),
+        ({"config": 7}, {}, "the path of a kvtier YAML file"),
+        ({}, {"tensor_parallel_size": 1, "pipeline_parallel_size": 2}, "pipeline parallelism"),
+    ],
+)
+def test_what_kvtier_cannot_serve_is_refused(model_folder, settings, options, message):
+    with pytest.raises(KVTierError, match=message):
+        settings_of(*configured(model_folder, settings, options))
+
+
+def configured(model_folder, settings, options):
+    """vLLM's two configurations as a connector gets them, without an engine."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = EngineArgs(model=str(model_folder), dtype="bfloat16", kv_transfer_config=connector(**settings), **options)
+    return args.create_engine_config(), kv_cache_config([spec()])
+
+
+def spec(**changes):
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    return FullAttentionSpec(**({"block_size": BLOCK, "num_kv_heads": 3, "head_size": 64, "dtype": torch.bfloat16} | changes))
+
+
+def kv_cache_config(specs):
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+
+    groups = [KVCacheGroupSpec([f"layer.{group}.{index}" for index in range(30)], spec) for group, spec in enumerate(specs)]
+    return KVCacheConfig(num_blocks=10, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
+def test_models_and_layouts_kvtier_cannot_hold_are_refused(model_folder):
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+    vllm_config, _ = configured(model_folder, {}, {})
+    window = SlidingWindowSpec(block_size=BLOCK, num_kv_heads=3, head_size=64, dtype=torch.bfloat16, sliding_window=64)
+    for specs in ([spec(), window], [window], []):
+        with pytest.raises(ModelError, match="full attention in every layer"):
+            settings_of(vllm_config, kv_cache_config(specs))
+    for odd in (spec(dtype=torch.uint8), spec(head_size_v=32)):
+        with pytest.raises(LayoutError, match="kvtier"):
+            settings_of(vllm_config, kv_cache_config([odd]))
+
+
+def test_other_releases_of_vllm_are_refused():
+    check_version("0.32.9")
+    with pytest.raises(ConfigError, match=r"made for vLLM 0\.32; this is vLLM 0\.33\.1"):
+        check_version("0.33.1")
+
+
+def test_workers_share_the_sizes_and_keep_their_parts_apart(model_folder, tmp_path):
+    asked = {
+        "host__capacity_bytes": "48MiB",
+        "disk__path": str(tmp_path),
+        "disk__capacity_bytes": "128MiB",
+        "device__capacity_bytes": "1GiB",
+    }
+    whole = settings_of(*configured(model_folder, asked, {}))
+    thirds = settings_of(*configured(model_folder, asked, {"tensor_parallel_size": 3}))
+    third, all_of_it = thirds.config.host, whole.config.host
+    assert third is not None
+    assert all_of_it is not None
+    assert third.capacity_bytes * 3 == all_of_it.capacity_bytes == 48 << 20
+    assert thirds.namespace != whole.namespace
+    first, second = (for_rank(thirds, rank) for rank in (0, 1))
+    assert first.disk != second.disk
+    assert first.model.revision != second.model.revision

@@ -1,0 +1,176 @@
+"""Laws checked of the connector's scheduler, without an engine: what is asked of the workers, and that only what all of them say counts."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+
+from kvtier.config import load_config
+from kvtier.engines.vllm.messages import Hello, LoadDone, RankReport, WorkerReport
+from kvtier.engines.vllm.scheduler import MOST_STORING, SchedulerSide
+from kvtier.engines.vllm.settings import Settings
+from kvtier.layout import PageLayout
+
+PAGE = 4
+LAYOUT = PageLayout(2, 2, PAGE, 1, 8, "fp32")
+
+
+class Engine:
+    """vLLM's scheduler as far as the connector sees it."""
+
+    def __init__(self, workers=1, events=False):
+        self.side = SchedulerSide(Settings(load_config(env={}), LAYOUT, b"namespace", workers), events)
+        self.workers = workers
+        hellos = {rank: Hello(rank, ["device", "host"], [512, 512], RankReport(0)) for rank in range(workers)}
+        self.side.greet(hellos)
+        self.blocks: dict[str, list[int]] = {}
+
+    def request(self, name, tokens, salt=None):
+        request = SimpleNamespace(
+            request_id=name,
+            all_token_ids=list(tokens),
+            num_tokens=len(tokens),
+            num_computed_tokens=0,
+            prompt_embeds=None,
+            lora_request=None,
+            cache_salt=salt,
+            mm_features=[],
+            skip_reading_prefix_cache=False,
+        )
+        self.side.on_new_request(request)
+        return request
+
+    def step(self, *scheduled, first_block=0):
+        """Compute the whole of these new requests; the plan."""
+        new = []
+        for request in scheduled:
+            count = -(-request.num_tokens // PAGE)
+            self.blocks[request.request_id] = list(range(first_block, first_block + count))
+            first_block += count
+            new.append(SimpleNamespace(req_id=request.request_id, num_computed_tokens=0, block_ids=(self.blocks[request.request_id],)))
+        cached = SimpleNamespace(req_ids=[], num_computed_tokens=[], new_block_ids=[], resumed_req_ids=set())
+        output = SimpleNamespace(
+            scheduled_new_reqs=new,
+            scheduled_cached_reqs=cached,
+            num_scheduled_tokens={request.request_id: request.num_tokens for request in scheduled},
+            kv_connector_block_state=SimpleNamespace(get_block_ids=lambda name: (self.blocks[name],)),
+            kv_cache_block_copies=None,
+        )
+        return self.side.plan(output)
+
+    def stored(self, plan, ranks=None, generation=0):
+        """These workers ended all stores of `plan`."""
+        done = {}
+        for rank in range(self.workers) if ranks is None else ranks:
+            masks = {key: 0b10 for job in plan.stores for key in job.keys}
+            done[rank] = RankReport(generation, masks, [job.number for job in plan.stores])
+        first, *others = (WorkerReport({rank: report}) for rank, report in done.items())
+        for other in others:
+            first = first.aggregate(other)
+        self.side.heard(first)
+
+
+def test_full_pages_are_stored_once_and_then_found():
+    engine = Engine()
+    first = engine.request("a", range(11))
+    plan = engine.step(first)
+    assert [(job.depth, job.blocks) for job in plan.stores] == [(0, [0, 1])]
+    assert engine.side.matched(engine.request("b", range(11)), 0) is None, "its pages are being stored"
+    engine.stored(plan)
+    assert engine.side.matched(engine.request("c", range(11)), 0) == 8
+    assert engine.side.matched(engine.request("d", range(8)), 0) == 4, "one token is left to compute"
+    assert engine.side.matched(engine.request("e", range(11)), 4) == 4
+    assert engine.side.matched(engine.request("f", range(11), "salt"), 0) == 0
+    assert engine.step(engine.request("g", range(11))).stores == []
+
+
+def test_a_page_is_found_when_all_workers_have_stored_it():
+    engine = Engine(workers=2)
+    plan = engine.step(engine.request("a", range(9)))
+    engine.stored(plan, [1])
+    assert engine.side.matched(engine.request("b", range(9)), 0) is None
+    engine.stored(plan, [0])
+    assert engine.side.matched(engine.request("c", range(9)), 0) == 8
+    gone = {plan.stores[0].keys[1]: 0}
+    engine.side.heard(WorkerReport({1: RankReport(0, gone)}))
+    assert engine.side.matched(engine.request("d", range(9)), 0) == 4
+
+
+def test_blocks_that_are_overwritten_name_the_jobs_that_read_them():
+    engine = Engine()
+    plan = engine.step(engine.request("a", range(8)), first_block=0)
+    assert engine.step(engine.request("b", range(100, 108)), first_block=2).overwritten == []
+    assert engine.step(engine.request("c", range(200, 208)), first_block=1).overwritten == [
+        plan.stores[0].number,
+        plan.stores[0].number + 1,
+    ]
+    engine.stored(plan)
+    assert plan.stores[0].number not in engine.step(engine.request("d", range(300, 308)), first_block=0).overwritten
+
+
+def test_what_is_being_loaded_is_not_loaded_twice():
+    engine = Engine()
+    engine.stored(engine.step(engine.request("a", range(9))))
+    loading, waiting = engine.request("b", range(9)), engine.request("c", range(9))
+    assert engine.side.matched(loading, 0) == 8
+    engine.side.allocated(loading, [7, 8, 9], 8)
+    assert engine.side.matched(waiting, 0) is None
+    assert [(load.request_id, load.blocks) for load in engine.step().loads] == [("b", [7, 8])]
+    engine.side.heard(WorkerReport({0: RankReport(0, loads=[LoadDone("b", 2, 0.1)])}))
+    engine.side.received(["b"])
+    assert engine.side.matched(waiting, 0) == 8
+
+
+def test_stores_are_bounded_and_what_is_left_of_a_request_that_ends_is_counted():
+    engine = Engine()
+    pages = MOST_STORING + 5
+    request = engine.request("a", range(pages * PAGE))
+    plan = engine.step(request)
+    assert sum(len(job.keys) for job in plan.stores) == MOST_STORING
+    engine.side.finished(request)
+    assert engine.side.counts.data["skipped_pages"] == {"busy": 5}
+    engine.stored(plan)
+    assert engine.side._storing == 0
+    assert not engine.side._fences
+
+
+def test_a_reset_forgets_at_once_and_late_reports_do_not_bring_pages_back():
+    engine = Engine()
+    late = engine.step(engine.request("a", range(9)))
+    engine.side.reset()
+    assert engine.side.must_step
+    engine.stored(late, generation=0)
+    assert engine.side.matched(engine.request("b", range(9)), 0) == 0
+    assert engine.step().generation == 1
+    engine.side.heard(WorkerReport({0: RankReport(1)}))
+    assert not engine.side.must_step
+
+
+def test_what_a_running_request_computed_before_a_reset_is_not_kept():
+    engine = Engine()
+    running = engine.request("a", range(9))
+    running.num_computed_tokens = 9
+    engine.side.reset()
+    assert engine.step(running).stores == []
+
+
+def test_events_tell_of_tiers_in_vllms_words():
+    engine = Engine(events=True)
+    request = engine.request("a", range(9))
+    request.block_hashes, request.session_id = [b"h0", b"h1"], None
+    first, second = map(maybe_convert_block_hash, request.block_hashes)
+    plan = engine.step(request)
+    assert engine.side.events() == []
+    engine.stored(plan)
+    told = engine.side.events()
+    assert [(type(event).__name__, event.block_hashes, event.medium) for event in told] == [
+        ("BlockStored", [first], "CPU"),
+        ("BlockStored", [second], "CPU"),
+    ]
+    assert told[1].parent_block_hash == first
+    assert told[1].token_ids == [4, 5, 6, 7]
+    engine.side.heard(WorkerReport({0: RankReport(0, {plan.stores[0].keys[1]: 0})}))
+    assert [(type(event).__name__, event.block_hashes, event.medium) for event in engine.side.events()] == [
+        ("BlockRemoved", [second], "CPU")
+    ]
