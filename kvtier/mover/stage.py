@@ -27,6 +27,7 @@ from kvtier.memory.region import aligned_array
 from kvtier.mover.packing import Packer
 from kvtier.mover.plan import layers_per_step, pages_per_arrival, pages_per_piece, pieces
 from kvtier.mover.transfer import Move, Transfer
+from kvtier.numa.executor import worker_node
 from kvtier.tiers.base import DeviceSlots, Refused, Slots, Tier
 
 log = logging.getLogger(__name__)
@@ -34,18 +35,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Scratch:
-    """Memory of one worker: `encoded` `[pages_per_round, slot_bytes]` for payloads as a tier reads or writes them, page-aligned, and
-    `pages` `[pages_per_piece, *layout.shape]` for decoded ones."""
+    """Memory of one worker, of NUMA node `node` if it is bound: `encoded` `[pages_per_round, slot_bytes]` for payloads as a tier reads or
+    writes them, page-aligned, and `pages` `[pages_per_piece, *layout.shape]` for decoded ones."""
 
     encoded: NDArray[np.uint8]
     pages: torch.Tensor
     cache_bytes: int
+    node: int | None = None
 
 
 class StagingPool:
-    """Equal scratch memories for `workers` workers, together at most `total_bytes`; never less than one page each."""
+    """Equal scratch memories for `workers` workers, together at most `total_bytes`; never less than one page each. `nodes`: those of the
+    workers, where they are bound."""
 
-    def __init__(self, workers: int, total_bytes: int, tiers: Sequence[Slots]) -> None:
+    def __init__(self, workers: int, total_bytes: int, tiers: Sequence[Slots], nodes: Sequence[int] = ()) -> None:
         layout = tiers[0].layout
         slot_bytes = max([tier.slot_bytes for tier in tiers[1:]], default=layout.page_bytes)
         cache_bytes = last_level_cache_bytes() // workers
@@ -53,23 +56,25 @@ class StagingPool:
         piece = pages_per_piece(slot_bytes, layout.page_bytes, cache_bytes, max(1, each // 4 // layout.page_bytes))
         self.pages_per_round = max(1, (each - piece * layout.page_bytes) // slot_bytes)
         self.packers = {tier.name: Packer(tier) for tier in tiers if isinstance(tier, Tier)}
-        self._idle: queue.SimpleQueue[Scratch] = queue.SimpleQueue()
+        places: list[int | None] = [*nodes] or [None] * workers
+        self._idle: dict[int | None, queue.SimpleQueue[Scratch]] = {node: queue.SimpleQueue() for node in places}
         try:
-            for _ in range(workers):
+            for node in places:
                 encoded = aligned_array(self.pages_per_round * slot_bytes).reshape(self.pages_per_round, slot_bytes)
                 pages = torch.from_numpy(aligned_array(piece * layout.page_bytes)).view(layout.torch_dtype).view(piece, *layout.shape)
-                self._idle.put(Scratch(encoded, pages, cache_bytes))
+                self._idle[node].put(Scratch(encoded, pages, cache_bytes, node))
         except (MemoryError, ValueError, OSError) as error:
             raise ConfigError(f"mover.staging_bytes is {total_bytes}, more than this machine gives; lower it") from error
 
     @contextmanager
     def borrow(self) -> Iterator[Scratch]:
-        """One worker's scratch memory, given back at the end. There is one per worker, so this never waits long."""
-        scratch = self._idle.get()
+        """Scratch memory of a worker of the caller's node, given back at the end. There is one per worker, so this never waits long."""
+        idle = self._idle.get(worker_node()) or next(iter(self._idle.values()))
+        scratch = idle.get()
         try:
             yield scratch
         finally:
-            self._idle.put(scratch)
+            idle.put(scratch)
 
 
 def carry(transfer: Transfer, tiers: Sequence[Slots], staging: StagingPool) -> int:

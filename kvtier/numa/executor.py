@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from kvtier.errors import Closed, NumaError
 from kvtier.numa.allowed import read_allowed
@@ -92,7 +92,7 @@ class NodeExecutor:
         self._victims = {node: self._by_distance(node) for node in threads_by_node}
         self._taken = PaddedCounters(len(self._workers), len(LEVELS))
         self._busy = 0
-        self._failure: BaseException | None = None
+        self._failures: list[BaseException] = []
         started = threading.Barrier(len(self._workers) + 1)
         for worker in self._workers:
             worker.thread = threading.Thread(
@@ -101,9 +101,9 @@ class NodeExecutor:
             worker.thread.start()
         self._threads = frozenset(worker.thread for worker in self._workers)
         started.wait()
-        if self._failure is not None:
+        if self._failures:
             self.shutdown()
-            raise self._failure
+            raise self._failures[0]
 
     @property
     def nodes(self) -> tuple[int, ...]:
@@ -114,6 +114,11 @@ class NodeExecutor:
     def threads(self) -> int:
         """How many there are."""
         return len(self._workers)
+
+    @property
+    def placed(self) -> list[int]:
+        """The node of each thread."""
+        return [worker.node for worker in self._workers]
 
     @property
     def queued(self) -> int:
@@ -162,7 +167,7 @@ class NodeExecutor:
             if worker.thread is not None and worker.thread is not threading.current_thread():
                 worker.thread.join()
 
-    def report(self) -> dict[str, object]:
+    def report(self) -> dict[str, Any]:
         """`threads` and CPUs by node, `not_bound`: why threads are not where they should be; `taken`: tasks by who took them."""
         nodes = {
             node: {"threads": len(workers), "cpus": sorted({cpu for worker in workers if worker.bound for cpu in worker.bound.cpus})}
@@ -222,10 +227,11 @@ class NodeExecutor:
 
     def _run(self, worker: _Worker, started: threading.Barrier, prepare: Callable[[], object]) -> None:
         try:
+            _here.node = worker.node
             worker.bound = bind_thread_to_numa_node(worker.node)
             prepare()
         except BaseException as error:  # noqa: BLE001 - raised by the constructor, in the caller's thread
-            self._failure = error
+            self._failures.append(error)
         started.wait()
         while (taken := self._wait(worker)) is not None:
             level, task = taken
@@ -249,15 +255,52 @@ class NodeExecutor:
             return taken
 
 
+_here = threading.local()
+
+
+def worker_node() -> int | None:
+    """The node that the calling thread is kept on by its executor; None for threads of no executor."""
+    node: int | None = getattr(_here, "node", None)
+    return node
+
+
+@dataclass
+class Pending(Generic[T]):
+    """Work that was started together."""
+
+    futures: list[Future[T]]
+
+    def results(self) -> list[T]:
+        """What it gave, in order; the first failure (by place) once none runs any more."""
+        try:
+            return [future.result() for future in self.futures]
+        finally:
+            self.withdraw()
+
+    def withdraw(self) -> None:
+        """Cancel what nobody began, and wait for the rest."""
+        for future in self.futures:
+            future.cancel()
+        for future in self.futures:
+            if not future.cancelled():
+                future.exception()
+
+
 class NumaThreadPool:
     """Per-node work on `threads_per_node` threads of each of `nodes` (default: all with CPUs and memory that this process may use).
 
-    Also a context manager. NumaError for unknown nodes and no nodes.
+    `prepare` runs in each thread. Also a context manager. NumaError for unknown nodes and no nodes.
     """
 
-    def __init__(self, threads_per_node: int = 1, nodes: Sequence[int] | None = None, most_queued: int = 1024) -> None:
+    def __init__(
+        self,
+        threads_per_node: int = 1,
+        nodes: Sequence[int] | None = None,
+        most_queued: int = 1024,
+        prepare: Callable[[], object] = lambda: None,
+    ) -> None:
         chosen = usable_nodes(this_machine()) if nodes is None else tuple(dict.fromkeys(nodes))
-        self.executor = NodeExecutor(dict.fromkeys(chosen, threads_per_node), most_queued)
+        self.executor = NodeExecutor(dict.fromkeys(chosen, threads_per_node), most_queued, prepare=prepare)
 
     @property
     def nodes(self) -> tuple[int, ...]:
@@ -269,21 +312,22 @@ class NumaThreadPool:
 
         If some fail, the first of them (by place) is raised once none runs any more; those nobody began are cancelled.
         """
+        return self.start(work, items, nodes).results()
+
+    def start(self, work: Callable[[Item], T], items: Iterable[Item], nodes: Iterable[int] | None = None) -> Pending[T]:
+        """As `map`, without waiting for the end: the caller may work too, meanwhile."""
         things = list(items)
         wanted = [self.nodes[place % len(self.nodes)] for place in range(len(things))] if nodes is None else list(nodes)
         if len(wanted) != len(things):
             raise NumaError(f"{len(things)} items for {len(wanted)} nodes; give one node per item")
-        futures: list[Future[T]] = []
+        pending: Pending[T] = Pending([])
         try:
             for node, item in zip(wanted, things, strict=True):
-                futures.append(self.executor.submit(node, work, item))
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
-            for future in futures:
-                if not future.cancelled():
-                    future.exception()
+                pending.futures.append(self.executor.submit(node, work, item))
+        except BaseException:
+            pending.withdraw()
+            raise
+        return pending
 
     def close(self) -> None:
         """End the threads. Safe to call twice."""

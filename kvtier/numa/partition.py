@@ -43,8 +43,8 @@ class _Metis(Protocol):
 
 
 def assign(loads: Sequence[float], traffic: Edges, nodes: int, balance: float = 1.0, method: Method | None = None) -> Assignment:
-    """Assign parts of these `loads` (any unit) to `nodes` equal nodes. `traffic[i, j]` passes between parts i and j, in the unit of the load
-    times `balance`. `method`: only that one.
+    """Assign parts of these `loads` (any unit) to `nodes` equal nodes. `traffic[i, j]` passes between parts i and j, in the unit of the
+    load times `balance`. `method`: only that one.
 
     NumaError for what cannot be: no nodes, unknown parts, negative numbers. MissingExtra if METIS is asked for and not installed.
     """

@@ -2,8 +2,8 @@
 
 Two kinds. Core events (generic names of perf): `node-loads`, reads answered by memory, and `node-load-misses`, those of another node's.
 Uncore events that the kernel describes below /sys/bus/event_source/devices: reads and writes of the memory controllers (UNC_M_CAS_COUNT)
-and flits of the links (UPI). Core events count this process's threads that start later and the calling one; uncore events whole sockets, for
-root or where kernel.perf_event_paranoid is 0 or lower. Counters belong to whoever opened them, until `close`.
+and flits of the links (UPI). Core events count this process's threads that start later and the calling one; uncore events whole sockets,
+for root or where kernel.perf_event_paranoid is 0 or lower. Counters belong to whoever opened them, until `close`.
 """
 
 from __future__ import annotations
@@ -164,4 +164,3 @@ def _config(description: str, formats: Path) -> int | None:
             return None
         config |= int(value or "1", 0) << int(place[1])
     return config
-

@@ -10,7 +10,7 @@ import pytest
 
 from kvtier.errors import Closed, NumaError
 from kvtier.numa import executor as module
-from kvtier.numa.binding import get_current_numa_node, this_machine
+from kvtier.numa.binding import Bound, get_current_numa_node, this_machine
 from kvtier.numa.executor import EAGER, PATIENT, NodeExecutor, NumaThreadPool, usable_nodes
 from kvtier.numa.padded import PaddedCounters, cache_line_bytes
 from kvtier.numa.topology import read_topology
@@ -24,7 +24,7 @@ class Described:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path, machine: Machine) -> None:
         self.topology = read_topology(build(tmp_path, machine))
-        monkeypatch.setattr(module, "bind_thread_to_numa_node", lambda node: module.Bound(node, (), False, "only described"))
+        monkeypatch.setattr(module, "bind_thread_to_numa_node", lambda node: Bound(node, (), False, "only described"))
 
     def __call__(self, nodes: dict[int, int], **more) -> NodeExecutor:
         return NodeExecutor(nodes, topology=self.topology, **more)

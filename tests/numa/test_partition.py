@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 
 from kvtier.errors import MissingExtra, NumaError
 from kvtier.numa import partition
-from kvtier.numa.kv_layout import KvPart, balanced_layers, plan_kv, ranges, sequences_to_nodes
-from kvtier.numa.partition import assign, layer_chain
+from kvtier.numa.kv_layout import KvPart, Split, balanced_layers, plan_kv, ranges, sequences_to_nodes
+from kvtier.numa.partition import Method, assign, layer_chain
 
 try:
-    import pymetis  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+    import pymetis  # noqa: F401
 
-    METIS = True
+    METHODS: tuple[Method, ...] = ("greedy", "metis")
 except ImportError:
-    METIS = False
+    METHODS = ("greedy",)
 
 
 def brute_force(loads, traffic, nodes, balance):
@@ -46,12 +46,12 @@ def test_small_problems_are_solved_as_brute_force_does(problem):
     assert found.method == "exact"
     assert found.objective == pytest.approx(best)
     assert found.objective == pytest.approx(found.cut + balance * max(found.loads))
-    for method in ("greedy", *(["metis"] if METIS else [])):
+    for method in METHODS:
         other = assign(loads, traffic, nodes, balance, method)
         assert best - 1e-9 <= other.objective <= max(2 * best, best + balance * max(loads) + 10) + 1e-9
 
 
-@pytest.mark.parametrize("method", [None, "greedy", *(["metis"] if METIS else [])])
+@pytest.mark.parametrize("method", [None, *METHODS])
 def test_a_chain_of_layers_is_cut_as_seldom_as_there_are_nodes(method):
     loads = [1.0] * 64
     found = assign(loads, layer_chain(loads, 0.25), 4, 1.0, method)
@@ -98,8 +98,9 @@ def test_kv_is_laid_out_by_layers_heads_or_both():
         *(KvPart(node, (0, 16), heads) for node, heads in ((0, (0, 4)), (1, (4, 8)))),
         *(KvPart(node, (16, 32), heads) for node, heads in ((2, (0, 4)), (3, (4, 8)))),
     )
-    for split in ("layers", "heads", "both"):
-        parts = plan_kv(13, 5, sockets, split)  # type: ignore[arg-type]
+    splits: tuple[Split, ...] = ("layers", "heads", "both")
+    for split in splits:
+        parts = plan_kv(13, 5, sockets, split)
         cells = [(layer, head) for part in parts for layer in range(*part.layers) for head in range(*part.heads)]
         assert sorted(cells) == [(layer, head) for layer in range(13) for head in range(5)]
         assert sum(part.share(13, 5) for part in parts) == pytest.approx(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 
@@ -38,7 +39,7 @@ def test_refusals_leave_the_others_counting(monkeypatch, code, words):
         return os.dup(file)
 
     monkeypatch.setattr(pmu, "_perf_event_open", opened)
-    monkeypatch.setattr(pmu.fcntl, "ioctl", lambda *_: 0)
+    monkeypatch.setattr(fcntl, "ioctl", lambda *_: 0)
     with Counters([NODE_LOADS, NODE_LOAD_MISSES]) as counters:
         assert counters.read() == {"node-load-misses": 0}
         assert words in counters.refused["node-loads"]

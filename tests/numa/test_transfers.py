@@ -31,7 +31,9 @@ def test_chunks_hold_everything_once_and_split_only_what_must_be(lengths, limit)
 
 @pytest.mark.parametrize("limit", [7, 64, 1 << 20])
 def test_everything_arrives_in_order(limit):
-    sources = [ctypes.create_string_buffer(bytes((tag * 31 + place) % 251 for place in range(size))) for tag, size in enumerate((5, 300, 1, 64))]
+    sources = [
+        ctypes.create_string_buffer(bytes((tag * 31 + place) % 251 for place in range(size))) for tag, size in enumerate((5, 300, 1, 64))
+    ]
     pieces = [Piece(tag, ctypes.addressof(source), len(source)) for tag, source in enumerate(sources)]
     got = {tag: bytearray(len(source)) for tag, source in enumerate(sources)}
 
