@@ -112,10 +112,8 @@ class InPlaceLease:
         with residency.lock:
             rows = np.array(self._lease.rows, np.int64)
             missing = table.state[DEVICE][rows] != READY
-            mass = table.attention[rows]
-            known = ~np.isnan(mass)
-            total = float(mass[known].sum())
-            attention = float(mass[known & missing].sum()) / total if total > 0 else None
+            mass = table.attention[rows][missing]
+            attention = None if np.isnan(mass).all() else float(np.nansum(mass))  # shares of one step: the rest went to other pages
             held = int(((table.leases[: table.rows] > 0) & (table.state[DEVICE, : table.rows] != ABSENT)).sum())
             fits = int(missing.sum()) <= residency.device.capacity_slots - held
             fetching = len({id(transfer) for (_, target), transfer in residency.inflight.items() if target == DEVICE})

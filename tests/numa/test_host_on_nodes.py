@@ -1,5 +1,5 @@
-"""Laws checked where there are several nodes (`make test-numa`): the host tier's threads run where its memory is, its pages really move, and
-layers are on the nodes they should be on."""
+"""Laws checked where there are several nodes (`make test-numa`): the host tier's threads run where its memory is, its pages really move,
+and layers are on the nodes they should be on."""
 
 from __future__ import annotations
 
