@@ -143,7 +143,8 @@ def test_attention_workload_and_load_decide():
             away = table.state[DEVICE][rows] != 2
             table.attention[rows] = [mass_in_host / away.sum() if far else (1 - mass_in_host) / (~away).sum() for far in away]
             with cache.acquire_in_place(match, workload, device) as lease:
-                return lease.decision.choice
+                choice: str = lease.decision.choice
+                return choice
 
     assert told(0.9) == "fetch"
     assert told(0.1) == "in_place"

@@ -29,7 +29,7 @@ PAGES = 16
 class Described(HostNodes):
     """The first half of the arena is near, the second far; workers run anywhere."""
 
-    worker_nodes = ()  # type: ignore[assignment]
+    worker_nodes = ()
 
     def place(self, address: int, length: int) -> None:
         self.bound = True
@@ -130,7 +130,7 @@ def test_a_leased_page_stays(cache):
 def test_a_page_that_somebody_wants_meanwhile_stays_and_is_right(cache, monkeypatch):
     read_far(cache, run(3, 4))
     begun, go = threading.Event(), threading.Event()
-    tier, inner = tier_of(cache), host.carry
+    tier, inner = tier_of(cache), host_moves.carry
 
     def slow(*arguments):
         begun.set()

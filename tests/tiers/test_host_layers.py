@@ -11,7 +11,7 @@ from kvtier.keys import root_key
 from kvtier.layout import PageLayout
 from kvtier.numa.topology import read_topology
 from kvtier.tiers import host_layers
-from kvtier.tiers.base import PageId
+from kvtier.tiers.base import PageId, Refused
 from kvtier.tiers.host import HostTier
 from kvtier.tiers.host_layers import LayerNodes
 
@@ -61,6 +61,7 @@ def test_a_tier_by_layers_holds_what_it_is_given():
         keys = [number.to_bytes(32, "big") for number in range(3)]
         assert tier.store(slots, [PageId(key, root_key(b"", ""), 0) for key in keys], payloads) == [None] * 3
         for found, payload in zip(tier.load(slots, keys, np.empty((3, 0), np.uint8)), payloads, strict=True):
+            assert not isinstance(found, Refused)
             assert np.array_equal(found, payload)
         report = tier.report()
         assert report["numa"] == f"layers 0-4 on {NODE}"
