@@ -158,7 +158,7 @@ class TieredKVCache:
             raise LeaseError(f"acquire_in_place: device_utilisation is {device_utilisation}; expected a share from 0 to 1")
         routing = self.config.routing
         router = Router(
-            {each.name: each.threshold for each in routing.workloads},
+            {each.name: each.fetch_above for each in routing.workloads},
             routing.mode,
             routing.attention_weight,
             routing.utilisation_weight,

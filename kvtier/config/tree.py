@@ -233,7 +233,7 @@ class AttentionConfig(_Section):
 
 class Workload(_Section):
     name: str = Field(min_length=1, description="What requests of this class call themselves.")
-    threshold: float = Field(
+    fetch_above: float = Field(
         ge=0, le=1, description="Share of attention on pages in host memory above which they are fetched, all else equal."
     )
 
@@ -250,10 +250,10 @@ class RoutingConfig(_Section):
     queue_weight: float = Field(default=0.2, ge=0, description="Weight of a side's share of everything that is queued.")
     workloads: tuple[Workload, ...] = Field(
         default=(
-            Workload(name="default", threshold=0.5),
-            Workload(name="creative_writing", threshold=0.3),
-            Workload(name="code_generation", threshold=0.5),
-            Workload(name="simple_qa", threshold=0.7),
+            Workload(name="default", fetch_above=0.5),
+            Workload(name="creative_writing", fetch_above=0.3),
+            Workload(name="code_generation", fetch_above=0.5),
+            Workload(name="simple_qa", fetch_above=0.7),
         ),
         strict=False,
         description="Workload classes and their thresholds: a lower one sends more to the device. One is called `default`.",

@@ -184,4 +184,4 @@ def test_bad_input_is_one_clear_error():
             cache.acquire_in_place(cache.lookup(run(1, 1)))
         assert cache.stats()["leased_pages"] == 0
     with pytest.raises(ConfigError, match="expected one called default"):
-        make_cache(routing__workloads=[{"name": "a", "threshold": 0.5}])
+        make_cache(routing__workloads=[{"name": "a", "fetch_above": 0.5}])
