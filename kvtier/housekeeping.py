@@ -112,8 +112,7 @@ class Housekeeping:
         host = None if index is None else residency.tiers[index]
         if index is None or not isinstance(host, HostTier):
             return 0
-        with residency.lock:
-            waiting = host.plan_moves(lambda slot: self._at_rest(host, index, slot) is not None, residency.clock())
+        waiting = await residency.mover.work(host.plan_moves, lambda slot: self._at_rest(host, index, slot) is not None, residency.clock())
         done = 0
         while waiting:
             pairs: dict[int, list[tuple[int, int]]] = {}
@@ -159,7 +158,7 @@ class Housekeeping:
         return True
 
     def _at_rest(self, host: HostTier, index: int, slot: int) -> int | None:
-        """The row of the page in a slot of the host tier, if nobody needs it there. Lock held."""
+        """The row of the page in a slot of the host tier, if nobody needs it there. Lock held, or else what it says may be over."""
         table = self._residency.table
         key = host.key_of(slot)
         row = NO_ROW if key is None else table.row(key)

@@ -24,7 +24,7 @@ import numpy as np
 
 from kvtier.attention.store import DigestStore
 from kvtier.config import Config
-from kvtier.errors import Closed, IntegrityError
+from kvtier.errors import Closed, IntegrityError, NumaError
 from kvtier.formats import get_format
 from kvtier.housekeeping import Housekeeping
 from kvtier.keys import PageKey
@@ -101,8 +101,11 @@ class Residency:
 
     def _worker_cpus(self) -> tuple[int, ...]:
         """The CPUs of those nodes that this process may use."""
-        topology = this_machine()
-        return tuple(sorted({cpu for node in self._worker_nodes() for cpu in usable_cpus(node, topology)}))
+        try:
+            return tuple(sorted({cpu for node in self._worker_nodes() for cpu in usable_cpus(node, this_machine())}))
+        except NumaError as error:
+            log.warning("storage threads run anywhere: %s", error)
+            return ()
 
     def _open_colder_tiers(self, namespace: bytes) -> None:
         config, layout = self.config, self.layout

@@ -85,6 +85,8 @@ class MigrationRule:
             if current is None or current not in places or history.rests(page, now):
                 continue
             accesses = history.accesses(page, now)
+            if accesses.keys() <= {current}:
+                continue
             here = self.score(accesses, current, current, distance)
             target = max(places, key=lambda node: (self.score(accesses, node, current, distance), node == current))
             gain = self.score(accesses, target, current, distance) - here

@@ -87,7 +87,7 @@ class HostTier(Tier):
                     "host.numa is layers, which cuts pages of KV every 4 KiB, and host.huge_pages is on; set one of them to auto"
                 )
             huge_pages = "off"
-            self._nodes = LayerNodes(numa_nodes, format.layer_bytes(layout), self.slot_bytes)
+            self._nodes = LayerNodes(numa_nodes, format.layer_bytes(layout), self.slot_bytes, slots)
         else:
             self._nodes = choose_nodes(numa, numa_nodes, near, slots * self.slot_bytes)
         self._arena = Arena(slots * self.slot_bytes, huge_pages, mlock, place=self._nodes.place, section="host")
@@ -164,7 +164,7 @@ class HostTier(Tier):
             self._moves.accessed(slots)
         return [self._read(*copy) for copy in zip(slots, keys, strict=True)]
 
-    # -- moves between nodes: lock held, but for `carry` ---------------------------------------------------------------------------
+    # -- moves between nodes: lock held, but for `plan_moves` and `carry` ------------------------------------------------------------
 
     def key_of(self, slot: int) -> PageKey | None:
         """The key of the page in a slot; None if there is none."""
@@ -173,7 +173,8 @@ class HostTier(Tier):
     def plan_moves(self, may_move: Callable[[int], bool], now: float) -> list[Pair]:
         """Which slots should move, as (slot, node it should be on), in an order in which each finds room; none where there is one node.
 
-        `may_move`: whether nobody needs the page of a slot where it is.
+        `may_move`: whether nobody needs the page of a slot where it is. One plan at a time; without the lock, so a wish: what it says of
+        slots may be over.
         """
         if self._moves is None or self._closed:
             return []

@@ -35,15 +35,17 @@ class LayerPart:
 
 
 class LayerNodes:
-    """The parts of slots of `slot_bytes`, a multiple of the system's page size. `place` is what `Arena` calls before memory is touched.
+    """The parts of `slots` slots of `slot_bytes`, a multiple of the system's page size. `place` is what `Arena` calls before
+    memory is touched.
 
     ConfigError for nodes that cannot be used, formats whose layers are not apart, fewer layers than nodes, and pages of KV so small that a
     node would get no page of memory.
     """
 
-    def __init__(self, nodes: Sequence[int], layer_bytes: Sequence[int], slot_bytes: int) -> None:
+    def __init__(self, nodes: Sequence[int], layer_bytes: Sequence[int], slot_bytes: int, slots: int) -> None:
+        topology = read_topology()
         try:
-            check_nodes(nodes, read_topology())
+            check_nodes(nodes, topology)
             ranges = balanced_layers(layer_bytes, len(nodes))
         except NumaError as error:
             raise ConfigError(f"host.numa is layers, but {error}; correct host.numa_nodes") from None
@@ -58,6 +60,12 @@ class LayerNodes:
             LayerPart(node, first, stop, low, high - low)
             for node, (first, stop), (low, high) in zip(nodes, ranges, pairwise(cuts), strict=True)
         )
+        for part in self.parts:
+            # A node that memory is bound to strictly, and that is full, gets somebody killed.
+            if part.length * slots > (room := topology.node(part.node).available_bytes):
+                raise ConfigError(
+                    f"host.numa is layers, but node {part.node} has {room} bytes left, not {part.length * slots}; lower host.capacity_bytes"
+                )
         self._slot_bytes = slot_bytes
         self._slots = 0
 

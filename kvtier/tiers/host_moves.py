@@ -1,6 +1,7 @@
 """Pages of the host tier that move to the node they are used from: which, by the rule of `kvtier.numa.migration`, and what came of it.
 
-`accessed` is called by any thread, without a lock: it leaves a note. Everything else belongs to the cache's lock, but for `carry`, which
+`accessed` and `freed` are called by any thread: they leave a note. Everything else belongs to whoever plans, one at a time and without the
+cache's lock, because a plan may take a while; so a plan is a wish, and looked at again under the lock before it is carried out. `carry`
 moves bytes and touches only slots that are its own (the target) or held by its caller (the source).
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 
 import numpy as np
 import xxhash
@@ -19,7 +21,10 @@ from kvtier.numa.migration import AccessHistory, MigrationRule, PlannedMove
 from kvtier.numa.topology import UNKNOWN_NODE
 from kvtier.numa.transfers import NodeStream, Part, Piece
 
-_NOTES = 1 << 16
+_NOTES = 1 << 12
+_SAMPLED = 16  # slots of one call that are noted, each for its neighbours too
+_PAGES = 1 << 12
+_FREED = -2
 _WINDOW_S = 60.0
 Pair = tuple[int, int]
 """The slot a page is in and the one it goes to."""
@@ -33,31 +38,35 @@ class NodeMoves:
         self.pages = self.bytes = self.given_up = self.local = self.remote = 0
         self._node_of = node_of
         self._nodes = tuple(nodes)
-        self._history = AccessHistory(self.rule)
-        self._notes: deque[tuple[tuple[int, ...], int]] = deque(maxlen=_NOTES)
-        self._latest: deque[tuple[float, int]] = deque()
+        self._history = AccessHistory(self.rule, _PAGES)
+        self._notes: deque[tuple[Sequence[int], int, int]] = deque(maxlen=_NOTES)
+        """Slots, the node that accessed them (_FREED: their pages are gone), and for how many each stands."""
+        self._offset = count()
+        self._latest: deque[float] = deque()
         self._looked_at = 0
 
     def accessed(self, slots: Sequence[int]) -> None:
-        """The calling thread reads these slots now."""
-        self._notes.append((tuple(slots), get_current_numa_node()))
+        """The calling thread reads these slots now. Of many, some stand for all, others each time."""
+        step = -(-len(slots) // _SAMPLED) or 1
+        self._notes.append((slots[next(self._offset) % step :: step], get_current_numa_node(), step))
 
     def freed(self, slots: Sequence[int]) -> None:
         """The pages of these slots are gone."""
-        for slot in slots:
-            self._history.forget(slot)
+        self._notes.append((slots, _FREED, 0))
 
     def plan(self, room: Mapping[int, int], may_move: Callable[[int], bool], slots: int, now: float) -> list[PlannedMove]:
         """The moves (of slots) that pay now. `room`: free slots by node; `slots`: how many there are; `may_move`: nobody needs this one."""
-        while self._notes:
-            seen, node = self._notes.popleft()
-            if node == UNKNOWN_NODE:
-                continue
-            for slot in seen:
-                self._history.record(slot, node, now)
-                here = self._node_of(slot) == node
-                self.local += here
-                self.remote += not here
+        for _ in range(len(self._notes)):
+            seen, node, each = self._notes.popleft()
+            for slot in seen if node != UNKNOWN_NODE else ():
+                if node == _FREED:
+                    self._history.forget(slot)
+                    continue
+                self._history.record(slot, node, now, each)
+                if self._node_of(slot) == node:
+                    self.local += each
+                else:
+                    self.remote += each
         self._history.fade(now)
 
         def node_of(slot: int) -> int | None:
@@ -70,14 +79,14 @@ class NodeMoves:
         self._history.moved(pair[0], now, pair[1])
         self.pages += 1
         self.bytes += size_bytes
-        self._latest.append((now, 1))
-        while self._latest[0][0] < now - _WINDOW_S:
+        self._latest.append(now)
+        while self._latest[0] < now - _WINDOW_S:
             self._latest.popleft()
 
     def report(self, now: float) -> dict[str, object]:
         """Pages moved, per second of the last minute too, `given_up`: somebody needed the page meanwhile; share of accesses from the node
         of the page."""
-        recent = sum(count for moment, count in self._latest if moment >= now - _WINDOW_S)
+        recent = sum(moment >= now - _WINDOW_S for moment in list(self._latest))
         total = self.local + self.remote
         return {
             "pages": self.pages,

@@ -45,8 +45,8 @@ def torch_pages():
 def test_cuts_are_where_layers_end(monkeypatch):
     monkeypatch.setattr(host_layers, "check_nodes", lambda *_: None)
     sizes = [8192 + 100] * 4
-    parts = LayerNodes((7, 3), sizes, 36864).parts
-    assert [(part.node, part.first, part.stop) for part in parts] == [(7, 0, 2), (3, 2, 4)]
+    parts = LayerNodes((NODE, NODE), sizes, 36864, 4).parts
+    assert [(part.node, part.first, part.stop) for part in parts] == [(NODE, 0, 2), (NODE, 2, 4)]
     assert [(part.start, part.length) for part in parts] == [(0, 16384), (16384, 36864 - 16384)]
 
 
@@ -74,11 +74,13 @@ def test_a_tier_by_layers_holds_what_it_is_given():
 
 def test_what_cannot_be_cut_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r"host.numa is layers, but there is no NUMA node 99"):
-        LayerNodes((99,), [4096], 4096)
+        LayerNodes((99,), [4096], 4096, 1)
     with pytest.raises(ConfigError, match="huge_pages is on"):
         HostTier(LAYOUT, get_format("q8"), 1 << 20, huge_pages="on", numa="layers", numa_nodes=(NODE,))
     monkeypatch.setattr(host_layers, "check_nodes", lambda *_: None)
     with pytest.raises(ConfigError, match="1 layers for 2 nodes"):
-        LayerNodes((0, 1), [4096], 4096)
+        LayerNodes((0, 1), [4096], 4096, 1)
     with pytest.raises(ConfigError, match="too few to give each of 2 nodes a page"):
-        LayerNodes((0, 1), [100, 100], 4096)
+        LayerNodes((0, 1), [100, 100], 4096, 1)
+    with pytest.raises(ConfigError, match=rf"node {NODE} has [0-9]+ bytes left, not {4096 << 40}"):
+        LayerNodes((NODE,), [4096], 4096, 1 << 40)
