@@ -1,4 +1,4 @@
-"""Laws checked: an engine's threads stay on the CPUs they are told to, and run anywhere where the system refuses; batches never fail of it."""
+"""Laws checked: an engine's threads stay on the CPUs they are told to, and run anywhere where the system refuses; batches never fail."""
 
 from __future__ import annotations
 
