@@ -80,6 +80,24 @@ def test_a_failure_is_raised_once_nothing_runs_and_the_threads_live_on():
             pool.map(work, [1, 2], [NODES[0]])
 
 
+def test_after_a_failure_what_nobody_began_is_cancelled():
+    go, done = threading.Event(), []
+
+    def work(item: int) -> None:
+        if item == 0:
+            raise ValueError("item 0")
+        assert go.wait(20)
+        done.append(item)
+
+    with NumaThreadPool(1, NODES[:1]) as pool:
+        pending = pool.start(work, range(9))
+        later = threading.Timer(0.3, go.set)
+        later.start()
+        with pytest.raises(ValueError, match="item 0"):
+            pending.results()
+        assert done == [1]
+
+
 def test_helpers_come_by_distance_and_only_when_enough_waits(monkeypatch, tmp_path):
     """Nodes 0 and 1 share a socket of the eight-node machine, 7 is another socket: it leaves three waiting tasks to those nearer."""
     with Described(monkeypatch, tmp_path, A3)({0: 1, 1: 1, 7: 1}) as executor:

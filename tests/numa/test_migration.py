@@ -88,6 +88,17 @@ def test_nothing_ping_pongs_when_two_nodes_take_turns(turns):
     assert moves <= 1 + math.log2(now / RULE.rest_s + 1)
 
 
+def test_nodes_that_take_long_turns_are_followed_less_and_less():
+    history, where, moves = AccessHistory(RULE), {1: 0}, 0
+    for turn in range(64):
+        now = (turn + 1) * (RULE.rest_s + 1)
+        history.record(1, turn % 2, now, 1000 * 2**turn)
+        for page, _, _ in planned(RULE, history, where, {0: 1, 1: 1}, now):
+            history.moved(page, now)
+            moves += 1
+    assert 1 < moves <= 1 + math.log2(now / RULE.rest_s + 1)
+
+
 @given(st.floats(0.001, 10), st.integers(2, 400))
 def test_strictly_alternating_accesses_never_move_anything(pause, turns):
     history = AccessHistory(RULE)
