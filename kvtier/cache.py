@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -58,6 +59,7 @@ class TieredKVCache:
         self._writer = Writer(self._residency)
         self._pool: NumaThreadPool | None = None
         """Threads that attend in place, from the first `acquire_in_place` on."""
+        self._starting = threading.Lock()
         self._closed = False
 
     @classmethod
@@ -164,9 +166,10 @@ class TieredKVCache:
             routing.utilisation_weight,
             routing.queue_weight,
         )
-        with residency.lock:
+        with self._starting:
             if self._pool is None:
                 self._pool = make_pool(routing.threads_per_node)
+        with residency.lock:
             rows = residency.claim(match.keys)
         tokens = len(rows) * self.layout.page_tokens
         ids = array("q", match.ids[:tokens].tobytes())

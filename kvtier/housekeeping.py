@@ -110,7 +110,7 @@ class Housekeeping:
         residency = self._residency
         index = next((index for index, tier in enumerate(residency.tiers) if isinstance(tier, HostTier)), None)
         host = None if index is None else residency.tiers[index]
-        if index is None or not isinstance(host, HostTier):
+        if index is None or not isinstance(host, HostTier) or not host.moves_pages:
             return 0
         waiting = await residency.mover.work(host.plan_moves, lambda slot: self._at_rest(host, index, slot) is not None, residency.clock())
         done = 0

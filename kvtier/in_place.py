@@ -86,11 +86,17 @@ class InPlaceLease:
             )
         parked = [EncodedPage(payload, self._host.node_of(self._held[page], layer)) for page, payload in self._payloads.items()]
         started = begin(self._pool, self._host.format, layout, layer, queries, parked, scaling) if parked else None
+        if started is None:
+            return self._on_device(layer, queries, scaling)
         try:
-            here = self._on_device(layer, queries, scaling)
+            if self._residency.device.place.type == "cpu":
+                # On the pool's threads as well: the caller's team of torch threads would fight them for the same cores.
+                here = self._pool.executor.submit(self._pool.nodes[0], self._on_device, layer, queries, scaling).result()
+            else:
+                here = self._on_device(layer, queries, scaling)
         finally:
-            away = None if started is None else started.result()
-        return here if away is None else merge([here, Partial(away.out.to(here.out.device), away.lse.to(here.lse.device))])
+            away = started.result()
+        return merge([here, Partial(away.out.to(here.out.device), away.lse.to(here.lse.device))])
 
     def release(self) -> None:
         """Let everything go; the pages stay cached where they are. A second release does nothing."""

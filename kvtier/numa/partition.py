@@ -18,6 +18,7 @@ from kvtier.errors import MissingExtra, NumaError
 
 EXACT_STATES = 1 << 18
 """Up to so many assignments are all looked at (those that differ only in names of equal nodes once)."""
+_MOST_SWAPPED = 256  # parts of which any two are tried to swap; beyond that the pairs take longer than they are worth
 Method = Literal["exact", "metis", "greedy"]
 Edges = Mapping[tuple[int, int], float]
 
@@ -162,7 +163,7 @@ def _descended(problem: _Problem, start: Sequence[int]) -> list[int]:
                 change = cut_change(part, to) + problem.balance * (max(moved) - worst)
                 if change < -1e-12 * max(1.0, abs(now)):
                     node_of[part], totals, now, improved = to, moved, now + change, True
-        for one in range(len(node_of)):
+        for one in range(len(node_of) if len(node_of) <= _MOST_SWAPPED else 0):
             for other in range(one + 1, len(node_of)):
                 here, there = node_of[one], node_of[other]
                 if here == there:

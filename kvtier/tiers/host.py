@@ -166,6 +166,11 @@ class HostTier(Tier):
 
     # -- moves between nodes: lock held, but for `plan_moves` and `carry` ------------------------------------------------------------
 
+    @property
+    def moves_pages(self) -> bool:
+        """Whether there are several nodes that pages can move between."""
+        return self._moves is not None
+
     def key_of(self, slot: int) -> PageKey | None:
         """The key of the page in a slot; None if there is none."""
         return self._key[slot]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 
 import pytest
 from hypothesis import given
@@ -62,6 +63,28 @@ def test_a_failing_worker_ends_the_transfer_and_the_next_one_works():
         stream.carry(pieces, lambda parts: seen.extend(part.length for part in parts))
         assert sum(seen) == 1000
     stream.close()
+
+
+def test_after_a_failure_nobody_reads_the_source_any_more(monkeypatch):
+    source = ctypes.create_string_buffer(1000)
+    ended: list[bool] = []
+
+    def broken(parts) -> None:
+        raise ValueError("bad page")
+
+    with NodeStream(NODE, this_machine(), 100) as stream:
+        inner = stream._fill
+
+        def slow(*arguments):
+            parts = inner(*arguments)
+            time.sleep(0.2)
+            ended.append(True)
+            return parts
+
+        monkeypatch.setattr(stream, "_fill", slow)
+        with pytest.raises(ValueError, match="bad page"):
+            stream.carry([Piece(0, ctypes.addressof(source), 1000)], broken)
+        assert len(ended) == 2, "the chunk that was under way has ended"
 
 
 def test_bad_pieces_and_nodes_are_refused():
