@@ -28,7 +28,7 @@ from kvtier.layout import PageLayout
 from .measure import Row, Run
 from .rig import Room, layout_named, made_kv, open_cache, restore, timed, token_ids
 
-STEPS = (1, 4, 16, 64)
+STEPS = (1, 4, 16)
 TINY_STEPS = (1, 2)
 GROUP = 4
 """Query heads per KV head."""

@@ -49,7 +49,11 @@ class Mover:
     ) -> None:
         self.tiers = tiers
         self.workers = Workers(workers, nodes)
-        self.staging = StagingPool(workers, staging_bytes, tiers, self.workers.nodes)
+        try:
+            self.staging = StagingPool(workers, staging_bytes, tiers, self.workers.nodes)
+        except BaseException:
+            self.workers.shutdown()
+            raise
         self._queue_bytes = queue_bytes
         self._on_finished = on_finished
         self._lock = threading.Lock()

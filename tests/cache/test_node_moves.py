@@ -88,6 +88,11 @@ def read_far(cache, tokens, times: int = 8) -> None:
 def test_some_slots_stay_free_for_moves_and_the_nearest_go_first(cache):
     tier = tier_of(cache)
     assert tier.capacity_slots == PAGES - tier._spares == PAGES - 1
+    assert tier.reserve(tier.free_slots + 1) is None
+    taken = tier.reserve(tier.free_slots)
+    assert (tier.free_slots, tier.reserve(1)) == (0, None)
+    assert tier.reserve_on(FAR) is not None
+    tier.free([*taken, *[slot for slot in range(PAGES) if tier._reserved[slot] and tier.key_of(slot) is None and slot not in taken]])
     assert nodes_of(cache, run(1, 4)) + nodes_of(cache, run(2, 4)) == [NEAR] * 8
     assert set(nodes_of(cache, run(3, 4))) == {FAR}
     assert tier.report()["numa_moves"]["pages"] == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtier.errors import MissingExtra, NumaError
@@ -38,6 +38,7 @@ def problems(draw):
     return loads, traffic, draw(st.integers(1, 3)), draw(st.sampled_from([0.0, 0.5, 1.0, 3.0]))
 
 
+@settings(deadline=None)
 @given(problems())
 def test_small_problems_are_solved_as_brute_force_does(problem):
     loads, traffic, nodes, balance = problem
@@ -113,6 +114,7 @@ def test_kv_is_laid_out_by_layers_heads_or_both():
     assert ranges(7, 3) == [(0, 2), (2, 4), (4, 7)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(1, 4))
 def test_layers_of_different_sizes_are_cut_where_the_largest_range_is_least(sizes, nodes):
     if len(sizes) < nodes:
