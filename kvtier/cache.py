@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -22,14 +23,18 @@ import torch
 from numpy.typing import NDArray
 
 from kvtier.attending import lease_mass
+from kvtier.attention.in_place import make_pool
+from kvtier.attention.router import Router
 from kvtier.budget import BudgetedLease, check_budget
 from kvtier.config import Config, load_config
 from kvtier.errors import Closed, ConfigError, LayoutError, LeaseError
+from kvtier.in_place import InPlaceLease
 from kvtier.keyed import KeyedPages
 from kvtier.keys import PageKey, TokenIds, namespace, page_keys, root_key, token_array
 from kvtier.layout import PageLayout
 from kvtier.lease import Lease, Match
 from kvtier.mover.transfer import Priority, Transfer
+from kvtier.numa.executor import NumaThreadPool
 from kvtier.pages import ABSENT, NO_ROW, READY, WRITING
 from kvtier.prefetch import Prefetch
 from kvtier.residency import DEVICE, Residency
@@ -54,6 +59,9 @@ class TieredKVCache:
         self._namespace = namespace(config.model.name, config.model.revision, layout)
         self._residency = Residency(config, layout, self._namespace, clock)
         self._writer = Writer(self._residency)
+        self._pool: NumaThreadPool | None = None
+        """Threads that attend in place, from the first `acquire_in_place` on."""
+        self._starting = threading.Lock()
         self._closed = False
 
     @classmethod
@@ -140,6 +148,38 @@ class TieredKVCache:
         lease.submitted.set()
         lease.restored.set_result(None)
         return BudgetedLease(residency, self._writer, lease, device_pages, choosing, self.record_attention)
+
+    def acquire_in_place(self, match: Match, workload: str = "default", device_utilisation: float | None = None) -> InPlaceLease:
+        """Hold the pages of `match` and leave those that host memory has there, if that is cheaper than fetching them: `attend` then has
+        the cores of their NUMA node do their part (docs/attention.md).
+
+        Decided per request (`routing`) from the attention reported for the pages, the `workload` class and how busy both sides are;
+        `device_utilisation`, 0 to 1, is the engine's word for the device, that of the workers counts without. Waits until pages that must
+        come up are there. ConfigError for an unknown workload, LeaseError for a cache without a host tier.
+        """
+        residency = self._open()
+        if device_utilisation is not None and not 0 <= device_utilisation <= 1:
+            raise LeaseError(f"acquire_in_place: device_utilisation is {device_utilisation}; expected a share from 0 to 1")
+        routing = self.config.routing
+        router = Router(
+            {each.name: each.fetch_above for each in routing.workloads},
+            routing.mode,
+            routing.attention_weight,
+            routing.utilisation_weight,
+            routing.queue_weight,
+        )
+        with self._starting:
+            if self._pool is None:
+                self._pool = make_pool(routing.threads_per_node)
+        with residency.lock:
+            rows = residency.claim(match.keys)
+        tokens = len(rows) * self.layout.page_tokens
+        ids = array("q", match.ids[:tokens].tobytes())
+        lease = Lease(residency, match.root, rows.tolist(), ids, tokens, Future(), give_back=self._release)
+        lease.known = True
+        lease.submitted.set()
+        lease.restored.set_result(None)
+        return InPlaceLease(residency, lease, self._pool, router, workload, device_utilisation)
 
     def begin(self, salt: str = "") -> Lease:
         """A lease on nothing yet: the start of a new sequence of tenant `salt`, to be grown with `append`."""
@@ -476,7 +516,9 @@ class TieredKVCache:
                 "tiers": tiers,
                 "links": links,
                 "admission": vars(residency.admission.regret).copy(),
+                "mover": residency.mover.workers.report(),
                 "prefetch": vars(metrics.prefetch).copy(),
+                "routing": {**vars(metrics.routing), "threads": None if self._pool is None else self._pool.executor.report()},
                 "lookups": metrics.lookups,
                 "tokens_asked": metrics.tokens_asked,
                 "tokens_declined": metrics.tokens_declined,
@@ -533,6 +575,8 @@ class TieredKVCache:
         """Stop. With a disk tier and `flush`, what only warmer tiers hold is written there first, so that the next process finds it."""
         if not self._closed:
             self._closed = True
+            if self._pool is not None:
+                self._pool.close()
             self._residency.close(flush)
 
     def check_integrity(self) -> None:

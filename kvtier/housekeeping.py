@@ -1,6 +1,7 @@
 """Housekeeping: what the residency does ahead of demand and at the end, so that demand seldom has to wait.
 
-Writes through what must be, copies down what would leave next, lets go what fell below the policies' thresholds, tidies the disk, flushes.
+Writes through what must be, copies down what would leave next, lets go what fell below the policies' thresholds, moves pages of the host
+tier to the NUMA node they are used from, tidies the disk, flushes.
 All of it runs on the mover's loop under the rules of `kvtier.residency`, whose lock guards the state here too.
 """
 
@@ -11,8 +12,9 @@ import logging
 from typing import TYPE_CHECKING
 
 from kvtier.mover.transfer import Priority, ended
-from kvtier.pages import ABSENT, Rows
+from kvtier.pages import ABSENT, NO_ROW, READY, Rows
 from kvtier.tiers.base import Tier
+from kvtier.tiers.host import HostTier
 
 if TYPE_CHECKING:
     from kvtier.residency import Residency
@@ -71,6 +73,7 @@ class Housekeeping:
                 for tier in residency.tiers:
                     if isinstance(tier, Tier):
                         await residency.mover.work(tier.tidy)
+                await self.move_between_nodes()
                 if residency.clock() >= next_cleanup:
                     next_cleanup = residency.clock() + residency.config.policy.cleanup_interval
                     await self.clean_up()
@@ -98,6 +101,70 @@ class Housekeeping:
         for tier_slots in residency.tiers:
             if isinstance(tier_slots, Tier):
                 await residency.mover.work(tier_slots.checkpoint)
+
+    async def move_between_nodes(self) -> int:
+        """Move pages of the host tier to the node they are used from, as its rule says; how many moved.
+
+        Only pages that nobody leases, reads or brings up. A page that somebody wants meanwhile stays where it is.
+        """
+        residency = self._residency
+        index = next((index for index, tier in enumerate(residency.tiers) if isinstance(tier, HostTier)), None)
+        host = None if index is None else residency.tiers[index]
+        if index is None or not isinstance(host, HostTier) or not host.moves_pages:
+            return 0
+        waiting = await residency.mover.work(host.plan_moves, lambda slot: self._at_rest(host, index, slot) is not None, residency.clock())
+        done = 0
+        while waiting:
+            pairs: dict[int, list[tuple[int, int]]] = {}
+            rows: list[int] = []
+            later = []
+            with residency.lock:
+                for source, node in waiting:
+                    row = self._at_rest(host, index, source)
+                    if row is None:
+                        host.gave_up()
+                    elif (target := host.reserve_on(node)) is None:
+                        later.append((source, node))
+                    else:
+                        pairs.setdefault(node, []).append((source, target))
+                        rows.append(row)
+                residency.table.hold(rows, index)
+            if not pairs:
+                break
+            arrived = []
+            try:
+                for node, some in pairs.items():
+                    arrived += await residency.mover.work(host.carry, some, node, node=node)
+            finally:
+                with residency.lock:
+                    residency.table.unhold(rows, index)
+                    moves = [pair for some in pairs.values() for pair in some]
+                    for pair, whole in zip(moves, [*arrived, *[False] * (len(moves) - len(arrived))], strict=True):
+                        done += self._settle_move(host, index, pair, whole)
+            waiting = later
+        return done
+
+    def _settle_move(self, host: HostTier, index: int, pair: tuple[int, int], whole: bool) -> bool:
+        """Let the copy in the pair's second slot take the place of the first, unless that is in use or did not arrive. Lock held."""
+        residency, (source, target) = self._residency, pair
+        row = self._at_rest(host, index, source) if whole else None
+        if row is None:
+            host.gave_up()
+            host.free([target])
+            return False
+        host.moved(pair, residency.clock())
+        residency.table.slot[index, row] = target
+        host.free([source])
+        return True
+
+    def _at_rest(self, host: HostTier, index: int, slot: int) -> int | None:
+        """The row of the page in a slot of the host tier, if nobody needs it there. Lock held, or else what it says may be over."""
+        table = self._residency.table
+        key = host.key_of(slot)
+        row = NO_ROW if key is None else table.row(key)
+        if row == NO_ROW or table.state[index, row] != READY or table.slot[index, row] != slot:
+            return None
+        return None if table.leases[row] or table.readers[index, row] else row
 
     async def flush(self) -> None:
         """Copy what the last tier does not have yet into it, prefixes first, so that a later process finds it."""

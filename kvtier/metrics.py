@@ -64,12 +64,23 @@ class PrefetchMetrics:
 
 
 @dataclass
+class RoutingMetrics:
+    """What `acquire_in_place` did with pages in host memory."""
+
+    fetched: int = 0
+    """Requests whose pages were brought to the device."""
+    in_place: int = 0
+    """Requests whose pages were attended to where they were."""
+
+
+@dataclass
 class Metrics:
     """All counters of one cache."""
 
     tiers: list[TierMetrics]
     links: dict[tuple[int, int], LinkMetrics] = field(default_factory=dict)
     prefetch: PrefetchMetrics = field(default_factory=PrefetchMetrics)
+    routing: RoutingMetrics = field(default_factory=RoutingMetrics)
     lookups: int = 0
     tokens_asked: int = 0
     """Tokens of full pages that `acquire` was asked for."""

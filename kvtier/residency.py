@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 
 from kvtier.attention.store import DigestStore
 from kvtier.config import Config
-from kvtier.errors import Closed, IntegrityError
+from kvtier.errors import Closed, IntegrityError, NumaError
 from kvtier.formats import get_format
 from kvtier.housekeeping import Housekeeping
 from kvtier.keys import PageKey
@@ -32,6 +32,7 @@ from kvtier.layout import PageLayout
 from kvtier.metrics import Metrics, TierMetrics
 from kvtier.mover.mover import Mover
 from kvtier.mover.transfer import Move, Outcome, Priority, Transfer, ended
+from kvtier.numa.binding import this_machine, usable_cpus
 from kvtier.pages import ABSENT, NO_TIER, READY, PageTable, Rows
 from kvtier.policy import A2CRParameters, EvictionPolicy, Mask, PressureBand, SmoothedPressure, make_policy
 from kvtier.policy.admission import Admission
@@ -98,7 +99,19 @@ class Residency:
         self.house = Housekeeping(self)
         self._recover()
         mover = config.mover
-        self.mover = Mover(self.tiers, mover.workers, mover.staging_bytes, mover.queue_bytes, self._finished)
+        self.mover = Mover(self.tiers, mover.workers, mover.staging_bytes, mover.queue_bytes, self._finished, self._worker_nodes())
+
+    def _worker_nodes(self) -> tuple[int, ...]:
+        """The NUMA nodes of the memory that workers and storage threads read and write; none where that is not known."""
+        return next((tier.worker_nodes for tier in self.tiers if isinstance(tier, HostTier)), ())
+
+    def _worker_cpus(self) -> tuple[int, ...]:
+        """The CPUs of those nodes that this process may use."""
+        try:
+            return tuple(sorted({cpu for node in self._worker_nodes() for cpu in usable_cpus(node, this_machine())}))
+        except NumaError as error:
+            log.warning("storage threads run anywhere: %s", error)
+            return ()
 
     def _open_colder_tiers(self, namespace: bytes) -> None:
         config, layout = self.config, self.layout
@@ -112,7 +125,9 @@ class Residency:
         if config.disk is not None:
             path, codec = Path(config.disk.path), get_format(config.disk.format)
             engine, depth = config.disk.io_engine, config.disk.io_depth
-            disk = DiskTier(path, layout, codec, config.disk.capacity_bytes, namespace, config.disk.durability, engine, depth)
+            disk = DiskTier(
+                path, layout, codec, config.disk.capacity_bytes, namespace, config.disk.durability, engine, depth, cpus=self._worker_cpus()
+            )
             self.tiers.append(disk)
             self.entry.append(config.disk.write_policy)
 
@@ -526,14 +541,25 @@ class Residency:
         most = self.mover.staging.pages_in_one(self.tiers[source], self.tiers[target])
         size = max(1, min(most, -(-len(moves) // self.config.mover.workers)))
         transfers = []
-        for start in range(0, len(moves), size):
-            part = tuple(moves[start : start + size])
-            transfer = Transfer(source, target, part, priority, len(part) * self.layout.page_bytes)
+        for node, part in self._cut(moves, source, target, size):
+            transfer = Transfer(source, target, part, priority, len(part) * self.layout.page_bytes, node)
             table.hold([move.row for move in part], source)
             for move in part:
                 self.inflight[move.row, target] = transfer
             transfers.append(transfer)
         return transfers
+
+    def _cut(self, moves: Sequence[Move], source: int, target: int, size: int) -> Iterator[tuple[int | None, tuple[Move, ...]]]:
+        """Moves in parts of at most `size`, with the node that each part's host memory is on, where workers are on several."""
+        by_node: dict[int | None, list[Move]] = {None: list(moves)}
+        host = next((tier for tier in (self.tiers[source], self.tiers[target]) if isinstance(tier, HostTier)), None)
+        if host is not None and len(host.worker_nodes) > 1:
+            by_node = {}
+            for move in moves:
+                by_node.setdefault(host.node_of(move.source_slot if host is self.tiers[source] else move.target_slot), []).append(move)
+        for node, some in by_node.items():
+            for start in range(0, len(some), size):
+                yield node, tuple(some[start : start + size])
 
     def _submit(self, transfers: Sequence[Transfer]) -> list[Transfer]:
         """Queue transfers; one whose link is full, or that comes when the mover is closing, ends as cancelled."""

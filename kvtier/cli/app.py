@@ -33,7 +33,7 @@ def _options(
 
 
 # One name per module with commands; they need `app`, so they come last.
-from kvtier.cli import bench, config, doctor, numa, numa_bench, numa_plan, quality, replay, run, trace, tune  # noqa: E402, F401
+from kvtier.cli import bench, config, doctor, numa, numa_bench, numa_layout, numa_plan, quality, replay, run, trace, tune  # noqa: E402, F401
 
 app.add_typer(bench.app, name="bench")
 app.add_typer(config.app, name="config")

@@ -250,6 +250,21 @@ def gpu(
     measured("gpu", repeats, tiny, json, plot, profile, program.note(), check=check)
 
 
+@app.command()
+def attend(
+    layout: LayoutOption = "smollm2",
+    prefix_tokens: Annotated[int, typer.Option(min=1, help="Tokens in host memory that each request attends over.")] = 1024,
+    repeats: RepeatsOption = 5,
+    tiny: TinyOption = False,
+    json: JsonOption = None,
+    plot: PlotOption = None,
+    profile: ProfileOption = None,
+) -> None:
+    """Fetching pages from host memory or attending to them in place, and whether the router between them takes the faster way."""
+    note = f"pages of {layout}; ceiling: the faster of both ways"
+    measured("attend", repeats, tiny, json, plot, profile, note, layout=layout, prefix_tokens=prefix_tokens)
+
+
 def _directory(path: Path | None) -> Path | None:
     if path is not None and not path.is_dir():
         raise KVTierError(f"--path {path} is not a directory; name an existing one")

@@ -30,9 +30,12 @@ def bench(
     """Bandwidth, latency and first touch between all nodes; the same work unbound and bound, and whether binding pays."""
     from rich.progress import Progress
 
+    from kvtier.cli.cuda_links import cuda_links
     from kvtier.config.units import format_bytes, parse_bytes
     from kvtier.numa.choosing import compare_binding, get_optimal_numa_node
+    from kvtier.numa.device_copies import measure_device_copies
     from kvtier.numa.measure import measure_nodes
+    from kvtier.numa.pmu import NODE_LOAD_MISSES, NODE_LOADS, Counters, remote_share
     from kvtier.numa.topology import read_topology
 
     check_json_target(json)
@@ -48,8 +51,12 @@ def bench(
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("", total=None)
             found = measure_nodes(topology, size, repeats, lambda what: progress.update(task, description=what))
+            links = cuda_links(size)
+            copies = measure_device_copies(links, topology, size, repeats, lambda what: progress.update(task, description=what))
             progress.update(task, description="the same work unbound and bound")
-            comparison = compare_binding(get_optimal_numa_node(), size, repeats)
+            with Counters([NODE_LOADS, NODE_LOAD_MISSES]) as counters:
+                comparison = compare_binding(get_optimal_numa_node(), size, repeats)
+                counts = counters.read()
     except OSError as error:
         raise NumaError(f"the kernel refuses to measure: {error.strerror}; lower --size-bytes, or see `kvtier doctor`") from None
     console.print(_matrix("reads, GB/s: CPUs of", found.read_gb_per_s, "{:.1f}"))
@@ -58,10 +65,23 @@ def bench(
     else:
         console.print(_matrix("latency, ns (4 KiB pages): CPUs of", found.latency_ns, "{:.0f}"))
     console.print(_matrix("first touch, GB/s: CPUs of", found.first_touch_gb_per_s, "{:.2f}"))
+    for each in copies:
+        pinned = "" if each.pinned else " (not pinned)"
+        console.print(
+            f"{each.device}, memory of node {each.node}: {each.to_device_gb_per_s:.1f} GB/s up, {each.to_host_gb_per_s:.1f} down{pinned}",
+            soft_wrap=True,
+        )
+    if not links:
+        console.print("device copies: not measured, there is no CUDA device")
     console.print(
         f"the same work, copying {format_bytes(size)} in pages: {comparison.unbound * 1e6:.1f} us a page unbound, "
         f"{comparison.bound * 1e6:.1f} us bound to node {comparison.node}",
         soft_wrap=True,
+    )
+    remote = remote_share(counts)
+    reads = "; ".join(f"{name}: {why}" for name, why in counters.refused.items()) or "none counted"
+    console.print(
+        f"memory reads meanwhile: {reads}" if remote is None else f"memory reads meanwhile: {remote:.1%} of another node", soft_wrap=True
     )
     console.print(comparison.verdict(), soft_wrap=True)
     write_json(
@@ -69,6 +89,8 @@ def bench(
             "size_bytes": size,
             "repeats": repeats,
             **asdict(found),
+            "device_copies": [asdict(each) for each in copies],
+            "counters": {"counts": counts, "refused": counters.refused, "remote_share": remote},
             "comparison": {
                 **asdict(comparison),
                 "gain": comparison.gain,
@@ -89,6 +111,7 @@ def stats(
     """What the kernel counted meanwhile: pages taken locally and remotely, balance of the nodes, pages moved per second."""
     from kvtier.numa.counters import local_remote_ratio, node_balance, rates, read_counters
     from kvtier.numa.placement import bytes_by_node, read_numa_maps
+    from kvtier.numa.pmu import Counters, uncore_events
 
     check_json_target(json)
     console = human_console(json)
@@ -98,14 +121,24 @@ def stats(
             memory = bytes_by_node(read_numa_maps(pid))
         except OSError as error:
             raise NumaError(f"--pid {pid}: its memory cannot be looked at: {error.strerror}") from None
-    before = read_counters()
-    time.sleep(seconds)
-    change = rates(before, read_counters())
+    events = uncore_events()
+    with Counters(events) as counters:
+        before = read_counters()
+        time.sleep(seconds)
+        change = rates(before, read_counters())
+        counts = counters.read()
     console.print(
         f"{change.local_pages} pages taken locally, {change.remote_pages} remotely ({change.local_share:.1%} local), {change.misses} not "
         f"where preferred; balance of the nodes {change.balance:.2f}; {change.migrations_per_s:.1f} pages moved per second",
         soft_wrap=True,
     )
+    units = {event.name: event.unit for event in events}
+    for name, count in counts.items():
+        console.print(f"{name}: {count / change.seconds:.1f} {units[name] or 'events'} per second")
+    for name, why in counters.refused.items():
+        console.print(f"{name}: {why}", soft_wrap=True)
+    if not events:
+        console.print("link and memory controller use: this kernel describes no such counters (usual in virtual machines)")
     if memory is not None:
         console.print(
             f"process {pid}: " + (", ".join(f"{size / 2**20:.1f} MiB on node {node}" for node, size in memory.items()) or "no memory")
@@ -116,6 +149,7 @@ def stats(
             **asdict(change),
             "local_share": change.local_share,
             "local_remote_ratio": ratio if change.remote_pages else None,
+            "uncore": {"counts": counts, "units": units, "refused": counters.refused},
             "process": None if memory is None else {"pid": pid, "bytes_by_node": memory, "balance": node_balance(list(memory.values()))},
         },
         json,

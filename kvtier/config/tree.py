@@ -46,7 +46,7 @@ FixedFormat = Annotated[str, BeforeValidator(_fixed_format), Field(title=_FORMAT
 Place = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$"), Field(title="auto, cpu, cuda or cuda:N")]
 FilePath = Annotated[str, Field(min_length=1, title="a path"), AfterValidator(os.path.expanduser)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
-NumaMode = Annotated[Literal["off", "auto", "interleave", "explicit"], BeforeValidator(_switch)]
+NumaMode = Annotated[Literal["off", "auto", "interleave", "explicit", "layers"], BeforeValidator(_switch)]
 PolicyName = Literal[
     "a2cr",
     "lru",
@@ -120,19 +120,21 @@ class HostConfig(_Section):
         default="auto",
         description="Which NUMA nodes this memory is on. `auto`: that of the CUDA device, then the next nearest; left to the kernel where "
         "there is one node, or no device whose node is known. `interleave`: page by page over all nodes. `explicit`: those of "
-        "`numa_nodes`, or fail. `off`: left to the kernel.",
+        "`numa_nodes`, or fail. `layers`: of every page, each of `numa_nodes` has a range of layers. `off`: left to the kernel. Workers "
+        "and storage threads run on the same nodes; pages go to the node they are used from.",
     )
     numa_nodes: tuple[int, ...] = Field(
         default=(),
         strict=False,
         title="a list of node numbers",
-        description="Nodes of `numa: explicit`, which share the memory evenly and are filled in this order. `kvtier numa topo` lists them.",
+        description="Nodes of `numa: explicit`, which share the memory evenly and are filled in this order, or of `layers`, in the order "
+        "of the layers. `kvtier numa topo` lists them.",
     )
 
     @model_validator(mode="after")
     def _nodes_are_named(self) -> HostConfig:
-        if (self.numa == "explicit") != bool(self.numa_nodes):
-            raise ValueError("numa: explicit and numa_nodes belong together; give both, or neither")
+        if (self.numa in ("explicit", "layers")) != bool(self.numa_nodes):
+            raise ValueError("numa: explicit (or layers) and numa_nodes belong together; give both, or neither")
         if len(set(self.numa_nodes)) != len(self.numa_nodes):
             raise ValueError(f"numa_nodes names a node twice: {list(self.numa_nodes)}")
         return self
@@ -245,6 +247,42 @@ class AttentionConfig(_Section):
     )
 
 
+class Workload(_Section):
+    name: str = Field(min_length=1, description="What requests of this class call themselves.")
+    fetch_above: float = Field(
+        ge=0, le=1, description="Share of attention on pages in host memory above which they are fetched, all else equal."
+    )
+
+
+class RoutingConfig(_Section):
+    mode: Literal["auto", "fetch", "in_place"] = Field(
+        default="auto",
+        description="What `acquire_in_place` does with pages in host memory. `fetch`: bring them to the device. `in_place`: attend to them "
+        "with the cores of their NUMA node. `auto`: whichever costs less, per request (docs/attention.md).",
+    )
+    threads_per_node: int = Field(default=2, ge=1, le=256, description="Threads on each NUMA node that attend in place.")
+    attention_weight: float = Field(default=0.5, ge=0, description="Weight of the share of attention that goes to the pages in question.")
+    utilisation_weight: float = Field(default=0.3, ge=0, description="Weight of how busy a side is: cores, or device and workers.")
+    queue_weight: float = Field(default=0.2, ge=0, description="Weight of a side's share of everything that is queued.")
+    workloads: tuple[Workload, ...] = Field(
+        default=(
+            Workload(name="default", fetch_above=0.5),
+            Workload(name="creative_writing", fetch_above=0.3),
+            Workload(name="code_generation", fetch_above=0.5),
+            Workload(name="simple_qa", fetch_above=0.7),
+        ),
+        strict=False,
+        description="Workload classes and their thresholds: a lower one sends more to the device. One is called `default`.",
+    )
+
+    @model_validator(mode="after")
+    def _has_a_default(self) -> RoutingConfig:
+        names = [workload.name for workload in self.workloads]
+        if len(set(names)) != len(names) or "default" not in names:
+            raise ValueError(f"workloads are {names}; expected one called default, and no name twice")
+        return self
+
+
 class Config(_Section):
     """Everything that can be configured. Build it with `load_config`, which names the file or variable a mistake came from."""
 
@@ -256,6 +294,8 @@ class Config(_Section):
     policy: PolicyConfig = Field(default=PolicyConfig(), description="Which pages leave a full tier; one policy object per tier.")
     mover: MoverConfig = Field(default=MoverConfig(), description="How bytes travel between the tiers, and the bounds on that.")
     attention: AttentionConfig = Field(default=AttentionConfig(), description="What is known of the attention that pages get.")
+
+    routing: RoutingConfig = Field(default=RoutingConfig(), description="Whether pages in host memory are fetched or attended in place.")
 
     def to_yaml(self, comments: bool = False) -> str:
         """The whole tree as YAML that `load_config` reads back to an equal one; with `comments`, each key is explained."""

@@ -104,6 +104,11 @@ class Format(ABC):
         """For a format of fixed size: what a byte stage compresses apart. Together the streams are each byte of a payload once."""
         return (Stream(1, ((0, self.payload_bytes(layout)),)),)
 
+    def layer_bytes(self, layout: PageLayout) -> tuple[int, ...]:
+        """For a format of fixed size: bytes of the stretches that a payload consists of, one per layer, in order; only one where layers are
+        not apart."""
+        return (self.payload_bytes(layout),)
+
     def bits_per_value(self, layout: PageLayout) -> float:
         """Bits per number of the page, every scale and flag counted (upper bound where the size varies)."""
         return self.payload_bytes(layout) * 8 / layout.values

@@ -161,6 +161,9 @@ class BlockFormat(Format):
     def streams(self, layout: PageLayout) -> tuple[Stream, ...]:
         return self._plan(layout).streams
 
+    def layer_bytes(self, layout: PageLayout) -> tuple[int, ...]:
+        return tuple(sum(place.size for place in row) for row in self._plan(layout).places)
+
     def encode(
         self,
         pages: torch.Tensor,

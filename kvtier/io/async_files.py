@@ -18,6 +18,7 @@ import aiofiles
 from aiofiles.threadpool.binary import AsyncFileIO
 
 from kvtier.io.files import Outcomes, Request
+from kvtier.io.pool import stay_on
 from kvtier.io.pooled import DEPTH, PooledEngine
 
 Work = Callable[[AsyncFileIO, Request], Awaitable[int]]
@@ -32,7 +33,7 @@ class AsyncFilesEngine(PooledEngine):
 
     def __init__(self, depth: int = DEPTH) -> None:
         super().__init__(depth)
-        self._threads = ThreadPoolExecutor(depth, f"kvtier-{self.name}")
+        self._threads = ThreadPoolExecutor(depth, f"kvtier-{self.name}", initializer=lambda: stay_on(self.cpus))
         self._room = asyncio.Semaphore(depth)
         self._idle: dict[int, list[AsyncFileIO]] = {}
         self._starting = threading.Lock()

@@ -57,6 +57,13 @@ class FileEngine(ABC):
     name: str
     depth: int
     alignment_bytes: int
+    cpus: tuple[int, ...] = ()
+    """CPUs that the engine's own threads are kept on; any, if there are none."""
+
+    def keep_on(self, cpus: Sequence[int]) -> None:
+        """Keep threads that the engine starts from now on on these CPUs, near the memory that they read and write. Where the system
+        refuses, they run anywhere. Engines without threads of their own ignore it."""
+        self.cpus = tuple(cpus)
 
     @abstractmethod
     def open(self, path: Path) -> int:

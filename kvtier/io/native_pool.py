@@ -27,6 +27,9 @@ class _Threads(Protocol):
     def begin(self, requests: list[Request], writing: bool, helping: bool, /) -> _Batch:
         """Start on a batch. `helping`: calls of `ended` carry requests, too."""
 
+    def keep_on(self, cpus: list[int], /) -> None:
+        """Keep threads that start from now on on these CPUs, if the system lets them; any, for none."""
+
     def stop(self) -> None:
         """End the threads once all batches are done. Safe to call twice; later batches are carried by who waits for them."""
 
@@ -54,6 +57,10 @@ class NativePool:
                     yield index, outcome if outcome >= 0 else OSError(-outcome, os.strerror(-outcome))
         finally:
             batch.withdraw()
+
+    def keep_on(self, cpus: Sequence[int]) -> None:
+        """Keep threads that start from now on on these CPUs, if the system lets them; any, for none."""
+        self._threads.keep_on(list(cpus))
 
     def stop(self) -> None:
         """End the threads once all batches are done. Safe to call twice."""

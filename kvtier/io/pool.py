@@ -7,6 +7,8 @@ first needed and sleep while there is nothing to do; they are daemons, so that a
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,6 +17,7 @@ from queue import SimpleQueue
 from kvtier.io.files import Outcomes, Request
 
 Work = Callable[[Request], int | OSError]
+_log = logging.getLogger(__name__)
 
 
 class _Batch:
@@ -44,6 +47,11 @@ class RequestPool:
         """Those with requests nobody has begun."""
         self._threads: list[threading.Thread] = []
         self._stopped = False
+        self._cpus: tuple[int, ...] = ()
+
+    def keep_on(self, cpus: Sequence[int]) -> None:
+        """Keep threads that start from now on on these CPUs; any, for none."""
+        self._cpus = tuple(cpus)
 
     def each(self, work: Work, requests: Sequence[Request], helping: bool) -> Outcomes:
         """`work(request)` for each, as (index, result) in the order they end; what `work` raises is raised here.
@@ -103,6 +111,7 @@ class RequestPool:
                 self._batches.remove(batch)
 
     def _run(self) -> None:
+        stay_on(self._cpus)
         while (taken := self._next()) is not None:
             batch, index = taken
             batch.carry_out(index)
@@ -130,3 +139,13 @@ class RequestPool:
         if batch.begun == len(batch.requests):
             self._batches.remove(batch)
         return index
+
+
+def stay_on(cpus: Sequence[int]) -> None:
+    """Keep the calling thread on these CPUs, if the system lets it; any, for none."""
+    if not cpus:
+        return
+    try:
+        os.sched_setaffinity(0, cpus)
+    except OSError as error:
+        _log.warning("a storage thread cannot be kept on CPUs %s: %s; it runs anywhere", list(cpus), error.strerror)

@@ -39,6 +39,12 @@ class PooledEngine(FileEngine):
         self._pool = RequestPool(depth, f"kvtier-{self.name}")
         self._native_pool = native_pool.make(depth, alignment_bytes) if self.native else None
 
+    def keep_on(self, cpus: Sequence[int]) -> None:
+        super().keep_on(cpus)
+        self._pool.keep_on(self.cpus)
+        if self._native_pool is not None:
+            self._native_pool.keep_on(self.cpus)
+
     def open(self, path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | self.flags, 0o600)
 

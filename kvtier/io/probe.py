@@ -36,8 +36,9 @@ class Chosen:
     instead: str = ""
 
 
-def choose_engine(directory: Path, wanted: EngineChoice = "auto", depth: int = DEPTH) -> Chosen:
-    """The engine for files in `directory`, which exists; `auto` takes `direct`, else `buffered` with one line in the log.
+def choose_engine(directory: Path, wanted: EngineChoice = "auto", depth: int = DEPTH, cpus: Sequence[int] = ()) -> Chosen:
+    """The engine for files in `directory`, which exists; `auto` takes `direct`, else `buffered` with one line in the log. Its
+    threads are kept on `cpus`, if any are given.
 
     ConfigError if an engine asked for by name does not work there, or the directory cannot be written. Leaves nothing behind.
     """
@@ -51,6 +52,7 @@ def choose_engine(directory: Path, wanted: EngineChoice = "auto", depth: int = D
             engine = make(depth)
             refusal = _refusal(engine, directory)
             if refusal is None:
+                engine.keep_on(cpus)
                 instead = f"direct I/O does not work there: {refusals[-1]}" if name == "buffered" and refusals else ""
                 if instead:
                     _log.info("%s: using the buffered I/O engine; %s", directory, instead)

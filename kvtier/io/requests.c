@@ -9,6 +9,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -16,6 +17,7 @@
 #include <unistd.h>
 
 #define STACK_BYTES (256 << 10)
+#define MOST_CPUS (1 << 16)
 #define SIGNALS_EVERY_NS 100000000 /* so long a waiting caller may be deaf to Ctrl-C */
 
 typedef struct {
@@ -36,6 +38,8 @@ typedef struct {
     int depth, started;
     int64_t alignment;
     bool stopped;
+    cpu_set_t *cpus; /* threads that start are kept on these; NULL: any */
+    size_t cpus_bytes;
 } Pool;
 
 struct Batch {
@@ -117,15 +121,32 @@ static void *run(void *argument) {
     return NULL;
 }
 
+static void drop_cpus(Pool *pool) {
+    if (pool->cpus) CPU_FREE(pool->cpus);
+    pool->cpus = NULL;
+}
+
 /* Threads until there are `wanted`; fewer where the system gives no more. The lock is held. */
 static void start_threads(Pool *pool, Py_ssize_t wanted) {
     sigset_t all, before;
     pthread_attr_t attributes;
     if (pool->started >= wanted || pthread_attr_init(&attributes)) return;
     pthread_attr_setstacksize(&attributes, STACK_BYTES);
+    if (pool->cpus && pthread_attr_setaffinity_np(&attributes, pool->cpus_bytes, pool->cpus)) drop_cpus(pool);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for Python's threads */
-    while (pool->started < wanted && !pthread_create(&pool->threads[pool->started], &attributes, run, pool)) {
+    while (pool->started < wanted) {
+        if (pthread_create(&pool->threads[pool->started], &attributes, run, pool)) {
+            if (!pool->cpus) break;
+            drop_cpus(pool); /* CPUs that the process may not use any more: better anywhere than nowhere */
+            pthread_attr_destroy(&attributes);
+            if (pthread_attr_init(&attributes)) {
+                pthread_sigmask(SIG_SETMASK, &before, NULL);
+                return;
+            }
+            pthread_attr_setstacksize(&attributes, STACK_BYTES);
+            continue;
+        }
         pthread_setname_np(pool->threads[pool->started++], "kvtier-io");
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -261,9 +282,39 @@ static void pool_free(PyObject *self) {
         pthread_cond_destroy(&pool->wake);
         pthread_mutex_destroy(&pool->lock);
         PyMem_Free(pool->threads);
+        drop_cpus(pool);
     }
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
+}
+
+static PyObject *pool_keep_on(PyObject *self, PyObject *given) {
+    Pool *pool = (Pool *)self;
+    if (!PyList_Check(given)) {
+        PyErr_SetString(PyExc_TypeError, "expected a list of CPU numbers");
+        return NULL;
+    }
+    const Py_ssize_t count = PyList_Size(given);
+    long most = -1;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        const long cpu = PyLong_AsLong(PyList_GetItem(given, i));
+        if (cpu == -1 && PyErr_Occurred()) return NULL;
+        if (cpu < 0 || cpu >= MOST_CPUS) return PyErr_Format(PyExc_ValueError, "there is no CPU %ld", cpu);
+        if (cpu > most) most = cpu;
+    }
+    cpu_set_t *cpus = most < 0 ? NULL : CPU_ALLOC(most + 1);
+    if (most >= 0 && !cpus) return PyErr_NoMemory();
+    const size_t bytes = most < 0 ? 0 : CPU_ALLOC_SIZE(most + 1);
+    if (cpus) CPU_ZERO_S(bytes, cpus);
+    for (Py_ssize_t i = 0; i < count; i++) CPU_SET_S((size_t)PyLong_AsLong(PyList_GetItem(given, i)), bytes, cpus);
+    Py_BEGIN_ALLOW_THREADS
+    pthread_mutex_lock(&pool->lock);
+    drop_cpus(pool);
+    pool->cpus = cpus;
+    pool->cpus_bytes = bytes;
+    pthread_mutex_unlock(&pool->lock);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
 }
 
 static PyObject *pool_stop(PyObject *self, PyObject *nothing) {
@@ -324,6 +375,7 @@ static PyObject *pool_begin(PyObject *self, PyObject *arguments) {
 
 static PyMethodDef pool_methods[] = {
     {"begin", pool_begin, METH_VARARGS, NULL},
+    {"keep_on", pool_keep_on, METH_O, NULL},
     {"stop", pool_stop, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

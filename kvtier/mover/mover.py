@@ -19,15 +19,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
-
-import torch
 
 from kvtier.errors import Closed, DeviceError
 from kvtier.mover.stage import StagingPool, carry
 from kvtier.mover.transfer import Outcome, Priority, Transfer
+from kvtier.mover.workers import Workers
 from kvtier.tiers.base import Refused, Slots
 
 log = logging.getLogger(__name__)
@@ -36,16 +35,27 @@ T = TypeVar("T")
 
 
 class Mover:
-    """Per-link priority queues, `workers` workers, one event loop in a thread of its own.
+    """Per-link priority queues, `workers` workers on these NUMA `nodes` in turn (anywhere without), one event loop in a thread of its own.
 
     `on_finished(transfer, outcome)` must not raise and must not block.
     """
 
     def __init__(
-        self, tiers: Sequence[Slots], workers: int, staging_bytes: int, queue_bytes: int, on_finished: Callable[[Transfer, Outcome], None]
+        self,
+        tiers: Sequence[Slots],
+        workers: int,
+        staging_bytes: int,
+        queue_bytes: int,
+        on_finished: Callable[[Transfer, Outcome], None],
+        nodes: Sequence[int] = (),
     ) -> None:
         self.tiers = tiers
-        self.staging = StagingPool(workers, staging_bytes, tiers)
+        self.workers = Workers(workers, nodes)
+        try:
+            self.staging = StagingPool(workers, staging_bytes, tiers, self.workers.nodes)
+        except BaseException:
+            self.workers.shutdown()
+            raise
         self._queue_bytes = queue_bytes
         self._on_finished = on_finished
         self._lock = threading.Lock()
@@ -54,10 +64,14 @@ class Mover:
         self._order = itertools.count()
         self._idle = workers
         self._closed = False
-        self._executor = _start_workers(workers)
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="kvtier-mover", daemon=True)
         self._thread.start()
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the workers that carry a transfer, at this moment."""
+        return 1 - self._idle / self.workers.count
 
     def submit(self, transfer: Transfer) -> bool:
         """Queue a transfer. False, and nothing queued, if its link is full and it is not a demand. Raises Closed after `close`."""
@@ -112,9 +126,9 @@ class Mover:
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(function, *args)
 
-    async def work(self, function: Callable[..., T], *args: object) -> T:
-        """Run a blocking function on a worker and wait for it (on the loop)."""
-        return await self.loop.run_in_executor(self._executor, function, *args)
+    async def work(self, function: Callable[..., T], *args: object, node: int | None = None) -> T:
+        """Run a blocking function on a worker, of `node` if that is given, and wait for it (on the loop)."""
+        return await asyncio.wrap_future(self.workers.submit(node, function, *args))
 
     def close(self) -> None:
         """Cancel what is queued, let what runs end, stop loop and workers. Safe to call twice."""
@@ -125,7 +139,7 @@ class Mover:
             waiting = [entry[2] for queue in self._queues.values() for entry in queue if not entry[2].started]
         for transfer in waiting:
             self.cancel(transfer)
-        self._executor.shutdown(wait=True)
+        self.workers.shutdown()
         self.staging.close()
         asyncio.run_coroutine_threadsafe(_settle(), self.loop).result()
         self.loop.call_soon_threadsafe(self.loop.stop)
@@ -142,8 +156,8 @@ class Mover:
         while self._idle and (transfer := self._next()):
             self._idle -= 1
             try:
-                running = self._executor.submit(self._carry, transfer)
-            except RuntimeError:  # the executor is shutting down
+                running = self.workers.submit(transfer.node, self._carry, transfer)
+            except Closed:
                 transfer.cancelled = True
                 self._ended(transfer, Outcome(cancelled=True))
                 continue
@@ -192,28 +206,6 @@ class Mover:
             reason = Refused("gpu" if isinstance(error, DeviceError) else "internal")
             return Outcome(dict.fromkeys(range(len(transfer.moves)), reason), seconds=time.perf_counter() - start)
         return Outcome(transfer.refused, frozenset(transfer.lost), link_bytes=moved, seconds=time.perf_counter() - start)
-
-
-def _start_workers(workers: int) -> ThreadPoolExecutor:
-    """Workers that each use one torch thread.
-
-    Codecs of several workers on the engine's cores lose far more to torch's spinning thread teams than they gain. `set_num_threads` is
-    per thread, but also becomes the default that a thread takes at its first use of torch; so all workers start and use torch here, and
-    the caller's number is put back.
-    """
-    threads = torch.get_num_threads()
-    started = threading.Barrier(workers + 1)
-    executor = ThreadPoolExecutor(workers, thread_name_prefix="kvtier-worker", initializer=_use_one_thread)
-    for _ in range(workers):
-        executor.submit(started.wait)
-    started.wait()
-    torch.set_num_threads(threads)
-    return executor
-
-
-def _use_one_thread() -> None:
-    torch.get_num_threads()  # a first use: without it the default would replace the 1 later
-    torch.set_num_threads(1)
 
 
 async def _settle() -> None:

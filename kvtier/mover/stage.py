@@ -28,6 +28,7 @@ from kvtier.mover.lane import Lane, LaneFormat, lane_row_bytes
 from kvtier.mover.packing import Packer
 from kvtier.mover.plan import layers_per_step, pages_per_arrival, pages_per_piece, pieces
 from kvtier.mover.transfer import Move, Transfer
+from kvtier.numa.executor import worker_node
 from kvtier.tiers.base import DeviceSlots, Refused, Slots, Tier
 from kvtier.tiers.gpu import GpuPool
 
@@ -36,22 +37,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Scratch:
-    """Memory of one worker: `encoded` `[pages_per_round, slot_bytes]` for payloads as a tier reads or writes them, page-aligned, and
-    `pages` `[pages_per_piece, *layout.shape]` for decoded ones; its lane, where the device is a GPU."""
+    """Memory of one worker, of NUMA node `node` if it is bound: `encoded` `[pages_per_round, slot_bytes]` for payloads as a tier reads or
+    writes them, page-aligned, and `pages` `[pages_per_piece, *layout.shape]` for decoded ones; its lane, where the device is a GPU."""
 
     encoded: NDArray[np.uint8]
     pages: torch.Tensor
     cache_bytes: int
     lane: Lane | None
+    node: int | None = None
 
 
 class StagingPool:
-    """Equal scratch memories for `workers` workers, together at most `total_bytes`; never less than one page each.
+    """Equal scratch memories for `workers` workers, together at most `total_bytes`; never less than one page each. `nodes`: those of the
+    workers, where they are bound.
 
     Where the first tier is a GPU, each has a lane to it, and the transfers under way are never more bytes than the lanes hold.
     """
 
-    def __init__(self, workers: int, total_bytes: int, tiers: Sequence[Slots]) -> None:
+    def __init__(self, workers: int, total_bytes: int, tiers: Sequence[Slots], nodes: Sequence[int] = ()) -> None:
         layout, device = tiers[0].layout, tiers[0]
         slot_bytes = max([tier.slot_bytes for tier in tiers[1:]], default=layout.page_bytes)
         cache_bytes = last_level_cache_bytes() // workers
@@ -63,14 +66,15 @@ class StagingPool:
         self.pages_per_round = max(1, (each - piece * layout.page_bytes) // (slot_bytes + row_bytes))
         self.packers = {tier.name: Packer(tier) for tier in tiers if isinstance(tier, Tier)}
         self._lanes: list[Lane] = []
-        self._idle: queue.SimpleQueue[Scratch] = queue.SimpleQueue()
+        places: list[int | None] = [*nodes] or [None] * workers
+        self._idle: dict[int | None, queue.SimpleQueue[Scratch]] = {node: queue.SimpleQueue() for node in places}
         try:
-            for _ in range(workers):
+            for node in places:
                 encoded = aligned_array(self.pages_per_round * slot_bytes).reshape(self.pages_per_round, slot_bytes)
                 pages = torch.from_numpy(aligned_array(piece * layout.page_bytes)).view(layout.torch_dtype).view(piece, *layout.shape)
                 if gpu is not None and row_bytes:
                     self._lanes.append(Lane(gpu.accelerator, self.pages_per_round, row_bytes))
-                self._idle.put(Scratch(encoded, pages, cache_bytes, self._lanes[-1] if self._lanes else None))
+                self._idle[node].put(Scratch(encoded, pages, cache_bytes, self._lanes[-1] if self._lanes else None, node))
         except (MemoryError, ValueError, OSError, DeviceError) as error:
             self.close()
             why = f"{error}; lower it" if isinstance(error, DeviceError) else "more than this machine gives; lower it"
@@ -90,12 +94,13 @@ class StagingPool:
 
     @contextmanager
     def borrow(self) -> Iterator[Scratch]:
-        """One worker's scratch memory, given back at the end. There is one per worker, so this never waits long."""
-        scratch = self._idle.get()
+        """Scratch memory of a worker of the caller's node, given back at the end. There is one per worker, so this never waits long."""
+        idle = self._idle.get(worker_node()) or next(iter(self._idle.values()))
+        scratch = idle.get()
         try:
             yield scratch
         finally:
-            self._idle.put(scratch)
+            idle.put(scratch)
 
 
 def carry(transfer: Transfer, tiers: Sequence[Slots], staging: StagingPool) -> int:

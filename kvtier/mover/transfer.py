@@ -59,6 +59,8 @@ class Transfer:
     moves: tuple[Move, ...]
     priority: Priority
     queue_bytes: int
+    node: int | None = None
+    """The NUMA node of the host memory that is read or written, where workers are on several."""
     future: Future[Outcome] = field(default_factory=Future)
     refused: dict[int, Refused] = field(default_factory=dict)
     lost: set[int] = field(default_factory=set)

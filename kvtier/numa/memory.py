@@ -13,8 +13,8 @@ import logging
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kvtier.errors import NumaError
@@ -87,6 +87,40 @@ def first_touch(address: int, length: int, nodes: Sequence[int]) -> None:
         count = min(_MOST_THREADS, len(cpus[node]), max(1, -(-(end - begin) // _CHUNK_BYTES)))
         chunks = iter(range(begin, end, _CHUNK_BYTES))
         work = _toucher(address, chunks, end, cpus[node], failures)
+        workers += [threading.Thread(target=work, name=f"kvtier-touch-{node}") for _ in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if failures:
+        raise failures[0]
+
+
+def first_touch_parts(parts: Mapping[int, Sequence[tuple[int, int]]]) -> None:
+    """Take the pages of many ranges (address, length) of fresh memory without a policy of its own, by node: each node's by threads of that
+    node, whose policy is that node. For ranges so many that a policy each would take too many mappings. NumaError for nodes that cannot be
+    used; OSError if the kernel refuses, or they are full.
+    """
+    topology = this_machine()
+    if parts:
+        check_nodes(list(parts), topology)
+    cpus = {node: usable_cpus(node, topology) for node in parts}
+    failures: list[OSError] = []
+    workers = []
+    for node, ranges in parts.items():
+        shared = iter(list(ranges))
+        count = min(_MOST_THREADS, len(cpus[node]), max(1, sum(length for _, length in ranges) // _CHUNK_BYTES))
+
+        def work(node: int = node, shared: Iterator[tuple[int, int]] = shared) -> None:
+            try:
+                os.sched_setaffinity(0, cpus[node])
+                with suppress(PermissionError):  # then where the thread runs decides
+                    syscalls.set_mempolicy(MemoryPolicy(Mode.BIND, (node,)))
+                for address, length in shared:
+                    _populate(address, length)
+            except OSError as error:
+                failures.append(error)
+
         workers += [threading.Thread(target=work, name=f"kvtier-touch-{node}") for _ in range(count)]
     for worker in workers:
         worker.start()

@@ -7,6 +7,7 @@ to, and what does not fit there on the next nearest; it changes nothing where th
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,7 +21,7 @@ from kvtier.numa.placement import placement
 from kvtier.numa.syscalls import MemoryPolicy, Mode
 from kvtier.numa.topology import UNKNOWN_NODE, Topology, read_topology
 
-NumaMode = Literal["off", "auto", "interleave", "explicit"]
+NumaMode = Literal["off", "auto", "interleave", "explicit", "layers"]
 _STEP_BYTES = 2 << 20  # a huge page is on one node
 _SHARE = 0.9  # of a node's free memory: the rest is for everybody else there
 _SAMPLES = 512
@@ -44,6 +45,21 @@ class HostNodes:
     segments: list[Segment]
     why: str
     bound: bool = field(default=False, init=False)
+
+    @property
+    def worker_nodes(self) -> tuple[int, ...]:
+        """Where threads that work on this memory should run: the nearest node, or all that were named; none where nothing is bound."""
+        if not self.bound or self.mode == "interleave":
+            return ()
+        nodes = tuple(dict.fromkeys(segment.policy.nodes[0] for segment in self.segments))
+        return nodes[:1] if self.mode == "auto" else nodes
+
+    def node_at(self, offset: int) -> int:
+        """The node that byte `offset` is bound to; -1 where that is not one node."""
+        if not self.bound or self.mode == "interleave":
+            return UNKNOWN_NODE
+        index = bisect_right([segment.start for segment in self.segments], offset) - 1
+        return self.segments[index].policy.nodes[0]
 
     def place(self, address: int, length: int) -> None:
         """Bind the segments and take their pages. ConfigError for explicit nodes that refuse; otherwise done without, with a log line."""

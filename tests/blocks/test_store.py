@@ -323,7 +323,7 @@ def test_a_full_queue_turns_writes_away_and_reads_still_come(tmp_path):
         put(store, 1)
         gate = threading.Event()
         for _ in range(2):
-            store._mover._executor.submit(gate.wait)
+            store._mover.workers.submit(None, gate.wait)
         waiting = [store.submit_put(keys(number), [block(number)]) for number in range(10, 20)]
         read = store.submit_get(keys(1), [np.zeros(SIZE, np.uint8)])
         assert Presence.COMING in store.lookup(keys(*range(10, 20)))
@@ -341,7 +341,7 @@ def test_deleting_what_is_being_written_or_read_waits_for_the_end(tmp_path):
         put(store, 1)
         gate = threading.Event()
         for _ in range(2):
-            store._mover._executor.submit(gate.wait)
+            store._mover.workers.submit(None, gate.wait)
         memory = np.zeros(SIZE, np.uint8)
         reading, writing = store.submit_get(keys(1), [memory]), store.submit_put(keys(2), [block(2)])
         assert store.delete(keys(1, 2)) == 2

@@ -139,7 +139,7 @@ def test_a_cuda_device_that_sysfs_does_not_know_leaves_memory_to_the_kernel():
         ({"host.numa": "explicit"}, "belong together"),
         ({"host.numa_nodes": [0]}, "belong together"),
         ({"host.numa": "explicit", "host.numa_nodes": [0, 0]}, "names a node twice"),
-        ({"host.numa": "on"}, "expected off, auto, interleave or explicit"),
+        ({"host.numa": "on"}, "expected off, auto, interleave, explicit or layers"),
         ({"host.numa": "explicit", "host.numa_nodes": ["a"]}, "a list of node numbers"),
     ],
 )

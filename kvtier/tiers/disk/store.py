@@ -57,7 +57,7 @@ class DiskTier(Tier):
     worker: the first makes freed copies unfindable for good, the second shortens the next start after a crash.
 
     `engine` is a name for `kvtier.io.probe.choose_engine`, with `depth` requests at once, or an engine, from then on the tier's. Stores
-    written by one engine open with every other.
+    written by one engine open with every other. `cpus`: those that an engine made here keeps its threads on, any without.
 
     Raises ConfigError (path, capacity or engine impossible), StoreLocked, LayoutError (store of another layout), StoreError (foreign,
     damaged, newer, or of another format or namespace). Nothing new is left there then, and what was there stays.
@@ -76,6 +76,7 @@ class DiskTier(Tier):
         engine: FileEngine | EngineChoice = "auto",
         depth: int = DEPTH,
         clock: Callable[[], float] = time.monotonic,
+        cpus: Sequence[int] = (),
     ) -> None:
         if durability not in get_args(Durability):
             raise ConfigError(f"disk.durability is {durability!r}; expected one of {', '.join(get_args(Durability))}")
@@ -101,7 +102,7 @@ class DiskTier(Tier):
         self.counters: Counter[str] = Counter()
         """Records "recovered", "discarded: <reason>", slots "tidied"; failures "disk full", "io errors", "refused: <reason>"."""
 
-        chosen = choose_engine(existing_part(Path(path)), engine, depth) if isinstance(engine, str) else Chosen(engine)
+        chosen = choose_engine(existing_part(Path(path)), engine, depth, cpus) if isinstance(engine, str) else Chosen(engine)
         self._instead = chosen.instead
         try:
             self._directory = StoreDirectory(Path(path))
@@ -286,6 +287,7 @@ class DiskTier(Tier):
             "engine": self._segments.engine.name,
             "engine_instead": self._instead,
             "io_depth": self._segments.engine.depth,
+            "io_cpus": list(self._segments.engine.cpus),
             "durability": self._durability,
             "punch_holes": self._segments.punches,
             "capacity_bytes": self.capacity_bytes,
