@@ -51,7 +51,10 @@ BELOW = {
         *("attending", "attention", "budget", "config", "errors", "in_place", "keyed", "layout", "keys", "lease", "prefetch"),
         *("mover", "numa", "pages", "residency", "resizing", "tiers", "writing"),
     },
-    "engines": {*("blocks", "budget", "cache", "config", "errors", "keyed", "keys", "layout"), *("lease", "policy", "pricing", "tiers")},
+    "engines": {
+        *("blocks", "budget", "cache", "config", "cuda", "errors", "keyed", "keys", "layout"),
+        *("lease", "policy", "pricing", "tiers"),
+    },
     "quality": {"attention", "budget", "engines", "errors", "formats", "layout"},
     "job": {"cache", "config", "engines", "errors", "formats", "layout", "machine", "quality"},
     "cli": {

@@ -18,6 +18,8 @@ import torch
 from vllm.logger import init_logger
 
 from kvtier.cache import TieredKVCache
+from kvtier.cuda.find import find_accelerator
+from kvtier.cuda.surface import Accelerator, Event
 from kvtier.engines.vllm.layouts import BlockPages, matching, readings
 from kvtier.engines.vllm.messages import Hello, LoadDone, LoadJob, RankReport, StepPlan, StoreJob
 from kvtier.engines.vllm.metrics import Counts
@@ -31,10 +33,10 @@ log = init_logger(__name__)
 class Keeping:
     """A store job on its way. Whoever `claim`s it first, the store thread or a step that overwrites its blocks, carries it out."""
 
-    def __init__(self, job: StoreJob, ready: Any) -> None:
+    def __init__(self, job: StoreJob, ready: Event | None) -> None:
         self.job = job
         self.ready = ready
-        """CUDA event after which the blocks hold what they should; None on CPUs."""
+        """Reached once the blocks hold what they should; None on CPUs."""
         self.copied = threading.Event()
         """Set once nobody reads the blocks any more."""
         self._lock = threading.Lock()
@@ -56,7 +58,7 @@ class WorkerSide:
         self.cache = TieredKVCache(for_rank(settings, rank), settings.layout)
         self._pages: KeyedPages = self.cache.by_key()
         self._blocks: BlockPages | None = None
-        self._on_gpu = False
+        self._gpu: Accelerator | None = None
         self._generation = 0
         self._storer = ThreadPoolExecutor(1, "kvtier-store")
         self._loader = ThreadPoolExecutor(1, "kvtier-load")
@@ -81,7 +83,7 @@ class WorkerSide:
             )
         reading = probe(tensor, layers[name], layout.head_dim)
         self._blocks = BlockPages([readings(tensor, layout.head_dim)[reading] for tensor in tensors.values()])
-        self._on_gpu = tensor.device.type == "cuda"
+        self._gpu = find_accelerator(str(tensor.device))
         log.info("kvtier: %d blocks of %s, inside them %s", tensor.shape[0], layout, reading)
 
     # -- steps -----------------------------------------------------------------------------------------------------------------
@@ -104,9 +106,8 @@ class WorkerSide:
     def start_stores(self, plan: StepPlan) -> None:
         """Begin to store what the step, which is over or queued on the device, computed."""
         ready = None
-        if plan.stores and self._on_gpu:
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record()
+        if plan.stores and self._gpu is not None:
+            ready = self._gpu.engine_stream().record()
         for job in plan.stores:
             keeping = Keeping(job, ready)
             self._keeping[job.number] = (keeping, self._storer.submit(self._keep, keeping))
@@ -119,7 +120,7 @@ class WorkerSide:
         assert self._blocks is not None
         blocks = self._blocks
         if keeping.ready is not None:
-            keeping.ready.synchronize()
+            keeping.ready.wait()
 
         def fill(positions: Sequence[int], slots: Sequence[int]) -> None:
             for position, slot in zip(positions, slots, strict=True):
@@ -142,8 +143,8 @@ class WorkerSide:
         def hand_out(positions: Sequence[int], slots: Sequence[int]) -> None:
             for position, slot in zip(positions, slots, strict=True):
                 blocks.write(load.blocks[position], self._pages.slot(slot))
-            if self._on_gpu:
-                torch.cuda.current_stream().synchronize()
+            if self._gpu is not None:
+                self._gpu.engine_stream().record().wait()
 
         return self._pages.restore(load.keys, hand_out)
 
