@@ -2,8 +2,8 @@
 
 Writes through what must be, copies down what would leave next, lets go what fell below the policies' thresholds, moves pages of the host
 tier to the NUMA node they are used from, tidies the disk, flushes.
-All of it runs on the mover's loop under the rules of `kvtier.residency`, whose lock guards the state here too. A job that fails keeps none of
-the others from going on, and rests longer after each failure, so that what stays broken neither fills the log nor takes time.
+All of it runs on the mover's loop under the rules of `kvtier.residency`, whose lock guards the state here too. A job that fails
+keeps none of the others from going on, and rests longer after each failure, so that what stays broken neither fills the log nor takes time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EXPIRED_AT_ONCE = 4096
 
 
 class RecurringJob:
-    """Work that is done every round. After failures in a row it rests for 1, 3, 7, ... rounds; what failed is logged with its trace once."""
+    """Work that is done every round. After failures in a row it rests for 1, 3, 7, ... rounds; a new failure is logged with a trace."""
 
     def __init__(self, name: str, work: Callable[[], Awaitable[object]]) -> None:
         self.name = name

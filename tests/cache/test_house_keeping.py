@@ -67,3 +67,4 @@ def test_a_disk_that_cannot_be_tidied_keeps_nothing_else_from_going_on(tmp_path,
         monkeypatch.setattr(cache._residency.tiers[-1], "tidy", fail)
         monkeypatch.setattr(cache._residency.house, "clean_up", clean_up)
         assert cache._residency.mover.spawn(asyncio.wait_for(cleaned.wait(), 20)).result(30)
+        monkeypatch.undo()
