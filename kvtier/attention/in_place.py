@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from time import perf_counter
 
 import torch
 
@@ -41,12 +42,14 @@ class _Chunk:
 class AttendingInPlace:
     """One step under way; `result` waits for it."""
 
-    def __init__(self, pending: Pending[None], rooms: Sequence[torch.Tensor], queries: torch.Tensor) -> None:
+    def __init__(self, pending: Pending[float], rooms: Sequence[torch.Tensor], queries: torch.Tensor) -> None:
         self._pending, self._rooms, self._queries = pending, rooms, queries
+        self.ended_s = 0.0
+        """When the threads were done, by `perf_counter`; known after `result`."""
 
     def result(self) -> Partial:
         """What all pages together give."""
-        self._pending.results()
+        self.ended_s = max(self._pending.results(), default=0.0)
         return merge([Partial(room[:, :, :-1], room[:, :, -1]) for room in self._rooms]) if self._rooms else nothing(self._queries)
 
 
@@ -88,11 +91,12 @@ def begin(
     rooms = [row[: tokens * heads * (head_dim + 1)].view(tokens, heads, head_dim + 1) for row in memory]
     chunks = [_Chunk(payloads, room) for (_, payloads), room in zip(pieces, rooms, strict=True)]
 
-    def work(chunk: _Chunk) -> None:
+    def work(chunk: _Chunk) -> float:
         pages_of = format.decode(chunk.payloads, layout, slice(layer, layer + 1))[:, 0]
         keys, values = pages_of[:, 0].flatten(0, 1), pages_of[:, -1].flatten(0, 1)
         part = attend(queries, keys, values, scaling)
         chunk.room[:, :, :-1], chunk.room[:, :, -1] = part.out, part.lse
+        return perf_counter()
 
     return AttendingInPlace(pool.start(work, chunks, [node for node, _ in pieces]), rooms, queries)
 

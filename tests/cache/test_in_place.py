@@ -153,6 +153,31 @@ def test_attention_workload_and_load_decide():
     assert told(0.6, device=1.0) == "in_place"
 
 
+def test_both_ways_are_learned_and_the_faster_one_is_taken():
+    """The document's balancer goes in place here, always; so fetching is tried as well, and then what both took decides."""
+    with split_cache() as cache:
+        decisions = []
+        for _ in range(6):
+            with cache.acquire_in_place(cache.lookup(run(1, 8)), device_utilisation=1.0) as lease:
+                for layer in range(LAYOUT.layers):
+                    lease.attend(layer, queries())
+                decisions.append(lease.decision)
+            with hold(cache, run(2, 5)):  # and run 1 gives way to it
+                pass
+            cache.settle(20)
+        assert [decision.choice for decision in decisions[:4]] == ["in_place", "in_place", "fetch", "fetch"]
+        assert [decision.why for decision in decisions[:4]] == ["", "", *["to learn what fetch takes"] * 2]
+        learned = cache.stats()["routing"]["learned"]
+        assert min(side["requests"] for side in learned["sides"].values()) >= 2
+        assert all(side["s_per_call"] > 0 for side in learned["sides"].values())
+        assert learned["calls_per_request"] == {"default": LAYOUT.layers}
+        for decision in decisions[4:]:
+            took = {"fetch": decision.expected.fetch_s, "in_place": decision.expected.in_place_s}
+            assert not decision.why
+            if max(took.values()) > 1.3 * min(took.values()):
+                assert decision.choice == min(took, key=took.__getitem__)
+
+
 def test_a_device_without_room_is_not_fetched_to():
     with (
         split_cache() as cache,
