@@ -84,7 +84,7 @@ class InPlaceLease:
     def attend(self, layer: int, queries: torch.Tensor, scaling: float | None = None) -> Partial:
         """What `queries` `[tokens, heads, head_dim]`, which stand after all tokens of the lease, get from them at `layer`.
 
-        The result is on the queries' device. Merge it (`kvtier.attention.partial.merge`) with the part of tokens that are not in the cache
+        The result is on the queries' device, without gradients. Merge it (`kvtier.attention.partial.merge`) with the part of tokens that are not in the cache
         yet, or take `out` as it is. LeaseError for a layer there is not, or a released lease; LayoutError for queries that do not fit.
         """
         layout = self._residency.layout
@@ -97,6 +97,7 @@ class InPlaceLease:
                 f"attend: queries have shape {list(queries.shape)}; expected [tokens, heads, head_dim] with a multiple of "
                 f"{layout.kv_heads} heads of {layout.head_dim}"
             )
+        queries = queries.detach()
         asked_s = perf_counter()
         parked = [EncodedPage(payload, self._host.node_of(self._held[page], layer)) for page, payload in self._payloads.items()]
         started = begin(self._pool, self._host.format, layout, layer, queries, parked, scaling) if parked else None

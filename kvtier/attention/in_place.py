@@ -70,8 +70,11 @@ def begin(
     pages: Sequence[EncodedPage],
     scaling: float | None = None,
 ) -> AttendingInPlace:
-    """Start attending from `queries` `[tokens, heads, head_dim]` to `layer` of these pages, which are full and stand before the queries."""
-    queries = queries.float().cpu()
+    """Start attending from `queries` `[tokens, heads, head_dim]` to `layer` of these pages, which are full and stand before the queries.
+
+    No gradients flow. The caller may be in torch's inference mode.
+    """
+    queries = queries.detach().float().cpu()
     tokens, heads, head_dim = queries.shape
     anywhere = cycle(pool.nodes)
     by_node: dict[int, list[Payload]] = {}
@@ -87,8 +90,9 @@ def begin(
     pieces += [(next(anywhere), unknown[start : start + at_once]) for start in range(0, len(unknown), at_once)]
 
     stride = padded_bytes(tokens * heads * (head_dim + 1) * _FLOAT_BYTES) // _FLOAT_BYTES
-    memory = torch.empty(len(pieces), stride)
-    rooms = [row[: tokens * heads * (head_dim + 1)].view(tokens, heads, head_dim + 1) for row in memory]
+    with torch.inference_mode(mode=False):  # the threads are in no such mode and may not write to tensors that were made in it
+        memory = torch.empty(len(pieces), stride)
+        rooms = [row[: tokens * heads * (head_dim + 1)].view(tokens, heads, head_dim + 1) for row in memory]
     chunks = [_Chunk(payloads, room) for (_, payloads), room in zip(pieces, rooms, strict=True)]
 
     def work(chunk: _Chunk) -> float:

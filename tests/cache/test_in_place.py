@@ -66,6 +66,20 @@ def test_the_parts_merge_to_attention_over_everything(mode):
     assert not [name for name in kvtier_threads() if "node" in name]
 
 
+@pytest.mark.parametrize("mode", ["in_place", "fetch"])
+def test_engines_that_infer_and_those_that_train_may_ask(mode):
+    """Under torch.inference_mode, as engines run, and with queries that want gradients; also for a cache that was made so."""
+    with torch.inference_mode(), split_cache(routing__mode=mode) as cache:
+        right = over_all(queries(), kv_of(run(1, 8)), 0)
+        with cache.acquire_in_place(cache.lookup(run(1, 8))) as lease:
+            assert lease.tokens == 8 * PAGE
+            torch.testing.assert_close(lease.attend(0, queries()).out, right, atol=1e-5, rtol=1e-5)
+            with torch.inference_mode(mode=False):
+                found = lease.attend(0, queries().requires_grad_())
+            assert not found.out.requires_grad
+            torch.testing.assert_close(found.out, right, atol=1e-5, rtol=1e-5)
+
+
 def test_quantised_pages_are_decoded_on_the_fly():
     """q8 in host memory: what is attended to is exactly what decoding gives."""
     tokens = list(range(20 * 16))
