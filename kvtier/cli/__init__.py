@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from io import TextIOWrapper
 from typing import Any
 
 from kvtier.errors import KVTierError
@@ -13,6 +14,9 @@ from kvtier.errors import KVTierError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `kvtier` with `argv` (default: the process's) and return the exit code: 2 for errors, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a name the terminal cannot show is no reason for a traceback
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             _command()(args=None if argv is None else list(argv), prog_name="kvtier")
