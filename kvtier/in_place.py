@@ -84,8 +84,9 @@ class InPlaceLease:
     def attend(self, layer: int, queries: torch.Tensor, scaling: float | None = None) -> Partial:
         """What `queries` `[tokens, heads, head_dim]`, which stand after all tokens of the lease, get from them at `layer`.
 
-        The result is on the queries' device, without gradients. Merge it (`kvtier.attention.partial.merge`) with the part of tokens that are not in the cache
-        yet, or take `out` as it is. LeaseError for a layer there is not, or a released lease; LayoutError for queries that do not fit.
+        The result is on the queries' device, without gradients. Merge it (`kvtier.attention.partial.merge`) with the part of tokens that
+        are not in the cache yet, or take `out` as it is. LeaseError for a layer there is not, or a released lease; LayoutError for queries
+        that do not fit.
         """
         layout = self._residency.layout
         if self._lease.released:
