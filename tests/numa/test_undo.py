@@ -1,4 +1,4 @@
-"""Laws checked: what is not an undo file, or is one no more, is one clear error; a process that ended while it was looked at is left out."""
+"""Laws checked: what is not an undo file, or is one no more, is one error; a process that ended while it was looked at is left out."""
 
 from __future__ import annotations
 
