@@ -4,8 +4,8 @@
 attending over all of it at every layer; `attend.in_place`: the same with its pages left in host memory. Milliseconds per request, less is
 better; the ceiling is the faster of the two. `attend.mix.*`: requests of two classes together: half ask for one step and pay little
 attention to the prefix (`simple_qa`), half for many and pay much (`creative_writing`); always fetching, always in place, and routed by the
-attention reported before. Their ceiling is the faster way for each class, which knows the number of steps; the router does not.
-`attend.mix.right`: share of the routed requests that went the faster way.
+attention reported before and by what both ways took in the rounds that warm up (as many as it needs to know both). Their ceiling is the
+faster way for each class. `attend.mix.right`: share of the routed requests that went the faster way.
 
 Attention is the torch reference of `kvtier.attention.partial` on both sides; without a GPU the device is host memory too, so what fetching
 costs is decoding and copying.
@@ -21,6 +21,7 @@ from typing import Literal
 
 import torch
 
+from kvtier.attention.learned import LEAST_REQUESTS
 from kvtier.cache import TieredKVCache
 from kvtier.errors import KVTierError
 from kvtier.layout import PageLayout
@@ -88,12 +89,12 @@ def measure(run: Run, layout: str = "smollm2", prefix_tokens: int = 1024) -> lis
     rows = []
     for count in steps:
         run.step(f"{count} steps")
-        (took,), _ = _measured(run, pages_of, tokens, [Kind("default", count, 0.5)], WAYS)
+        (took,), _ = _measured(run, pages_of, tokens, [Kind("default", count, 0.5)], WAYS, warm_up=1)
         best = min(took.values())
         rows += [Row(f"attend.{way}.{count}steps", took[way], "ms", best) for way in WAYS]
     run.step("a mix of requests")
     kinds = [Kind("simple_qa", steps[0], 0.2), Kind("creative_writing", steps[-1], 0.8)]
-    by_kind, choices = _measured(run, pages_of, tokens, kinds, (*WAYS, "auto"))
+    by_kind, choices = _measured(run, pages_of, tokens, kinds, (*WAYS, "auto"), warm_up=2 * LEAST_REQUESTS)
     best = sum(min(took[way] for way in WAYS) for took in by_kind)
     for way, name in (("fetch", "fetch"), ("in_place", "in_place"), ("auto", "routed")):
         rows.append(Row(f"attend.mix.{name}", sum(took[way] for took in by_kind), "ms", best))
@@ -102,9 +103,10 @@ def measure(run: Run, layout: str = "smollm2", prefix_tokens: int = 1024) -> lis
 
 
 def _measured(
-    run: Run, layout: PageLayout, tokens: int, kinds: Sequence[Kind], ways: Sequence[str]
+    run: Run, layout: PageLayout, tokens: int, kinds: Sequence[Kind], ways: Sequence[str], warm_up: int
 ) -> tuple[list[dict[str, float]], list[list[str]]]:
-    """Per kind the median milliseconds of each way, in turns, and what the last way chose for each request."""
+    """Per kind the median milliseconds of each way, in turns, and what the last way chose for each request; the first `warm_up` rounds
+    come on top of the repeats and do not count."""
     pages = tokens // layout.page_tokens
     with ExitStack() as stack:
         benches = {
@@ -112,12 +114,12 @@ def _measured(
         }
         took: list[dict[str, list[float]]] = [{way: [] for way in ways} for _ in kinds]
         choices: list[list[str]] = [[] for _ in kinds]
-        for number in range(run.repeats + 1):  # the first is for warming up
+        for number in range(-warm_up, run.repeats):
             for place, kind in enumerate(kinds):
                 for way, bench in benches.items():
                     seconds = bench.request(kind)
-                    if number:
+                    if number >= 0:
                         took[place][way].append(seconds * 1e3)
-                if number:
+                if number >= 0:
                     choices[place].append(benches[ways[-1]].choices[-1])
     return [{way: statistics.median(column) for way, column in each.items()} for each in took], choices

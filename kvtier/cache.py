@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from kvtier.attending import lease_mass
 from kvtier.attention.in_place import make_pool
+from kvtier.attention.learned import LearnedCosts
 from kvtier.attention.router import Router
 from kvtier.budget import BudgetedLease, check_budget
 from kvtier.config import Config, load_config
@@ -61,6 +62,7 @@ class TieredKVCache:
         self._writer = Writer(self._residency)
         self._pool: NumaThreadPool | None = None
         """Threads that attend in place, from the first `acquire_in_place` on."""
+        self._attending_costs = LearnedCosts()
         self._starting = threading.Lock()
         self._closed = False
 
@@ -153,7 +155,8 @@ class TieredKVCache:
         """Hold the pages of `match` and leave those that host memory has there, if that is cheaper than fetching them: `attend` then has
         the cores of their NUMA node do their part (docs/attention.md).
 
-        Decided per request (`routing`) from the attention reported for the pages, the `workload` class and how busy both sides are;
+        Decided per request (`routing`) from what both ways took so far, the attention reported for the pages, the `workload` class and how
+        busy both sides are;
         `device_utilisation`, 0 to 1, is the engine's word for the device, that of the workers counts without. Waits until pages that must
         come up are there. ConfigError for an unknown workload, LeaseError for a cache without a host tier.
         """
@@ -167,6 +170,7 @@ class TieredKVCache:
             routing.attention_weight,
             routing.utilisation_weight,
             routing.queue_weight,
+            routing.measured_weight,
         )
         with self._starting:
             if self._pool is None:
@@ -179,7 +183,7 @@ class TieredKVCache:
         lease.known = True
         lease.submitted.set()
         lease.restored.set_result(None)
-        return InPlaceLease(residency, lease, self._pool, router, workload, device_utilisation)
+        return InPlaceLease(residency, lease, self._pool, router, self._attending_costs, workload, device_utilisation)
 
     def begin(self, salt: str = "") -> Lease:
         """A lease on nothing yet: the start of a new sequence of tenant `salt`, to be grown with `append`."""
@@ -518,7 +522,11 @@ class TieredKVCache:
                 "admission": vars(residency.admission.regret).copy(),
                 "mover": residency.mover.workers.report(),
                 "prefetch": vars(metrics.prefetch).copy(),
-                "routing": {**vars(metrics.routing), "threads": None if self._pool is None else self._pool.executor.report()},
+                "routing": {
+                    **vars(metrics.routing),
+                    "learned": self._attending_costs.as_json(),
+                    "threads": None if self._pool is None else self._pool.executor.report(),
+                },
                 "lookups": metrics.lookups,
                 "tokens_asked": metrics.tokens_asked,
                 "tokens_declined": metrics.tokens_declined,

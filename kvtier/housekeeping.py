@@ -2,13 +2,15 @@
 
 Writes through what must be, copies down what would leave next, lets go what fell below the policies' thresholds, moves pages of the host
 tier to the NUMA node they are used from, tidies the disk, flushes.
-All of it runs on the mover's loop under the rules of `kvtier.residency`, whose lock guards the state here too.
+All of it runs on the mover's loop under the rules of `kvtier.residency`, whose lock guards the state here too. A job that fails
+keeps none of the others from going on, and rests longer after each failure, so that what stays broken neither fills the log nor takes time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from kvtier.mover.transfer import Priority, ended
@@ -22,8 +24,43 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TIDY_EVERY_S = 1.0
+MOST_REST_ROUNDS = 600
+"""For so many rounds at most does a job rest that fails again and again."""
 EXPIRED_AT_ONCE = 4096
 """Pages that one pass of the thresholds looks at, per tier: it runs under the lock, and the next pass goes on."""
+
+
+class RecurringJob:
+    """Work that is done every round. After failures in a row it rests for 1, 3, 7, ... rounds; a new failure is logged with a trace."""
+
+    def __init__(self, name: str, work: Callable[[], Awaitable[object]]) -> None:
+        self.name = name
+        self._work = work
+        self._failures = 0
+        self._rest = 0
+        self._logged = ""
+
+    async def round(self) -> None:
+        """Do it, or rest. Never raises what the work raises: house-keeping goes on."""
+        if self._rest:
+            self._rest -= 1
+            return
+        try:
+            await self._work()
+        except Exception as error:
+            self._failures += 1
+            self._rest = min(2 ** min(self._failures, 30) - 1, MOST_REST_ROUNDS)
+            what = f"{type(error).__name__}: {error}"
+            log.error(
+                "house-keeping: %s failed %d times in a row (%s); the rest goes on, this is tried again after %d rounds",
+                *(self.name, self._failures, what, self._rest),
+                exc_info=what != self._logged,
+            )
+            self._logged = what
+            return
+        if self._failures:
+            log.warning("house-keeping: %s works again after %d failures", self.name, self._failures)
+        self._failures, self._logged = 0, ""
 
 
 class Housekeeping:
@@ -32,6 +69,7 @@ class Housekeeping:
     def __init__(self, residency: Residency) -> None:
         self._residency = residency
         self._cleaning = [False] * len(residency.tiers)
+        self._next_cleanup = residency.clock() + residency.config.policy.cleanup_interval
         self.task: asyncio.Task[object] | None = None
 
     def tend(self, tier: int, rows: Rows) -> None:
@@ -64,21 +102,27 @@ class Housekeeping:
 
     async def run(self) -> None:
         """Tidy the disk now and then, and every `cleanup_interval` seconds let go what fell below the policy's threshold."""
-        residency = self._residency
         self.task = asyncio.current_task()
-        next_cleanup = residency.clock() + residency.config.policy.cleanup_interval
+        jobs = [
+            RecurringJob("tidying the tiers", self._tidy),
+            RecurringJob("moving pages between NUMA nodes", self.move_between_nodes),
+            RecurringJob("letting go what fell below the thresholds", self._clean_up_when_due),
+        ]
         while True:
             await asyncio.sleep(TIDY_EVERY_S)
-            try:
-                for tier in residency.tiers:
-                    if isinstance(tier, Tier):
-                        await residency.mover.work(tier.tidy)
-                await self.move_between_nodes()
-                if residency.clock() >= next_cleanup:
-                    next_cleanup = residency.clock() + residency.config.policy.cleanup_interval
-                    await self.clean_up()
-            except Exception:  # house-keeping must go on; the failure is in the log
-                log.exception("house-keeping failed; it goes on")
+            for job in jobs:
+                await job.round()
+
+    async def _tidy(self) -> None:
+        for tier in self._residency.tiers:
+            if isinstance(tier, Tier):
+                await self._residency.mover.work(tier.tidy)
+
+    async def _clean_up_when_due(self) -> None:
+        residency = self._residency
+        if residency.clock() >= self._next_cleanup:
+            self._next_cleanup = residency.clock() + residency.config.policy.cleanup_interval
+            await self.clean_up()
 
     async def clean_up(self) -> None:
         """One pass of the policies' thresholds. A page's last copy is left alone while its tier still has room."""

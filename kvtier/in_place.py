@@ -7,13 +7,16 @@ the residency's lock. Host copies are held like those of a transfer, so their by
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from time import perf_counter
 
 import numpy as np
 import torch
 
 from kvtier.attention.in_place import EncodedPage, begin
+from kvtier.attention.learned import Attended, LearnedCosts
 from kvtier.attention.partial import Partial, attend, merge, nothing
-from kvtier.attention.router import Decision, Router, Side
+from kvtier.attention.router import Decision, Expected, Router, Side
 from kvtier.errors import LayoutError, LeaseError
 from kvtier.formats import Payload
 from kvtier.lease import Lease
@@ -33,9 +36,19 @@ class InPlaceLease:
     """
 
     def __init__(
-        self, residency: Residency, lease: Lease, pool: NumaThreadPool, router: Router, workload: str, device_utilisation: float | None
+        self,
+        residency: Residency,
+        lease: Lease,
+        pool: NumaThreadPool,
+        router: Router,
+        costs: LearnedCosts,
+        workload: str,
+        device_utilisation: float | None,
     ) -> None:
         self._residency = residency
+        self._costs = costs
+        self._workload = workload
+        self._attended = Attended()
         self._lease = lease
         self._pool = pool
         self._held: dict[int, int] = {}
@@ -71,8 +84,9 @@ class InPlaceLease:
     def attend(self, layer: int, queries: torch.Tensor, scaling: float | None = None) -> Partial:
         """What `queries` `[tokens, heads, head_dim]`, which stand after all tokens of the lease, get from them at `layer`.
 
-        The result is on the queries' device. Merge it (`kvtier.attention.partial.merge`) with the part of tokens that are not in the cache
-        yet, or take `out` as it is. LeaseError for a layer there is not, or a released lease; LayoutError for queries that do not fit.
+        The result is on the queries' device, without gradients. Merge it (`kvtier.attention.partial.merge`) with the part of tokens that
+        are not in the cache yet, or take `out` as it is. LeaseError for a layer there is not, or a released lease; LayoutError for queries
+        that do not fit.
         """
         layout = self._residency.layout
         if self._lease.released:
@@ -84,10 +98,14 @@ class InPlaceLease:
                 f"attend: queries have shape {list(queries.shape)}; expected [tokens, heads, head_dim] with a multiple of "
                 f"{layout.kv_heads} heads of {layout.head_dim}"
             )
+        queries = queries.detach()
+        asked_s = perf_counter()
         parked = [EncodedPage(payload, self._host.node_of(self._held[page], layer)) for page, payload in self._payloads.items()]
         started = begin(self._pool, self._host.format, layout, layer, queries, parked, scaling) if parked else None
         if started is None:
-            return self._on_device(layer, queries, scaling)
+            part = self._on_device(layer, queries, scaling)
+            self._attended.add(queries.shape[0], perf_counter() - asked_s)
+            return part
         try:
             if self._residency.device.place.type == "cpu":
                 # On the pool's threads as well: the caller's team of torch threads would fight them for the same cores.
@@ -95,12 +113,20 @@ class InPlaceLease:
             else:
                 here = self._on_device(layer, queries, scaling)
         finally:
+            here_s = perf_counter()
             away = started.result()
-        return merge([here, Partial(away.out.to(here.out.device), away.lse.to(here.lse.device))])
+        whole = merge([here, Partial(away.out.to(here.out.device), away.lse.to(here.lse.device))])
+        # Without what only the device's part took.
+        self._attended.add(queries.shape[0], perf_counter() - asked_s - max(0.0, here_s - max(asked_s, started.ended_s)))
+        return whole
 
     def release(self) -> None:
         """Let everything go; the pages stay cached where they are. A second release does nothing."""
         with self._residency.lock:
+            if not self._lease.released:
+                parked = len(self._payloads)
+                tokens = (parked or self.pages) * self._residency.layout.page_tokens
+                self._costs.ended(self._workload, "in_place" if parked else "fetch", tokens, self._attended)
             self._let_go(list(self._held))
         self._lease.release()
 
@@ -120,11 +146,22 @@ class InPlaceLease:
             missing = table.state[DEVICE][rows] != READY
             mass = table.attention[rows][missing]
             attention = None if np.isnan(mass).all() else float(np.nansum(mass))  # shares of one step: the rest went to other pages
+            there = int((missing & (table.state[self._host_index][rows] == READY)).sum())
+            moved = np.zeros(len(residency.tiers), np.int64)
+            moved[self._host_index] = there * residency.page_bytes[self._host_index]
+            tokens = there * residency.layout.page_tokens
+            expected = self._costs.expect(workload, tokens, residency.prices.restore_s(moved)) if there else Expected()
             held = int(((table.leases[: table.rows] > 0) & (table.state[DEVICE, : table.rows] != ABSENT)).sum())
             fits = int(missing.sum()) <= residency.device.capacity_slots - held
             fetching = len({id(transfer) for (_, target), transfer in residency.inflight.items() if target == DEVICE})
         busy = residency.mover.utilisation if device_utilisation is None else device_utilisation
-        return router.decide(attention, Side(executor.queued, executor.utilisation), Side(fetching, busy), workload, fits)
+        cores, device = Side(executor.queued, executor.utilisation), Side(fetching, busy)
+        decision = router.decide(attention, cores, device, workload, fits, expected)
+        if decision.why or not there:
+            return decision
+        with residency.lock:
+            why = self._costs.exploring(decision)
+        return replace(decision, choice="in_place" if decision.choice == "fetch" else "fetch", why=why) if why else decision
 
     def _settle(self) -> None:
         """Bring up what must be, hold the host copies of the rest; what does not come or verify shortens the lease."""
@@ -135,7 +172,7 @@ class InPlaceLease:
             if self.decision.choice == "in_place":
                 wanted &= table.state[index][rows] != READY
         if wanted.any():
-            residency.mover.spawn(self._lift(rows[wanted])).result()
+            self._bring(rows[wanted])
         with residency.lock:
             here = table.state[DEVICE][rows] == READY
             there = ~here & (table.state[index][rows] == READY)
@@ -162,6 +199,19 @@ class InPlaceLease:
                 if table.state[index, row] == READY and not table.readers[index, row] and not table.leases[row]:
                     residency.forget(row, index, "unusable")
             return
+
+    def _bring(self, rows: Rows) -> None:
+        """Bring rows to the device; what that took teaches the prices if all came and nobody else brought any of them."""
+        residency, table = self._residency, self._residency.table
+        with residency.lock:
+            alone = bool((table.state[DEVICE][rows] == ABSENT).all())
+            moved = np.bincount(table.warmest(rows), minlength=len(residency.tiers)) * residency.page_bytes
+        asked_s = perf_counter()
+        residency.mover.spawn(self._lift(rows)).result()
+        seconds = perf_counter() - asked_s
+        with residency.lock:
+            if alone and (table.state[DEVICE][rows] == READY).all():
+                residency.prices.restored(moved, seconds)
 
     async def _lift(self, rows: Rows) -> None:
         """Bring rows to the device, with whoever brings some of them already. On the loop."""

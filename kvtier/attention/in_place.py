@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from time import perf_counter
 
 import torch
 
@@ -41,12 +42,14 @@ class _Chunk:
 class AttendingInPlace:
     """One step under way; `result` waits for it."""
 
-    def __init__(self, pending: Pending[None], rooms: Sequence[torch.Tensor], queries: torch.Tensor) -> None:
+    def __init__(self, pending: Pending[float], rooms: Sequence[torch.Tensor], queries: torch.Tensor) -> None:
         self._pending, self._rooms, self._queries = pending, rooms, queries
+        self.ended_s = 0.0
+        """When the threads were done, by `perf_counter`; known after `result`."""
 
     def result(self) -> Partial:
         """What all pages together give."""
-        self._pending.results()
+        self.ended_s = max(self._pending.results(), default=0.0)
         return merge([Partial(room[:, :, :-1], room[:, :, -1]) for room in self._rooms]) if self._rooms else nothing(self._queries)
 
 
@@ -67,8 +70,11 @@ def begin(
     pages: Sequence[EncodedPage],
     scaling: float | None = None,
 ) -> AttendingInPlace:
-    """Start attending from `queries` `[tokens, heads, head_dim]` to `layer` of these pages, which are full and stand before the queries."""
-    queries = queries.float().cpu()
+    """Start attending from `queries` `[tokens, heads, head_dim]` to `layer` of these pages, which are full and stand before the queries.
+
+    No gradients flow. The caller may be in torch's inference mode.
+    """
+    queries = queries.detach().float().cpu()
     tokens, heads, head_dim = queries.shape
     anywhere = cycle(pool.nodes)
     by_node: dict[int, list[Payload]] = {}
@@ -84,15 +90,17 @@ def begin(
     pieces += [(next(anywhere), unknown[start : start + at_once]) for start in range(0, len(unknown), at_once)]
 
     stride = padded_bytes(tokens * heads * (head_dim + 1) * _FLOAT_BYTES) // _FLOAT_BYTES
-    memory = torch.empty(len(pieces), stride)
-    rooms = [row[: tokens * heads * (head_dim + 1)].view(tokens, heads, head_dim + 1) for row in memory]
+    with torch.inference_mode(mode=False):  # the threads are in no such mode and may not write to tensors that were made in it
+        memory = torch.empty(len(pieces), stride)
+        rooms = [row[: tokens * heads * (head_dim + 1)].view(tokens, heads, head_dim + 1) for row in memory]
     chunks = [_Chunk(payloads, room) for (_, payloads), room in zip(pieces, rooms, strict=True)]
 
-    def work(chunk: _Chunk) -> None:
+    def work(chunk: _Chunk) -> float:
         pages_of = format.decode(chunk.payloads, layout, slice(layer, layer + 1))[:, 0]
         keys, values = pages_of[:, 0].flatten(0, 1), pages_of[:, -1].flatten(0, 1)
         part = attend(queries, keys, values, scaling)
         chunk.room[:, :, :-1], chunk.room[:, :, -1] = part.out, part.lse
+        return perf_counter()
 
     return AttendingInPlace(pool.start(work, chunks, [node for node, _ in pieces]), rooms, queries)
 

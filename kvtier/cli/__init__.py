@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from io import TextIOWrapper
+from typing import Any
 
 from kvtier.errors import KVTierError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `kvtier` with `argv` (default: the process's) and return the exit code: 2 for errors, 130 after Ctrl-C."""
-    from kvtier.cli.app import app
-
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a name the terminal cannot show is no reason for a traceback
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            app(args=None if argv is None else list(argv), prog_name="kvtier")
+            _command()(args=None if argv is None else list(argv), prog_name="kvtier")
         except SystemExit as done:
             return done.code if isinstance(done.code, int) else int(done.code is not None)
         finally:
@@ -30,3 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+@lru_cache(maxsize=1)
+def _command() -> Callable[..., Any]:
+    """All commands, made once: Typer's own call looks at every parameter of every command anew, and tests call `main` hundreds of times."""
+    from typer.main import get_command
+
+    from kvtier.cli.app import app
+
+    return get_command(app)

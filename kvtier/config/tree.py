@@ -264,6 +264,12 @@ class RoutingConfig(_Section):
     attention_weight: float = Field(default=0.5, ge=0, description="Weight of the share of attention that goes to the pages in question.")
     utilisation_weight: float = Field(default=0.3, ge=0, description="Weight of how busy a side is: cores, or device and workers.")
     queue_weight: float = Field(default=0.2, ge=0, description="Weight of a side's share of everything that is queued.")
+    measured_weight: float = Field(
+        default=7.0,
+        ge=0,
+        description="Weight of what both ways took so far: the one expected to take r times as long costs so many times ln r more. With 7, "
+        "attention never outweighs more than a tenth of the time at thresholds from 0.3 to 0.7. 0: loads and attention alone decide.",
+    )
     workloads: tuple[Workload, ...] = Field(
         default=(
             Workload(name="default", fetch_above=0.5),

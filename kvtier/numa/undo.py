@@ -10,6 +10,8 @@ from pathlib import Path
 from kvtier.errors import NumaError
 from kvtier.numa.topology import ROOT, read_text
 
+_MOST_CPUS = 1 << 16
+
 
 @dataclass(frozen=True)
 class Before:
@@ -47,9 +49,12 @@ def _read(undo_file: Path, of_this_boot: bool) -> list[Before]:
     try:
         data = json.loads(undo_file.read_text())
         processes = [
-            Before(int(one["pid"]), int(one["started"]), {int(thread): tuple(cpus) for thread, cpus in one["affinities"].items()})
+            Before(int(one["pid"]), int(one["started"]), {int(thread): _cpus(cpus) for thread, cpus in one["affinities"].items()})
             for one in data["processes"]
+            if one["affinities"]  # else it ended while it was looked at
         ]
+        if any(one.pid not in one.affinities for one in processes):
+            raise ValueError("a process without its first thread")
         boot = data["boot"]
     except FileNotFoundError:
         raise NumaError(f"{undo_file}: no such undo file; `kvtier numa apply --apply` writes one") from None
@@ -62,6 +67,12 @@ def _read(undo_file: Path, of_this_boot: bool) -> list[Before]:
             raise NumaError(f"{undo_file} is from before this machine was started, so there is nothing to undo; remove it")
         return []
     return processes
+
+
+def _cpus(cpus: list[int]) -> tuple[int, ...]:
+    if not cpus or not all(isinstance(cpu, int) and 0 <= cpu < _MOST_CPUS for cpu in cpus):
+        raise ValueError("these are no CPUs")
+    return tuple(cpus)
 
 
 def _boot() -> str:

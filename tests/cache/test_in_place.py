@@ -66,6 +66,20 @@ def test_the_parts_merge_to_attention_over_everything(mode):
     assert not [name for name in kvtier_threads() if "node" in name]
 
 
+@pytest.mark.parametrize("mode", ["in_place", "fetch"])
+def test_engines_that_infer_and_those_that_train_may_ask(mode):
+    """Under torch.inference_mode, as engines run, and with queries that want gradients; also for a cache that was made so."""
+    with torch.inference_mode(), split_cache(routing__mode=mode) as cache:
+        right = over_all(queries(), kv_of(run(1, 8)), 0)
+        with cache.acquire_in_place(cache.lookup(run(1, 8))) as lease:
+            assert lease.tokens == 8 * PAGE
+            torch.testing.assert_close(lease.attend(0, queries()).out, right, atol=1e-5, rtol=1e-5)
+            with torch.inference_mode(mode=False):
+                found = lease.attend(0, queries().requires_grad_())
+            assert not found.out.requires_grad
+            torch.testing.assert_close(found.out, right, atol=1e-5, rtol=1e-5)
+
+
 def test_quantised_pages_are_decoded_on_the_fly():
     """q8 in host memory: what is attended to is exactly what decoding gives."""
     tokens = list(range(20 * 16))
@@ -151,6 +165,31 @@ def test_attention_workload_and_load_decide():
     assert told(0.6, "simple_qa") == "in_place"
     assert told(0.4, "creative_writing") == "fetch"
     assert told(0.6, device=1.0) == "in_place"
+
+
+def test_both_ways_are_learned_and_the_faster_one_is_taken():
+    """The document's balancer goes in place here, always; so fetching is tried as well, and then what both took decides."""
+    with split_cache() as cache:
+        decisions = []
+        for _ in range(6):
+            with cache.acquire_in_place(cache.lookup(run(1, 8)), device_utilisation=1.0) as lease:
+                for layer in range(LAYOUT.layers):
+                    lease.attend(layer, queries())
+                decisions.append(lease.decision)
+            with hold(cache, run(2, 5)):  # and run 1 gives way to it
+                pass
+            cache.settle(20)
+        assert [decision.choice for decision in decisions[:4]] == ["in_place", "in_place", "fetch", "fetch"]
+        assert [decision.why for decision in decisions[:4]] == ["", "", *["to learn what fetch takes"] * 2]
+        learned = cache.stats()["routing"]["learned"]
+        assert min(side["requests"] for side in learned["sides"].values()) >= 2
+        assert all(side["s_per_call"] > 0 for side in learned["sides"].values())
+        assert learned["calls_per_request"] == {"default": LAYOUT.layers}
+        for decision in decisions[4:]:
+            took = {"fetch": decision.expected.fetch_s, "in_place": decision.expected.in_place_s}
+            assert not decision.why
+            if max(took.values()) > 1.3 * min(took.values()):
+                assert decision.choice == min(took, key=took.__getitem__)
 
 
 def test_a_device_without_room_is_not_fetched_to():

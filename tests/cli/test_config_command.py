@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,18 @@ def test_wrong_usage_is_exit_code_two_without_a_traceback():
         done = kvtier(*arguments)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
+
+
+def test_what_the_terminal_cannot_show_is_no_traceback(tmp_path):
+    """Before, a path or a process name outside its encoding ended in a UnicodeEncodeError."""
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-m", "kvtier", "config", "check", str(tmp_path / "語.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    (tmp_path / "語.yaml").write_text("{}")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u8a9e.yaml" in done.stdout
 
 
 def test_interrupt_and_a_reader_that_left_are_quiet(capsys, monkeypatch):

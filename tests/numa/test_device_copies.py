@@ -6,9 +6,13 @@ import ctypes
 
 import pytest
 
+from kvtier.cli.cuda_links import CudaLink
 from kvtier.numa.device_copies import measure_device_copies
+from kvtier.numa.memory import NodeMemory
 from kvtier.numa.placement import placement
+from kvtier.numa.syscalls import MemoryPolicy, Mode
 from kvtier.numa.topology import read_topology
+from kvtier.testing.accelerator import LateAccelerator
 
 TOPOLOGY = read_topology()
 SIZE = 1 << 20
@@ -59,3 +63,22 @@ def test_memory_is_unpinned_when_the_device_fails():
     with pytest.raises(RuntimeError, match="fell off"):
         measure_device_copies([device], TOPOLOGY, SIZE)
     assert not device.registered
+
+
+@pytest.mark.parametrize("pins", [True, False])
+def test_a_gpu_has_copied_when_its_link_says_so(pins):
+    """On a stand-in that does everything as late as it may: a missing wait is a wrong byte."""
+    gpu = LateAccelerator(total_bytes=1 << 22, refuse_after=None if pins else 0)
+    link = CudaLink(gpu, SIZE)
+    memory = NodeMemory(SIZE, MemoryPolicy(Mode.BIND, TOPOLOGY.memory_nodes[:1]))
+    try:
+        assert link.register(memory.address, SIZE) is pins
+        memory.view[:] = bytes([7]) * SIZE
+        link.to_device(memory.address, SIZE)
+        memory.view[:] = bytes(SIZE)
+        link.to_host(memory.address, SIZE)
+        assert bytes(memory.view) == bytes([7]) * SIZE
+        if pins:
+            link.unregister(memory.address)
+    finally:
+        memory.close()

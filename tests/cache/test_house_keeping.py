@@ -1,0 +1,70 @@
+"""Laws checked: a job of house-keeping that keeps failing holds up no other one, and its log grows with the logarithm of time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from kvtier import housekeeping
+from kvtier.housekeeping import MOST_REST_ROUNDS, RecurringJob
+from tests.cache.rig import make_cache, put, run
+
+
+def test_what_stays_broken_is_tried_ever_less_often_and_traced_once(caplog):
+    tried = []
+
+    async def broken() -> None:
+        tried.append(len(rounds))
+        raise OSError(f"no {'memory' if len(tried) < 30 else 'room'}")
+
+    job, rounds = RecurringJob("moving", broken), []
+
+    async def go() -> None:
+        for _ in range(36000):  # ten hours
+            await job.round()
+            rounds.append(1)
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(go())
+    assert tried[:5] == [0, 2, 6, 14, 30]
+    assert len(caplog.records) == len(tried) < 36000 / MOST_REST_ROUNDS + 12
+    assert [bool(record.exc_info) for record in caplog.records].count(True) == 2, "a trace for each new failure, not for each failure"
+
+
+def test_what_works_again_is_done_every_round_and_said(caplog):
+    broken, done = [True], []
+
+    async def work() -> None:
+        if broken:
+            broken.pop()
+            raise OSError("once")
+        done.append(1)
+
+    async def go() -> None:
+        job = RecurringJob("moving", work)
+        for _ in range(5):
+            await job.round()
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(go())
+    assert len(done) == 3
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+
+
+def test_a_disk_that_cannot_be_tidied_keeps_nothing_else_from_going_on(tmp_path, monkeypatch):
+    """Before, the thresholds were not looked at any more while tidying or moving failed."""
+    monkeypatch.setattr(housekeeping, "TIDY_EVERY_S", 0.01)
+    with make_cache(tmp_path / "d", device_pages=8, host_pages=8, policy__cleanup_interval=0.001) as cache:
+        put(cache, run(1, 4))
+        cleaned = asyncio.Event()
+
+        def fail() -> None:
+            raise OSError("the disk is gone")
+
+        async def clean_up() -> None:
+            cleaned.set()
+
+        monkeypatch.setattr(cache._residency.tiers[-1], "tidy", fail)
+        monkeypatch.setattr(cache._residency.house, "clean_up", clean_up)
+        assert cache._residency.mover.spawn(asyncio.wait_for(cleaned.wait(), 20)).result(30)
+        monkeypatch.undo()
