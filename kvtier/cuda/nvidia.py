@@ -1,8 +1,8 @@
 """The accelerator that is an NVIDIA GPU: torch's streams and events, and the driver for what torch does not offer.
 
 Side streams do not wait for the default stream, and are the driver's: torch's own come from 32 that it hands out in turn, so that a lane's
-could be the one an engine captures its graphs on. Events put the waiting thread to sleep instead of letting it spin: a spinning worker would
-take a core from the engine.
+could be the one an engine captures its graphs on. Events put the waiting thread to sleep instead of letting it spin: a spinning worker
+would take a core from the engine.
 """
 
 from __future__ import annotations

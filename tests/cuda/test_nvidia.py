@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ class Driver:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    made = Nvidia.__new__(Nvidia)
+    made: Any = Nvidia.__new__(Nvidia)
     made.device, made._driver, made._idle_streams = FIRST, Driver(), []
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: SimpleNamespace(cuda_stream=handle, device=device))
     return made
@@ -75,8 +76,9 @@ def capturing(monkeypatch):
 
 @pytest.mark.parametrize("device", [FIRST, SECOND])
 def test_a_capture_is_refused_on_the_device_where_it_is(capturing, device):
-    stream = NvidiaStream(Driver(), SimpleNamespace(cuda_stream=0, device=device, wait_event=lambda event: None), current=True)
-    event = NvidiaEvent(Driver(), SimpleNamespace(device=device))
+    driver: Any = Driver()
+    made: Any = SimpleNamespace(cuda_stream=0, device=device, wait_event=lambda event: None)
+    stream, event = NvidiaStream(driver, made, current=True), NvidiaEvent(driver, made)
     if device == FIRST:
         assert stream.record().done()
         stream.wait(event)
@@ -93,9 +95,15 @@ def test_what_torch_says_of_work_that_failed_is_an_error_of_the_device(capturing
 
     calls = {name: lambda *_: True for name in ("record", "query", "synchronize", "wait_event")} | {fails: fail}
     monkeypatch.setattr(torch.cuda, "Event", lambda blocking: SimpleNamespace(**calls))
-    stream = NvidiaStream(Driver(), SimpleNamespace(cuda_stream=7, device=FIRST, **calls), current=False)
-    with pytest.raises(DeviceError, match="^work on the GPU failed: CUDA error: an illegal memory access was encountered$"):
+    driver: Any = Driver()
+    made: Any = SimpleNamespace(cuda_stream=7, device=FIRST, **calls)
+    stream = NvidiaStream(driver, made, current=False)
+
+    def all_of_them():
         event = stream.record()
         event.done()
         event.wait()
         stream.wait(event)
+
+    with pytest.raises(DeviceError, match="^work on the GPU failed: CUDA error: an illegal memory access was encountered$"):
+        all_of_them()
