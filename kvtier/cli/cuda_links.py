@@ -3,42 +3,48 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 
-_PORTABLE = 1  # cudaHostRegisterPortable
+from kvtier.cuda.find import find_accelerator
+from kvtier.cuda.surface import Accelerator
 
 
 class CudaLink:
-    """One CUDA device and `size_bytes` of its memory."""
+    """One CUDA device and `size_bytes` of its memory. DeviceError if it has not so much."""
 
-    def __init__(self, index: int, size_bytes: int) -> None:
-        self.name = f"cuda:{index}"
-        self._runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        self._memory = torch.empty(size_bytes, dtype=torch.uint8, device=self.name)
+    def __init__(self, gpu: Accelerator, size_bytes: int) -> None:
+        self.name = str(gpu.device)
+        self._gpu, self._stream = gpu, gpu.new_stream()
+        self._memory = gpu.allocate(size_bytes)
 
     def register(self, address: int, size_bytes: int) -> bool:
         """See `DeviceLink`."""
-        return int(self._runtime.cudaHostRegister(address, size_bytes, _PORTABLE)) == 0
+        return self._gpu.register(address, size_bytes) is None
 
     def unregister(self, address: int) -> None:
         """See `DeviceLink`."""
-        self._runtime.cudaHostUnregister(address)
+        self._gpu.unregister(address)
 
     def to_device(self, address: int, size_bytes: int) -> None:
         """See `DeviceLink`."""
-        self._memory[:size_bytes].copy_(_at(address, size_bytes))
-        torch.cuda.synchronize(self.name)
+        self._wait_for(lambda: self._memory[:size_bytes].copy_(_at(address, size_bytes), non_blocking=True))
 
     def to_host(self, address: int, size_bytes: int) -> None:
         """See `DeviceLink`."""
-        _at(address, size_bytes).copy_(self._memory[:size_bytes])
-        torch.cuda.synchronize(self.name)
+        self._wait_for(lambda: _at(address, size_bytes).copy_(self._memory[:size_bytes], non_blocking=True))
+
+    def _wait_for(self, copy: Callable[[], object]) -> None:
+        self._stream.run(copy)  # torch's copies take memory that is not registered too
+        self._stream.record().wait()
 
 
 def cuda_links(size_bytes: int) -> list[CudaLink]:
-    """One per device; none without CUDA."""
-    return [CudaLink(index, size_bytes) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    """One per device; none without CUDA. ConfigError for a device that cannot be used, DeviceError if one has too little memory."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = [find_accelerator(f"cuda:{index}") for index in range(count)]
+    return [CudaLink(gpu, size_bytes) for gpu in found if gpu is not None]
 
 
 def _at(address: int, size_bytes: int) -> torch.Tensor:

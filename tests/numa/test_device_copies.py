@@ -5,10 +5,14 @@ from __future__ import annotations
 import ctypes
 
 import pytest
+import torch
 
+from kvtier.cli import cuda_links
+from kvtier.memory.region import aligned_array
 from kvtier.numa.device_copies import measure_device_copies
 from kvtier.numa.placement import placement
 from kvtier.numa.topology import read_topology
+from kvtier.testing.accelerator import LateAccelerator
 
 TOPOLOGY = read_topology()
 SIZE = 1 << 20
@@ -59,3 +63,20 @@ def test_memory_is_unpinned_when_the_device_fails():
     with pytest.raises(RuntimeError, match="fell off"):
         measure_device_copies([device], TOPOLOGY, SIZE)
     assert not device.registered
+
+
+@pytest.mark.parametrize("refuse_after", [None, 0])
+def test_a_gpu_copies_on_a_stream_of_its_own_and_is_waited_for(monkeypatch, refuse_after):
+    gpu = LateAccelerator(refuse_after=refuse_after)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(cuda_links, "find_accelerator", lambda place: gpu if place == "cuda:0" else None)
+    (link,) = cuda_links.cuda_links(SIZE)
+    (found, *_) = measure_device_copies([link], TOPOLOGY, SIZE, 1)
+    assert found.pinned == (refuse_after is None)
+    assert gpu.registered == {}
+    source, target = aligned_array(SIZE), aligned_array(SIZE)
+    source[:] = 7
+    link.to_device(source.ctypes.data, SIZE)
+    link.to_host(target.ctypes.data, SIZE)
+    assert bool((target == 7).all())
