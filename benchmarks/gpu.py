@@ -9,6 +9,9 @@
 - `prefix.restore`: milliseconds to bring a prefix (32,768 tokens) from the host in the default format, beside one large copy of its bytes.
 - `prefix.exposed`: what of that an engine waits for that reads layer by layer and computes about as long, beside all of it; less is better.
 - `decode.step`: microseconds of a decode step (matrices and attention) while pages are offloaded, beside the same alone; less is better.
+- `sparse24.matmul`: microseconds of a prefix's values times the attention of 64 queries, one KV head, with two of every four values kept
+  and torch's semi-structured product, beside the dense one; less is better. Tensor cores skip what is zero along the dimension that is
+  summed over, here tokens; the format `sparse24` keeps two of four along head_dim, so pages would have to be pruned the other way for this.
 
 `FLOORS` is what the ratios ought to be. Ceilings take turns with what they are compared to.
 """
@@ -30,7 +33,9 @@ from kvtier.cuda.registration import Registration
 from kvtier.cuda.surface import Accelerator, Addresses, Stream
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.formats import BlockFormat, get_format
+from kvtier.formats.blocks import BlockShape
 from kvtier.formats.on_device import decode_pages, encode_pages
+from kvtier.formats.sparse24 import Sparse24
 from kvtier.layout import PageLayout
 from kvtier.memory.region import aligned_array
 from kvtier.mover.stage import StagingPool
@@ -42,7 +47,7 @@ from .gpu_check import moves_of, tiers_of
 from .measure import Row, Run
 from .rig import Room, made_kv, open_cache, token_ids
 
-PAGE_BYTES, PAGES_A_CALL, LAUNCH_US = 64 << 10, 256, 100.0
+PAGE_BYTES, PAGES_A_CALL, LAUNCH_US, QUERIES = 64 << 10, 256, 100.0, 64
 LLAMA = PageLayout(layers=32, planes=2, page_tokens=16, kv_heads=8, head_dim=128, dtype="bf16")
 SMALL = PageLayout(layers=4, planes=2, page_tokens=16, kv_heads=2, head_dim=32, dtype="bf16")
 FORMATS = ("q8", "q4", "fp8")
@@ -83,7 +88,7 @@ def measure(run: Run, accelerator: Accelerator | None = None, check: bool = True
     """The rows, on `accelerator` (the current CUDA device). KVTierError without one, or if its memory is too small or a format wrong."""
     gpu = accelerator or find_gpu()
     sizes = TINY if run.tiny else FULL
-    run.expect(6 + len(FORMATS))
+    run.expect(7 + len(FORMATS))
     if check:
         run.step("checking every format")
         check_formats(gpu)
@@ -96,6 +101,8 @@ def measure(run: Run, accelerator: Accelerator | None = None, check: bool = True
     rows += _prefix(run, gpu, sizes)
     run.step("decoding beside an offload")
     rows.append(_decode(run, gpu, sizes))
+    run.step("values of which half are zero")
+    rows.append(_sparse_product(run, gpu, sizes))
     return rows
 
 
@@ -388,6 +395,25 @@ def _decode(run: Run, gpu: Accelerator, sizes: Sizes) -> Row:
 
         took = _in_turns(run, {"alone": lambda: _seconds(loop, engine), "beside": beside})
     return Row("decode.step", took["beside"] / sizes.steps * 1e6, "us", took["alone"] / sizes.steps * 1e6)
+
+
+def _sparse_product(run: Run, gpu: Accelerator, sizes: Sizes) -> Row:
+    tokens, dim, stream = sizes.prefix_tokens, sizes.layout.head_dim, gpu.new_stream()
+    # As tensor cores take values: tokens are the last dimension.
+    shape = BlockShape(tokens=dim, heads=1, head_dim=tokens, dtype="bf16", keys=False)
+    numbers = torch.randn(2, dim, tokens, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values = Sparse24().decode(Sparse24().encode(numbers[:1, :, None], shape), shape)[0, :, 0].to(gpu.device)
+    attention = numbers[1, :QUERIES].float().softmax(-1).bfloat16().T.contiguous().to(gpu.device)
+    sparse = torch.sparse.to_sparse_semi_structured(values)
+    difference = (torch.mm(sparse, attention) - torch.mm(values, attention)).float().norm()
+    if not difference < 0.02 * torch.mm(values, attention).float().norm():
+        raise KVTierError("bench gpu: torch's semi-structured product is not that of the same numbers as a dense matrix")
+
+    def product(first: torch.Tensor) -> float:
+        return _seconds(lambda: stream.run(lambda: [torch.mm(first, attention) for _ in range(sizes.steps)]), stream)
+
+    took = _in_turns(run, {"sparse": partial(product, sparse), "dense": partial(product, values)})
+    return Row("sparse24.matmul", took["sparse"] / sizes.steps * 1e6, "us", took["dense"] / sizes.steps * 1e6)
 
 
 def place_of(gpu: Accelerator) -> str:

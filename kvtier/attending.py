@@ -41,7 +41,7 @@ def lease_mass(residency: Residency, lease: Lease, layer: int, queries: torch.Te
             store.put([rows[page] for page in fresh], [keys[page] for page in fresh], made)
         logits[:, :, fresh] = page_logits(made[:, layer], queries, store.shape)
     if fill and here[-1]:
-        logits[:, :, -1:] = key_logits(pool.layer(layer)[slots[-1], 0, :fill], queries)
+        logits[:, :, -1:] = key_logits(pool.keys(slots[-1:], slice(layer, layer + 1))[0, 0, :fill], queries)
     mass: NDArray[np.float64] = page_mass(logits).mean(0).clamp_max(1.0).double().cpu().numpy()
     mass[(~logits.isfinite()).all(0).all(0).cpu().numpy()] = np.nan
     return mass

@@ -92,7 +92,7 @@ class Residency:
         self._unusable: set[tuple[int, int]] = set()
         self._prefetched = 0
         kept = config.attention.digest_bytes
-        self.digests = DigestStore(layout, kept, self.device.place) if kept else None
+        self.digests = DigestStore(layout, kept, self.device.accelerator) if kept else None
         """The digests of committed pages, as many as there is room for."""
         self.watcher: Callable[[Sequence[PageKey | None]], None] | None = None
         """Told, lock held, which pages (None: an open one) got or lost a copy somewhere."""

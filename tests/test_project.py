@@ -24,7 +24,7 @@ BELOW = {
     "formats": {"errors", "format_spec", "layout"},
     "columns": set(),
     "cuda": {"errors"},
-    "attention": {"errors", "formats", "layout", "numa", "pricing"},
+    "attention": {"cuda", "errors", "formats", "layout", "numa", "pricing"},
     "policy": {"columns", "errors"},
     "replay": {"errors", "policy"},
     "tune": {"config", "errors", "format_spec", "formats", "layout", "policy", "replay"},

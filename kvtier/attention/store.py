@@ -1,7 +1,8 @@
 """Where the digests of committed pages are kept: one place per page, a bounded number of places, the least recently used one goes first.
 
 Digests are found by the page's row and proven by its key, because rows are reused: what is left of a page that is gone is never given
-out. The store belongs to whoever made it and has no lock; in a running cache that is the residency, under its lock.
+out. The store belongs to whoever made it and has no lock; in a running cache that is the residency, under its lock. On a GPU the digests
+are written and read on the calling thread's stream, after what other streams do with them; no thread waits.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from collections.abc import Sequence
 import torch
 
 from kvtier.attention.digest import DigestLayout, digest_page_bytes
-from kvtier.errors import ConfigError
+from kvtier.cuda.fences import Fences
+from kvtier.cuda.surface import Accelerator
+from kvtier.errors import ConfigError, DeviceError
 from kvtier.layout import PageLayout
 
 
 class DigestStore:
-    """Room for the digests of `capacity_bytes // digest_page_bytes(layout)` pages on `place`. ConfigError if that is none."""
+    """Room for the digests of `capacity_bytes // digest_page_bytes(layout)` pages on `accelerator`, or in CPU memory. ConfigError if that
+    is none."""
 
-    def __init__(self, layout: PageLayout, capacity_bytes: int, place: torch.device) -> None:
+    def __init__(self, layout: PageLayout, capacity_bytes: int, accelerator: Accelerator | None = None) -> None:
         page_bytes = digest_page_bytes(layout)
         places = capacity_bytes // page_bytes
         if places < 1:
@@ -29,11 +33,14 @@ class DigestStore:
             )
         self.shape = DigestLayout.of(layout)
         shape = (places, layout.layers, layout.kv_heads, self.shape.digest_bytes)
+        self._accelerator, self._fences = accelerator, Fences()
         try:
-            self._digests = torch.empty(shape, dtype=torch.uint8, device=place)
-        except RuntimeError as error:
+            memory = accelerator.allocate(places * page_bytes) if accelerator else torch.empty(places * page_bytes, dtype=torch.uint8)
+        except (DeviceError, RuntimeError) as error:
             why = str(error).splitlines()[0]
-            raise ConfigError(f"attention.digest_bytes: {capacity_bytes} bytes cannot be allocated on {place}: {why}; lower it") from error
+            where = accelerator.device if accelerator else "the CPU"
+            raise ConfigError(f"attention.digest_bytes: {capacity_bytes} bytes cannot be allocated on {where}: {why}; lower it") from error
+        self._digests = memory.view(shape)
         self._place_of: OrderedDict[int, int] = OrderedDict()
         self._key: list[bytes | None] = [None] * places
         self._free = list(range(places - 1, -1, -1))
@@ -51,7 +58,7 @@ class DigestStore:
         """Keep `digests` `[pages, layers, kv_heads, digest_bytes]` in place of what these rows had; of too many pages the last ones."""
         start = max(0, len(rows) - self.capacity_pages)
         places = [self._room(row, key) for row, key in zip(rows[start:], keys[start:], strict=True)]
-        self._digests[torch.tensor(places, dtype=torch.int64, device=self._digests.device)] = digests[start:].to(self._digests.device)
+        self._write(places, digests[start:])
 
     def get(self, rows: Sequence[int], keys: Sequence[bytes | None]) -> tuple[list[int], torch.Tensor]:
         """Which of these pages have digests (positions in `rows`), and the digests `[found, layers, kv_heads, digest_bytes]`, a copy."""
@@ -66,7 +73,7 @@ class DigestStore:
             self._place_of.move_to_end(row)
             found.append(position)
             places.append(place)
-        return found, self._digests[torch.tensor(places, dtype=torch.int64, device=self._digests.device)]
+        return found, self._read(places)
 
     def drop(self, rows: Sequence[int]) -> None:
         """Forget the digests of these rows, where there are any."""
@@ -83,3 +90,28 @@ class DigestStore:
         self._place_of[row] = place
         self._key[place] = key
         return place
+
+    def _write(self, places: Sequence[int], digests: torch.Tensor) -> None:
+        def place() -> None:
+            self._digests[self._index(places)] = digests.to(self._digests.device)
+
+        if self._accelerator is None:
+            place()
+            return
+        stream = self._accelerator.engine_stream()
+        self._fences.before(stream)
+        stream.run(place)
+        self._fences.used(stream)
+
+    def _read(self, places: Sequence[int]) -> torch.Tensor:
+        if self._accelerator is None:
+            return self._digests[self._index(places)]
+        stream = self._accelerator.engine_stream()
+        self._fences.before(stream)
+        found = stream.result(lambda: self._digests[self._index(places)])
+        self._fences.used(stream)
+        return found
+
+    def _index(self, places: Sequence[int]) -> torch.Tensor:
+        # Not blocking: see `GpuPool._index`.
+        return torch.as_tensor(places, dtype=torch.int64).to(self._digests.device, non_blocking=True)

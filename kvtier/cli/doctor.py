@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,7 +44,7 @@ def doctor(
     if path is not None and not path.is_dir():
         raise KVTierError(f"--path {path} is not a directory; name the one the disk tier will live in, or its parent")
     try:
-        findings = [*_memory(), *_codecs(), *_bookkeeping(), *_file_threads(), *_disk(path), *_packages()]
+        findings = [*_memory(), *_codecs(), *_bookkeeping(), *_file_threads(), *_disk(path), _gpu_direct(), *_packages()]
     except OSError as error:
         raise KVTierError(
             f"{path or tempfile.gettempdir()} cannot hold a disk tier: {error.strerror}; name another directory with --path"
@@ -155,6 +156,20 @@ def _disk(path: Path | None) -> list[Finding]:
         Finding("direct I/O", got["engine"] == "direct", got["engine_instead"] or "disk pages pass the page cache by"),
         Finding("hole punching", got["punch_holes"], holes),
     ]
+
+
+def _gpu_direct() -> Finding:
+    instead = "disk pages pass through host memory, where their checksums are verified"
+    what = "GPUDirect Storage"
+    try:
+        there = bool(import_module("kvikio.cufile_driver").get("is_gds_available"))
+    except ModuleNotFoundError:
+        return Finding(what, False, f"not looked for, because kvikio is not installed; {instead}")
+    except Exception as error:  # noqa: BLE001 - its loaders raise what they like where a library is missing
+        return Finding(what, False, f"kvikio does not load: {(str(error).splitlines() or [type(error).__name__])[0]}; {instead}")
+    if there:
+        return Finding(what, True, f"files could go straight to the GPU, which kvtier makes no use of: {instead}")
+    return Finding(what, False, f"kvikio finds none here; {instead}")
 
 
 def _packages() -> list[Finding]:

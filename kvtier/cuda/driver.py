@@ -24,6 +24,8 @@ _PORTABLE_AND_MAPPED = 1 | 2  # for every device, and for kernels, not only for 
 _HAS_VIRTUAL_MEMORY = 102
 _MINIMUM_GRANULARITY = 0
 _RELAXED = 2
+_NOT_WITH_THE_DEFAULT_STREAM = 1
+_LEGACY_DEFAULT_STREAMS = (0, 1)  # by its null handle, and by its name CU_STREAM_LEGACY
 
 
 class _Location(Structure):
@@ -70,6 +72,7 @@ _SIGNATURES = {
     "cuMemSetAccess": (c_uint64, c_size_t, POINTER(_Access), c_size_t),
     "cuMemHostRegister_v2": (c_void_p, c_size_t, c_uint),
     "cuMemHostUnregister": (c_void_p,),
+    "cuStreamCreate": (POINTER(c_void_p), c_uint),
     "cuMemcpyAsync": (c_uint64, c_uint64, c_size_t, c_void_p),
 }
 _BATCH = (c_void_p, c_void_p, c_void_p, c_size_t, POINTER(_CopyAttributes), POINTER(c_size_t), c_size_t)
@@ -118,8 +121,10 @@ class Driver:
     def copy(self, targets: Addresses, sources: Addresses, size_bytes: int, stream: int) -> None:
         """Launch copies of `size_bytes` each on the stream of that handle."""
         count = len(targets)
+        if count != len(sources):
+            raise DeviceError(f"{count} targets and {len(sources)} sources are given for copies; expected as many")
         with self.current():
-            if self._batch is None or count == 1 or stream == 0:  # the legacy default stream, 0, takes no batches
+            if self._batch is None or count == 1 or stream in _LEGACY_DEFAULT_STREAMS:  # which takes no batches
                 for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
                     self._call("cuMemcpyAsync", target, source, size_bytes, stream)
                 return
@@ -128,6 +133,15 @@ class Driver:
             failed = (byref(c_size_t()),) if self._names_failure else ()
             code = self._batch(*arrays, byref(self._in_stream_order), byref(self._first_copy), 1, *failed, stream)
             self._check("cuMemcpyBatchAsync", code)
+
+    def new_stream(self) -> int:
+        """The handle of a stream that nobody else has, and that does not wait for the default stream. It lives as long as the process."""
+        stream = c_void_p()
+        with self.current():
+            self._call("cuStreamCreate", byref(stream), _NOT_WITH_THE_DEFAULT_STREAM)
+        if stream.value is None:
+            raise DeviceError("cuStreamCreate gave no stream")
+        return stream.value
 
     def granularity(self) -> int:
         """Bytes that memory behind addresses comes in multiples of."""

@@ -1,13 +1,15 @@
 """The accelerator that is an NVIDIA GPU: torch's streams and events, and the driver for what torch does not offer.
 
-Side streams are made not to wait for the default stream, which torch does for all of its streams. Events put the waiting thread to sleep
-instead of letting it spin: a spinning worker would take a core from the engine.
+Side streams do not wait for the default stream, and are the driver's: torch's own come from 32 that it hands out in turn, so that a lane's
+could be the one an engine captures its graphs on. Events put the waiting thread to sleep instead of letting it spin: a spinning worker
+would take a core from the engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -25,21 +27,16 @@ class NvidiaEvent(Event):
     def __init__(self, driver: Driver, stream: torch.cuda.Stream) -> None:
         self._driver = driver
         self.event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        self.event.record(stream)
+        with _failures():
+            self.event.record(stream)
 
     def done(self) -> bool:
-        try:
-            with self._driver.relaxed():
-                return bool(self.event.query())  # type: ignore[no-untyped-call]
-        except RuntimeError as error:
-            raise _failed(error) from error
+        with _failures(), self._driver.relaxed():
+            return bool(self.event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
-        try:
-            with self._driver.relaxed():
-                self.event.synchronize()
-        except RuntimeError as error:
-            raise _failed(error) from error
+        with _failures(), self._driver.relaxed():
+            self.event.synchronize()
 
 
 class NvidiaStream(Stream):
@@ -76,10 +73,15 @@ class NvidiaStream(Stream):
         if not isinstance(event, NvidiaEvent):
             raise DeviceError(f"a CUDA stream cannot wait for {type(event).__name__}; give it an event of a CUDA stream")
         self._refuse_capture()
-        self._stream.wait_event(event.event)
+        with _failures():
+            self._stream.wait_event(event.event)
 
     def _refuse_capture(self) -> None:
-        if self._current and torch.cuda.is_current_stream_capturing():
+        if not self._current:
+            return
+        with torch.cuda.device(self._stream.device):  # torch answers for the stream of its current device, which may be another
+            capturing = torch.cuda.is_current_stream_capturing()
+        if capturing:
             raise DeviceError(
                 "a CUDA graph is being captured on this stream, which kvtier must not become part of: acquire, read, append and release "
                 "before or after the capture; the addresses of the pool stay, so replays see what was restored since"
@@ -139,13 +141,20 @@ class Nvidia(Accelerator):
         except (RuntimeError, AssertionError) as error:
             raise DeviceError(f"torch cannot compute on {self.device}: {_first_line(error)}") from error
         self._driver = Driver(index)
+        self._idle_streams: list[int] = []
         self.name = torch.cuda.get_device_name(index)
 
     def engine_stream(self) -> Stream:
         return NvidiaStream(self._driver, torch.cuda.current_stream(self.device), current=True)
 
     def new_stream(self) -> Stream:
-        return NvidiaStream(self._driver, torch.cuda.Stream(self.device), current=False)  # type: ignore[no-untyped-call]
+        try:
+            handle = self._idle_streams.pop()
+        except IndexError:
+            handle = self._driver.new_stream()
+        stream = NvidiaStream(self._driver, torch.cuda.ExternalStream(handle, self.device), current=False)  # type: ignore[no-untyped-call]
+        weakref.finalize(stream, self._idle_streams.append, handle).atexit = False
+        return stream
 
     def beside_captures(self) -> AbstractContextManager[None]:
         return self._driver.relaxed()
@@ -156,9 +165,12 @@ class Nvidia(Accelerator):
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         try:
-            return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
+            memory = torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
+            # Torch gives out memory that what it launched on this stream may still be using; other streams would not wait for that.
+            torch.cuda.current_stream(self.device).synchronize()
         except RuntimeError as error:
             raise DeviceError(_first_line(error)) from error
+        return memory
 
     def span(self, size_bytes: int, most_bytes: int) -> Span:
         if not self._driver.has_virtual_memory:
@@ -210,8 +222,13 @@ def _tensor_at(address: int, size_bytes: int, device: torch.device) -> torch.Ten
     return tensor
 
 
-def _failed(error: RuntimeError) -> DeviceError:
-    return DeviceError(f"work on the GPU failed: {_first_line(error)}")
+@contextmanager
+def _failures() -> Iterator[None]:
+    """What torch raises inside, for work that failed before, is a DeviceError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise DeviceError(f"work on the GPU failed: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

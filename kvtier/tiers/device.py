@@ -123,9 +123,9 @@ class DevicePool(DeviceSlots):
         """One slot's memory: a view `[layers, planes, page_tokens, kv_heads, head_dim]`."""
         return self._pool[slot]
 
-    def keys(self, slots: Sequence[int]) -> torch.Tensor:
-        """The keys of whole pages, a copy where the pool is: `[len(slots), layers, page_tokens, kv_heads, head_dim]`."""
-        return self._pool[torch.as_tensor(slots, dtype=torch.int64, device=self.place), :, 0]
+    def keys(self, slots: Sequence[int], layers: slice = slice(None)) -> torch.Tensor:
+        """The keys of pages in these layers, a copy where the pool is: `[len(slots), layers, page_tokens, kv_heads, head_dim]`."""
+        return self._pool[torch.as_tensor(slots, dtype=torch.int64, device=self.place), layers, 0]
 
     def write_tokens(self, slot: int, start: int, kv: torch.Tensor) -> None:
         """Write `kv` `[layers, planes, tokens, kv_heads, head_dim]` into one page from token `start` on."""

@@ -95,8 +95,8 @@ class GpuPool(DevicePool):
     def gather(self, slots: Sequence[int]) -> torch.Tensor:
         return self._read(lambda: self._pool[self._index(slots)]).cpu()
 
-    def keys(self, slots: Sequence[int]) -> torch.Tensor:
-        return self._read(lambda: self._pool[self._index(slots), :, 0])
+    def keys(self, slots: Sequence[int], layers: slice = slice(None)) -> torch.Tensor:
+        return self._read(lambda: self._pool[self._index(slots), layers, 0])
 
     def scatter(self, slots: Sequence[int], pages: torch.Tensor, layers: slice = slice(None)) -> None:
         self._check_reachable(pages)
@@ -235,7 +235,9 @@ class GpuPool(DevicePool):
 
     def _read(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
         stream = self._before()
-        return stream.result(work)
+        found = stream.result(work)
+        self.fences.used(stream)
+        return found
 
     def _write(self, work: Callable[[], object]) -> None:
         stream = self._before()

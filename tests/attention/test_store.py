@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,13 +13,13 @@ from kvtier.attention.digest import digest_page_bytes
 from kvtier.attention.store import DigestStore
 from kvtier.errors import ConfigError
 from kvtier.layout import PageLayout
+from kvtier.testing.accelerator import LateAccelerator
 
 LAYOUT = PageLayout(2, 2, 4, 1, 8, "fp32")
-CPU = torch.device("cpu")
 
 
 def make_store(pages: int) -> DigestStore:
-    return DigestStore(LAYOUT, pages * digest_page_bytes(LAYOUT), CPU)
+    return DigestStore(LAYOUT, pages * digest_page_bytes(LAYOUT))
 
 
 def digest_of(key: bytes, store: DigestStore) -> torch.Tensor:
@@ -68,4 +70,33 @@ def test_of_too_many_the_last_are_kept():
 
 def test_room_for_not_even_one_page_is_refused():
     with pytest.raises(ConfigError, match=r"attention\.digest_bytes is 3, but the digests of one page of this model take \d+ bytes"):
-        DigestStore(LAYOUT, 3, CPU)
+        DigestStore(LAYOUT, 3)
+
+
+def test_room_that_a_gpu_does_not_have_is_refused():
+    with pytest.raises(ConfigError, match=r"attention\.digest_bytes: 4096 bytes cannot be allocated on cpu: out of memory"):
+        DigestStore(LAYOUT, 4096, LateAccelerator(total_bytes=1024))
+
+
+def test_on_a_gpu_digests_are_read_after_they_were_written_and_written_after_they_were_read(monkeypatch):
+    gpu = LateAccelerator()
+    store = DigestStore(LAYOUT, digest_page_bytes(LAYOUT), gpu)
+    gpu.engine = first = gpu.new_stream()
+    store.put([1], [b"a"], digest_of(b"a", store))
+    assert first.pending, "the thread does not wait"
+    gpu.engine = second = gpu.new_stream()
+    found, digests = store.get([1], [b"a"])
+    assert found == [0]
+    assert torch.equal(digests, digest_of(b"a", store))
+    read: list[torch.Tensor] = []
+
+    def later(work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        second.run(lambda: read.append(work()))
+        return torch.empty(0)
+
+    monkeypatch.setattr(second, "result", later)
+    store.get([1], [b"a"])
+    gpu.engine = first
+    store.put([2], [b"b"], digest_of(b"b", store))
+    first.record().wait()
+    assert torch.equal(read[0], digest_of(b"a", store))

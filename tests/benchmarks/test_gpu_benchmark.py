@@ -20,13 +20,19 @@ from kvtier.tiers import gpu as pools
 def card(monkeypatch):
     made = LateAccelerator(total_bytes=1 << 27, step_bytes=1 << 16)
     monkeypatch.setattr(pools, "find_accelerator", lambda place: made)
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", _compressed)  # torch has it on CUDA only
     return made
+
+
+def _compressed(dense: torch.Tensor) -> torch.Tensor:
+    assert int((dense.view(len(dense), -1, 4) != 0).sum(-1).max()) == 2, "of every four along the last dimension two are zero"
+    return dense.clone()
 
 
 @pytest.mark.slow
 def test_tiny_run_reports_every_row_with_its_ceiling(card):
     rows = {row.name: row for row in gpu.measure(Run(1, tiny=True), card, check=False)}
-    assert {*gpu.FLOORS, *gpu.CEILINGS, "prefix.restore"} <= rows.keys()
+    assert {*gpu.FLOORS, *gpu.CEILINGS, "prefix.restore", "sparse24.matmul"} <= rows.keys()
     assert all(row.ratio is not None for name, row in rows.items() if not name.startswith("copy."))
     assert all(row.value > 0 for name, row in rows.items() if name != "prefix.exposed")
     assert card.registered == {}, "everything is given back"
@@ -37,6 +43,12 @@ def test_the_verdict_names_floors_in_both_directions():
     assert gpu.verdict(good) == "all floors met"
     bad = [Row("pages.d2h", 8.9, "GB/s", 10.0), Row("decode.step", 1.1, "us", 1.0)]
     assert gpu.verdict(bad) == "floors not met: pages.d2h, decode.step"
+
+
+def test_a_sparse_product_that_is_another_one_is_no_figure(card, monkeypatch):
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", torch.zeros_like)
+    with pytest.raises(KVTierError, match="semi-structured product is not that of"):
+        gpu._sparse_product(Run(1, tiny=True), card, gpu.TINY)
 
 
 @pytest.mark.slow

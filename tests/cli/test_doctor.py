@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
 
 from kvtier.cli import main
 from kvtier.cli.app import app
@@ -54,3 +58,25 @@ def test_a_gpu_is_told_about_as_it_is(monkeypatch, capsys):
     monkeypatch.setattr(find, "find_accelerator", broken)
     assert main(["doctor"]) == 0
     assert "no kernel image is available" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (None, "no   GPUDirect Storage: not looked for, because kvikio is not installed; disk pages pass through host memory"),
+        (RuntimeError("no libcufile.so.0\nlooked in /usr/lib"), "no   GPUDirect Storage: kvikio does not load: no libcufile.so.0; disk"),
+        (False, "no   GPUDirect Storage: kvikio finds none here; disk pages"),
+        (True, "yes  GPUDirect Storage: files could go straight to the GPU, which kvtier makes no use of: disk pages"),
+    ],
+)
+def test_direct_storage_is_looked_for_through_kvikio(monkeypatch, capsys, found, told):
+    def get(name):
+        assert name == "is_gds_available"
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setitem(sys.modules, "kvikio", None if found is None else ModuleType("kvikio"))
+    monkeypatch.setitem(sys.modules, "kvikio.cufile_driver", None if found is None else SimpleNamespace(get=get))
+    assert main(["doctor"]) == 0
+    assert told in capsys.readouterr().out

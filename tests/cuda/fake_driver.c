@@ -20,6 +20,7 @@ int cuGetErrorString(int code, const char **text) { *text = code == NO_MEMORY ? 
 int cuDeviceGet(int *device, int ordinal) { *device = ordinal + 10; return OK; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute == 102 && device >= 10; return OK; }
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = device >= 10 ? &here : NULL; return OK; }
+int cuStreamCreate(void **stream, unsigned flags) { static char streams[99]; static int made; *stream = &streams[made++]; return depth && flags == 1 ? OK : INVALID; }
 static int mode;
 int cuThreadExchangeStreamCaptureMode(int *wanted) { int before = mode; mode = *wanted; *wanted = before; return before == mode ? INVALID : OK; }
 int capture_mode(void) { return mode; }

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from kvtier.cache import TieredKVCache
 from kvtier.errors import DeviceError, TransferFailed
 from kvtier.mover import lane
-from tests.cache.rig import DEEP, LAYOUT, PAGE, grow, hold, kv_of, push_out, put, run, tiers_of
+from kvtier.testing.accelerator import LateAccelerator
+from tests.cache.rig import DEEP, LAYOUT, PAGE, grow, hold, kv_of, make_cache, push_out, put, run, tiers_of
 from tests.cuda.rig import Engine, gpu_cache, gpu_of
 
 HOST = 1
@@ -279,3 +281,23 @@ def test_token_by_token_forks_and_truncation_keep_their_order_on_the_stream(monk
         numbers = engine.read(twin), engine.read(lease)
         for number, wanted in zip(numbers, ([*tokens, 7], [*tokens[:5], 8, 9]), strict=True):
             assert torch.equal(engine.finish(number)[:, :, : len(wanted)], kv_of(wanted))
+
+
+def test_queries_on_one_stream_see_the_keys_that_were_written_on_another(monkeypatch):
+    queries = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+
+    def told(cache: TieredKVCache) -> list[float]:
+        with cache:
+            lease = cache.begin()
+            assert grow(cache, lease, run(1, 2)[: PAGE + 3]) == PAGE + 3
+            gpu = cache._residency.device.accelerator
+            if isinstance(gpu, LateAccelerator):
+                gpu.engine = gpu.new_stream()
+            cache.record_queries(lease, 1, queries)
+            assert lease.attention is not None
+            found: list[float] = lease.attention.tolist()
+            lease.release()
+            return found
+
+    expected = told(make_cache(attention__digest_bytes=1 << 16))
+    assert told(gpu_cache(monkeypatch, attention__digest_bytes=1 << 16)) == expected

@@ -47,9 +47,22 @@ def test_many_copies_are_one_call_where_the_driver_has_it(fake, request):
     driver.copy(target.ctypes.data + rows, source.ctypes.data + rows[::-1].copy(), 32, STREAM)
     assert np.array_equal(target.reshape(8, 32), source.reshape(8, 32)[::-1])
     assert (counter(fake, "batches"), counter(fake, "singles")) == ((1, 0) if batches else (0, 8))
-    driver.copy(target.ctypes.data + rows, source.ctypes.data + rows, 32, 0)
+    for legacy_default_stream in (0, 1):
+        driver.copy(target.ctypes.data + rows, source.ctypes.data + rows, 32, legacy_default_stream)
     assert np.array_equal(target, source)
-    assert counter(fake, "singles") == (8 if batches else 16), "the legacy default stream takes no batches"
+    assert counter(fake, "singles") == (16 if batches else 24), "the legacy default stream takes no batches"
+
+
+def test_copies_without_as_many_sources_as_targets_are_refused_before_anything_is_read(fake):
+    memory = np.zeros(256, np.uint8)
+    with pytest.raises(DeviceError, match="3 targets and 2 sources"):
+        Driver(3).copy(memory.ctypes.data + np.arange(3) * 32, memory.ctypes.data + np.arange(2) * 32, 32, STREAM)
+    assert (counter(fake, "batches"), counter(fake, "singles")) == (0, 0)
+
+
+def test_streams_of_the_driver_are_different_ones(fake):
+    driver = Driver(3)
+    assert len({driver.new_stream() for _ in range(50)}) == 50
 
 
 def test_a_thread_that_never_used_cuda_has_a_context_inside(fake):

@@ -50,6 +50,20 @@ def test_writes_and_reads_of_several_streams_keep_their_order():
     assert torch.equal(found[0], page(1)[0, 0]), "a write waits for another stream's read"
 
 
+def test_a_write_waits_for_keys_that_another_stream_has_yet_to_read():
+    pool = pool_of()
+    gpu = pool.accelerator
+    pool.scatter([3], page(1))
+    gpu.engine = first = gpu.new_stream()
+    found = []
+    first.result = lambda work: first.run(lambda: found.append(work()))  # as on a GPU: later
+    pool.keys([3])
+    gpu.engine = gpu.new_stream()
+    pool.scatter([3], page(2))
+    gpu.engine.record().wait()
+    assert torch.equal(found[0], page(1)[:, :, 0])
+
+
 def test_a_page_of_a_lease_that_is_still_held_is_seen_by_other_streams(monkeypatch):
     with gpu_cache(monkeypatch) as cache:
         gpu = gpu_of(cache)
