@@ -21,7 +21,8 @@ def human_console(json_target: str | None = None) -> Console:
     """Where text for people goes: stdout, or stderr when stdout carries JSON."""
     from rich.console import Console
 
-    return Console(stderr=json_target == "-", highlight=False)
+    # Names of files and traces may look like markup; they are shown as they are.
+    return Console(stderr=json_target == "-", highlight=False, markup=False)
 
 
 def check_json_target(target: str | None) -> None:

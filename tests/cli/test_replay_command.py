@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,35 @@ def test_traces_of_one_name_are_told_apart(capsys, tmp_path: Path, trace: Path):
     other.write_text(trace.read_text())
     rows = rows_of(capsys, str(trace), str(other), "--policy", "lru", "--capacity", "1%")
     assert len({row["trace"] for row in rows}) == 2
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(capsys, tmp_path: Path, trace: Path):
+    (tmp_path / "x[").mkdir()
+    odd = tmp_path / "[bold]t.jsonl"
+    odd.write_text(trace.read_text())
+    closing = tmp_path / "x[" / "]t.jsonl"
+    arguments = ["--policy", "lru", "--capacity", "5%"]
+    assert main(["trace", "convert", str(odd), str(closing)]) == 0
+    assert main(["replay", str(odd), str(closing), str(closing), *arguments]) == 0
+    told = capsys.readouterr().out
+    assert "[bold]t: token hit ratio; below, % of the gap from LRU to the optimum\n" in told
+    assert f"{closing}: token hit ratio; below, % of the gap from LRU to the optimum\n" in told
+
+
+def test_headings_are_whole_on_a_narrow_terminal(capsys, monkeypatch, trace: Path):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["replay", str(trace), "--policy", "lru", "--tiers", "device=5%,host=20%"]) == 0
+    assert "in brackets the pages that left and had to be computed again\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [["--json", "-"], []])
+def test_a_full_disk_behind_the_output_is_one_line_and_exit_code_2(trace: Path, more):
+    command = [sys.executable, "-m", "kvtier", "replay", str(trace), "--policy", "lru", "--capacity", "5%", *more]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("kvtier: error: cannot write the output: No space left")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
