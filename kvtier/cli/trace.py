@@ -59,7 +59,7 @@ def stats(
     from kvtier.replay.show import check_plot_target, plot_stats, print_stats
     from kvtier.replay.stats import trace_stats
 
-    check_json_target(json)
+    check_json_target(json, traces)
     check_plot_target(plot)
     console = human_console(json)
     loaded = read_traces(console, traces, block_tokens)

@@ -171,10 +171,11 @@ def read_text_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def open_text(path: Path, mode: str = "r") -> TextIO:
     """The file as text, through gzip if its name ends in `.gz`. OSError if it cannot be opened."""
+    encoding = "utf-8-sig" if mode == "r" else "utf-8"  # tables of Windows programs begin with a mark
     if path.suffix == ".gz":
         # Without the time of writing, so that equal traces are equal files.
-        return TextIOWrapper(gzip.GzipFile(path, f"{mode}b", mtime=0), encoding="utf-8", newline="")
-    return cast(TextIO, path.open(mode, encoding="utf-8", newline=""))
+        return TextIOWrapper(gzip.GzipFile(path, f"{mode}b", mtime=0), encoding=encoding, newline="")
+    return cast(TextIO, path.open(mode, encoding=encoding, newline=""))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import subprocess
@@ -141,6 +142,7 @@ def test_a_full_disk_behind_the_output_is_one_line_and_exit_code_2(trace: Path, 
         (["--capacity", "101%"], "at most 100%"),
         (["--capacity", "99999999"], "distinct pages; expected at most as many"),
         (["--capacity", "5%,"], "capacity ''"),
+        (["--capacity", ""], "capacity ''"),
         (["--tiers", "device"], "--tiers device"),
         (["--tiers", "a=1%,b=2%", "--capacity", "1%"], "--capacity is for one tier"),
         (["--tiers", "a=1%,b=2%", "--policy", "lru/mru"], "unknown eviction policy 'mru'"),
@@ -150,6 +152,7 @@ def test_a_full_disk_behind_the_output_is_one_line_and_exit_code_2(trace: Path, 
         (["--tiers", "a=1%,b=2%", "--look-ahead-ms", "5"], "add --link-speed"),
         (["--tiers", "a=1%,b=2%", "--link-speed", "1GB", "--look-ahead-ms", "soon"], "--look-ahead-ms soon"),
         (["--tiers", "a=1%,b=2%", "--link-speed", "1GB", "--look-ahead-ms", "-1"], "--look-ahead-ms -1"),
+        (["--tiers", "a=1%,b=2%", "--link-speed", "1GB", "--look-ahead-ms", ""], "--look-ahead-ms : expected"),
         (["--write-policy", "write_back"], "add --tiers"),
         (["--selective-uses", "3"], "add --tiers"),
         (["--link-speed", "1GB"], "add --tiers"),
@@ -183,3 +186,25 @@ def test_a_plot_without_matplotlib_names_the_extra_before_the_work(capsys, monke
     monkeypatch.setattr("kvtier.cli.replay.read_traces", pytest.fail)
     assert main(["replay", str(trace), "--plot", str(tmp_path / "plot.svg")]) == 2
     assert "kvtier[report]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["replay"], ["trace", "stats"], ["tune", "--capacity", "5%", "--out", "tuned.yaml"]])
+def test_results_are_not_written_over_the_trace(capsys, monkeypatch, tmp_path: Path, trace: Path, command):
+    monkeypatch.chdir(tmp_path)
+    before = trace.read_bytes()
+    same = tmp_path / "." / trace.name
+    assert main([*command, str(trace), "--json", str(same)]) == 2
+    assert "is what is read; name another file" in capsys.readouterr().err
+    assert main(["tune", str(trace), "--capacity", "5%", "--out", str(same)]) == 2
+    assert "--out" in capsys.readouterr().err
+    assert trace.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["marked.jsonl", "marked.jsonl.gz"])
+def test_a_byte_order_mark_is_no_part_of_the_first_line(capsys, tmp_path: Path, trace: Path, name):
+    path = tmp_path / name
+    content = b"\xef\xbb\xbf" + trace.read_bytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    arguments = ["--policy", "lru", "--capacity", "5%"]
+    plain, marked = rows_of(capsys, str(trace), *arguments), rows_of(capsys, str(path), *arguments)
+    assert [row["token_hit_ratio"] for row in marked] == [row["token_hit_ratio"] for row in plain]
