@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,8 @@ from io import TextIOWrapper
 from typing import Any
 
 from kvtier.errors import KVTierError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,9 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read our output has left. Python flushes stdout once more at exit; give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read our output has left.
+        _let_stdout_go()
         return 1
+    except OSError as error:
+        if error.filename is not None or error.errno not in _FULL:
+            raise
+        print(f"kvtier: error: cannot write the output: {error.strerror}; send it where there is room", file=sys.stderr)
+        _let_stdout_go()
+        return 2
     return 0
 
 
@@ -44,3 +53,8 @@ def _command() -> Callable[..., Any]:
     from kvtier.cli.app import app
 
     return get_command(app)
+
+
+def _let_stdout_go() -> None:
+    # Python flushes stdout once more at exit; give it somewhere to go.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

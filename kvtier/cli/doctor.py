@@ -54,7 +54,7 @@ def doctor(
 
     for finding in findings:
         mark = "[green]yes[/]" if finding.there else "[yellow]no [/]"
-        console.print(f" {mark}  [bold]{finding.what}[/]: {escape(finding.meaning)}", soft_wrap=True)
+        console.print(f" {mark}  [bold]{finding.what}[/]: {escape(finding.meaning)}", markup=True, soft_wrap=True)
     write_json([asdict(finding) for finding in findings], json)
 
 

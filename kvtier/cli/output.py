@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,13 +22,18 @@ def human_console(json_target: str | None = None) -> Console:
     """Where text for people goes: stdout, or stderr when stdout carries JSON."""
     from rich.console import Console
 
-    return Console(stderr=json_target == "-", highlight=False)
+    # Names of files and traces may look like markup; they are shown as they are.
+    return Console(stderr=json_target == "-", highlight=False, markup=False)
 
 
-def check_json_target(target: str | None) -> None:
-    """KVTierError now, rather than after a long run, if `write_json` could not write to `target`. Leaves an existing file as it is."""
+def check_json_target(target: str | None, inputs: Sequence[Path] = ()) -> None:
+    """KVTierError now, rather than after a long run, if `write_json` could not write to `target`, or would write over one of `inputs`.
+
+    Leaves an existing file as it is.
+    """
     if target is None or target == "-":
         return
+    check_not_read("--json", Path(target), inputs)
     try:
         existed = Path(target).exists()
         Path(target).open("ab").close()
@@ -35,6 +41,12 @@ def check_json_target(target: str | None) -> None:
             Path(target).unlink()
     except OSError as error:
         raise _cannot_write(target, error) from None
+
+
+def check_not_read(option: str, target: Path, inputs: Sequence[Path]) -> None:
+    """KVTierError if what `option` writes is one of the files that are read."""
+    if target.exists() and any(path.exists() and target.samefile(path) for path in inputs):
+        raise KVTierError(f"{option} {target} is what is read; name another file")
 
 
 def write_json(data: object, target: str | None) -> None:

@@ -82,8 +82,8 @@ def replay(
             if given is not None:
                 raise KVTierError(f"{option} is about tiers; add --tiers, like device=1%,host=9%")
         names = check_policies(names)
-    capacities = [Capacity.parse(text) for text in (capacity or CAPACITIES).split(",")]
-    check_json_target(json)
+    capacities = [Capacity.parse(text) for text in (CAPACITIES if capacity is None else capacity).split(",")]
+    check_json_target(json, traces)
     check_plot_target(plot)
     console = human_console(json)
     loaded = read_traces(console, traces, block_tokens)
@@ -112,7 +112,7 @@ def _layouts(
         raise KVTierError("--look-ahead-ms needs the speed of the links: add --link-speed, like 12GB")
     speeds = [] if link_speed is None else [_bytes("--link-speed", text) for text in link_speed.split(",")]
     aheads = []
-    for text in (look_ahead_ms or LOOK_AHEAD_MS).split(","):
+    for text in (LOOK_AHEAD_MS if look_ahead_ms is None else look_ahead_ms).split(","):
         try:
             aheads.append(float(text))
         except ValueError:

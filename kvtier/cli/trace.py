@@ -59,7 +59,7 @@ def stats(
     from kvtier.replay.show import check_plot_target, plot_stats, print_stats
     from kvtier.replay.stats import trace_stats
 
-    check_json_target(json)
+    check_json_target(json, traces)
     check_plot_target(plot)
     console = human_console(json)
     loaded = read_traces(console, traces, block_tokens)
@@ -97,7 +97,7 @@ def convert(
 
 
 def _write(out: str, requests: Iterable[Request], total: int) -> None:
-    from kvtier.replay.trace import open_text, write_trace
+    from kvtier.replay.trace import write_trace, written_whole
 
     console = human_console(out)
     with progress_bar(console) as progress:
@@ -106,7 +106,7 @@ def _write(out: str, requests: Iterable[Request], total: int) -> None:
             written = write_trace(counted, sys.stdout)
         else:
             try:
-                with open_text(Path(out), "w") as file:
+                with written_whole(Path(out)) as file:
                     written = write_trace(counted, file)
             except OSError as error:
                 raise KVTierError(f"cannot write {out}: {error.strerror}; give it a file in an existing, writable directory") from None

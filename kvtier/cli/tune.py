@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvtier.cli.app import app
-from kvtier.cli.output import JsonOption, check_json_target, human_console, write_json
+from kvtier.cli.output import JsonOption, check_json_target, check_not_read, human_console, write_json
 from kvtier.cli.reading import BlockTokensOption, PlotOption, TracesArgument, progress_bar, read_traces
 from kvtier.errors import KVTierError
 
@@ -62,7 +62,8 @@ def tune(
     target = _target(out, config)
     limit_s = _seconds(time_limit)
     names = check_policies(policy.split(","))
-    check_json_target(json)
+    check_json_target(json, [*traces, *([config] if config else []), target])
+    check_not_read("--out", target, traces)
     check_plot_target(plot)
     given = load_config(config, env={})
     console = human_console(json)

@@ -172,7 +172,7 @@ def _each(values: Iterable[Any]) -> list[Any]:
 
 
 def _heading(console: Console, text: str) -> None:
-    console.print(text, style="bold", no_wrap=True, crop=False)
+    console.print(text, style="bold", soft_wrap=True)
 
 
 def _table(*columns: str) -> Table:

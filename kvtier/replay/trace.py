@@ -11,8 +11,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from io import TextIOWrapper
@@ -169,10 +171,33 @@ def read_text_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def open_text(path: Path, mode: str = "r") -> TextIO:
     """The file as text, through gzip if its name ends in `.gz`. OSError if it cannot be opened."""
+    encoding = "utf-8-sig" if mode == "r" else "utf-8"  # tables of Windows programs begin with a mark
     if path.suffix == ".gz":
         # Without the time of writing, so that equal traces are equal files.
-        return TextIOWrapper(gzip.GzipFile(path, f"{mode}b", mtime=0), encoding="utf-8", newline="")
-    return cast(TextIO, path.open(mode, encoding="utf-8", newline=""))
+        return TextIOWrapper(gzip.GzipFile(path, f"{mode}b", mtime=0), encoding=encoding, newline="")
+    return cast(TextIO, path.open(mode, encoding=encoding, newline=""))
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[TextIO]:
+    """A text file to write, packed if its name ends in `.gz`, that takes the place of `path` when all is in it, and never half of it.
+
+    Whatever ends the writing leaves what was there as it was: it may be the trace that is being converted. Devices and pipes are written
+    to as they are. OSError if it cannot be written.
+    """
+    if path.exists() and not path.is_file():
+        with open_text(path, "w") as file:
+            yield file
+        return
+    target = path.resolve()
+    # In a folder of its own under its own name, which gzip writes into the file: equal traces are equal files.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".kvtier-") as folder:
+        whole = Path(folder) / target.name
+        with open_text(whole, "w") as file:
+            yield file
+        if target.exists():
+            whole.chmod(target.stat().st_mode & 0o777)
+        whole.replace(target)
 
 
 def write_trace(requests: Iterable[Request], file: TextIO) -> int:

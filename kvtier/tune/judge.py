@@ -98,7 +98,8 @@ def _found(config: Config, trace: Trace, room: Room, pages: list[int], step: Ste
     else:
         below = [getattr(config, tier) for tier in room.names[1:]]
         uses = next((section.selective_uses for section in below if section.write_policy == SELECTIVE), 2)
-        outcome = Tiers(trace, policies, pages, [section.write_policy for section in below], uses).replay(step)
+        writes = [section.write_policy for section in below]
+        outcome = Tiers(trace, policies, pages, writes, uses, config.policy.admission).replay(step)
         hit_pages, moved = trace.sum_per_request(outcome.served != NOWHERE), outcome.moved.total()
     return np.minimum(hit_pages * trace.block_tokens, trace.input_tokens), moved
 

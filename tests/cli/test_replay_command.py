@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,35 @@ def test_traces_of_one_name_are_told_apart(capsys, tmp_path: Path, trace: Path):
     assert len({row["trace"] for row in rows}) == 2
 
 
+def test_names_that_look_like_markup_are_shown_as_they_are(capsys, tmp_path: Path, trace: Path):
+    (tmp_path / "x[").mkdir()
+    odd = tmp_path / "[bold]t.jsonl"
+    odd.write_text(trace.read_text())
+    closing = tmp_path / "x[" / "]t.jsonl"
+    arguments = ["--policy", "lru", "--capacity", "5%"]
+    assert main(["trace", "convert", str(odd), str(closing)]) == 0
+    assert main(["replay", str(odd), str(closing), str(closing), *arguments]) == 0
+    told = capsys.readouterr().out
+    assert "[bold]t: token hit ratio; below, % of the gap from LRU to the optimum\n" in told
+    assert f"{closing}: token hit ratio; below, % of the gap from LRU to the optimum\n" in told
+
+
+def test_headings_are_whole_on_a_narrow_terminal(capsys, monkeypatch, trace: Path):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["replay", str(trace), "--policy", "lru", "--tiers", "device=5%,host=20%"]) == 0
+    assert "in brackets the pages that left and had to be computed again\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [["--json", "-"], []])
+def test_a_full_disk_behind_the_output_is_one_line_and_exit_code_2(trace: Path, more):
+    command = [sys.executable, "-m", "kvtier", "replay", str(trace), "--policy", "lru", "--capacity", "5%", *more]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("kvtier: error: cannot write the output: No space left")
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -111,6 +142,7 @@ def test_traces_of_one_name_are_told_apart(capsys, tmp_path: Path, trace: Path):
         (["--capacity", "101%"], "at most 100%"),
         (["--capacity", "99999999"], "distinct pages; expected at most as many"),
         (["--capacity", "5%,"], "capacity ''"),
+        (["--capacity", ""], "capacity ''"),
         (["--tiers", "device"], "--tiers device"),
         (["--tiers", "a=1%,b=2%", "--capacity", "1%"], "--capacity is for one tier"),
         (["--tiers", "a=1%,b=2%", "--policy", "lru/mru"], "unknown eviction policy 'mru'"),
@@ -120,6 +152,7 @@ def test_traces_of_one_name_are_told_apart(capsys, tmp_path: Path, trace: Path):
         (["--tiers", "a=1%,b=2%", "--look-ahead-ms", "5"], "add --link-speed"),
         (["--tiers", "a=1%,b=2%", "--link-speed", "1GB", "--look-ahead-ms", "soon"], "--look-ahead-ms soon"),
         (["--tiers", "a=1%,b=2%", "--link-speed", "1GB", "--look-ahead-ms", "-1"], "--look-ahead-ms -1"),
+        (["--tiers", "a=1%,b=2%", "--link-speed", "1GB", "--look-ahead-ms", ""], "--look-ahead-ms : expected"),
         (["--write-policy", "write_back"], "add --tiers"),
         (["--selective-uses", "3"], "add --tiers"),
         (["--link-speed", "1GB"], "add --tiers"),
@@ -153,3 +186,25 @@ def test_a_plot_without_matplotlib_names_the_extra_before_the_work(capsys, monke
     monkeypatch.setattr("kvtier.cli.replay.read_traces", pytest.fail)
     assert main(["replay", str(trace), "--plot", str(tmp_path / "plot.svg")]) == 2
     assert "kvtier[report]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["replay"], ["trace", "stats"], ["tune", "--capacity", "5%", "--out", "tuned.yaml"]])
+def test_results_are_not_written_over_the_trace(capsys, monkeypatch, tmp_path: Path, trace: Path, command):
+    monkeypatch.chdir(tmp_path)
+    before = trace.read_bytes()
+    same = tmp_path / "." / trace.name
+    assert main([*command, str(trace), "--json", str(same)]) == 2
+    assert "is what is read; name another file" in capsys.readouterr().err
+    assert main(["tune", str(trace), "--capacity", "5%", "--out", str(same)]) == 2
+    assert "--out" in capsys.readouterr().err
+    assert trace.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["marked.jsonl", "marked.jsonl.gz"])
+def test_a_byte_order_mark_is_no_part_of_the_first_line(capsys, tmp_path: Path, trace: Path, name):
+    path = tmp_path / name
+    content = b"\xef\xbb\xbf" + trace.read_bytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    arguments = ["--policy", "lru", "--capacity", "5%"]
+    plain, marked = rows_of(capsys, str(trace), *arguments), rows_of(capsys, str(path), *arguments)
+    assert [row["token_hit_ratio"] for row in marked] == [row["token_hit_ratio"] for row in plain]

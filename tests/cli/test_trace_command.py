@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
 from kvtier.cli import main
+from kvtier.replay import trace
 from kvtier.replay.trace import read_trace
 
 
@@ -81,3 +83,28 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, expected):
     assert expected in captured.err
     assert len(captured.err.splitlines()) == 1
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.gz"])
+def test_a_trace_is_written_whole_or_what_was_there_stays(capsys, tmp_path: Path, monkeypatch, name: str):
+    path = tmp_path / name
+    assert main(["trace", "make", str(path), "--requests", "40"]) == 0
+    before = path.read_bytes()
+
+    def half(requests, file):
+        file.write(next(iter(requests)).as_json())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trace, "write_trace", half)
+        assert main(["trace", "convert", str(path), str(path)]) == 2
+        assert main(["trace", "make", str(tmp_path / "new.jsonl")]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path], "nothing half-done lies about"
+    path.chmod(0o640)
+    assert main(["trace", "convert", str(path), str(path)]) == 0
+    assert read_trace(path).requests == 40
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert main(["trace", "make", str(path), "--requests", "40"]) == 0
+    assert path.read_bytes() == before, "equal traces are equal files"

@@ -11,7 +11,8 @@ from kvtier.config import Config, load_config
 from kvtier.errors import KVTierError
 from kvtier.policy import POLICIES
 from kvtier.replay.runs import Capacity, Layout, replay_capacities, replay_tiers
-from kvtier.replay.trace import Trace
+from kvtier.replay.trace import Trace, build_trace
+from kvtier.replay.workloads import make_requests
 from kvtier.tune.judge import Judge, check_replayable, mean_first, mean_second
 from kvtier.tune.rooms import Room, room_implied, rooms_given
 from kvtier.tune.space import Raw, Space
@@ -61,6 +62,19 @@ def test_tiers_are_replayed_as_configured(trace, name, writes):
     row = replay_tiers([trace], [name], [Layout.parse("device=10%,host=30%", writes, 3)], None, lambda *_: None)[0]
     assert whole_ratio(trace, judge, config) == pytest.approx(row.token_hit_ratio)
     assert judge.both_halves(config)[0].moved_pages == sum(move.pages for move in row.moved)
+
+
+def test_admission_is_replayed_as_configured():
+    trace = build_trace("chat", make_requests({"chat": 1.0}, 800, 3.4, 0))
+    moved = {}
+    for admission in ("auto", "always"):
+        config = config_of(policy__admission=admission)
+        judge = Judge([trace], rooms_given(config, None, ["device=1%,host=4%"]))
+        row = replay_tiers([trace], ["a2cr"], [Layout.parse("device=1%,host=4%", admission=admission)], None, lambda *_: None)[0]
+        moved[admission] = sum(move.pages for move in row.moved)
+        assert judge.both_halves(config)[0].moved_pages == moved[admission]
+        assert whole_ratio(trace, judge, config) == pytest.approx(row.token_hit_ratio)
+    assert moved["auto"] < moved["always"]
 
 
 def test_the_second_half_is_served_by_tiers_that_served_the_first():
