@@ -21,7 +21,8 @@ from kvtier.engines.vllm.keys import RequestKeys
 from kvtier.engines.vllm.messages import Hello, LoadJob, RankReport, StepPlan, StoreJob, WorkerReport
 from kvtier.engines.vllm.metrics import Counts
 from kvtier.engines.vllm.mirror import Mirror
-from kvtier.engines.vllm.settings import Settings
+from kvtier.engines.vllm.resets import announce
+from kvtier.engines.vllm.settings import Settings, for_rank
 from kvtier.engines.vllm.weights import adapter_revision
 from kvtier.keys import PageKey
 from kvtier.pricing import Prices
@@ -319,8 +320,10 @@ class SchedulerSide:
     # -- reset -----------------------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Everything kept is wrong from now on; the workers hear of it with the next step."""
+        """Everything kept is wrong from now on; the workers hear of it with the next step, or when they are next started."""
         self._generation += 1
+        for rank in range(self._settings.workers):
+            announce(for_rank(self._settings, rank), self._generation)
         self.mirror.clear()
         if self._announcer is not None:
             self._announcer.cleared()
