@@ -201,3 +201,5 @@ def test_events_tell_of_tiers_in_vllms_words():
     assert [(type(event).__name__, event.block_hashes, event.medium) for event in engine.side.events()] == [
         ("BlockRemoved", [second], "CPU")
     ]
+    engine.side.reset()
+    assert [type(event).__name__ for event in engine.side.events()] == ["AllBlocksCleared"]
