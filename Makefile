@@ -39,7 +39,7 @@ test-engines: $(VLLM)/installed ## Run the tests in real serving engines, each i
 
 $(VLLM)/installed: tests/engines_real/vllm.txt setup.py $(wildcard kvtier/formats/native/*.[ch] kvtier/columns/*.[ch] kvtier/io/*.c kvtier/numa/*.c)
 	$(PYTHON) -m venv --clear $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement tests/engines_real/vllm.txt
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-compile --requirement tests/engines_real/vllm.txt
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -128,6 +128,7 @@ class Residency:
             disk = DiskTier(
                 path, layout, codec, config.disk.capacity_bytes, namespace, config.disk.durability, engine, depth, cpus=self._worker_cpus()
             )
+            disk.compress = config.disk.compress
             self.tiers.append(disk)
             self.entry.append(config.disk.write_policy)
 

@@ -79,7 +79,7 @@ class KvtierL2:
         """What ended since the last call, each batch once."""
         with self._lock:
             completed, self._completed = self._completed, []
-            if completed:
+            if completed and not self._closed:
                 os.eventfd_read(self._event)
         return completed
 

@@ -88,9 +88,7 @@ class TieredCache(Cache):  # type: ignore[misc]
     `model` lets kvtier see what each row of the cache was fed (`commit`); without it a batch that grew (beams) cannot be committed.
     """
 
-    def __init__(
-        self, cache: TieredKVCache, token_ids: Sequence[int] | Sequence[Sequence[int]], salt: str | Sequence[str] = "", model: Any = None
-    ) -> None:
+    def __init__(self, cache: TieredKVCache, token_ids: Sequences, salt: str | Sequence[str] = "", model: Any = None) -> None:
         check_named(cache)
         sequences = _sequences(token_ids)
         salts = [salt] * len(sequences) if isinstance(salt, str) else list(salt)
@@ -225,7 +223,7 @@ class TieredCache(Cache):  # type: ignore[misc]
 
     def _unpadded(self, token_ids: Sequences) -> list[list[int]]:
         if not isinstance(token_ids, torch.Tensor) or token_ids.ndim != 2:
-            return _sequences(token_ids.tolist() if isinstance(token_ids, torch.Tensor) else token_ids)
+            return _sequences(token_ids)
         each = max(1, len(token_ids) // len(self._leases))
         return [row[self._padding[min(index // each, len(self._leases) - 1)] :] for index, row in enumerate(token_ids.tolist())]
 
@@ -243,13 +241,25 @@ class TieredCache(Cache):  # type: ignore[misc]
         self.release()
 
 
-def _sequences(token_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[list[int]]:
+def _sequences(token_ids: Sequences) -> list[list[int]]:
     """One sequence or several as several. LayoutError where one is empty."""
+    if isinstance(token_ids, torch.Tensor):
+        token_ids = token_ids.tolist()
     several: Any = token_ids if len(token_ids) and isinstance(token_ids[0], Sequence) else [token_ids]
     sequences: list[list[int]] = [list(sequence) for sequence in several]
     if not all(sequences):
         raise LayoutError("TieredCache: an empty sequence has nothing to predict from; give at least one token")
     return sequences
+
+
+def _turn(new_ids: Sequence[int] | torch.Tensor) -> list[int]:
+    """The tokens of one turn, of which a tokenizer may have made a batch of one. LayoutError for a larger batch."""
+    if not isinstance(new_ids, torch.Tensor):
+        return list(new_ids)
+    if new_ids.ndim > 1 and new_ids.shape[:-1].numel() != 1:
+        raise LayoutError(f"new_ids have shape {list(new_ids.shape)}; a session plays one sequence: [tokens] or [1, tokens]")
+    tokens: list[int] = new_ids.flatten().tolist()
+    return tokens
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
@@ -281,7 +291,7 @@ class Session:
         """Hint that this session's next turn is near."""
         self.cache.prefetch(self.token_ids, deadline, self.salt)
 
-    def generate(self, new_ids: Sequence[int], **options: Any) -> list[int]:
+    def generate(self, new_ids: Sequence[int] | torch.Tensor, **options: Any) -> list[int]:
         """Play one turn: append `new_ids`, generate with `options` (as for `model.generate`), return the generated tokens.
 
         ModelError for options that return something else than one sequence of tokens.
@@ -289,7 +299,7 @@ class Session:
         _check_options(self.model, options)
         if self.device_pages is None:
             return generate_together([self], [new_ids], **options)[0]
-        prompt = [*self.token_ids, *new_ids]
+        prompt = [*self.token_ids, *_turn(new_ids)]
         inputs = torch.tensor([prompt], device=self.model.device)
         options.setdefault("prefill_chunk_size", self.device_pages * self.cache.layout.page_tokens)
         with BudgetedCache(self.model, self.cache, prompt, self.device_pages, self.salt, self.select) as past:
@@ -300,7 +310,7 @@ class Session:
         return self.token_ids[len(prompt) :]
 
 
-def generate_together(sessions: Sequence[Session], new_ids: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+def generate_together(sessions: Sequence[Session], new_ids: Sequence[Sequence[int] | torch.Tensor], **options: Any) -> list[list[int]]:
     """Play one turn of several sessions of one model and cache as a batch; `options` as for `model.generate`.
 
     Returns the generated tokens of each, without what a sequence that ended early is filled up with. ModelError for sessions that cannot be
@@ -316,7 +326,7 @@ def generate_together(sessions: Sequence[Session], new_ids: Sequence[Sequence[in
         raise ModelError("generate_together: the sessions need one model and one cache, and no device budget")
     if len({id(session) for session in sessions}) != len(sessions):
         raise ModelError("generate_together: a session is there twice; its second turn continues its first one")
-    prompts = [[*session.token_ids, *new] for session, new in zip(sessions, new_ids, strict=True)]
+    prompts = [[*session.token_ids, *_turn(new)] for session, new in zip(sessions, new_ids, strict=True)]
     padding = options.setdefault("pad_token_id", _padding_token(model, options))
     with TieredCache(cache, prompts, [session.salt for session in sessions], model) as past:
         inputs = left_padded(prompts, padding, model.device)

@@ -5,16 +5,22 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import pytest
+import torch
+
+from kvtier.formats.economy import StageEconomy
 from tests.cache.rig import (
     DEVICE,
     DISK,
     HOST,
+    LAYOUT,
     Clock,
     Gate,
     assert_right,
     clean_up,
     counters,
     hold,
+    kv_of,
     make_cache,
     push_out,
     put,
@@ -172,3 +178,14 @@ def test_clear_drops_everything_nobody_holds_on_disk_too(tmp_path):
         assert counters(cache)["pages"] == 0
     with make_cache(tmp_path / "store") as cache:
         assert counters(cache)["pages"] == 0
+
+
+@pytest.mark.parametrize(("compress", "smaller"), [("always", True), ("auto", False)])
+def test_the_byte_stage_of_the_disk_rests_when_it_may_and_does_not_pay(tmp_path, monkeypatch, compress, smaller):
+    monkeypatch.setattr(StageEconomy, "compress_next", property(lambda economy: False))
+    with make_cache(tmp_path / "store", host_pages=None, disk__write_policy="write_through", disk__compress=compress) as cache:
+        with cache.begin() as lease:
+            cache.append(lease, run(1, 4), torch.zeros(kv_of(run(1, 4)).shape))
+        cache.settle(20)
+        moved = counters(cache)["links"]["device->disk"]["bytes"]
+        assert (moved < LAYOUT.page_bytes) is smaller

@@ -132,3 +132,16 @@ def test_models_kvtier_cannot_hold_are_refused(setting, value, why):
 def test_a_disk_without_a_model_name_is_refused(model, tmp_path):
     with open_cache(model, tmp_path, name="unnamed") as cache, pytest.raises(ModelError, match=r"set model\.name"):
         Session(model, cache).generate(PROMPT, **GENERATE)
+
+
+def test_tensors_of_tokens_are_taken_as_tokenizers_make_them(model, tmp_path):
+    with open_cache(model, tmp_path) as cache:
+        said = Session(model, cache).generate(torch.tensor([PROMPT]), **GENERATE)
+        assert said == untiered(model, PROMPT, 0)
+        for ids in (torch.tensor(PROMPT), torch.tensor([PROMPT])):
+            again = Session(model, cache)
+            assert again.generate(ids, **GENERATE) == said
+            with TieredCache(cache, ids, model=model) as past:
+                assert again.restored == past.restored == 144
+        with pytest.raises(LayoutError, match=r"\[2, 150\]; a session plays one sequence"):
+            Session(model, cache).generate(torch.tensor([PROMPT, PROMPT]), **GENERATE)

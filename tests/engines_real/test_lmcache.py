@@ -63,6 +63,14 @@ def test_batches_end_by_eventfd_and_chunks_come_back_after_a_restart(tmp_path):
         KvtierL2(**settings(tmp_path), **{"model.revision": "2"})
 
 
+def test_what_ends_while_the_adapter_closes_is_told_afterwards(tmp_path):
+    adapter = KvtierL2(**settings(tmp_path))
+    number = adapter.submit_batch_set(["a"], [chunk(1).data])
+    adapter.close()
+    assert adapter.drain_completions() == [(number, True, "", [True])]
+    assert adapter.drain_completions() == []
+
+
 def test_what_does_not_fit_is_refused_in_words(tmp_path):
     for wrong, says in (({"disk.formt": "raw"}, "nearest known key"), ({"disk.path": ""}, "disk.path")):
         with pytest.raises(ConfigError, match=says):

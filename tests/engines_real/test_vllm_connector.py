@@ -10,8 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+import msgspec
 import pytest
 import torch
+from vllm.config import KVEventsConfig
+from vllm.distributed.kv_events import BlockStored, KVEventBatch
 
 from kvtier.engines.vllm.settings import check_version, for_rank, settings_of
 from kvtier.errors import ConfigError, KVTierError, LayoutError, ModelError, StoreLocked
@@ -110,6 +113,10 @@ def talk(request, model_folder, store):
 
 LENGTHS = (8 * BLOCK, 8 * BLOCK + 1, 9 * BLOCK + 70)
 """A prompt ending with a block, one token after one, and inside one."""
+
+
+ANNOUNCED = 5 * BLOCK + 3
+"""One more, of which events tell."""
 
 
 class TestLossless:
@@ -215,14 +222,14 @@ class TestLossless:
         )
 
     def test_what_the_next_engine_will_ask_for_is_there(self, talk, answers):
-        for length in LENGTHS:
+        for length in (*LENGTHS, ANNOUNCED):
             talk.ask(talk.prompt(length, length))
             answers[length] = talk.ask(talk.prompt(length, length))[1]
 
 
 class TestRestarted:
     settings: ClassVar[dict[str, Any]] = LOSSLESS
-    options: ClassVar[dict[str, Any]] = {}
+    options: ClassVar[dict[str, Any]] = {"kv_events_config": KVEventsConfig(enable_kv_cache_events=True, publisher="null")}
 
     @pytest.mark.parametrize("length", LENGTHS)
     def test_a_new_engine_finds_what_the_last_one_left_on_disk(self, talk, answers, length):
@@ -230,6 +237,22 @@ class TestRestarted:
         assert cached == (length - 1) // BLOCK * BLOCK
         assert restored == answers[length]
         assert talk.counted("failed_pages") == 0
+
+    def test_events_name_pages_as_vllm_names_its_own_blocks(self, talk, monkeypatch):
+        told: list[Any] = []
+        publisher = talk.llm.llm_engine.engine_core.engine_core.scheduler.kv_event_publisher
+        decoder = msgspec.msgpack.Decoder(KVEventBatch)
+        monkeypatch.setattr(publisher, "publish", lambda batch: told.extend(decoder.decode(msgspec.msgpack.encode(batch)).events))
+        prompt = talk.prompt(ANNOUNCED, ANNOUNCED)
+        assert talk.ask(prompt)[0] == 5 * BLOCK
+        stored = {
+            medium: [event for event in told if isinstance(event, BlockStored) and event.medium == medium] for medium in ("GPU", "STORAGE")
+        }
+        hashes = {medium: [name for event in events for name in event.block_hashes] for medium, events in stored.items()}
+        assert len(hashes["STORAGE"]) == 5
+        assert hashes["STORAGE"] == hashes["GPU"]
+        assert [token for event in stored["STORAGE"] for token in event.token_ids] == prompt["prompt_token_ids"][: 5 * BLOCK]
+        assert [event.parent_block_hash for event in stored["STORAGE"]] == [None, *hashes["STORAGE"][:-1]]
 
     def test_it_all_came_from_disk(self, talk):
         hits = {metric.labels.get("tier"): metric.value for metric in talk.llm.get_metrics() if metric.name == "vllm:kvtier_hit_tokens"}

@@ -19,8 +19,9 @@ LAYOUT = PageLayout(2, 2, PAGE, 1, 8, "fp32")
 class Engine:
     """vLLM's scheduler as far as the connector sees it."""
 
-    def __init__(self, workers=1, events=False):
-        self.side = SchedulerSide(Settings(load_config(env={}), LAYOUT, b"namespace", workers), events)
+    def __init__(self, workers=1, events=False, **settings):
+        config = load_config(env={}, overrides={key.replace("__", "."): value for key, value in settings.items()})
+        self.side = SchedulerSide(Settings(config, LAYOUT, b"namespace", workers), events)
         self.workers = workers
         hellos = {rank: Hello(rank, ["device", "host"], [512, 512], RankReport(0)) for rank in range(workers)}
         self.side.greet(hellos)
@@ -122,6 +123,32 @@ def test_what_is_being_loaded_is_not_loaded_twice():
     assert engine.side.matched(waiting, 0) == 8
 
 
+def with_slow_tiers(**settings):
+    """An engine that has two pages of a prompt of 9 tokens, and has learned that loading a page takes 1 s and computing its tokens 1 ms."""
+    engine = Engine(**settings)
+    engine.stored(engine.step(engine.request("a", range(9))))
+    for pages in (1, 2, 3, 4):
+        engine.side._prices.restored([0, pages * 512], float(pages))
+        engine.side._prices.computed(0, pages * PAGE, pages / 1000)
+    return engine
+
+
+def test_what_is_faster_to_compute_is_not_loaded_however_often_vllm_asks():
+    engine = with_slow_tiers()
+    request = engine.request("b", range(9))
+    assert {engine.side.matched(request, 0) for _ in range(20_000)} == {0}
+    assert "declined_tokens" not in engine.side.counts.data, "nothing came of these questions yet"
+    engine.side.allocated(request, [7, 8, 9], 0)
+    engine.side.allocated(request, [7, 8, 9], 0)
+    assert engine.side.counts.data["declined_tokens"] == {"": 8}
+    assert engine.step().loads == []
+
+
+def test_everything_is_loaded_where_the_configuration_says_always():
+    engine = with_slow_tiers(mover__restore="always")
+    assert engine.side.matched(engine.request("b", range(9)), 0) == 8
+
+
 def test_stores_are_bounded_and_what_is_left_of_a_request_that_ends_is_counted():
     engine = Engine()
     pages = MOST_STORING + 5
@@ -174,3 +201,5 @@ def test_events_tell_of_tiers_in_vllms_words():
     assert [(type(event).__name__, event.block_hashes, event.medium) for event in engine.side.events()] == [
         ("BlockRemoved", [second], "CPU")
     ]
+    engine.side.reset()
+    assert [type(event).__name__ for event in engine.side.events()] == ["AllBlocksCleared"]

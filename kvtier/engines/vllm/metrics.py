@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 COUNTERS = {
     "hit_tokens": ("Tokens that were to be loaded instead of computed, by the tier they came from.", "tier"),
+    "declined_tokens": ("Tokens that were found and not loaded, because computing them again is faster.", ""),
     "loaded_pages": ("Pages (KV blocks of one worker) brought back into vLLM's cache.", ""),
     "failed_pages": ("Pages that were to be loaded and did not come; vLLM computed them again, or failed the request.", ""),
     "load_seconds": ("Seconds that loads took, from being told to the last page.", ""),

@@ -21,7 +21,8 @@ from kvtier.engines.vllm.keys import RequestKeys
 from kvtier.engines.vllm.messages import Hello, LoadJob, RankReport, StepPlan, StoreJob, WorkerReport
 from kvtier.engines.vllm.metrics import Counts
 from kvtier.engines.vllm.mirror import Mirror
-from kvtier.engines.vllm.settings import Settings
+from kvtier.engines.vllm.resets import announce
+from kvtier.engines.vllm.settings import Settings, for_rank
 from kvtier.engines.vllm.weights import adapter_revision
 from kvtier.keys import PageKey
 from kvtier.pricing import Prices
@@ -40,6 +41,10 @@ class RequestState:
     keys: RequestKeys
     asked_from: int = 0
     """Pages vLLM had itself when it last asked what there is to load."""
+    declined: int = 0
+    """Pages that were there then and are faster to compute."""
+    priced: tuple[bytes, int] = (b"", 0)
+    """Where the pages were when it was last priced, and how many to load."""
     stored: int = 0
     """Pages that need no storing any more."""
     fed: int = 0
@@ -119,7 +124,8 @@ class SchedulerSide:
         state = self._requests.get(request.request_id)
         if state is None or request.skip_reading_prefix_cache or self._prices is None:
             return 0
-        first = state.asked_from = computed // self._size
+        first, state.declined = computed // self._size, 0
+        state.asked_from = first
         keys = state.keys.first((request.num_tokens - 1) // self._size)
         wanted = keys[first:]
         hits = self.mirror.prefix(wanted)
@@ -130,15 +136,29 @@ class SchedulerSide:
             return 0
         if self._announcer is not None:
             self._announcer.describe(request, keys, range(first, first + hits))
-        homes = np.concatenate((np.zeros(first, np.intp), self.mirror.homes(wanted[:hits])))
-        worth = max(0, self._prices.pages_to_restore(homes, self._page_bytes) - first)
+        worth = self._worthwhile(state, wanted[:hits], self._prices)
+        state.declined = hits - worth
         return worth * self._size
+
+    def _worthwhile(self, state: RequestState, keys: Sequence[PageKey], prices: Prices) -> int:
+        """How many of these pages, which follow those vLLM has itself, to load. Priced once for as long as they stay where they are."""
+        if self._settings.config.mover.restore == "always":
+            return len(keys)
+        first = state.asked_from
+        homes = np.concatenate((np.zeros(first, np.intp), self.mirror.homes(keys)))
+        if state.priced[0] != homes.tobytes():
+            state.priced = homes.tobytes(), max(0, prices.pages_to_restore(homes, self._page_bytes) - first)
+        return state.priced[1]
 
     def allocated(self, request: Any, blocks: Sequence[int], tokens: int) -> None:
         """vLLM gave the request blocks for `tokens` tokens to load, behind those it had when it asked."""
+        state = self._requests.get(request.request_id)
+        if state is None:
+            return
+        self.counts.add("declined_tokens", state.declined * self._size)
+        state.declined = 0
         if not tokens:
             return
-        state = self._requests[request.request_id]
         first, pages = state.asked_from, tokens // self._size
         keys = state.keys.first(first + pages)[first:]
         self._loads.append(LoadJob(request.request_id, keys, list(blocks[first : first + pages])))
@@ -300,8 +320,10 @@ class SchedulerSide:
     # -- reset -----------------------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Everything kept is wrong from now on; the workers hear of it with the next step."""
+        """Everything kept is wrong from now on; the workers hear of it with the next step, or when they are next started."""
         self._generation += 1
+        for rank in range(self._settings.workers):
+            announce(for_rank(self._settings, rank), self._generation)
         self.mirror.clear()
         if self._announcer is not None:
             self._announcer.cleared()

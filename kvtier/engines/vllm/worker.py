@@ -23,6 +23,7 @@ from kvtier.cuda.surface import Accelerator, Event
 from kvtier.engines.vllm.layouts import BlockPages, matching, readings
 from kvtier.engines.vllm.messages import Hello, LoadDone, LoadJob, RankReport, StepPlan, StoreJob
 from kvtier.engines.vllm.metrics import Counts
+from kvtier.engines.vllm.resets import carried_out, pending
 from kvtier.engines.vllm.settings import Settings, for_rank
 from kvtier.errors import LayoutError
 from kvtier.keyed import KeyedPages
@@ -56,6 +57,10 @@ class WorkerSide:
         self.rank = rank
         self.counts = Counts()
         self.cache = TieredKVCache(for_rank(settings, rank), settings.layout)
+        if left := pending(self.cache.config):
+            log.info("kvtier: the last engine on this store was reset just before it ended; what it kept is dropped")
+            self.cache.clear()
+            carried_out(self.cache.config, left[-1])
         self._pages: KeyedPages = self.cache.by_key()
         self._blocks: BlockPages | None = None
         self._gpu: Accelerator | None = None
@@ -119,14 +124,14 @@ class WorkerSide:
         job, began, kept = keeping.job, time.perf_counter(), 0
         assert self._blocks is not None
         blocks = self._blocks
-        if keeping.ready is not None:
-            keeping.ready.wait()
 
         def fill(positions: Sequence[int], slots: Sequence[int]) -> None:
             for position, slot in zip(positions, slots, strict=True):
                 blocks.read(job.blocks[position], self._pages.slot(slot))
 
         try:
+            if keeping.ready is not None:
+                keeping.ready.wait()
             kept = self._pages.store(job.keys, job.before, job.depth, fill, wait)
         finally:
             keeping.copied.set()
@@ -208,6 +213,7 @@ class WorkerSide:
         """Forget everything in every tier. What is under way ends first."""
         self._quiesce()
         self.cache.clear()
+        carried_out(self.cache.config, generation)
         self._generation = generation
 
     def _quiesce(self) -> None:

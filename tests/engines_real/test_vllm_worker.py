@@ -1,0 +1,124 @@
+"""Laws checked of the connector's worker, without an engine: what it keeps, what it brings back, and that a reset reaches the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvtier.config import load_config
+from kvtier.engines.vllm.layouts import BlockPages, readings
+from kvtier.engines.vllm.messages import LoadJob, StepPlan, StoreJob
+from kvtier.engines.vllm.scheduler import SchedulerSide
+from kvtier.engines.vllm.settings import Settings
+from kvtier.engines.vllm.worker import Keeping, WorkerSide
+from kvtier.layout import PageLayout
+
+LAYOUT = PageLayout(layers=2, planes=2, page_tokens=4, kv_heads=2, head_dim=32, dtype="fp32")
+KEYS = [bytes([number]) * 32 for number in range(40)]
+ROOT = bytes([255]) * 32
+
+
+def settings(path: Path, workers: int = 1, disk_pages: int = 64) -> Settings:
+    sizes = {"device": 16, "host": 8, "disk": 2 * disk_pages}
+    asked: dict[str, Any] = {f"{tier}.capacity_bytes": pages * LAYOUT.page_bytes for tier, pages in sizes.items()}
+    asked |= {"disk.path": str(path), "device.place": "cpu", "host.write_policy": "write_through"}
+    asked |= {"host.format": "raw", "disk.format": "raw", "disk.write_policy": "write_through"}
+    return Settings(load_config(env={}, overrides=asked), LAYOUT, b"namespace", workers)
+
+
+class Engine:
+    """vLLM's blocks and a worker behind them."""
+
+    def __init__(self, settings: Settings, rank: int = 0) -> None:
+        self.worker = WorkerSide(settings, rank)
+        self.tensors = [torch.zeros(40, LAYOUT.kv_heads, LAYOUT.page_tokens, 2 * LAYOUT.head_dim) for _ in range(LAYOUT.layers)]
+        self.worker._blocks = BlockPages([readings(tensor, LAYOUT.head_dim)["K and V side by side"] for tensor in self.tensors])
+        self.jobs = 0
+
+    def store(self, first: int, count: int) -> None:
+        """Blocks of these numbers, full of their numbers, are kept under the keys of these numbers, 4 a job."""
+        for number in range(first, first + count):
+            for tensor in self.tensors:
+                tensor[number] = number
+        for start in range(first, first + count, 4):
+            numbers = list(range(start, min(start + 4, first + count)))
+            job = StoreJob(self.jobs, [KEYS[each] for each in numbers], KEYS[start - 1] if start else ROOT, start, numbers)
+            self.jobs += 1
+            self.worker.start_stores(StepPlan(self.worker._generation, [job]))
+        while self.worker.report()[0].stored or self.worker._keeping:
+            self.worker.cache.settle()
+
+    def load(self, count: int) -> int:
+        """Pages that came, of the first `count`, into blocks that held nothing."""
+        for tensor in self.tensors:
+            tensor.zero_()
+        self.worker.start_loads(StepPlan(self.worker._generation, loads=[LoadJob("request", KEYS[:count], list(range(count)))]))
+        loads: list[Any] = []
+        while not loads:
+            loads = self.worker.report()[0].loads
+        came: int = loads[0].pages
+        assert self.worker.unloaded_blocks() == set(range(came, count))
+        assert all(bool((tensor[number] == number).all()) for tensor in self.tensors for number in range(came))
+        return came
+
+
+def test_a_store_that_is_full_keeps_what_it_has_room_for_and_brings_that_back(tmp_path):
+    engine = Engine(settings(tmp_path, disk_pages=12))
+    engine.store(0, 36)
+    counts = engine.worker.taken_counts()
+    assert counts is not None
+    assert counts.data["evicted_pages"]["disk"] > 0
+    assert 0 < engine.load(36) < 36
+    engine.worker.cache.check_integrity()
+    engine.worker.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_reset_that_the_workers_never_hear_of_is_carried_out_at_the_next_start(tmp_path, workers):
+    about = settings(tmp_path, workers)
+    engines = [Engine(about, rank) for rank in range(workers)]
+    for engine in engines:
+        engine.store(0, 8)
+    SchedulerSide(about, events=False).reset()
+    for engine in engines:
+        engine.worker.close()
+    for rank in range(workers):
+        engine = Engine(about, rank)
+        assert not any(engine.worker.hello().report.masks.values())
+        assert engine.load(8) == 0
+        engine.store(0, 4)
+        engine.worker.close()
+        engine = Engine(about, rank)
+        assert engine.load(8) == 4, "a reset is carried out once"
+        engine.worker.close()
+
+
+def test_what_is_kept_after_a_reset_stays(tmp_path):
+    about = settings(tmp_path)
+    engine, scheduler = Engine(about), SchedulerSide(about, events=False)
+    engine.store(0, 8)
+    scheduler.reset()
+    engine.worker.before_step(StepPlan(1))
+    engine.store(0, 4)
+    engine.worker.close()
+    engine = Engine(about)
+    assert engine.load(8) == 4
+    engine.worker.close()
+
+
+def test_a_step_does_not_wait_for_ever_for_a_store_whose_device_failed(tmp_path):
+    class Failing:
+        def wait(self):
+            raise RuntimeError("the device is gone")
+
+        reached = property(lambda self: True)
+
+    engine = Engine(settings(tmp_path))
+    keeping = Keeping(StoreJob(0, KEYS[:1], ROOT, 0, [0]), Failing())
+    with pytest.raises(RuntimeError, match="gone"):
+        engine.worker._keep(keeping)
+    assert keeping.copied.is_set()
+    engine.worker.close()
