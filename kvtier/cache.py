@@ -260,7 +260,7 @@ class TieredKVCache:
 
     def _cut(self, lease: Lease) -> None:
         """Shorten a lease to the prefix that is on the device and let the rest go. Lock held."""
-        ready = self._residency.table.state[DEVICE, lease.rows] == READY
+        ready = (self._residency.table.state[DEVICE, lease.rows] == READY) & ~np.isin(lease.rows, list(lease.failed()))
         lease.cut(len(lease.rows) if ready.all() else int(ready.argmin()))
         self._residency.table.release(lease.rows[lease.pages :])
         del lease.rows[lease.pages :]

@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
@@ -76,6 +76,8 @@ class Lease:
     """Whether the holder was told the final `tokens` (by `wait`, `ready` or a layer). It may not write before."""
     promised: int | None = None
     """Tokens that were said to be final when the first layer was there."""
+    relied_on: set[Transfer] = field(default_factory=set)
+    """Transfers that were under way when that was said: what one of them fails to bring is broken, also if another brings it, elsewhere."""
     broken: bool = False
     """Fewer came than were promised."""
     attention: NDArray[np.float64] | None = None
@@ -145,10 +147,13 @@ class Lease:
             end = math.inf if timeout is None else time.monotonic() + timeout
             if not self.submitted.wait(timeout):
                 raise TimeoutError(f"no room for the restore was found in {timeout} s")
-            for transfer in self.transfers:
-                if not transfer.wait_layers(layers, None if timeout is None else max(0.0, end - time.monotonic())):
-                    raise TimeoutError(f"layer {layers - 1} was not there after {timeout} s")
-            self._shorten()
+            while True:
+                transfers = self.transfers
+                for transfer in transfers:
+                    if not transfer.wait_layers(layers, None if timeout is None else max(0.0, end - time.monotonic())):
+                        raise TimeoutError(f"layer {layers - 1} was not there after {timeout} s")
+                if self._shorten(transfers):
+                    break
         self.known = True
         self.check_whole()
 
@@ -167,14 +172,24 @@ class Lease:
         """Pages of `tokens`, a partly filled one included."""
         return -(-self.tokens // self.residency.layout.page_tokens)
 
-    def _shorten(self) -> None:
-        """Cut `tokens` before the first page that will not come. Refusals are final once the first layer is placed."""
+    def _shorten(self, waited: Sequence[Transfer]) -> bool:
+        """Cut `tokens` before the first page that will not come; False, and nothing done, if more transfers than `waited` bring pages now.
+        Refusals are final once the first layer is placed."""
         with self.residency.lock:
-            state = self.residency.table.state
-            coming = {row for transfer in self.transfers for row in transfer.coming()}
-            pages = next((index for index, row in enumerate(self.rows) if state[0, row] != READY and row not in coming), len(self.rows))
-            self.cut(pages)
+            if self.transfers != waited:
+                return False
+            state, failed = self.residency.table.state, self.failed()
+            coming = {row for transfer in self.transfers for row in transfer.coming()} - failed
+            missing = (index for index, row in enumerate(self.rows) if row in failed or (state[0, row] != READY and row not in coming))
+            self.cut(next(missing, len(self.rows)))
             self.promised = self.tokens
+            self.relied_on.update(transfer for transfer in waited if not transfer.future.done())
+            return True
+
+    def failed(self) -> set[int]:
+        """Rows that were promised by a transfer that did not bring them. Lock held."""
+        ended = [transfer for transfer in self.relied_on if transfer.future.done()]
+        return {move.row for transfer in ended for move in transfer.moves} - {row for transfer in ended for row in transfer.coming()}
 
     def cut(self, pages: int) -> None:
         """Only the first `pages` pages came or will come. Lock held."""

@@ -39,6 +39,8 @@ class LateEvent(Event):
     def wait(self) -> None:
         with self.stream.gpu.lock:
             self.stream.do_until(self)
+            if self.failure is not None:
+                self.stream.forgive()
             self._result()
 
     def _result(self) -> bool:
@@ -93,8 +95,6 @@ class LateStream(Stream):
             work = self._work.popleft()
             if isinstance(work, LateEvent):
                 work.reached, work.failure = self._failure is None, self._failure
-                if work is event:
-                    self._failure = None  # one transfer's failure is not the next one's
             elif isinstance(work, tuple):
                 work[0].stream.do_until(work[0])
             elif self._failure is None:
@@ -102,6 +102,10 @@ class LateStream(Stream):
                     work()
                 except Exception as error:  # noqa: BLE001 - as a GPU does: kept until somebody asks
                     self._failure = error
+
+    def forgive(self) -> None:
+        """A thread was told of the failure: it is not that of what is launched next. Lock held."""
+        self._failure = None
 
     @property
     def pending(self) -> int:

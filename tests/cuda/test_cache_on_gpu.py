@@ -192,6 +192,40 @@ def test_a_restore_that_breaks_half_way_breaks_the_lease_and_frees_its_slots_onl
             engine.assert_found(engine.read(lease), run(1, 2), DEEP)
 
 
+def test_what_a_broken_restore_promised_to_a_second_lease_is_broken_too_and_not_brought_to_another_place(monkeypatch):
+    """The second lease, which only went along, was told slots and read a layer; it must not be given the pages elsewhere without a word."""
+    monkeypatch.setattr(lane, "STEP_BYTES", 1)
+    with gpu_cache(monkeypatch, layout=DEEP, mover__workers=1) as cache:
+        put(cache, run(1, 2))
+        push_out(cache)
+        cache.flush()
+        stream: Any = cache._residency.mover.staging._lanes[0].stream
+        copy, asked, steps = stream.copy, threading.Event(), itertools.count()
+
+        def breaks_at_the_second_layer(*copies):
+            if next(steps) == 1:
+                assert asked.wait(20)
+                raise DeviceError("a cosmic ray")
+            copy(*copies)
+
+        monkeypatch.setattr(stream, "copy", breaks_at_the_second_layer)
+        first = cache.acquire(cache.lookup(run(1, 2)))
+        first.layer(0, timeout=20)
+        with cache.acquire(cache.lookup(run(1, 2))) as second:
+            second.layer(0, timeout=20)
+            assert second.tokens == 2 * PAGE
+            asked.set()
+            first.restored.result(20)
+            first.release()
+            second.restored.result(20)
+            with pytest.raises(TransferFailed):
+                second.layer(1, timeout=20)
+        with hold(cache, run(1, 2)) as lease:
+            engine = Engine(cache)
+            engine.assert_found(engine.read(lease), run(1, 2)[: lease.tokens], DEEP)
+        cache.check_integrity()
+
+
 @pytest.mark.parametrize("way", ["q8", "raw", "disk"])
 def test_bytes_under_way_fit_the_lanes_and_layers_of_many_pages_come_first(monkeypatch, tmp_path, way):
     """A restore of more pages than a lane holds whole goes by layers: the first one of all pages before the second of any."""
