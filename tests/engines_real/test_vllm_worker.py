@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,19 @@ def test_a_store_that_is_full_keeps_what_it_has_room_for_and_brings_that_back(tm
     assert counts.data["evicted_pages"]["disk"] > 0
     assert 0 < engine.load(36) < 36
     engine.worker.cache.check_integrity()
+    engine.worker.close()
+
+
+def test_what_was_told_to_be_stored_is_stored_when_the_engine_ends_at_once(tmp_path):
+    engine, go_on = Engine(settings(tmp_path)), threading.Event()
+    engine.worker._storer.submit(go_on.wait)
+    for tensor in engine.tensors:
+        tensor[:4] = torch.arange(4).reshape(4, 1, 1, 1)
+    engine.worker.start_stores(StepPlan(0, [StoreJob(0, KEYS[:4], ROOT, 0, [0, 1, 2, 3])]))
+    threading.Timer(0.2, go_on.set).start()
+    engine.worker.close()
+    engine = Engine(settings(tmp_path))
+    assert engine.load(4) == 4
     engine.worker.close()
 
 
