@@ -130,9 +130,11 @@ def with_slow_tiers(**settings):
     """An engine that has two pages of a prompt of 9 tokens, and has learned that loading a page takes 1 s and computing its tokens 1 ms."""
     engine = Engine(**settings)
     engine.stored(engine.step(engine.request("a", range(9))))
+    prices = engine.side._prices
+    assert prices is not None
     for pages in (1, 2, 3, 4):
-        engine.side._prices.restored([0, pages * 512], float(pages))
-        engine.side._prices.computed(0, pages * PAGE, pages / 1000)
+        prices.restored([0, pages * 512], float(pages))
+        prices.computed(0, pages * PAGE, pages / 1000)
     return engine
 
 
@@ -156,7 +158,12 @@ def test_an_adapter_that_is_loaded_anew_has_pages_of_its_own(tmp_path, monkeypat
     weights = tmp_path / "adapter_model.safetensors"
     weights.write_bytes(b"one")
     engine, read = Engine(), []
-    monkeypatch.setattr(scheduler, "adapter_revision", lambda path: read.append(path) or adapter_revision(path))
+
+    def reading(path):
+        read.append(path)
+        return adapter_revision(path)
+
+    monkeypatch.setattr(scheduler, "adapter_revision", reading)
 
     def found(name, number, **more):
         adapter = LoRARequest("adapter", number, str(tmp_path), **more)

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from kvtier.config import load_config
+from kvtier.cuda.surface import Event
 from kvtier.engines.vllm.layouts import BlockPages, readings
 from kvtier.engines.vllm.messages import LoadJob, StepPlan, StoreJob
 from kvtier.engines.vllm.scheduler import SchedulerSide
 from kvtier.engines.vllm.settings import Settings
 from kvtier.engines.vllm.worker import Keeping, WorkerSide
+from kvtier.errors import DeviceError
 from kvtier.layout import PageLayout
 
 LAYOUT = PageLayout(layers=2, planes=2, page_tokens=4, kv_heads=2, head_dim=32, dtype="fp32")
@@ -124,15 +126,16 @@ def test_what_is_kept_after_a_reset_stays(tmp_path):
 
 
 def test_a_step_does_not_wait_for_ever_for_a_store_whose_device_failed(tmp_path):
-    class Failing:
-        def wait(self):
-            raise RuntimeError("the device is gone")
+    class Failing(Event):
+        def done(self) -> bool:
+            return False
 
-        reached = property(lambda self: True)
+        def wait(self) -> None:
+            raise DeviceError("the device is gone")
 
     engine = Engine(settings(tmp_path))
     keeping = Keeping(StoreJob(0, KEYS[:1], ROOT, 0, [0]), Failing())
-    with pytest.raises(RuntimeError, match="gone"):
+    with pytest.raises(DeviceError, match="gone"):
         engine.worker._keep(keeping)
     assert keeping.copied.is_set()
     engine.worker.close()
