@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+from vllm.lora.request import LoRARequest
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from kvtier.config import load_config
+from kvtier.engines.vllm import scheduler
 from kvtier.engines.vllm.messages import Hello, LoadDone, RankReport, WorkerReport
 from kvtier.engines.vllm.scheduler import MOST_STORING, SchedulerSide
 from kvtier.engines.vllm.settings import Settings
+from kvtier.engines.vllm.weights import adapter_revision
 from kvtier.layout import PageLayout
 
 PAGE = 4
@@ -27,14 +30,14 @@ class Engine:
         self.side.greet(hellos)
         self.blocks: dict[str, list[int]] = {}
 
-    def request(self, name, tokens, salt=None):
+    def request(self, name, tokens, salt=None, lora=None):
         request = SimpleNamespace(
             request_id=name,
             all_token_ids=list(tokens),
             num_tokens=len(tokens),
             num_computed_tokens=0,
             prompt_embeds=None,
-            lora_request=None,
+            lora_request=lora,
             cache_salt=salt,
             mm_features=[],
             skip_reading_prefix_cache=False,
@@ -127,9 +130,11 @@ def with_slow_tiers(**settings):
     """An engine that has two pages of a prompt of 9 tokens, and has learned that loading a page takes 1 s and computing its tokens 1 ms."""
     engine = Engine(**settings)
     engine.stored(engine.step(engine.request("a", range(9))))
+    prices = engine.side._prices
+    assert prices is not None
     for pages in (1, 2, 3, 4):
-        engine.side._prices.restored([0, pages * 512], float(pages))
-        engine.side._prices.computed(0, pages * PAGE, pages / 1000)
+        prices.restored([0, pages * 512], float(pages))
+        prices.computed(0, pages * PAGE, pages / 1000)
     return engine
 
 
@@ -147,6 +152,32 @@ def test_what_is_faster_to_compute_is_not_loaded_however_often_vllm_asks():
 def test_everything_is_loaded_where_the_configuration_says_always():
     engine = with_slow_tiers(mover__restore="always")
     assert engine.side.matched(engine.request("b", range(9)), 0) == 8
+
+
+def test_an_adapter_that_is_loaded_anew_has_pages_of_its_own(tmp_path, monkeypatch):
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(b"one")
+    engine, read = Engine(), []
+
+    def reading(path):
+        read.append(path)
+        return adapter_revision(path)
+
+    monkeypatch.setattr(scheduler, "adapter_revision", reading)
+
+    def found(name, number, **more):
+        adapter = LoRARequest("adapter", number, str(tmp_path), **more)
+        return engine.side.matched(engine.request(name, range(9), lora=adapter), 0)
+
+    engine.stored(engine.step(engine.request("a", range(9), lora=LoRARequest("adapter", 1, str(tmp_path)))))
+    assert found("b", 1) == 8
+    assert len(read) == 1, "the weights are read once, not for every request"
+    weights.write_bytes(b"two")
+    assert found("c", 1) == 8, "vLLM goes on with the weights it has"
+    assert found("d", 1, load_inplace=True) == 0
+    assert found("e", 2) == 0
+    weights.write_bytes(b"one")
+    assert found("f", 3) == 8
 
 
 def test_stores_are_bounded_and_what_is_left_of_a_request_that_ends_is_counted():

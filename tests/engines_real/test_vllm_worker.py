@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 
 from kvtier.config import load_config
+from kvtier.cuda.surface import Event
 from kvtier.engines.vllm.layouts import BlockPages, readings
 from kvtier.engines.vllm.messages import LoadJob, StepPlan, StoreJob
 from kvtier.engines.vllm.scheduler import SchedulerSide
 from kvtier.engines.vllm.settings import Settings
 from kvtier.engines.vllm.worker import Keeping, WorkerSide
+from kvtier.errors import DeviceError
 from kvtier.layout import PageLayout
 
 LAYOUT = PageLayout(layers=2, planes=2, page_tokens=4, kv_heads=2, head_dim=32, dtype="fp32")
@@ -76,6 +79,19 @@ def test_a_store_that_is_full_keeps_what_it_has_room_for_and_brings_that_back(tm
     engine.worker.close()
 
 
+def test_what_was_told_to_be_stored_is_stored_when_the_engine_ends_at_once(tmp_path):
+    engine, go_on = Engine(settings(tmp_path)), threading.Event()
+    engine.worker._storer.submit(go_on.wait)
+    for tensor in engine.tensors:
+        tensor[:4] = torch.arange(4).reshape(4, 1, 1, 1)
+    engine.worker.start_stores(StepPlan(0, [StoreJob(0, KEYS[:4], ROOT, 0, [0, 1, 2, 3])]))
+    threading.Timer(0.2, go_on.set).start()
+    engine.worker.close()
+    engine = Engine(settings(tmp_path))
+    assert engine.load(4) == 4
+    engine.worker.close()
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_reset_that_the_workers_never_hear_of_is_carried_out_at_the_next_start(tmp_path, workers):
     about = settings(tmp_path, workers)
@@ -110,15 +126,16 @@ def test_what_is_kept_after_a_reset_stays(tmp_path):
 
 
 def test_a_step_does_not_wait_for_ever_for_a_store_whose_device_failed(tmp_path):
-    class Failing:
-        def wait(self):
-            raise RuntimeError("the device is gone")
+    class Failing(Event):
+        def done(self) -> bool:
+            return False
 
-        reached = property(lambda self: True)
+        def wait(self) -> None:
+            raise DeviceError("the device is gone")
 
     engine = Engine(settings(tmp_path))
     keeping = Keeping(StoreJob(0, KEYS[:1], ROOT, 0, [0]), Failing())
-    with pytest.raises(RuntimeError, match="gone"):
+    with pytest.raises(DeviceError, match="gone"):
         engine.worker._keep(keeping)
     assert keeping.copied.is_set()
     engine.worker.close()

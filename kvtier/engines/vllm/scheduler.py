@@ -75,7 +75,7 @@ class SchedulerSide:
         self.counts = Counts()
         self._announcer = Announcer(self.mirror, self._size) if events else None
         self._requests: dict[str, RequestState] = {}
-        self._adapters: dict[str, str] = {}
+        self._adapters: dict[tuple[int, str], str] = {}
         self._loads: list[LoadJob] = []
         self._loading: dict[str, _Loading] = {}
         self._fetching: set[PageKey] = set()
@@ -112,12 +112,17 @@ class SchedulerSide:
     def on_new_request(self, request: Any) -> None:
         """Requests whose prompt is not made of tokens are passed over."""
         if request.prompt_embeds is None:
-            revision = ""
-            if request.lora_request is not None:
-                path = request.lora_request.lora_path
-                revision = self._adapters.setdefault(path, adapter_revision(path))
-            keys = RequestKeys(request, self._settings.namespace, self._size, revision)
+            keys = RequestKeys(request, self._settings.namespace, self._size, self._revision(request.lora_request))
             self._requests[request.request_id] = RequestState(request, keys)
+
+    def _revision(self, adapter: Any) -> str:
+        """Which weights a LoRA adapter has: read when vLLM reads them, which is once, or anew if they are to be loaded in place."""
+        if adapter is None:
+            return ""
+        name = adapter.lora_int_id, adapter.lora_path
+        if adapter.load_inplace or name not in self._adapters:
+            self._adapters[name] = adapter_revision(adapter.lora_path)
+        return self._adapters[name]
 
     def matched(self, request: Any, computed: int) -> int | None:
         """Tokens to load beyond the first `computed` (whole blocks); None: ask again."""

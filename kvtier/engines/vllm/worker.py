@@ -224,10 +224,9 @@ class WorkerSide:
             thread.submit(lambda: None).result()
 
     def close(self) -> None:
-        """Stop; what the disk does not have yet is written there."""
-        self._quiesce()
+        """Stop. What is on its way into the tiers gets there, and what the disk does not have yet is written there."""
+        self._loader.shutdown(cancel_futures=True)
         self._storer.shutdown()
-        self._loader.shutdown()
         self.cache.close()
 
 
