@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtier.policy import A2CR, Pages, a2cr, reuse
-from kvtier.policy.reuse import AGES, LEAST_DENSITY, Reals, ReuseModel
+from kvtier.policy.reuse import AGES, LEAST_DENSITY, ReuseModel
 
 
 class WithoutGhosts(A2CR):
@@ -37,22 +37,19 @@ class WithoutEnds(A2CR):
 class HazardNow(ReuseModel):
     """Worth is the chance of a use within the age a page is at, per second: no looking ahead."""
 
-    def _worth_of(self, features: NDArray[np.int64]) -> Reals:
-        hazard = self._hazards(features)
+    def _appraise(self, kinds: NDArray[np.int64]) -> None:
+        super()._appraise(kinds)
+        hazard = self._hazards(self._features[kinds])
         hazard[:, -1] = 0.0
-        worth: Reals = np.log(np.maximum(hazard / (reuse._WIDTHS * (1.0 - hazard / 2)), LEAST_DENSITY))
-        return worth
+        self.worth[kinds] = np.log(np.maximum(hazard / (reuse._WIDTHS * (1.0 - hazard / 2)), LEAST_DENSITY))
 
 
 class ChanceOfReuse(ReuseModel):
     """Worth is the chance of any use still to come: how long that takes does not count."""
 
-    def _worth_of(self, features: NDArray[np.int64]) -> Reals:
-        hazard = self._hazards(features)
-        hazard[:, -1] = 0.0
-        never = np.cumprod(1.0 - hazard[:, ::-1], axis=1)[:, ::-1]
-        worth: Reals = np.log(np.maximum(1.0 - never, LEAST_DENSITY))
-        return worth
+    def _appraise(self, kinds: NDArray[np.int64]) -> None:
+        super()._appraise(kinds)
+        self.worth[kinds] = np.log(np.maximum(self.chance[kinds], LEAST_DENSITY))
 
 
 def _modelled(model: type[ReuseModel]) -> Callable[[], A2CR]:
