@@ -161,6 +161,7 @@ def measure(
             for name in systems:
                 run.step(f"long documents: {name}")
                 ask_about_documents(name, plan, seen[name])
+                run.progress.console.print(f"{name}: {outcome(seen[name])}")
         if "no-reuse" in cases:
             compare_without_reuse(run, plan, seen)
     return rows(seen)
@@ -225,6 +226,12 @@ def compare_without_reuse(run: Run, plan: Plan, seen: dict[str, Seen]) -> None:
                 for number in range(run.repeats):
                     both = {each is served: turn(each) for each in ((plain, served) if number % 2 else (served, plain))}
                     found.no_reuse.append((both[True][0] / both[False][0], both[True][1] / both[False][1]))
+
+
+def outcome(found: Seen) -> str:
+    """What a system showed, for those who wait for the rest."""
+    cases = {"cold": found.cold, "from memory": found.ram, "from disk": found.disk}
+    return ", ".join(f"{case} {first_s(answers):.3f} s" for case, answers in cases.items() if answers)
 
 
 def first_s(answers: Sequence[Answer]) -> float:
