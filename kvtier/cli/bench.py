@@ -265,6 +265,28 @@ def attend(
     measured("attend", repeats, tiny, json, plot, profile, note, layout=layout, prefix_tokens=prefix_tokens)
 
 
+@app.command()
+def engines(
+    systems: Annotated[str, typer.Option(metavar="NAME,...", help="Some of the systems it knows. Default: all.")] = "",
+    cases: Annotated[str, typer.Option(metavar="NAME,...", help="documents, no-reuse or both.")] = "documents,no-reuse",
+    documents: Annotated[int, typer.Option(help="Documents that are asked about in turn; at least 4.")] = 6,
+    document_tokens: Annotated[int, typer.Option(help="Tokens of each document.")] = 3000,
+    rounds: Annotated[int, typer.Option(help="Questions about each document before the restart; at least 2.")] = 3,
+    path: PathOption = None,
+    repeats: RepeatsOption = 7,
+    tiny: TinyOption = False,
+    json: JsonOption = None,
+    plot: PlotOption = None,
+    profile: ProfileOption = None,
+) -> None:
+    """Time to first token inside vLLM: kvtier beside vLLM's own tiers and LMCache, cold, from memory and from disk after a restart."""
+    program = importlib.import_module("kvtier.bench.engines")
+    options: dict[str, Any] = {"cases": cases.split(","), "documents": documents, "document_tokens": document_tokens, "rounds": rounds}
+    options |= {"systems": systems.split(",") if systems else tuple(program.SYSTEMS), "path": _directory(path)}
+    note = "s: to the first token; ceiling: a plain engine whose own cache holds everything"
+    measured("engines", repeats, tiny, json, plot, profile, note, **options)
+
+
 def _directory(path: Path | None) -> Path | None:
     if path is not None and not path.is_dir():
         raise KVTierError(f"--path {path} is not a directory; name an existing one")

@@ -38,7 +38,7 @@ def offloading(path: Path, **tier: Any) -> dict[str, Any]:
     }
     # ---
     extra: dict[str, Any] = config["kv_connector_extra_config"]  # type: ignore[assignment]
-    extra |= {"spec_name": "CpuTieringSpec", "spec_module_path": "tests.engines_real.cpu_tiering"}
+    extra |= {"spec_name": "CpuTieringSpec", "spec_module_path": "kvtier.bench.cpu_tiering"}
     extra["secondary_tiers"][0] |= tier
     return config
 

@@ -1,4 +1,4 @@
-"""vLLM's tiered offloading on a machine without a GPU: its own spec refuses CPUs, so this one copies rows with torch. For tests only."""
+"""vLLM's tiered offloading without a GPU: its own spec refuses CPUs, so this one copies rows with torch. For benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 
-class RowCopier(OffloadingWorker):
+class RowCopier(OffloadingWorker):  # type: ignore[misc]
     """Copies blocks between the engine's cache and rows of the CPU tier, one block a chunk, one KV group."""
 
     def __init__(self, kv_caches: CanonicalKVCaches, region: SharedOffloadRegion) -> None:
@@ -54,7 +54,7 @@ class RowCopier(OffloadingWorker):
         self._region.cleanup()
 
 
-class CpuTieringSpec(TieringOffloadingSpec):
+class CpuTieringSpec(TieringOffloadingSpec):  # type: ignore[misc]
     """vLLM's tiers with a worker for CPUs."""
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:

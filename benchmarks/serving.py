@@ -1,0 +1,311 @@
+"""Serving engines and cache servers as processes: how they are started, asked, measured and stopped. What `engines.py` compares.
+
+Each is the leader of a session of its own, so that its children are counted and stopped with it, and nobody else's. All engines get the
+same number of threads, given: left to itself, vLLM takes one fewer in some configurations than in others. State: the processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvtier.errors import KVTierError
+
+START_S, ANSWER_S, STOP_S = 180.0, 60.0, 60.0
+"""How long a process may take to be up, an engine to answer, a process to stop."""
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request: seconds from giving it to the engine, and the prompt's tokens that came from a cache."""
+
+    first_s: float
+    total_s: float
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a connector is told: where its files go, the port of its server, memory it may take beside the engine's own cache."""
+
+    store: Path
+    port: int
+    memory_gib: int
+
+
+@dataclass(frozen=True)
+class System:
+    """Something behind an engine's own cache, or nothing.
+
+    `connector`: arguments of vLLM's `KVTransferConfig`; None without one.
+    `chunk_tokens`: of the LMCache server it needs, 0 without one. `durable`: whether the store outlives the engine.
+    """
+
+    connector: Callable[[Place], dict[str, Any]] | None = None
+    chunk_tokens: int = 0
+    durable: bool = False
+
+
+def _tiering(place: Place) -> dict[str, Any]:
+    extra = {"cpu_bytes_to_use": place.memory_gib * GIB, "spec_name": "CpuTieringSpec", "spec_module_path": "kvtier.bench.cpu_tiering"}
+    tiers = [{"type": "fs", "root_dir": str(place.store)}]
+    return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra | {"secondary_tiers": tiers}}
+
+
+def _lmcache(place: Place) -> dict[str, Any]:
+    return {
+        "kv_connector": "LMCacheMPConnector",
+        "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": place.port},
+    }
+
+
+def _kvtier(host_format: str, disk_format: str) -> Callable[[Place], dict[str, Any]]:
+    def connector(place: Place) -> dict[str, Any]:
+        return {
+            "kv_connector": "KvtierConnector",
+            "kv_connector_module_path": "kvtier.engines.vllm",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {
+                "host.capacity_bytes": f"{place.memory_gib}GiB",
+                "host.format": host_format,
+                "disk.path": str(place.store),
+                "disk.capacity_bytes": f"{4 * place.memory_gib}GiB",
+                "disk.format": disk_format,
+            },
+        }
+
+    return connector
+
+
+SYSTEMS = {
+    "plain": System(),
+    "floor": System(),
+    "vllm-fs": System(_tiering, durable=True),
+    "lmcache-ram": System(_lmcache, chunk_tokens=128),
+    "lmcache-fs": System(_lmcache, chunk_tokens=128, durable=True),
+    "lmcache-fs-256": System(_lmcache, chunk_tokens=256, durable=True),
+    "kvtier-raw": System(_kvtier("raw", "raw"), durable=True),
+    "kvtier-q8": System(_kvtier("q8", "q8"), durable=True),
+    "kvtier-q4": System(_kvtier("q8", "q4"), durable=True),
+}
+"""By name: vLLM alone; the same with room for everything; its own tiers; LMCache's server; kvtier with (host, disk) formats."""
+
+
+@dataclass(frozen=True)
+class EngineSetUp:
+    """The engine itself: arguments of `vllm.LLM`, GiB that its cache may take, compute threads."""
+
+    arguments: dict[str, Any]
+    cache_gib: int
+    threads: int
+
+
+class Process:
+    """A process that leads a session; `log` gets what it says on standard error."""
+
+    def __init__(self, name: str, command: Sequence[str], variables: dict[str, str], log: Path) -> None:
+        self.name, self.log = name, log
+        with log.open("ab") as errors:
+            self.child = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=os.environ | variables,
+                start_new_session=True,
+            )
+
+    def cpu_s(self) -> float:
+        """CPU seconds that the living processes of this session took so far."""
+        ticks = 0
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # processes end meanwhile
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[3]) == self.child.pid:
+                    ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def failed(self, why: str) -> KVTierError:
+        """An error with the end of what the process said."""
+        said = self.log.read_text(errors="replace").splitlines()[-15:]
+        return KVTierError(f"{self.name} {why}; the last it said:\n" + "\n".join(said))
+
+    def stop(self) -> None:
+        """Ask it to end, and its children if it does not. Also ends those that it left behind."""
+        assert self.child.stdin is not None
+        assert self.child.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.child.stdin.close()
+        self.ask_to_end()
+        try:
+            self.child.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            raise self.failed(f"did not stop within {STOP_S:.0f} s") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.child.pid, signal.SIGKILL)
+            self.child.wait()
+            self.child.stdout.close()
+
+    def ask_to_end(self) -> None:
+        """Beyond the end of its standard input."""
+
+
+class Server(Process):
+    """An LMCache server on a free port, up when this returns. With `store`, its files are there."""
+
+    def __init__(self, chunk_tokens: int, store: Path | None, memory_gib: int, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            self.port = int(free.getsockname()[1])
+        command = [sys.executable, "-m", "lmcache.v1.multiprocess.server", "--host", "localhost", "--port", str(self.port)]
+        command += ["--chunk-size", str(chunk_tokens), "--l1-size-gb", str(memory_gib), "--eviction-policy", "LRU"]
+        command += ["--disable-observability", "--supported-transfer-mode", "engine_driven", "--shm-name", f"kvtier-bench-{os.getpid()}"]
+        if store is not None:
+            command += ["--l2-adapter", json.dumps({"type": "fs", "base_path": str(store)})]
+        super().__init__("the LMCache server", command, {"LMCACHE_TRACK_USAGE": "false"}, log)
+        until = time.monotonic() + START_S
+        while not self._listens():
+            if self.child.poll() is not None or time.monotonic() > until:
+                error = self.failed("did not start")
+                self.stop()
+                raise error
+            time.sleep(0.1)
+
+    def _listens(self) -> bool:
+        with contextlib.closing(socket.socket()) as probe:
+            return probe.connect_ex(("localhost", self.port)) == 0
+
+    def ask_to_end(self) -> None:
+        """It does not look at its standard input."""
+        self.child.terminate()
+
+
+class Engine(Process):
+    """A vLLM engine (`engine_process.py`), up when this returns."""
+
+    def __init__(self, name: str, set_up: EngineSetUp, connector: dict[str, Any] | None, log: Path) -> None:
+        variables = {
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(set_up.threads),
+            "VLLM_CPU_KVCACHE_SPACE": str(set_up.cache_gib),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "LMCACHE_TRACK_USAGE": "false",
+        }
+        settings = json.dumps({"engine": set_up.arguments, "connector": connector})
+        super().__init__(f"the engine of {name}", [sys.executable, "-m", "kvtier.bench.engine_process", settings], variables, log)
+        try:
+            self._hear(START_S)
+        except BaseException:
+            os.killpg(self.child.pid, signal.SIGKILL)
+            self.child.wait()
+            raise
+
+    def ask(self, prompt: Sequence[int], new_tokens: int) -> Answer:
+        """Have a prompt answered. KVTierError if that takes longer than `ANSWER_S`, or the engine ended."""
+        assert self.child.stdin is not None
+        self.child.stdin.write(json.dumps({"prompt": list(prompt), "new_tokens": new_tokens}).encode() + b"\n")
+        self.child.stdin.flush()
+        return Answer(**self._hear(ANSWER_S))
+
+    def _hear(self, seconds: float) -> dict[str, Any]:
+        assert self.child.stdout is not None
+        if not select.select([self.child.stdout], [], [], seconds)[0]:
+            raise self.failed(f"said nothing for {seconds:.0f} s")
+        line = self.child.stdout.readline()
+        if not line:
+            raise self.failed("ended")
+        heard: dict[str, Any] = json.loads(line)
+        return heard
+
+
+@dataclass
+class Serving:
+    """An engine and the server it needs, if any."""
+
+    engine: Engine
+    server: Server | None
+
+    def cpu_s(self) -> float:
+        """CPU seconds of both so far."""
+        return self.engine.cpu_s() + (self.server.cpu_s() if self.server is not None else 0.0)
+
+
+@contextlib.contextmanager
+def serving(name: str, set_up: EngineSetUp, memory_gib: int, room: Path) -> Iterator[Serving]:
+    """System `name` with `memory_gib` beside the engine's own cache and its files in `room/name`, stopped at the end.
+
+    KVTierError if something does not start, answer or stop.
+    """
+    system, log = SYSTEMS[name], room / f"{name}.log"
+    store = stored_in(room, name)
+    with contextlib.ExitStack() as stack:
+        server, connector = None, None
+        if system.chunk_tokens:
+            server = Server(system.chunk_tokens, store if system.durable else None, memory_gib, room / f"{name}-server.log")
+            stack.callback(server.stop)
+        if system.connector is not None:
+            connector = system.connector(Place(store, server.port if server is not None else 0, memory_gib))
+        engine = Engine(name, set_up, connector, log)
+        stack.callback(engine.stop)
+        yield Serving(engine, server)
+
+
+@contextlib.contextmanager
+def stopped_in_order() -> Iterator[None]:
+    """While in here, SIGTERM ends this program as an exception does: it stops what it started. For the main thread."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def stored_in(room: Path, name: str) -> Path:
+    """Where system `name` keeps its files."""
+    return room / name
+
+
+def bytes_on_disk(store: Path) -> int:
+    """Bytes that the files under `store` occupy, once that has not changed for a second; waits a minute at most."""
+    before, since, until = -1, time.monotonic(), time.monotonic() + 60
+    while time.monotonic() < until:
+        now = 0
+        for path in store.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # names of files on their way
+                now += path.stat().st_blocks * 512
+        if now != before:
+            before, since = now, time.monotonic()
+        elif time.monotonic() - since > 1:
+            return now
+        time.sleep(0.1)
+    raise KVTierError(f"{store} still grows after a minute; the figures of a disk that lags so far behind would say nothing")
+
+
+def drop_from_page_cache(store: Path) -> None:
+    """Have the kernel forget the contents of the files under `store`, which are written out first."""
+    for path in store.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
