@@ -204,9 +204,9 @@ class FormatContract:
     def test_pages_that_begin_a_sequence_have_a_good_first_token_and_payloads_of_the_same_size(self, data: st.DataObject) -> None:
         format, layout = self.make_format(), data.draw(self.layouts())
         kind = data.draw(st.sampled_from(["gaussian", "outlier channels"]))
-        batch = make_pages(layout, kind, 32, seed=data.draw(st.integers(0, 99)))
+        batch = make_pages(layout, kind, 128, seed=data.draw(st.integers(0, 99)))
         begin = data.draw(st.sampled_from([0, 1]))
-        payloads = format.encode(batch, layout, first=range(begin, 32, 2))
+        payloads = format.encode(batch, layout, first=range(begin, 128, 2))
         assert format.fixed_size <= all(len(payload) == format.payload_bytes(layout) for payload in payloads)
         decoded, plain = format.decode(format.unpack(payloads, layout), layout), self.round_trip(batch, layout)
         # Of many, not of each: what a page's other tokens give up for its first one may cost that one more than it gains.
