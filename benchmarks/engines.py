@@ -175,13 +175,14 @@ def ask_about_documents(name: str, plan: Plan, seen: Seen) -> None:
         for question in range(plan.rounds):
             began = served.cpu_s()
             answers = [served.engine.ask(prompts.about(document, question), NEW_TOKENS) for document in range(prompts.documents)]
-            seen.disk_bytes = bytes_on_disk(store)  # whatever is still on its way arrives, so that the next round finds it
+            bytes_on_disk(store)  # whatever is still on its way arrives, so that the next round finds it
             seen.cpu_s += served.cpu_s() - began
             (seen.ram if question else seen.cold).extend(answers)
         if name == "plain":
             seen.cold, seen.ram = seen.cold + seen.ram, []
         check(name, seen.ram)
     if system.durable:
+        seen.disk_bytes = bytes_on_disk(store)  # with what an engine that ends writes
         drop_from_page_cache(store)
         with plan.start(name) as served:
             greet(served)
