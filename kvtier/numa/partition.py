@@ -134,10 +134,12 @@ def _greedy(problem: _Problem) -> list[int]:
 
 
 def _refined(problem: _Problem, node_of: list[int]) -> list[int]:
-    """Move single parts, or swap two, while that makes it better; from contiguous blocks too, which suits chains."""
+    """Move single parts, or swap two, while that makes it better; from contiguous blocks too, which suits chains, and from one node alone,
+    which nothing may be worse than."""
     parts = len(node_of)
     blocks = [part * problem.nodes // parts for part in range(parts)]
-    return min((_descended(problem, start) for start in (node_of, blocks)), key=lambda each: problem.judged(each, "greedy").objective)
+    starts = (node_of, blocks, [0] * parts)
+    return min((_descended(problem, start) for start in starts), key=lambda each: problem.judged(each, "greedy").objective)
 
 
 def _descended(problem: _Problem, start: Sequence[int]) -> list[int]:
