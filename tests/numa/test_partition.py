@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvtier.errors import MissingExtra, NumaError
@@ -40,6 +40,9 @@ def problems(draw):
 
 @settings(deadline=None)
 @given(problems())
+@example(
+    ([0] * 5, {(0, 2): 3, (0, 3): 3, (1, 3): 4, (1, 4): 1, (2, 3): 2, (2, 4): 6, (3, 4): 5}, 3, 0.0)
+)  # METIS balances what weighs nothing
 def test_small_problems_are_solved_as_brute_force_does(problem):
     loads, traffic, nodes, balance = problem
     best = brute_force(loads, traffic, nodes, balance)
