@@ -10,8 +10,8 @@ from kvtier.attention.digest import encode, key_logits, page_logits
 from kvtier.attention.select import page_mass
 from kvtier.errors import IntegrityError
 from kvtier.lease import Lease
-from kvtier.pages import READY
-from kvtier.residency import DEVICE, Residency
+from kvtier.pages import DEVICE, READY
+from kvtier.residency import Residency
 
 
 def lease_mass(residency: Residency, lease: Lease, layer: int, queries: torch.Tensor) -> NDArray[np.float64]:

@@ -36,9 +36,9 @@ from kvtier.layout import PageLayout
 from kvtier.lease import Lease, Match
 from kvtier.mover.transfer import Priority, Transfer
 from kvtier.numa.executor import NumaThreadPool
-from kvtier.pages import ABSENT, NO_ROW, READY, WRITING
+from kvtier.pages import ABSENT, DEVICE, NO_ROW, READY, WRITING
 from kvtier.prefetch import Prefetch
-from kvtier.residency import DEVICE, Residency
+from kvtier.residency import Residency
 from kvtier.resizing import resize
 from kvtier.tiers.base import Tier
 from kvtier.writing import Writer
@@ -223,7 +223,7 @@ class TieredKVCache:
             """Go along with every transfer that brings pages of this lease, whoever started it."""
             with residency.lock:
                 rows = [] if lease.released else lease.rows
-                coming = list(dict.fromkeys(residency.inflight[row, DEVICE] for row in rows if table.state[DEVICE, row] == WRITING))
+                coming = list(dict.fromkeys(residency.copying.inflight[row, DEVICE] for row in rows if table.state[DEVICE, row] == WRITING))
                 lease.transfers = list(dict.fromkeys([*lease.transfers, *coming]))
             for transfer in coming:
                 residency.mover.urge(transfer)
@@ -244,7 +244,7 @@ class TieredKVCache:
                     if not joined and not wanted:
                         break
                     asked.update(wanted)
-                    await residency.lift(wanted, Priority.DEMAND, launched)
+                    await residency.copying.lift(wanted, Priority.DEMAND, launched)
                 for transfer in joined:
                     await asyncio.wrap_future(transfer.future)
         finally:
@@ -573,7 +573,7 @@ class TieredKVCache:
                 rows = residency.table.ready(tier)[::-1]
             for start in range(0, len(rows), CLEARED_AT_ONCE):
                 with residency.lock:
-                    dropped += residency.clear(rows[start : start + CLEARED_AT_ONCE], tier)
+                    dropped += residency.eviction.clear(rows[start : start + CLEARED_AT_ONCE], tier)
         for tier_slots in residency.tiers:
             if isinstance(tier_slots, Tier):
                 residency.mover.spawn(residency.mover.work(tier_slots.tidy)).result()
