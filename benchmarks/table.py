@@ -29,11 +29,11 @@ from kvtier.config import load_config
 from kvtier.errors import KVTierError
 from kvtier.keys import PageKey
 from kvtier.layout import PageLayout
-from kvtier.pages import NO_ROW, PageTable, Rows
+from kvtier.pages import DEVICE, NO_ROW, PageTable, Rows
 from kvtier.policy import ROOT, EvictionPolicy, make_policy, nothing_protected
 from kvtier.replay.trace import BLOCK_TOKENS, Trace, build_trace, read_trace
 from kvtier.replay.workloads import make_requests
-from kvtier.residency import DEVICE, Residency
+from kvtier.residency import Residency
 
 from .measure import Row, Run, percentile, side_by_side
 
@@ -157,7 +157,7 @@ class Replay:
         missing = min(len(keys), self.capacity) - found
         if missing > 0:
             with residency.lock:
-                slots = residency.reserve_now(DEVICE, missing)
+                slots = residency.eviction.reserve_now(DEVICE, missing)
             if slots is None:
                 raise KVTierError(f"a request of {len(keys)} pages found no room among {self.capacity}, though nobody else holds any")
             before, parent = (keys[found - 1], int(rows[-1])) if found else (ROOT_KEY, NO_ROW)

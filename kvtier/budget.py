@@ -26,8 +26,8 @@ from kvtier.keys import TokenIds
 from kvtier.lease import Lease
 from kvtier.memory.region import aligned_array
 from kvtier.mover.transfer import Priority, ended
-from kvtier.pages import ABSENT, READY, WRITING, Rows
-from kvtier.residency import DEVICE, Residency
+from kvtier.pages import ABSENT, DEVICE, READY, WRITING, Rows
+from kvtier.residency import Residency
 from kvtier.tiers.base import Refused, Tier
 from kvtier.writing import Writer
 
@@ -259,7 +259,7 @@ class BudgetedLease:
             gone = rows[(table.leases[rows] == 1) & (table.readers[DEVICE][rows] == 0) & (table.state[DEVICE][rows] == READY)]
             known = gone[residency.policies[DEVICE].here(gone)]
             residency.policies[DEVICE].remove(known)
-            residency.drop(known, DEVICE, "parked")
+            residency.eviction.drop(known, DEVICE, "parked")
             for page, row in enumerate(rows.tolist(), start):
                 tier = next(tier for tier in range(DEVICE + 1, len(residency.tiers)) if table.state[tier, row] == READY)
                 table.hold([row], tier)
@@ -273,12 +273,12 @@ class BudgetedLease:
             with residency.lock:
                 homeless = rows[~table.has_copy_below(rows, DEVICE) & (table.state[DEVICE][rows] == READY)]
             if len(homeless):
-                await residency.copy(homeless, DEVICE, below, Priority.DEMAND)
+                await residency.copying.down(homeless, DEVICE, below, Priority.DEMAND)
         for tier in range(DEVICE + 2, len(residency.tiers)):
             with residency.lock:
                 deep = rows[(table.state[tier][rows] == READY) & ~table.has_copy_below(rows, DEVICE, tier - 1)]
             if len(deep) and _in_memory(residency, DEVICE + 1):
-                await residency.copy(deep, tier, DEVICE + 1, Priority.DEMAND)
+                await residency.copying.down(deep, tier, DEVICE + 1, Priority.DEMAND)
 
     def _look(self, pages: range, whole: bool) -> None:
         """Verify parked copies; keep a view of those in memory. What does not verify shortens the sequence, or is TransferFailed."""
@@ -310,9 +310,11 @@ class BudgetedLease:
         """Bring rows to the device, with whoever brings some of them already. On the loop."""
         residency, table = self._residency, self._residency.table
         for _ in range(2):  # a hint that brought some may have been taken back
-            await residency.lift([row for row in rows.tolist() if table.state[DEVICE, row] == ABSENT], Priority.DEMAND, lambda _: None)
+            await residency.copying.lift(
+                [row for row in rows.tolist() if table.state[DEVICE, row] == ABSENT], Priority.DEMAND, lambda _: None
+            )
             with residency.lock:
-                coming = {residency.inflight[row, DEVICE] for row in rows.tolist() if table.state[DEVICE, row] == WRITING}
+                coming = {residency.copying.inflight[row, DEVICE] for row in rows.tolist() if table.state[DEVICE, row] == WRITING}
             for transfer in coming:
                 residency.mover.urge(transfer)
             await ended(coming)
@@ -348,7 +350,7 @@ class BudgetedLease:
             residency.table.unhold([row], tier)
             del self._held[page]
             if not residency.table.readers[tier, row]:
-                residency.forget(row, tier, "unusable")
+                residency.eviction.forget(row, tier, "unusable")
 
     def _slots(self, pages: Sequence[int]) -> list[int]:
         """Device slots of pages that stay, for the calling thread's stream to read."""
@@ -366,7 +368,7 @@ class BudgetedLease:
             if self.pages - len(self.parked) > SINKS + self._recent:
                 self._park(self.pages - self._recent)
             residency = self._residency
-            self._frames = residency.mover.spawn(residency.reserve(DEVICE, self._frame_count)).result()
+            self._frames = residency.mover.spawn(residency.eviction.reserve(DEVICE, self._frame_count)).result()
             if not self._frames:
                 raise LeaseError("the device has no room for a single page to choose; release other leases")
         return self._frames

@@ -78,9 +78,9 @@ class Housekeeping:
         if tier == residency.last:
             return
         if residency.entry[tier + 1] != "write_back":
-            through = rows[~residency.is_clean(rows, tier) & residency.is_wanted_below(rows, tier)]
+            through = rows[~residency.eviction.is_clean(rows, tier) & residency.eviction.is_wanted_below(rows, tier)]
             if len(through):
-                residency.start(residency.copy(through, tier, tier + 1, Priority.DEMOTION))
+                residency.start(residency.copying.down(through, tier, tier + 1, Priority.DEMOTION))
         if residency.pressure(tier) > residency.config.mover.clean_pressure and not self._cleaning[tier]:
             self._cleaning[tier] = True
             residency.start(self._clean(tier))
@@ -94,8 +94,8 @@ class Housekeeping:
                 count = int(residency.tiers[tier].capacity_slots * share) - residency.tiers[tier].free_slots
                 with residency.protecting(tier) as protected:
                     coldest = residency.policies[tier].peek(max(0, count), protected, residency.clock(), residency.smoothed_pressure(tier))
-                dirty = coldest[~residency.is_clean(coldest, tier) & residency.is_wanted_below(coldest, tier)]
-            await residency.copy(dirty, tier, tier + 1, Priority.DEMOTION)
+                dirty = coldest[~residency.eviction.is_clean(coldest, tier) & residency.eviction.is_wanted_below(coldest, tier)]
+            await residency.copying.down(dirty, tier, tier + 1, Priority.DEMOTION)
         finally:
             with residency.lock:
                 self._cleaning[tier] = False
@@ -135,13 +135,13 @@ class Housekeeping:
                 with residency.protecting(tier) as protected:
                     expired = policy.expired(min(len(policy), EXPIRED_AT_ONCE), protected, residency.clock(), pressure)
                 if pressure <= residency.config.mover.clean_pressure:
-                    expired = expired[residency.is_clean(expired, tier) | residency.is_wanted_below(expired, tier)]
+                    expired = expired[residency.eviction.is_clean(expired, tier) | residency.eviction.is_wanted_below(expired, tier)]
                 policy.remove(expired)
-                clean = residency.is_clean(expired, tier)
+                clean = residency.eviction.is_clean(expired, tier)
                 dirty = expired[~clean]
-                residency.lose(expired[clean], tier, "score under threshold")
+                residency.eviction.lose(expired[clean], tier, "score under threshold")
             if len(dirty):
-                await residency.sink(dirty, tier, "score under threshold", Priority.DEMOTION)
+                await residency.eviction.sink(dirty, tier, "score under threshold", Priority.DEMOTION)
         for tier_slots in residency.tiers:
             if isinstance(tier_slots, Tier):
                 await residency.mover.work(tier_slots.checkpoint)
@@ -218,14 +218,14 @@ class Housekeeping:
             with residency.lock:
                 rows = residency.table.ready(tier)
                 dirty = rows[residency.table.state[residency.last][rows] == ABSENT]
-            await residency.copy(dirty, tier, residency.last, Priority.DEMAND)
+            await residency.copying.down(dirty, tier, residency.last, Priority.DEMAND)
         await self._arrived(residency.last)
 
     async def _arrived(self, tier: int) -> None:
         """Wait for the copies that are on their way into `tier` now."""
         residency = self._residency
         with residency.lock:
-            coming = dict.fromkeys(transfer for (_, target), transfer in residency.inflight.items() if target == tier)
+            coming = dict.fromkeys(transfer for (_, target), transfer in residency.copying.inflight.items() if target == tier)
         for transfer in coming:
             residency.mover.urge(transfer)
         await ended(coming)

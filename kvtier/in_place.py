@@ -22,8 +22,8 @@ from kvtier.formats import Payload
 from kvtier.lease import Lease
 from kvtier.mover.transfer import Priority, ended
 from kvtier.numa.executor import NumaThreadPool
-from kvtier.pages import ABSENT, READY, WRITING, Rows
-from kvtier.residency import DEVICE, Residency
+from kvtier.pages import ABSENT, DEVICE, READY, WRITING, Rows
+from kvtier.residency import Residency
 from kvtier.tiers.base import Refused
 from kvtier.tiers.host import HostTier
 
@@ -153,7 +153,7 @@ class InPlaceLease:
             expected = self._costs.expect(workload, tokens, residency.prices.restore_s(moved)) if there else Expected()
             held = int(((table.leases[: table.rows] > 0) & (table.state[DEVICE, : table.rows] != ABSENT)).sum())
             fits = int(missing.sum()) <= residency.device.capacity_slots - held
-            fetching = len({id(transfer) for (_, target), transfer in residency.inflight.items() if target == DEVICE})
+            fetching = len({id(transfer) for (_, target), transfer in residency.copying.inflight.items() if target == DEVICE})
         busy = residency.mover.utilisation if device_utilisation is None else device_utilisation
         cores, device = Side(executor.queued, executor.utilisation), Side(fetching, busy)
         decision = router.decide(attention, cores, device, workload, fits, expected)
@@ -197,7 +197,7 @@ class InPlaceLease:
                 self._let_go([page])
                 self._cut(page)
                 if table.state[index, row] == READY and not table.readers[index, row] and not table.leases[row]:
-                    residency.forget(row, index, "unusable")
+                    residency.eviction.forget(row, index, "unusable")
             return
 
     def _bring(self, rows: Rows) -> None:
@@ -217,9 +217,11 @@ class InPlaceLease:
         """Bring rows to the device, with whoever brings some of them already. On the loop."""
         residency, table = self._residency, self._residency.table
         for _ in range(2):  # a hint that brought some may have been taken back
-            await residency.lift([row for row in rows.tolist() if table.state[DEVICE, row] == ABSENT], Priority.DEMAND, lambda _: None)
+            await residency.copying.lift(
+                [row for row in rows.tolist() if table.state[DEVICE, row] == ABSENT], Priority.DEMAND, lambda _: None
+            )
             with residency.lock:
-                coming = {residency.inflight[row, DEVICE] for row in rows.tolist() if table.state[DEVICE, row] == WRITING}
+                coming = {residency.copying.inflight[row, DEVICE] for row in rows.tolist() if table.state[DEVICE, row] == WRITING}
             for transfer in coming:
                 residency.mover.urge(transfer)
             await ended(coming)

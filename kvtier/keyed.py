@@ -16,8 +16,8 @@ import torch
 
 from kvtier.keys import PageKey
 from kvtier.lease import Lease, Match
-from kvtier.pages import ABSENT, NO_ROW, NO_TIER, READY, Rows
-from kvtier.residency import DEVICE, Residency
+from kvtier.pages import ABSENT, DEVICE, NO_ROW, NO_TIER, READY, Rows
+from kvtier.residency import Residency
 
 MOST_AT_ONCE = 16
 """Pages of one request in the staging area at a time, so that some are decoded while others are copied."""
@@ -88,11 +88,11 @@ class KeyedPages:
         residency = self._residency
         with residency.lock:
             missing = np.flatnonzero(self._homes(keys) == NO_TIER).tolist()
-            slots = residency.reserve_now(DEVICE, len(missing))
+            slots = residency.eviction.reserve_now(DEVICE, len(missing))
             if slots is None and self._vacate(residency.table.ready(DEVICE)):
-                slots = residency.reserve_now(DEVICE, len(missing))
+                slots = residency.eviction.reserve_now(DEVICE, len(missing))
         if slots is None:
-            slots = residency.mover.spawn(residency.reserve(DEVICE, len(missing))).result() if wait else []
+            slots = residency.mover.spawn(residency.eviction.reserve(DEVICE, len(missing))).result() if wait else []
         written = missing[: len(slots)]
         try:
             if written:
@@ -172,7 +172,7 @@ class KeyedPages:
 
         The device's policy would not: it lets no page go before those that follow it.
         """
-        return self._residency.clear(rows[self._residency.is_clean(rows, DEVICE)], DEVICE)
+        return self._residency.eviction.clear(rows[self._residency.eviction.is_clean(rows, DEVICE)], DEVICE)
 
     def _make_room(self, wanted: PageKey) -> bool:
         """A page did not come: whether it is still there and there is more room now, so that trying again makes sense."""

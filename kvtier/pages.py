@@ -27,6 +27,8 @@ from kvtier.tiers.base import PageId
 ABSENT, WRITING, READY = 0, 1, 2
 NO_ROW = -1
 NO_TIER = -1
+DEVICE = 0
+"""The warmest tier: where engines read and write pages."""
 MOST_TIERS = 8
 
 Rows = NDArray[np.int64]

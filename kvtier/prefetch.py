@@ -48,7 +48,7 @@ class Prefetch:
             if not self._cancelled:
                 with residency.lock:
                     rows = residency.table.find(self._keys).tolist()
-                await residency.lift(rows, Priority.PREFETCH, self._launched, self._within_s)
+                await residency.copying.lift(rows, Priority.PREFETCH, self._launched, self._within_s)
         finally:
             self._done.set()
 

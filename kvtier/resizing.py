@@ -15,8 +15,8 @@ import numpy as np
 
 from kvtier.errors import ConfigError, DeviceError
 from kvtier.mover.transfer import Priority
-from kvtier.pages import READY, Rows
-from kvtier.residency import DEVICE, Residency
+from kvtier.pages import DEVICE, READY, Rows
+from kvtier.residency import Residency
 from kvtier.tiers.gpu import GpuPool
 
 _one_at_a_time: WeakKeyDictionary[Residency, asyncio.Lock] = WeakKeyDictionary()
@@ -59,7 +59,7 @@ async def _empty(residency: Residency, pool: GpuPool, limit: int) -> None:
         table.hold(rows, DEVICE)
     fresh: list[int] = []
     try:
-        fresh = await residency.reserve(DEVICE, len(rows))
+        fresh = await residency.eviction.reserve(DEVICE, len(rows))
         moving = rows[: len(fresh)]
         with residency.lock:
             old = table.slot[DEVICE][moving].tolist()
@@ -69,12 +69,12 @@ async def _empty(residency: Residency, pool: GpuPool, limit: int) -> None:
     finally:
         with residency.lock:
             pool.free(fresh)
-            residency._let_go(rows, DEVICE)
+            residency.copying.let_go(rows, DEVICE)
     with residency.lock:
         left = _movable(residency, limit)
         left = left[residency.policies[DEVICE].here(left)]
         residency.policies[DEVICE].remove(left)
-    await residency.sink(left, DEVICE, "device shrinks", Priority.DEMAND)
+    await residency.eviction.sink(left, DEVICE, "device shrinks", Priority.DEMAND)
 
 
 def _movable(residency: Residency, limit: int) -> Rows:

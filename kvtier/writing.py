@@ -17,8 +17,8 @@ from kvtier.errors import LayoutError, LeaseError
 from kvtier.keys import PageKey, TokenIds, page_keys, token_array
 from kvtier.lease import Lease
 from kvtier.mover.transfer import Transfer
-from kvtier.pages import NO_ROW, READY, WRITING, Rows
-from kvtier.residency import DEVICE, Residency
+from kvtier.pages import DEVICE, NO_ROW, READY, WRITING, Rows
+from kvtier.residency import Residency
 from kvtier.tiers.base import PageId
 
 
@@ -142,7 +142,7 @@ class Writer:
         """The transfers that bring any of these rows to the device; NO_ROW is passed over. Lock held."""
         residency = self._residency
         writing = rows[residency.table.state[DEVICE][rows] == WRITING]
-        return list(dict.fromkeys(residency.inflight[row, DEVICE] for row in writing.tolist()))
+        return list(dict.fromkeys(residency.copying.inflight[row, DEVICE] for row in writing.tolist()))
 
     def _await_now(self, transfers: Sequence[Transfer]) -> None:
         for transfer in transfers:
@@ -245,8 +245,8 @@ class Writer:
         """Up to `count` device slots, waiting for evicted pages to be copied down if that is needed."""
         residency = self._residency
         with residency.lock:
-            slots = residency.reserve_now(DEVICE, count)
-        return slots if slots is not None else residency.mover.spawn(residency.reserve(DEVICE, count)).result()
+            slots = residency.eviction.reserve_now(DEVICE, count)
+        return slots if slots is not None else residency.mover.spawn(residency.eviction.reserve(DEVICE, count)).result()
 
     def check_own(self, lease: Lease) -> None:
         """LeaseError for a lease of another cache: its rows mean other pages here."""

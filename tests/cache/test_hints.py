@@ -83,7 +83,7 @@ def test_a_prefetch_keeps_to_its_budget_and_is_counted():
             assert_right(lease, run(1, 4))
         assert counters(cache)["prefetch"] == expected | {"in_time": 2, "over_budget": 4, "outranked": 0}
         assert counters(cache)["tiers"]["host"]["pages_served"] == 4, "prefetched pages count for the tier they came from"
-        assert cache._residency.prefetch_room == 2
+        assert cache._residency.hinted.room == 2
 
 
 def test_a_prefetch_that_is_late_or_wasted_is_counted_and_pays_its_budget_back(monkeypatch):
@@ -105,7 +105,7 @@ def test_a_prefetch_that_is_late_or_wasted_is_counted_and_pays_its_budget_back(m
         push_out(cache, 700)
         push_out(cache, 600)
         assert counters(cache)["prefetch"] == {"issued": 4, "in_time": 0, "late": 2, "wasted": 2, "over_budget": 0, "outranked": 0}
-        assert cache._residency.prefetch_room == 4
+        assert cache._residency.hinted.room == 4
 
 
 def test_a_prefetch_past_its_deadline_or_cancelled_gives_up_and_a_request_still_gets_the_pages(monkeypatch):
@@ -125,7 +125,7 @@ def test_a_prefetch_past_its_deadline_or_cancelled_gives_up_and_a_request_still_
         with hold(cache, run(1, 4)) as lease:
             assert lease.tokens == 16
             assert_right(lease, run(1, 4))
-        assert cache._residency.prefetch_room * LAYOUT.page_bytes == cache.config.mover.prefetch_budget_bytes
+        assert cache._residency.hinted.room * LAYOUT.page_bytes == cache.config.mover.prefetch_budget_bytes
 
 
 def test_a_request_is_not_hurt_by_a_hint_taken_back_at_the_same_time():

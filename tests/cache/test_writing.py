@@ -176,8 +176,8 @@ def test_a_page_whose_first_row_was_a_hollow_one_can_be_stored_again(tmp_path):
 
 async def forget(cache, row):
     with cache._residency.lock:
-        cache._residency.forget(row, 1, "a test")
-        cache._residency.forget(row, 0, "a test")
+        cache._residency.eviction.forget(row, 1, "a test")
+        cache._residency.eviction.forget(row, 0, "a test")
 
 
 def test_nothing_is_written_behind_a_prefix_whose_length_is_not_known_yet(tmp_path):

@@ -1,0 +1,210 @@
+"""Copying: how pages get from one tier to another. Chooses what is carried, has the mover carry it, writes down how that ended.
+
+One object per `kvtier.residency`, whose lock guards everything here, `inflight` too. `down` gives pages a copy in a colder tier, `lift` one
+on the device, each from the warmest tier that has it. Coroutines run on the mover's loop and see the world change at every `await`, so they
+hold what they rely on: rows they work on cannot vanish while `table.hold` or a lease keeps them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvtier.errors import Closed
+from kvtier.mover.transfer import Move, Outcome, Priority, Transfer, ended
+from kvtier.pages import ABSENT, DEVICE, NO_TIER, READY, Rows
+from kvtier.tiers.host import HostTier
+
+if TYPE_CHECKING:
+    from kvtier.residency import Residency
+
+log = logging.getLogger(__name__)
+
+
+class Copying:
+    """The copies of one residency that are on their way. `inflight`: by row and tier they go to."""
+
+    def __init__(self, residency: Residency) -> None:
+        self._residency = residency
+        self.inflight: dict[tuple[int, int], Transfer] = {}
+        self.copying_from: list[list[asyncio.Future[None]]] = [[] for _ in residency.tiers]
+        """Per tier, the jobs that copy down from it."""
+        self._unusable: set[tuple[int, int]] = set()
+
+    async def down(self, rows: Rows, source: int, target: int, priority: Priority) -> None:
+        """Copy pages down from `source` to `target` and wait for the end; what ended up READY there is in the page table.
+
+        Rows that have or await a copy there already, or lost theirs in `source`, are passed over. Where room does not reach, the first rows
+        come first.
+        """
+        residency = self._residency
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        with residency.lock:
+            table = residency.table
+            rows = rows[(table.state[source][rows] == READY) & (table.state[target][rows] == ABSENT)]
+            table.hold(rows, source)
+            self.copying_from[source].append(done)
+        try:
+            slots = await residency.eviction.reserve(target, len(rows), priority)
+            with residency.lock:
+                chosen = self._choose(rows, target, slots)
+                transfers = self._plan(chosen.tolist(), source, target, slots[: len(chosen)], priority)
+            await ended(self._submit(transfers))
+        finally:
+            with residency.lock:
+                self.let_go(rows, source)
+                self.copying_from[source].remove(done)
+            done.set_result(None)
+
+    async def lift(
+        self, rows: Iterable[int], priority: Priority, launched: Callable[[list[Transfer]], None], within_s: float = 0.0
+    ) -> None:
+        """Bring pages to the device, each from the warmest tier that has it, and wait for the end.
+
+        Where room does not reach, the first rows come first; prefetches, of pages that are wanted within `within_s` seconds, also stop at
+        their budget and at pages that are worth more. `launched` gets the transfers as soon as they are queued, once.
+        """
+        residency = self._residency
+        with residency.lock:
+            table = residency.table
+            asked = np.array(list(rows), np.int64)
+            homes = table.warmest(asked)
+            cold = (table.state[DEVICE][asked] == ABSENT) & (homes != NO_TIER)
+            asked, homes = asked[cold], homes[cold]
+            if priority == Priority.PREFETCH:
+                residency.metrics.prefetch.over_budget += max(0, len(asked) - residency.hinted.room)
+                asked, homes = asked[: residency.hinted.room], homes[: residency.hinted.room]
+            held = {tier: asked[homes == tier] for tier in np.unique(homes).tolist()}
+            for tier, part in held.items():
+                table.hold(part, tier)
+        try:
+            if priority == Priority.PREFETCH:
+                with residency.lock:
+                    count = residency.eviction.displaceable(len(asked), within_s)
+                    residency.metrics.prefetch.outranked += len(asked) - count
+                slots = await residency.eviction.reserve(DEVICE, count, priority, within_s)
+            else:
+                slots = await residency.eviction.reserve(DEVICE, len(asked), priority)
+            with residency.lock:
+                limit = residency.hinted.room if priority == Priority.PREFETCH else len(asked)
+                chosen = self._choose(asked[:limit], DEVICE, slots)
+                transfers = []
+                used = 0
+                for tier, part in held.items():
+                    coming = chosen[np.isin(chosen, part)]
+                    transfers += self._plan(coming.tolist(), tier, DEVICE, slots[used : used + len(coming)], priority)
+                    used += len(coming)
+                    if priority == Priority.PREFETCH:
+                        residency.hinted.mark(coming, tier)
+                        residency.metrics.prefetch.issued += len(coming)
+            queued = self._submit(transfers)
+            launched(queued)
+            await ended(queued)
+        finally:
+            with residency.lock:
+                for tier, part in held.items():
+                    self.let_go(part, tier)
+
+    def _choose(self, rows: Rows, target: int, slots: Sequence[int]) -> Rows:
+        """The first rows that still need a copy in `target`, one per slot; slots too many are freed. Lock held."""
+        residency = self._residency
+        chosen: Rows = rows[residency.table.state[target][rows] == ABSENT][: len(slots)]
+        residency.tiers[target].free(slots[len(chosen) :])
+        return chosen
+
+    def _plan(self, rows: Sequence[int], source: int, target: int, slots: Sequence[int], priority: Priority) -> list[Transfer]:
+        """Transfers for these rows, small enough for one staging round and for all workers to share; copies begin. Lock held."""
+        residency = self._residency
+        table = residency.table
+        table.begin(rows, target, slots)
+        moves = [Move(row, table.page_id(row), int(table.slot[source, row]), slot) for row, slot in zip(rows, slots, strict=True)]
+        most = residency.mover.staging.pages_in_one(residency.tiers[source], residency.tiers[target])
+        size = max(1, min(most, -(-len(moves) // residency.config.mover.workers)))
+        transfers = []
+        for node, part in self._cut(moves, source, target, size):
+            transfer = Transfer(source, target, part, priority, len(part) * residency.layout.page_bytes, node)
+            table.hold([move.row for move in part], source)
+            for move in part:
+                self.inflight[move.row, target] = transfer
+            transfers.append(transfer)
+        return transfers
+
+    def _cut(self, moves: Sequence[Move], source: int, target: int, size: int) -> Iterator[tuple[int | None, tuple[Move, ...]]]:
+        """Moves in parts of at most `size`, with the node that each part's host memory is on, where workers are on several."""
+        residency = self._residency
+        by_node: dict[int | None, list[Move]] = {None: list(moves)}
+        host = next((tier for tier in (residency.tiers[source], residency.tiers[target]) if isinstance(tier, HostTier)), None)
+        if host is not None and len(host.worker_nodes) > 1:
+            by_node = {}
+            for move in moves:
+                by_node.setdefault(host.node_of(move.source_slot if host is residency.tiers[source] else move.target_slot), []).append(move)
+        for node, some in by_node.items():
+            for start in range(0, len(some), size):
+                yield node, tuple(some[start : start + size])
+
+    def _submit(self, transfers: Sequence[Transfer]) -> list[Transfer]:
+        """Queue transfers; one whose link is full, or that comes when the mover is closing, ends as cancelled."""
+        residency = self._residency
+        queued = []
+        for transfer in transfers:
+            try:
+                if residency.mover.submit(transfer):
+                    queued.append(transfer)
+                    continue
+                with residency.lock:
+                    residency.metrics.link(transfer.source, transfer.target).turned_away += 1
+            except Closed:
+                pass
+            outcome = Outcome(cancelled=True)
+            self.finished(transfer, outcome)
+            transfer.finish(outcome)
+        return queued
+
+    def finished(self, transfer: Transfer, outcome: Outcome) -> None:
+        """Write the outcome of a transfer into the page table. Loop thread, before anybody who waits for it wakes."""
+        residency = self._residency
+        source, target = transfer.source, transfer.target
+        with residency.lock:
+            table, metrics = residency.table, residency.metrics
+            table.unhold([move.row for move in transfer.moves], source)
+            committed, lost = [], []
+            for index, move in enumerate(transfer.moves):
+                self.inflight.pop((move.row, target), None)
+                refused = outcome.refused.get(index)
+                if refused is None and not outcome.cancelled:
+                    committed.append(move.row)
+                    continue
+                lost.append(move.row)
+                if refused is not None:
+                    at_fault = source if index in outcome.lost else target
+                    metrics.tiers[at_fault].refused[refused.reason] += 1
+                    log.warning("page refused by tier %s: %s; it will be computed again", residency.names[at_fault], refused.reason)
+                    if index in outcome.lost:
+                        self._unusable.add((move.row, source))
+            arrived, given_up = np.array(committed, np.int64), np.array(lost, np.int64)
+            table.commit(arrived, target)
+            residency.admit(arrived, target)
+            if target == DEVICE:
+                metrics.prefetch.wasted += residency.hinted.unmark(given_up)
+            residency.tiers[target].free(table.drop(given_up, target))
+            metrics.tiers[target].pages_in += len(committed)
+            if not outcome.cancelled:
+                link = metrics.link(source, target)
+                link.transfers += 1
+                link.pages += len(committed)
+                link.bytes += outcome.link_bytes
+                link.seconds += outcome.seconds
+            residency.house.tend(target, arrived)
+
+    def let_go(self, rows: Rows, tier: int) -> None:
+        """Undo `table.hold` of a copy job, and bury the copies that did not verify once nobody reads them. Lock held."""
+        residency = self._residency
+        residency.table.unhold(rows, tier)
+        for row in rows.tolist() if self._unusable else ():
+            if (row, tier) in self._unusable and not residency.table.readers[tier, row]:
+                self._unusable.discard((row, tier))
+                residency.eviction.forget(row, tier, "unusable")

@@ -1,0 +1,246 @@
+"""Eviction: carries out what the policies choose. Which copies leave a tier, where their pages go, and who gets the room.
+
+One object per `kvtier.residency`, whose lock guards everything here. A victim with a colder copy just leaves (`reserve_now`); another one
+is first copied down (`reserve`, `sink`), as far as the tiers below take it. Coroutines run on the mover's loop and see the world change at
+every `await`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvtier.errors import IntegrityError
+from kvtier.mover.transfer import Priority
+from kvtier.opening import SELECTIVE, WRITE_BACK
+from kvtier.pages import DEVICE, NO_TIER, READY, Rows
+from kvtier.policy import Mask
+
+if TYPE_CHECKING:
+    from kvtier.residency import Residency
+
+_NO_ROWS = np.empty(0, np.int64)
+
+
+class Eviction:
+    """What leaves the tiers of one residency."""
+
+    def __init__(self, residency: Residency) -> None:
+        self._residency = residency
+
+    def is_clean(self, rows: Rows, tier: int) -> Mask:
+        """Which of these copies can be dropped without moving bytes: those with a colder copy, no colder than a pin allows.
+
+        In the coldest tier, all.
+        """
+        residency = self._residency
+        if tier == residency.last:
+            return np.ones(len(rows), np.bool_)
+        clean = residency.table.has_copy_below(rows, tier)
+        now = residency.clock()
+        pinned = residency.table.any_pinned(rows, now)
+        if pinned is not None:
+            for index in np.flatnonzero(pinned & clean).tolist():
+                floor = residency.table.pinned(int(rows[index]), now)
+                clean[index] = residency.table.has_copy_below(rows[index : index + 1], tier, floor if floor > tier else None)[0]
+        return clean
+
+    def is_wanted_below(self, rows: Rows, tier: int) -> Mask:
+        """Which of these pages the next tier takes by its write policy; with `write_back`, those worth the write. Lock held."""
+        residency = self._residency
+        below, wanted = tier + 1, np.ones(len(rows), np.bool_)
+        if residency.entry[below] == WRITE_BACK:
+            wanted = residency.admission.worth(residency.policies[tier].chance(rows, residency.clock()))
+        elif residency.entry[below] == SELECTIVE:
+            wanted = residency.table.uses[rows] >= self.selective_uses(below)
+        pinned = residency.table.any_pinned(rows, residency.clock())
+        return wanted if pinned is None else wanted | pinned
+
+    def selective_uses(self, tier: int) -> int:
+        """Uses after which `write_through_selective` lets a page into `tier`. IntegrityError for a tier that has no such number."""
+        residency = self._residency
+        section = residency.config.host if residency.names[tier] == "host" else residency.config.disk
+        if section is None:
+            raise IntegrityError(f"tier {residency.names[tier]} is not in the configuration")
+        return section.selective_uses
+
+    def drop(self, rows: Rows, tier: int, reason: str) -> None:
+        """Let READY copies go that the policy of `tier` no longer knows. Lock held.
+
+        A colder copy inherits the page's recency.
+        """
+        residency = self._residency
+        if not len(rows):
+            return
+        table, heirs = residency.table, rows
+        for below in range(tier + 1, len(residency.tiers)):
+            known = residency.policies[below].here(heirs)
+            residency.policies[below].touch(heirs[known], residency.clock())
+            heirs = heirs[~known]
+        if tier == DEVICE:
+            residency.metrics.prefetch.wasted += residency.hinted.unmark(rows)
+        residency.metrics.tiers[tier].evicted[reason] += len(rows)
+        if residency.watcher is not None:
+            residency.watcher(table.key[rows].tolist())
+        residency.tiers[tier].free(table.drop(rows, tier))
+        if residency.digests is not None:
+            residency.digests.drop([row for row in rows.tolist() if table.key[row] is None])
+
+    def lose(self, rows: Rows, tier: int, reason: str) -> None:
+        """`drop`, for want of room: copies without another one are gone, and may turn out to be wanted. Lock held."""
+        residency = self._residency
+        if residency.last and len(alone := rows[residency.table.is_alone(rows, tier)]):
+            residency.admission.evict(residency.table.names(alone))
+        self.drop(rows, tier, reason)
+
+    def _refuse(self, rows: Rows, tier: int) -> None:
+        """`drop` what the tier below does not admit. Lock held."""
+        residency = self._residency
+        alone = rows[residency.table.is_alone(rows, tier)]
+        if len(alone):
+            chances = residency.policies[tier].chance(alone, residency.clock())
+            residency.admission.refuse(residency.table.names(alone), chances)
+        self.drop(rows, tier, "not admitted below")
+
+    def forget(self, row: int, tier: int, reason: str) -> None:
+        """Drop a copy whether the policy knows it or not. Lock held."""
+        residency = self._residency
+        rows = np.array([row])
+        if row in residency.policies[tier]:
+            residency.policies[tier].remove(rows)
+        self.drop(rows, tier, reason)
+
+    def clear(self, rows: Rows, tier: int) -> int:
+        """Drop those copies that the policy knows and nobody holds; how many. Lock held."""
+        residency = self._residency
+        free = (residency.table.leases[rows] == 0) & (residency.table.readers[tier][rows] == 0)
+        rows = rows[free & residency.policies[tier].here(rows)]
+        residency.policies[tier].remove(rows)
+        self.drop(rows, tier, "cleared")
+        return len(rows)
+
+    def reserve_now(self, tier: int, count: int) -> list[int] | None:
+        """`count` slots if they can be had without moving bytes, else None and nothing changed. Lock held."""
+        residency = self._residency
+        slots = residency.tiers[tier].reserve(count)
+        if slots is not None:
+            return slots
+        policy, now, pressure = residency.policies[tier], residency.clock(), residency.smoothed_pressure(tier)
+        missing = max(1, count - residency.tiers[tier].free_slots)
+        if tier != residency.last:
+            with residency.protecting(tier) as protected:
+                likely = policy.peek(missing, protected, now, pressure)
+            if len(likely) < missing or not self.is_clean(likely, tier).all():
+                return None
+        with residency.protecting(tier) as protected:
+            victims = policy.evict(missing, protected, now, pressure)
+        if victims is None:
+            return None
+        self.lose(victims, tier, "room needed")
+        return residency.tiers[tier].reserve(count)
+
+    async def reserve(self, tier: int, count: int, priority: Priority = Priority.DEMAND, within_s: float | None = None) -> list[int]:
+        """Up to `count` slots of `tier`, evicting and copying down what must leave; fewer when no more can be had.
+
+        With `within_s`, for pages that are only promised for that time: nothing leaves that is worth more.
+        """
+        residency = self._residency
+        while count > 0:
+            moving = None
+            with residency.lock:
+                if within_s is not None:
+                    count = self.displaceable(count, within_s)
+                    if not count:
+                        break
+                slots = self.reserve_now(tier, count)
+                if slots is not None:
+                    return slots
+                policy, now, pressure = residency.policies[tier], residency.clock(), residency.smoothed_pressure(tier)
+                free = residency.tiers[tier].free_slots
+                with residency.protecting(tier) as protected:
+                    victims = policy.evict(max(1, count - free), protected, now, pressure)
+                if victims is None:
+                    moving = self._way_out(tier)
+                    if moving is None:
+                        with residency.protecting(tier) as protected:
+                            count = min(count - 1, free + len(policy.peek(count - free, protected, now, pressure)))
+                        continue
+                    dirty = _NO_ROWS
+                else:
+                    clean = self.is_clean(victims, tier)
+                    dirty = victims[~clean]
+                    self.lose(victims[clean], tier, "room needed")
+            if moving is not None:
+                await moving
+            elif len(dirty) and not await self.sink(dirty, tier, "room needed", priority):
+                with residency.lock:
+                    count = min(count - 1, residency.tiers[tier].free_slots)
+        return []
+
+    def displaceable(self, count: int, within_s: float) -> int:
+        """How many of `count` pages wanted within so many seconds may have a device slot: a free one, or that of a page worth less.
+
+        Pages brought up for an earlier promise are worth as much. Lock held.
+        """
+        residency = self._residency
+        free = residency.device.free_slots
+        if count <= free:
+            return count
+        policy, now, pressure = residency.policies[DEVICE], residency.clock(), residency.smoothed_pressure(DEVICE)
+        promised = policy.promised(within_s, now)
+        with residency.protecting(DEVICE) as protected:
+            leaving = policy.peek(count - free, protected, now, pressure)
+        hinted = residency.table.prefetched_from[leaving] != NO_TIER
+        for place, page in enumerate(leaving.tolist()):
+            if hinted[place] or policy.score(page, now, pressure) >= promised:
+                return free + place
+        return free + len(leaving)
+
+    def _way_out(self, tier: int) -> Awaitable[object] | None:
+        """Something whose end may give room in a tier without victims: a page on its way in or out, a job that holds pages. Lock held.
+
+        Jobs that copy down from `tier` wait only for colder tiers, and transfers for nobody, so waiting for these cannot close a circle.
+        """
+        residency = self._residency
+        for transfer in residency.copying.inflight.values():
+            if tier in (transfer.source, transfer.target):
+                residency.mover.urge(transfer)
+                return asyncio.wrap_future(transfer.future)
+        return next((asyncio.shield(job) for job in residency.copying.copying_from[tier]), None)
+
+    async def sink(self, rows: Rows, tier: int, reason: str, priority: Priority) -> int:
+        """Copy victims (already out of the policy, READY in `tier`, coldest first) one tier down, then drop them; returns how many left.
+
+        What the tier below has no room for goes further down. What it does not take, or nobody has room for, is dropped for good
+        unless it is pinned; unless `priority` is DEMAND, what nobody has room for stays, too.
+        """
+        residency = self._residency
+        with residency.lock:
+            residency.table.hold(rows, tier)
+            wanted = rows[::-1][self.is_wanted_below(rows[::-1], tier)]
+            homeless = wanted
+        for below in range(tier + 1, len(residency.tiers)):
+            await residency.copying.down(homeless, tier, below, priority)
+            with residency.lock:
+                homeless = homeless[~residency.table.has_copy_below(homeless, tier)]
+            if not len(homeless):
+                break
+        with residency.lock:
+            residency.copying.let_go(rows, tier)
+            rows = rows[residency.table.state[tier][rows] == READY]
+            saved = self.is_clean(rows, tier)
+            admitted = np.isin(rows, wanted)
+            pinned = residency.table.any_pinned(rows, residency.clock())
+            precious = np.zeros(len(rows), np.bool_) if pinned is None else pinned
+            if priority != Priority.DEMAND:
+                precious |= admitted
+            stays = (residency.table.leases[rows] > 0) | (residency.table.readers[tier][rows] > 0) | (precious & ~saved)
+            residency.admit(rows[stays], tier)
+            self.drop(rows[saved & ~stays], tier, reason)
+            self._refuse(rows[~saved & ~stays & ~admitted], tier)
+            self.lose(rows[~saved & ~stays & admitted], tier, "no room below")
+            residency.admission.admit(int(np.count_nonzero(saved & admitted & ~stays)))
+            return int(np.count_nonzero(~stays))
