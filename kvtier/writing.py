@@ -169,9 +169,15 @@ class Writer:
         if written:
             shape = (layout.layers, layout.planes, count, layout.page_tokens, layout.kv_heads, layout.head_dim)
             pages = kv[:, :, : count * layout.page_tokens].reshape(shape).permute(2, 0, 1, 3, 4, 5)
-            fresh = pages if len(written) == count else pages[written]
-            residency.device.scatter(slots, fresh)
-            digests = encode(fresh[:, :, 0]) if residency.digests is not None else None
+            try:
+                fresh = pages if len(written) == count else pages[written]
+                residency.device.scatter(slots, fresh)
+                digests = encode(fresh[:, :, 0]) if residency.digests is not None else None
+            except BaseException:
+                with residency.lock:
+                    residency.device.free(slots)
+                    table.release(rows[rows != NO_ROW])
+                raise
         with residency.lock:
             placed, collided = self._place(lease, keys, rows, written, slots, stop)
             if residency.digests is not None and digests is not None:
@@ -258,6 +264,8 @@ class Writer:
         layout = self.layout
         if not isinstance(kv, torch.Tensor):
             raise LayoutError(f"kv is {type(kv).__name__}; expected a torch tensor")
+        if kv.layout != torch.strided or kv.is_meta:
+            raise LayoutError(f"kv is a {kv.layout} tensor on {kv.device}; expected a dense tensor on a CPU or GPU")
         expected = (layout.layers, layout.planes, tokens, layout.kv_heads, layout.head_dim)
         if tuple(kv.shape) != expected:
             raise LayoutError(f"kv has shape {tuple(kv.shape)}; expected [layers, planes, tokens, kv_heads, head_dim] = {list(expected)}")

@@ -102,7 +102,7 @@ class DevicePool(DeviceSlots):
     def scatter(self, slots: Sequence[int], pages: torch.Tensor, layers: slice = slice(None)) -> None:
         # Indexed assignment takes five times as long, and torch's copies wake threads that the engine needs.
         bits = {2: torch.int16, 4: torch.int32}[pages.element_size()]
-        pool, source = self._pool.view(bits).numpy(), pages.detach().cpu().view(bits).numpy()
+        pool, source = self._pool.view(bits).numpy(), pages.detach().cpu().resolve_neg().view(bits).numpy()
         for slot, page in zip(slots, source, strict=True):
             np.copyto(pool[slot, layers], page)
 

@@ -8,6 +8,7 @@ import torch
 
 from kvtier.errors import LayoutError, LeaseError
 from tests.cache.rig import (
+    PAGE,
     counters,
     hold,
     kv_of,
@@ -27,6 +28,39 @@ def test_kv_of_another_shape_or_dtype_is_refused_before_anything_is_written():
             with cache.begin() as lease, pytest.raises(LayoutError):
                 cache.append(lease, tokens, wrong)
         assert counters(cache)["pages"] == 0
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, lambda kv: kv.to("meta")])
+def test_kv_without_numbers_in_plain_memory_is_refused_and_takes_no_room(make):
+    with make_cache() as cache:
+        tokens = run(1, 2)
+        with pytest.raises(LayoutError, match="expected a dense tensor"):
+            cache.put(tokens, make(kv_of(tokens)))
+        assert cache.stats()["tiers"]["device"]["bytes_used"] == 0
+
+
+def test_a_device_that_fails_in_a_write_keeps_no_room_and_no_hold(monkeypatch):
+    tokens = run(1, 8)
+    with make_cache(device_pages=8, host_pages=None) as cache:
+        put(cache, tokens[: 2 * PAGE])
+        with monkeypatch.context() as broken:
+            broken.setattr(type(cache._residency.device), "scatter", lambda *_: (_ for _ in ()).throw(MemoryError("no memory for a copy")))
+            with pytest.raises(MemoryError):
+                cache.put(tokens, kv_of(tokens))
+        other = run(9, 8)
+        assert cache.put(other, kv_of(other)) == len(other), "all of the device can be had again"
+        cache.check_integrity()
+
+
+def test_signs_that_torch_has_put_off_are_stored():
+    tokens = run(1, 2)
+    kv = torch.complex(kv_of(tokens), kv_of(tokens)).conj().imag
+    assert kv.is_neg()
+    with make_cache() as cache:
+        cache.put(tokens, kv)
+        with cache.acquire(cache.lookup(tokens)) as lease:
+            stored = lease.layer(0)[torch.from_numpy(lease.wait())]  # [pages, planes, page_tokens, kv_heads, head_dim]
+            assert torch.equal(stored[:, 0].flatten(0, 1), -kv_of(tokens)[0, 0])
 
 
 @pytest.mark.parametrize(
