@@ -39,12 +39,21 @@ def _fixed_format(value: object) -> str:
     return name
 
 
+def _file_path(given: str) -> str:
+    path = os.path.expanduser(given)
+    if "\0" in path:
+        raise ValueError("a path cannot have a zero byte in it")
+    if path.startswith("~"):
+        raise ValueError(f"nobody here is called {path.split(os.sep)[0][1:]!r}, so that is no home directory; write ./{path} for a folder")
+    return path
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(title='bytes, as a number or like "8GiB"')]
 _FORMAT_TITLE = "a page format such as q8, q4, or {k: q8, v: q4}"
 PageFormat = Annotated[str, BeforeValidator(_format), Field(title=_FORMAT_TITLE)]
 FixedFormat = Annotated[str, BeforeValidator(_fixed_format), Field(title=_FORMAT_TITLE)]
 Place = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$"), Field(title="auto, cpu, cuda or cuda:N")]
-FilePath = Annotated[str, Field(min_length=1, title="a path"), AfterValidator(os.path.expanduser)]
+FilePath = Annotated[str, Field(min_length=1, title="a path"), AfterValidator(_file_path)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
 NumaMode = Annotated[Literal["off", "auto", "interleave", "explicit", "layers"], BeforeValidator(_switch)]
 PolicyName = Literal[

@@ -160,6 +160,8 @@ def test_an_unknown_key_in_a_band_is_found():
         ({"host.format": "q8+lz4"}, "use q8 here and q8+lz4 in disk.format"),
         ({"disk.format": "q4"}, "disk.path is missing; expected a path"),
         ({"disk.path": ""}, "disk.path is ''; expected a path"),
+        ({"disk.path": "a\0b"}, "a path cannot have a zero byte in it"),
+        ({"disk.path": "~nobody-of-that-name/kv"}, "nobody here is called 'nobody-of-that-name'"),
         ({"policy.bands": 5}, "policy.bands is 5; expected a list of mappings with above, eviction_threshold, time_decay_factor"),
         ({"policy.bands": [5]}, "policy.bands[0] is 5; expected a mapping of keys"),
         (
