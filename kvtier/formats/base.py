@@ -186,6 +186,8 @@ def target_of(
     if shape != (places, *each) or out.dtype != layout.torch_dtype or not out.is_cpu:
         expected = f"{layout.torch_dtype} {['m', *each]} on cpu"
         raise LayoutError(f"decode: out is {out.dtype} {tuple(shape)} on {out.device}; expected {expected}")
+    if out.is_neg():  # kernels write the memory, which says nothing of a sign that torch has put off
+        raise LayoutError("decode: torch would negate what is read from out; expected memory that is read as it is, see Tensor.resolve_neg")
     if not out.is_contiguous() and out.stride()[1:] != layout.strides and places and not out[0].is_contiguous():
         raise LayoutError(f"decode: the rows of out have strides {out.stride()[1:]}; expected contiguous rows of shape {each}")
     rows = range(count) if rows is None and count <= places else check_rows(rows, places, "decode")

@@ -156,6 +156,14 @@ def test_a_sign_that_torch_has_put_off_is_not_lost(name: str) -> None:
         assert ours.tobytes() == eager.tobytes()
 
 
+def test_a_target_that_torch_would_negate_is_refused() -> None:
+    layout = PageLayout(1, 2, 16, 1, 32, "fp32")
+    pages = torch.ones(1, *layout.shape)
+    target = torch.zeros_like(pages, dtype=torch.complex64).conj().imag
+    with pytest.raises(LayoutError, match="would negate"):
+        get_format("raw").decode(get_format("raw").encode(pages, layout), layout, out=target)
+
+
 @pytest.mark.parametrize("pages", [[1, 2], None, "meta", "sparse"], ids=str)
 def test_what_is_no_dense_tensor_is_one_clear_error(pages: object) -> None:
     layout = PageLayout(1, 2, 4, 1, 32)
