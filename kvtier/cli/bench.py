@@ -180,7 +180,9 @@ def load(
     concurrency: Annotated[str, typer.Option(metavar="N,...", help="Threads that serve requests.")] = "8",
     rate: Annotated[str, typer.Option(metavar="R,...", help="Requests that arrive per second, served or not.")] = "20",
     duration: Annotated[float, typer.Option(metavar="SECONDS", help="How long requests arrive, per combination.")] = 20.0,
-    ramp_up: Annotated[float, typer.Option(metavar="SECONDS", help="How much of that the rate takes to climb.")] = 5.0,
+    ramp_up: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="How much of that the rate takes to climb. Default: a quarter.")
+    ] = None,
     path: PathOption = None,
     repeats: RepeatsOption = 1,
     tiny: TinyOption = False,
@@ -199,7 +201,7 @@ def load(
         "rates": _numbers("--rate", rate, float),
     }
     note = f"pages of {layout}"
-    options |= {"layout": layout, "duration_s": duration, "ramp_up_s": ramp_up, "path": _directory(path)}
+    options |= {"layout": layout, "duration_s": duration, "ramp_up_s": duration / 4 if ramp_up is None else ramp_up, "path": _directory(path)}
     measured("load", repeats, tiny, json, plot, profile, note, **options)
 
 

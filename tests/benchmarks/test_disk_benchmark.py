@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -33,11 +34,16 @@ def test_every_row_has_a_ceiling_and_nothing_is_left(tmp_path, monkeypatch, fio)
 
 
 def test_a_file_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(KVTierError, match=r"--size-bytes \d+: .* has \d+ bytes free; lower it"):
+    with pytest.raises(KVTierError, match=r"--size-bytes \d+: .* has \d+ bytes free, of which \d+ are left to others; lower it"):
         disk.measure(Run(repeats=1), tmp_path, size_bytes=1 << 60)
     with pytest.raises(KVTierError, match="is not a directory"):
         disk.measure(Run(repeats=1, tiny=True), tmp_path / "missing")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tiny_run_asks_for_no_more_room_than_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=disk.TINY_BYTES))
+    assert disk.measure(Run(repeats=1, tiny=True), tmp_path)
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1])

@@ -12,7 +12,7 @@ import torch
 from benchmarks.load import Service, Shape, plan
 from benchmarks.rig import TINY_LAYOUT, Room, open_cache, token_ids
 from kvtier.cache import TieredKVCache
-from kvtier.cli import main
+from kvtier.cli import bench, main
 from kvtier.errors import IntegrityError
 
 
@@ -102,3 +102,12 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments):
     err = capsys.readouterr().err
     assert arguments[0] in err
     assert "Traceback" not in err
+
+
+def test_a_short_run_needs_no_word_about_its_ramp_up(monkeypatch):
+    given = {}
+    monkeypatch.setattr(bench, "measured", lambda *_, **options: given.update(options))
+    assert main(["bench", "load", "--duration", "2"]) == 0
+    assert (given["duration_s"], given["ramp_up_s"]) == (2, 0.5)
+    assert main(["bench", "load", "--duration", "2", "--ramp-up", "0"]) == 0
+    assert given["ramp_up_s"] == 0
