@@ -201,7 +201,12 @@ def load(
         "rates": _numbers("--rate", rate, float),
     }
     note = f"pages of {layout}"
-    options |= {"layout": layout, "duration_s": duration, "ramp_up_s": duration / 4 if ramp_up is None else ramp_up, "path": _directory(path)}
+    options |= {
+        "layout": layout,
+        "duration_s": duration,
+        "ramp_up_s": duration / 4 if ramp_up is None else ramp_up,
+        "path": _directory(path),
+    }
     measured("load", repeats, tiny, json, plot, profile, note, **options)
 
 
