@@ -32,7 +32,7 @@ from kvtier.errors import ConfigError, KVTierError
 from kvtier.io.files import Bytes, FileEngine, Request, page_aligned
 from kvtier.io.probe import EngineName, choose_engine
 
-from .measure import Row, Run
+from .measure import Row, Run, scratch_folder
 
 KiB, MiB = 1 << 10, 1 << 20
 BLOCKS = (64 * KiB, 256 * KiB, MiB)
@@ -109,10 +109,10 @@ def _scratch_file(run: Run, directory: Path, size: int) -> Iterator[tuple[Path, 
     if size + spare > free:
         has = f"{directory} has {free} bytes free, of which {spare} are left to others" if spare else f"{directory} has {free} bytes free"
         raise KVTierError(f"--size-bytes {size}: {has}; lower it or name another directory with --path")
-    with tempfile.TemporaryDirectory(dir=directory, prefix="kvtier-bench-") as folder:
+    with scratch_folder(directory) as folder:
         run.step("writing the file")
-        engine = choose_engine(Path(folder)).engine
-        path = Path(folder) / "blocks"
+        engine = choose_engine(folder).engine
+        path = folder / "blocks"
         file = engine.open(path)
         step = min(size, MiB)
         data = _random_bytes(step)

@@ -7,18 +7,22 @@ noisy; it reports medians and says in its head what its rows mean.
 
 from __future__ import annotations
 
+import errno
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from kvtier.errors import MissingExtra
+from kvtier.errors import KVTierError, MissingExtra
 
 
 @dataclass(frozen=True)
@@ -98,12 +102,36 @@ def show(console: Console, rows: Sequence[Row], note: str) -> None:
     console.print(note, style="dim")
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Each row and its ceiling on one line, one panel per unit. MissingExtra without matplotlib."""
+@contextmanager
+def scratch_folder(directory: Path | None) -> Iterator[Path]:
+    """A folder of its own in `directory` (the system's temporary one), gone afterwards. KVTierError where none can be made, or where
+    the system refuses what is done inside for want of room."""
+    where = directory or Path(tempfile.gettempdir())
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="kvtier-bench-", dir=where)
+    except OSError as error:
+        raise KVTierError(f"--path {where}: nothing can be written there: {error.strerror}; name another directory") from None
+    with folder as name:
+        try:
+            yield Path(name)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise KVTierError(f"--path {where} became full while measuring: {error.strerror}; name another directory") from None
+
+
+def find_matplotlib() -> Callable[..., Any]:
+    """What draws; MissingExtra if it is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingExtra("--plot needs matplotlib; pip install 'kvtier[report]'") from None
+    return Figure
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Each row and its ceiling on one line, one panel per unit. MissingExtra without matplotlib."""
+    Figure = find_matplotlib()
     units = list(dict.fromkeys(row.unit for row in rows))
     counts = [sum(row.unit == unit for row in rows) for unit in units]
     figure = Figure(figsize=(8, 1 + len(units) * 0.6 + 0.3 * len(rows)), layout="constrained")

@@ -34,6 +34,7 @@ from kvtier.io.probe import choose_engine
 from kvtier.layout import PageLayout
 
 from .codecs import LAYOUTS
+from .measure import scratch_folder
 
 TINY_LAYOUT = PageLayout(layers=2, planes=2, page_tokens=16, kv_heads=2, head_dim=64, dtype="bf16")
 LEAST_CYCLE_BYTES = 256 << 20
@@ -102,7 +103,7 @@ def open_cache(layout: PageLayout, room: Room, path: Path | None = None, **optio
     has no room for the store.
     """
     check_room(path, store_bytes(layout, room.disk))
-    with tempfile.TemporaryDirectory(prefix="kvtier-bench-", dir=path) as folder:
+    with scratch_folder(path) as folder:
         changes: dict[str, object] = {
             "pages.page_tokens": layout.page_tokens,
             "device.capacity_bytes": room.device * layout.page_bytes,
@@ -241,8 +242,8 @@ class PlainFile:
 @contextmanager
 def plain_file(path: Path | None, block_bytes: int, blocks: int) -> Iterator[PlainFile]:
     """A PlainFile in a directory of its own in `path` (the system's temporary one), gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="kvtier-bench-", dir=path) as folder:
-        file = PlainFile(Path(folder), block_bytes, blocks)
+    with scratch_folder(path) as folder:
+        file = PlainFile(folder, block_bytes, blocks)
         try:
             yield file
         finally:

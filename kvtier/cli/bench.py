@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from kvtier.cli.output import JsonOption, check_json_target, human_console, write_json
+from kvtier.cli.output import JsonOption, check_json_target, human_console, try_writing, write_json
 from kvtier.cli.profile import ProfileOption, profiled
 from kvtier.errors import KVTierError
 
@@ -32,9 +32,10 @@ def measured(
     from kvtier.machine import describe_machine
 
     check_json_target(json)
-    if plot is not None and (plot.suffix not in (".svg", ".png", ".pdf") or not plot.parent.is_dir()):
-        raise KVTierError(f"--plot {plot}: expected a .svg, .png or .pdf file in an existing directory")
     kit, program = importlib.import_module("kvtier.bench.measure"), importlib.import_module(f"kvtier.bench.{name}")
+    if plot is not None:
+        _check_plot_target(plot)
+        kit.find_matplotlib()
     console = human_console(json)
     with Progress(console=console, transient=True) as progress, profiled(profile):
         rows = program.measure(kit.Run(repeats, tiny, progress), **options)
@@ -46,6 +47,15 @@ def measured(
             kit.plot(rows, plot)
         except OSError as error:
             raise KVTierError(f"--plot {plot}: {error.strerror}; the rows are above") from None
+
+
+def _check_plot_target(plot: Path) -> None:
+    if plot.suffix not in (".svg", ".png", ".pdf") or not plot.parent.is_dir():
+        raise KVTierError(f"--plot {plot}: expected a .svg, .png or .pdf file in an existing directory")
+    try:
+        try_writing(plot)
+    except OSError as error:
+        raise KVTierError(f"--plot {plot}: {error.strerror}; give a file in a writable directory") from None
 
 
 def _size(text: str) -> int:

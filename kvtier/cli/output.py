@@ -35,12 +35,17 @@ def check_json_target(target: str | None, inputs: Sequence[Path] = ()) -> None:
         return
     check_not_read("--json", Path(target), inputs)
     try:
-        existed = Path(target).exists()
-        Path(target).open("ab").close()
-        if not existed:
-            Path(target).unlink()
+        try_writing(Path(target))
     except OSError as error:
         raise _cannot_write(target, error) from None
+
+
+def try_writing(path: Path) -> None:
+    """OSError if a file cannot be written there. Leaves an existing one as it is, and none where there was none."""
+    existed = path.exists()
+    path.open("ab").close()
+    if not existed:
+        path.unlink()
 
 
 def check_not_read(option: str, target: Path, inputs: Sequence[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
 from collections import namedtuple
@@ -9,10 +10,11 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks import links, load, no_reuse, pricing, rig, tiers
+from benchmarks import disk, links, load, no_reuse, pricing, rig, tiers
 from benchmarks.measure import Row, Run
 from kvtier.cache import TieredKVCache
 from kvtier.errors import KVTierError
+from kvtier.io.pooled import PooledEngine
 
 PROGRAMS: dict[str, Callable[..., list[Row]]] = {
     "links": links.measure,
@@ -30,6 +32,26 @@ def test_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch, name)
     monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda **_: pytest.fail("a directory was made"))
     with pytest.raises(KVTierError, match=rf"--path {tmp_path}: 4096 bytes are free there, but up to \d+ are needed; name another"):
         PROGRAMS[name](Run(repeats=1, tiny=True), path=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [*PROGRAMS, "disk"])
+def test_a_directory_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch, name):
+    def refuse(**_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
+    with pytest.raises(KVTierError, match=rf"--path {tmp_path}: nothing can be written there: Permission denied; name another"):
+        (PROGRAMS | {"disk": disk.measure})[name](Run(repeats=1, tiny=True), path=tmp_path)
+
+
+def test_a_disk_that_becomes_full_while_measuring_is_one_clear_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PooledEngine, "pwrite", full)
+    with pytest.raises(KVTierError, match=rf"--path {tmp_path} became full while measuring: No space left on device"):
+        disk.measure(Run(repeats=1, tiny=True), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

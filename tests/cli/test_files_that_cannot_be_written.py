@@ -1,0 +1,41 @@
+"""What a long command cannot write in the end is told before it begins."""
+
+from __future__ import annotations
+
+import builtins
+
+import pytest
+
+from benchmarks import arena
+from kvtier.cli import main
+
+
+@pytest.fixture
+def _nothing_is_measured(monkeypatch):
+    monkeypatch.setattr(arena, "measure", lambda *_, **__: pytest.fail("it was measured"))
+    monkeypatch.setattr("kvtier.bench.arena.measure", arena.measure)
+
+
+@pytest.mark.usefixtures("_nothing_is_measured")
+@pytest.mark.parametrize(("option", "name"), [("--json", "x.json"), ("--plot", "x.svg"), ("--profile", "x.json")])
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(capsys, option, name):
+    assert main(["bench", "arena", "--tiny", option, f"/proc/{name}"]) == 2
+    err = capsys.readouterr().err
+    assert f"/proc/{name}" in err
+    assert "writable directory" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.usefixtures("_nothing_is_measured")
+def test_a_picture_that_nothing_here_can_draw_is_told_before_anything_is_measured(capsys, monkeypatch, tmp_path):
+    real = builtins.__import__
+
+    def without_matplotlib(name, *given, **options):
+        if name.partition(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real(name, *given, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    assert main(["bench", "arena", "--tiny", "--plot", str(tmp_path / "x.svg")]) == 2
+    assert "pip install 'kvtier[report]'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
