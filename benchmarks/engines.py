@@ -34,7 +34,7 @@ import numpy as np
 from kvtier.errors import KVTierError, MissingExtra
 
 from .measure import Row, Run
-from .serving import GIB, SYSTEMS, Answer, EngineSetUp, Serving, bytes_on_disk, drop_from_page_cache, serving, stopped_in_order, stored_in
+from .serving import GIB, SYSTEMS, Answer, EngineSetUp, Serving, bytes_on_disk, drop_from_page_cache, serving, stored_in
 
 BLOCK_TOKENS, BLOCK_BYTES = 128, 2_949_120
 """Of vLLM on CPUs with SmolLM2-135M in bf16."""
@@ -153,7 +153,7 @@ def measure(
     model = packaged_model()
     seen = {name: Seen() for name in systems}
     run.expect(len(systems) * len(cases))
-    with stopped_in_order(), tempfile.TemporaryDirectory(prefix="kvtier-engines-", dir=path) as room:
+    with tempfile.TemporaryDirectory(prefix="kvtier-engines-", dir=path) as room:
         # Two threads that wait for each other at every operation take seconds per token where others use the processors too.
         threads = 1 if run.tiny else len(os.sched_getaffinity(0))
         plan = Plan(Prompts(documents, document_tokens), rounds, model, Path(room), threads)

@@ -268,16 +268,6 @@ def serving(name: str, set_up: EngineSetUp, memory_gib: int, room: Path) -> Iter
         yield Serving(engine, server)
 
 
-@contextlib.contextmanager
-def stopped_in_order() -> Iterator[None]:
-    """While in here, SIGTERM ends this program as an exception does: it stops what it started. For the main thread."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def stored_in(room: Path, name: str) -> Path:
     """Where system `name` keeps its files."""
     return room / name

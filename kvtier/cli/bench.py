@@ -37,7 +37,7 @@ def measured(
         _check_plot_target(plot)
         kit.find_matplotlib()
     console = human_console(json)
-    with Progress(console=console, transient=True) as progress, profiled(profile):
+    with kit.stopped_in_order(), Progress(console=console, transient=True) as progress, profiled(profile):
         rows = program.measure(kit.Run(repeats, tiny, progress), **options)
     machine = describe_machine()
     kit.show(console, rows, f"{machine['cpu']}, {machine['cores']} cores; medians of {repeats} repeats{note and '; '}{note}")

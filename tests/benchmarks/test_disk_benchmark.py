@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -61,3 +65,16 @@ def test_a_failing_fio_is_told_with_what_it_said(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(fake.parent), prepend=":")
     with pytest.raises(KVTierError, match=r"fio failed: fio: engine libaio not loadable; without fio"):
         disk.measure(Run(repeats=1, tiny=True), tmp_path)
+
+
+def test_a_terminated_benchmark_leaves_no_file_behind(tmp_path):
+    command = [sys.executable, "-m", "kvtier", "bench", "disk", "--path", str(tmp_path), "--size-bytes", "16MiB"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as running:
+        until = time.monotonic() + 60
+        while not list(tmp_path.glob("*/blocks")):
+            assert running.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        running.terminate()
+        assert running.wait(60) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
