@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from kvtier.cli.output import JsonOption, check_json_target, human_console, try_writing, write_json
+from kvtier.cli.output import JsonOption, check_json_target, check_writable, human_console, write_json
 from kvtier.cli.profile import ProfileOption, profiled
 from kvtier.errors import KVTierError
 
@@ -34,8 +34,10 @@ def measured(
     check_json_target(json)
     kit, program = importlib.import_module("kvtier.bench.measure"), importlib.import_module(f"kvtier.bench.{name}")
     if plot is not None:
-        _check_plot_target(plot)
+        if plot.suffix not in (".svg", ".png", ".pdf") or not plot.parent.is_dir():
+            raise KVTierError(f"--plot {plot}: expected a .svg, .png or .pdf file in an existing directory")
         kit.find_matplotlib()
+        check_writable("--plot", plot)
     console = human_console(json)
     with kit.stopped_in_order(), Progress(console=console, transient=True) as progress, profiled(profile):
         rows = program.measure(kit.Run(repeats, tiny, progress), **options)
@@ -47,15 +49,6 @@ def measured(
             kit.plot(rows, plot)
         except OSError as error:
             raise KVTierError(f"--plot {plot}: {error.strerror}; the rows are above") from None
-
-
-def _check_plot_target(plot: Path) -> None:
-    if plot.suffix not in (".svg", ".png", ".pdf") or not plot.parent.is_dir():
-        raise KVTierError(f"--plot {plot}: expected a .svg, .png or .pdf file in an existing directory")
-    try:
-        try_writing(plot)
-    except OSError as error:
-        raise KVTierError(f"--plot {plot}: {error.strerror}; give a file in a writable directory") from None
 
 
 def _size(text: str) -> int:

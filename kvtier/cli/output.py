@@ -35,13 +35,22 @@ def check_json_target(target: str | None, inputs: Sequence[Path] = ()) -> None:
         return
     check_not_read("--json", Path(target), inputs)
     try:
-        try_writing(Path(target))
+        _try_writing(Path(target))
     except OSError as error:
         raise _cannot_write(target, error) from None
 
 
-def try_writing(path: Path) -> None:
-    """OSError if a file cannot be written there. Leaves an existing one as it is, and none where there was none."""
+def check_writable(option: str, path: Path | None) -> None:
+    """KVTierError now, rather than after a long run, if the file that `option` names cannot be written. Leaves all as it is."""
+    if path is None:
+        return
+    try:
+        _try_writing(path)
+    except OSError as error:
+        raise KVTierError(f"{option} {path}: {error.strerror}; give a file in a writable directory") from None
+
+
+def _try_writing(path: Path) -> None:
     existed = path.exists()
     path.open("ab").close()
     if not existed:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kvtier.cli.output import try_writing
+from kvtier.cli.output import check_writable
 from kvtier.errors import KVTierError, MissingExtra
 
 ProfileOption = Annotated[
@@ -29,9 +29,6 @@ def profiled(target: Path | None) -> Iterator[None]:
         from viztracer import VizTracer
     except ImportError:
         raise MissingExtra("--profile needs viztracer; pip install 'kvtier[profile]'") from None
-    try:
-        try_writing(target)  # the tracer writes only at the end
-    except OSError as error:
-        raise KVTierError(f"--profile {target}: {error.strerror}; give a file in a writable directory") from None
+    check_writable("--profile", target)  # the tracer writes only at the end
     with VizTracer(output_file=str(target), verbose=0, min_duration=5, ignore_frozen=True):
         yield

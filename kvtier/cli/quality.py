@@ -9,7 +9,7 @@ import typer
 
 from kvtier.cli.app import app
 from kvtier.cli.bench import TinyOption
-from kvtier.cli.output import JsonOption, check_json_target, human_console, write_json
+from kvtier.cli.output import JsonOption, check_json_target, check_writable, human_console, write_json
 from kvtier.errors import ConfigError, LayoutError
 from kvtier.quality.protocol import Protocol
 
@@ -64,6 +64,7 @@ def quality(
     contents = read_texts(texts or [])
     check_json_target(json)
     check_plot_target(plot)
+    check_writable("--plot", plot)
     console = human_console(json)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:

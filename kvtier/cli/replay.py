@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvtier.cli.app import app
-from kvtier.cli.output import JsonOption, check_json_target, human_console, write_json
+from kvtier.cli.output import JsonOption, check_json_target, check_writable, human_console, write_json
 from kvtier.cli.reading import BlockTokensOption, PlotOption, TracesArgument, progress_bar, read_traces
 from kvtier.errors import KVTierError
 
@@ -85,6 +85,7 @@ def replay(
     capacities = [Capacity.parse(text) for text in (CAPACITIES if capacity is None else capacity).split(",")]
     check_json_target(json, traces)
     check_plot_target(plot)
+    check_writable("--plot", plot)
     console = human_console(json)
     loaded = read_traces(console, traces, block_tokens)
     with progress_bar(console) as progress:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvtier.cli.app import app
-from kvtier.cli.output import JsonOption, check_json_target, check_not_read, human_console, write_json
+from kvtier.cli.output import JsonOption, check_json_target, check_not_read, check_writable, human_console, write_json
 from kvtier.cli.reading import BlockTokensOption, PlotOption, TracesArgument, progress_bar, read_traces
 from kvtier.errors import KVTierError
 
@@ -65,6 +65,7 @@ def tune(
     check_json_target(json, [*traces, *([config] if config else []), target])
     check_not_read("--out", target, traces)
     check_plot_target(plot)
+    check_writable("--plot", plot)
     given = load_config(config, env={})
     console = human_console(json)
     _one_way_to_size(capacity, tiers, page_bytes)

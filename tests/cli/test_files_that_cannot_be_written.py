@@ -26,6 +26,12 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(capsy
     assert "Traceback" not in err
 
 
+def test_a_picture_of_formats_is_tried_before_a_model_is_loaded(capsys, monkeypatch):
+    monkeypatch.setattr("kvtier.engines.models.load_model", lambda *_: pytest.fail("a model was loaded"))
+    assert main(["quality", "--tiny", "--plot", "/proc/x.svg"]) == 2
+    assert "--plot /proc/x.svg" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("_nothing_is_measured")
 def test_a_picture_that_nothing_here_can_draw_is_told_before_anything_is_measured(capsys, monkeypatch, tmp_path):
     real = builtins.__import__
