@@ -142,7 +142,8 @@ def find_matplotlib() -> Callable[..., Any]:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Each row and its ceiling on one line, one panel per unit. MissingExtra without matplotlib."""
+    """Each row and its ceiling on one line, one panel per unit, logarithmic where that shows them all. MissingExtra without
+    matplotlib."""
     Figure = find_matplotlib()
     units = list(dict.fromkeys(row.unit for row in rows))
     counts = [sum(row.unit == unit for row in rows) for unit in units]
@@ -156,5 +157,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 axes.plot(row.ceiling, place, "s", color="#c75000")
             axes.plot(row.value, place, "o", color="#0072b2")
         axes.set_yticks(range(len(chosen)), [row.name for row in chosen])
-        axes.set(xscale="log", xlabel=f"{unit}, logarithmic; circle: kvtier, square: ceiling", ylim=(len(chosen) - 0.4, -0.6))
+        # A logarithmic axis would leave out what is zero or, as an overhead may be, below.
+        positive = all(figure > 0 for row in chosen for figure in (row.value, row.ceiling) if figure is not None)
+        scale, said = ("log", ", logarithmic") if positive else ("linear", "")
+        axes.set(xscale=scale, xlabel=f"{unit}{said}; circle: kvtier, square: ceiling", ylim=(len(chosen) - 0.4, -0.6))
     figure.savefig(path)
