@@ -32,7 +32,7 @@ from kvtier.errors import ConfigError, KVTierError
 from kvtier.io.files import Bytes, FileEngine, Request, page_aligned
 from kvtier.io.probe import EngineName, choose_engine
 
-from .measure import Row, Run, scratch_folder
+from .measure import Row, Run, free_bytes, scratch_folder
 
 KiB, MiB = 1 << 10, 1 << 20
 BLOCKS = (64 * KiB, 256 * KiB, MiB)
@@ -104,7 +104,7 @@ def _scratch_file(run: Run, directory: Path, size: int) -> Iterator[tuple[Path, 
     """A file of `size` random bytes whose blocks have all been written, and the engine that a disk tier would get there."""
     if not directory.is_dir():
         raise KVTierError(f"--path {directory} is not a directory; name the one to measure")
-    free = shutil.disk_usage(directory).free
+    free = free_bytes(directory)
     spare = 0 if run.tiny else SPARE_BYTES
     if size + spare > free:
         has = f"{directory} has {free} bytes free, of which {spare} are left to others" if spare else f"{directory} has {free} bytes free"

@@ -8,6 +8,7 @@ noisy; it reports medians and says in its head what its rows mean.
 from __future__ import annotations
 
 import errno
+import shutil
 import signal
 import statistics
 import sys
@@ -112,6 +113,12 @@ def stopped_in_order() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def free_bytes(folder: Path) -> int:
+    """What a file system has left; of one that says no size at all, more than anybody asks for."""
+    usage = shutil.disk_usage(folder)
+    return usage.free if usage.total else sys.maxsize
 
 
 @contextmanager

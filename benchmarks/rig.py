@@ -34,7 +34,7 @@ from kvtier.io.probe import choose_engine
 from kvtier.layout import PageLayout
 
 from .codecs import LAYOUTS
-from .measure import scratch_folder
+from .measure import free_bytes, scratch_folder
 
 TINY_LAYOUT = PageLayout(layers=2, planes=2, page_tokens=16, kv_heads=2, head_dim=64, dtype="bf16")
 LEAST_CYCLE_BYTES = 256 << 20
@@ -86,7 +86,7 @@ def store_bytes(layout: PageLayout, pages: int) -> int:
 def check_room(path: Path | None, needed_bytes: int) -> None:
     """KVTierError unless `path` (the system's temporary directory) has room for `needed_bytes`, before anything is written there."""
     folder = path or Path(tempfile.gettempdir())
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if needed_bytes > free:
         raise KVTierError(f"--path {folder}: {free} bytes are free there, but up to {needed_bytes} are needed; name another directory")
 

@@ -46,7 +46,12 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_is_written(tmp_path
 
 
 def test_a_tiny_run_asks_for_no_more_room_than_its_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=disk.TINY_BYTES))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=disk.TINY_BYTES, total=1 << 30))
+    assert disk.measure(Run(repeats=1, tiny=True), tmp_path)
+
+
+def test_a_file_system_without_a_size_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0, total=0))  # ramfs says so
     assert disk.measure(Run(repeats=1, tiny=True), tmp_path)
 
 

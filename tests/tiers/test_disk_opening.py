@@ -132,8 +132,13 @@ def test_an_unknown_durability_is_refused(tmp_path):
 
 
 def without_room(path: Path) -> os.statvfs_result:
-    """As a ramfs answers, which does not count its blocks."""
-    return os.statvfs_result((4096, 4096, *[0] * 9))
+    """As a full file system answers."""
+    return os.statvfs_result((4096, 4096, 1, *[0] * 8))
+
+
+def test_a_file_system_that_gives_no_size_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((4096, 4096, *[0] * 9)))  # a ramfs, some network file systems
+    open_disk(tmp_path).close()
 
 
 def failing_description(*_: Any) -> None:

@@ -181,8 +181,13 @@ class StoreDirectory:
         return sorted(int(match[1]) for name in os.listdir(self.path) if (match := _SEGMENT.fullmatch(name)))
 
     def check_space(self, capacity_bytes: int) -> None:
-        """ConfigError if the file system could not hold `capacity_bytes` of segments even if nobody else wrote to it."""
+        """ConfigError if the file system could not hold `capacity_bytes` of segments even if nobody else wrote to it.
+
+        One that gives no size of its own (ramfs, some in user space or across the network) is taken at no word: writes will show.
+        """
         system = os.statvfs(self.path)
+        if system.f_blocks == 0:
+            return
         free = system.f_bavail * system.f_frsize
         held = sum(os.stat(self.segment_path(segment)).st_blocks * 512 for segment in self.segments())
         if capacity_bytes > free + held:
