@@ -6,7 +6,8 @@ become visible under it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -89,23 +90,24 @@ class Writer:
             return 0
         table = residency.table
         shared = fill > 0 and int(table.leases[lease.rows[-1]]) > 1
-        if fill == 0 or shared:
-            fresh = self._take_slots(1)
-            if not fresh:
-                lease.full = True
-                return 0
+        fresh = self._take_slots(1) if fill == 0 or shared else []
+        if (fill == 0 or shared) and not fresh:
+            lease.full = True
+            return 0
+        count = min(page_tokens - fill, len(ids))
+        slot = fresh[0] if fresh else int(table.slot[DEVICE, lease.rows[-1]])
+        with self._given_back_on_failure(fresh):
+            if shared:
+                residency.device.copy(int(table.slot[DEVICE, lease.rows[-1]]), slot, fill)
+            residency.device.write_tokens(slot, fill, kv[:, :, :count])
+        if fresh:
             with residency.lock:
                 parent = lease.rows[lease.tokens // page_tokens - 1] if lease.tokens >= page_tokens else NO_ROW
-                row = table.open(parent, fresh[0], lease.tokens // page_tokens)
-                old = lease.rows.pop() if shared else NO_ROW
+                row = table.open(parent, slot, lease.tokens // page_tokens)
+                if shared:
+                    residency.release([lease.rows.pop()])
                 lease.rows.append(row)
-            if shared:
-                residency.device.copy(int(table.slot[DEVICE, old]), fresh[0], fill)
-                with residency.lock:
-                    residency.release([old])
         row = lease.rows[-1]
-        count = min(page_tokens - fill, len(ids))
-        residency.device.write_tokens(int(table.slot[DEVICE, row]), fill, kv[:, :, :count])
         lease.ids.extend(ids[:count].tolist())
         lease.tokens += count
         with residency.lock:
@@ -169,15 +171,10 @@ class Writer:
         if written:
             shape = (layout.layers, layout.planes, count, layout.page_tokens, layout.kv_heads, layout.head_dim)
             pages = kv[:, :, : count * layout.page_tokens].reshape(shape).permute(2, 0, 1, 3, 4, 5)
-            try:
+            with self._given_back_on_failure(slots, rows):
                 fresh = pages if len(written) == count else pages[written]
                 residency.device.scatter(slots, fresh)
                 digests = encode(fresh[:, :, 0]) if residency.digests is not None else None
-            except BaseException:
-                with residency.lock:
-                    residency.device.free(slots)
-                    table.release(rows[rows != NO_ROW])
-                raise
         with residency.lock:
             placed, collided = self._place(lease, keys, rows, written, slots, stop)
             if residency.digests is not None and digests is not None:
@@ -253,6 +250,18 @@ class Writer:
         with residency.lock:
             slots = residency.eviction.reserve_now(DEVICE, count)
         return slots if slots is not None else residency.mover.spawn(residency.eviction.reserve(DEVICE, count)).result()
+
+    @contextmanager
+    def _given_back_on_failure(self, slots: Sequence[int], rows: Rows | None = None) -> Iterator[None]:
+        """If what is done inside fails, nobody will ask for these slots again, nor for the holds on these rows (NO_ROW is passed over)."""
+        try:
+            yield
+        except BaseException:
+            with self._residency.lock:
+                self._residency.device.free(slots)
+                if rows is not None:
+                    self._residency.table.release(rows[rows != NO_ROW])
+            raise
 
     def check_own(self, lease: Lease) -> None:
         """LeaseError for a lease of another cache: its rows mean other pages here."""

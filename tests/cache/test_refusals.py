@@ -52,6 +52,27 @@ def test_a_device_that_fails_in_a_write_keeps_no_room_and_no_hold(monkeypatch):
         cache.check_integrity()
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_device_that_fails_in_an_open_page_leaves_the_lease_as_it_was(monkeypatch, shared):
+    tokens = run(1, 3)
+    kv, half = kv_of(tokens), PAGE + PAGE // 2 if shared else PAGE
+    with make_cache(device_pages=8, host_pages=None) as cache, cache.begin() as lease:
+        cache.append(lease, tokens[:half], kv[:, :, :half])
+        fork = cache.fork(lease)
+        used = cache.stats()["tiers"]["device"]["bytes_used"]
+        with monkeypatch.context() as broken:
+            broken.setattr(type(cache._residency.device), "write_tokens", lambda *_: (_ for _ in ()).throw(MemoryError("no memory")))
+            with pytest.raises(MemoryError):
+                cache.append(lease, tokens[half : half + 1], kv[:, :, half : half + 1])
+        assert (lease.tokens, cache.stats()["tiers"]["device"]["bytes_used"]) == (half, used)
+        fork.release()
+        for index in range(half, len(tokens)):
+            assert cache.append(lease, tokens[index : index + 1], kv[:, :, index : index + 1]) == 1
+        stored = lease.layer(1)[torch.from_numpy(lease.block_table)]
+        assert torch.equal(stored.transpose(0, 1).flatten(1, 2), kv[1])
+        cache.check_integrity()
+
+
 def test_signs_that_torch_has_put_off_are_stored():
     tokens = run(1, 2)
     kv = torch.complex(kv_of(tokens), kv_of(tokens)).conj().imag
