@@ -208,8 +208,9 @@ class PlainFile:
         """
         if not shutil.which("fio"):
             return None
+        # By its name alone, from its folder: fio takes a colon in a path for the end of one file and the beginning of another.
         command = [
-            *("fio", "--name=ceiling", f"--filename={self.path}", f"--size={self._blocks * self.block_bytes}", "--rw=randread"),
+            *("fio", "--name=ceiling", f"--filename={self.path.name}", f"--size={self._blocks * self.block_bytes}", "--rw=randread"),
             *(f"--bs={self.block_bytes}", f"--iodepth={DEPTH}", "--ioengine=libaio", f"--direct={int(self.direct)}", "--thread"),
             *(f"--invalidate={int(not self.direct)}", "--randrepeat=0", "--output-format=json"),
         ]

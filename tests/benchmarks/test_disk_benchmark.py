@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import disk
 from benchmarks.measure import Run
+from benchmarks.rig import plain_file
 from kvtier.errors import KVTierError
 
 
@@ -60,6 +61,18 @@ def test_a_file_below_one_block_is_refused(tmp_path, size):
     with pytest.raises(KVTierError, match=f"--size-bytes {size}: the file holds blocks of up to 1048576 bytes; give at least that"):
         disk.measure(Run(repeats=1), tmp_path, size_bytes=size)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not shutil.which("fio"), reason="fio is not installed")
+def test_a_colon_in_the_path_does_not_send_fio_to_another_file(tmp_path):
+    other, folder = tmp_path / "model", tmp_path / "model:v1"
+    folder.mkdir()
+    other.write_text("somebody's")
+    assert disk.measure(Run(repeats=1, tiny=True), folder)
+    with plain_file(folder, 4096, 8) as file:
+        assert file.fio_read()
+    assert other.read_text() == "somebody's"
+    assert list(folder.iterdir()) == []
 
 
 def test_a_failing_fio_is_told_with_what_it_said(tmp_path, monkeypatch):
