@@ -134,9 +134,9 @@ def scratch_folder(directory: Path | None) -> Iterator[Path]:
         try:
             yield Path(name)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            raise KVTierError(f"--path {where} became full while measuring: {error.strerror}; name another directory") from None
+            raise KVTierError(f"--path {where} does not hold what is measured: {error.strerror}; name another directory") from None
 
 
 def find_matplotlib() -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import tempfile
 from collections import namedtuple
@@ -45,12 +46,13 @@ def test_a_directory_that_cannot_be_written_is_one_clear_error(tmp_path, monkeyp
         (PROGRAMS | {"disk": disk.measure})[name](Run(repeats=1, tiny=True), path=tmp_path)
 
 
-def test_a_disk_that_becomes_full_while_measuring_is_one_clear_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_disk_that_becomes_full_while_measuring_is_one_clear_error(tmp_path, monkeypatch, error):
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr(PooledEngine, "pwrite", full)
-    with pytest.raises(KVTierError, match=rf"--path {tmp_path} became full while measuring: No space left on device"):
+    with pytest.raises(KVTierError, match=rf"--path {tmp_path} does not hold what is measured: {os.strerror(error)}"):
         disk.measure(Run(repeats=1, tiny=True), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
