@@ -1,6 +1,11 @@
-"""Where a lease's attention goes, from queries and what is known of its pages' keys. Stateless; reads under the residency's lock."""
+"""Where a lease's attention goes: told by the engine per page, or estimated from its queries and what is known of the pages' keys.
+
+Stateless; what the policies are told is written under the residency's lock.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -8,10 +13,55 @@ from numpy.typing import NDArray
 
 from kvtier.attention.digest import encode, key_logits, page_logits
 from kvtier.attention.select import page_mass
-from kvtier.errors import IntegrityError
+from kvtier.errors import ConfigError, IntegrityError, LayoutError, LeaseError
 from kvtier.lease import Lease
 from kvtier.pages import DEVICE, READY
 from kvtier.residency import Residency
+
+
+def record_attention(residency: Residency, lease: Lease, mass: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
+    """See `TieredKVCache.record_attention`."""
+    values = np.asarray(mass, np.float64)
+    if values.shape != (lease.pages,):
+        raise LeaseError(f"record_attention: got shape {values.shape}; expected one value for each of the {lease.pages} pages")
+    with residency.lock:
+        usable = (values >= 0) & (values <= 1) & (not lease.released)
+        residency.metrics.attention_ignored += int((~usable).sum())
+        for row, value, good in zip(lease.rows, values.tolist(), usable.tolist(), strict=False):
+            if not good:
+                continue
+            residency.table.attention[row] = value
+            for policy in residency.policies:
+                if row in policy:
+                    policy.record_attention(row, value)
+
+
+def record_queries(residency: Residency, lease: Lease, layer: int, queries: torch.Tensor) -> None:
+    """See `TieredKVCache.record_queries`."""
+    layout = residency.layout
+    if residency.digests is None:
+        raise ConfigError("record_queries needs page digests, and this cache keeps none; set attention.digest_bytes")
+    if not 0 <= layer < layout.layers:
+        raise LeaseError(f"record_queries: layer {layer}; this model has layers 0 to {layout.layers - 1}")
+    asked = queries[None] if queries.ndim == 2 else queries
+    if asked.ndim != 3 or not len(asked) or not asked.shape[1] or asked.shape[1] % layout.kv_heads or asked.shape[2] != layout.head_dim:
+        raise LayoutError(
+            f"record_queries: queries have shape {list(queries.shape)}; expected [heads, head_dim] or [tokens, heads, head_dim] with a "
+            f"multiple of {layout.kv_heads} heads of {layout.head_dim}"
+        )
+    if not lease.pages:
+        return
+    if lease.released or not asked.isfinite().all():
+        with residency.lock:
+            residency.metrics.attention_ignored += lease.pages
+        return
+    mass = lease_mass(residency, lease, layer, asked)
+    before, calls = lease.attention, min(lease.attention_calls, layout.layers - 1)
+    if before is not None:
+        known = min(len(before), len(mass))
+        mass[:known] = np.where(np.isnan(before[:known]), mass[:known], (calls * before[:known] + mass[:known]) / (calls + 1))
+    lease.attention, lease.attention_calls = mass, calls + 1
+    record_attention(residency, lease, mass)
 
 
 def lease_mass(residency: Residency, lease: Lease, layer: int, queries: torch.Tensor) -> NDArray[np.float64]:

@@ -8,38 +8,36 @@ it.
 
 from __future__ import annotations
 
-import asyncio
 import math
 import threading
 import time
-from array import array
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from kvtier.attending import lease_mass
+from kvtier.attending import record_attention, record_queries
 from kvtier.attention.in_place import make_pool
 from kvtier.attention.learned import LearnedCosts
 from kvtier.attention.router import Router
 from kvtier.budget import BudgetedLease, check_budget
 from kvtier.config import Config, load_config
-from kvtier.errors import Closed, ConfigError, LayoutError, LeaseError
+from kvtier.errors import Closed, LeaseError
 from kvtier.in_place import InPlaceLease
 from kvtier.keyed import KeyedPages
 from kvtier.keys import PageKey, TokenIds, namespace, page_keys, root_key, token_array
 from kvtier.layout import PageLayout
 from kvtier.lease import Lease, Match
-from kvtier.mover.transfer import Priority, Transfer
 from kvtier.numa.executor import NumaThreadPool
-from kvtier.pages import ABSENT, DEVICE, NO_ROW, READY, WRITING
+from kvtier.pages import ABSENT, DEVICE, NO_ROW, READY
 from kvtier.prefetch import Prefetch
+from kvtier.reading import Reader
 from kvtier.residency import Residency
 from kvtier.resizing import resize
+from kvtier.stats import stats
 from kvtier.tiers.base import Tier
 from kvtier.writing import Writer
 
@@ -59,6 +57,7 @@ class TieredKVCache:
         self.layout = layout
         self._namespace = namespace(config.model.name, config.model.revision, layout)
         self._residency = Residency(config, layout, self._namespace, clock)
+        self._reader = Reader(self._residency)
         self._writer = Writer(self._residency)
         self._pool: NumaThreadPool | None = None
         """Threads that attend in place, from the first `acquire_in_place` on."""
@@ -78,27 +77,8 @@ class TieredKVCache:
 
         No side effects: nothing is held, counted or moved.
         """
-        ids = token_array(token_ids)
-        root = root_key(self._namespace, salt)
-        keys = page_keys(ids, self.layout.page_tokens, root)
-        residency = self._open()
-        with residency.lock:
-            rows = residency.table.find(keys)
-            tiers = residency.table.warmest(rows)
-            counts = np.bincount(tiers, minlength=len(residency.tiers))
-            moved = counts * residency.page_bytes
-            restore_s = residency.prices.restore_s(moved)
-            recompute_s = residency.prices.recompute_s(0, len(rows) * self.layout.page_tokens)
-        return Match(
-            tokens=len(rows) * self.layout.page_tokens,
-            ids=ids[: len(rows) * self.layout.page_tokens],
-            keys=tuple(keys[: len(rows)]),
-            root=root,
-            pages_by_tier={name: int(count) for name, count in zip(residency.names, counts, strict=True)},
-            restore_bytes=int(moved[1:].sum()),
-            restore_s=restore_s,
-            recompute_s=recompute_s,
-        )
+        self._open()
+        return self._reader.lookup(token_array(token_ids), root_key(self._namespace, salt))
 
     def acquire(self, match: Match) -> Lease:
         """Hold the pages of `match` and start bringing the colder ones to the device; returns at once.
@@ -106,31 +86,8 @@ class TieredKVCache:
         The lease covers what is still there and worth bringing up (`mover.restore`), which may be less than `match.tokens`; after `wait`
         (or `ready`) `lease.tokens` is final.
         """
-        residency = self._open()
-        page_tokens = self.layout.page_tokens
-        with residency.lock:
-            table = residency.table
-            rows = residency.claim(match.keys[: self._worthwhile(match)])
-            lease = Lease(
-                residency=residency,
-                root=match.root,
-                rows=rows.tolist(),
-                ids=array("q", match.ids[: len(rows) * page_tokens].tobytes()),
-                tokens=len(rows) * page_tokens,
-                restored=Future(),
-                give_back=self._release,
-            )
-            missing = int((table.state[DEVICE][rows] != READY).sum())
-            if missing:
-                homes = table.warmest(rows)
-                moved = np.bincount(homes, minlength=len(residency.tiers)) * residency.page_bytes
-        if missing:
-            residency.start(self._restore(lease, missing, moved, time.perf_counter()))
-        else:
-            lease.known = True
-            lease.submitted.set()
-            lease.restored.set_result(None)
-        return lease
+        self._open()
+        return self._reader.acquire(match)
 
     def acquire_within(self, match: Match, device_pages: int, choosing: bool = True) -> BudgetedLease:
         """Hold the pages of `match`, and what is appended to them, with at most `device_pages` pages of them on the device at any time.
@@ -141,15 +98,7 @@ class TieredKVCache:
         """
         residency = self._open()
         check_budget(residency, device_pages)
-        with residency.lock:
-            rows = residency.claim(match.keys)
-        tokens = len(rows) * self.layout.page_tokens
-        ids = array("q", match.ids[:tokens].tobytes())
-        lease = Lease(residency, match.root, rows.tolist(), ids, tokens, Future(), give_back=self._release)
-        lease.known = True
-        lease.submitted.set()
-        lease.restored.set_result(None)
-        return BudgetedLease(residency, self._writer, lease, device_pages, choosing, self.record_attention)
+        return BudgetedLease(residency, self._writer, self._reader.hold(match), device_pages, choosing, self.record_attention)
 
     def acquire_in_place(self, match: Match, workload: str = "default", device_utilisation: float | None = None) -> InPlaceLease:
         """Hold the pages of `match` and leave those that host memory has there, if that is cheaper than fetching them: `attend` then has
@@ -175,15 +124,7 @@ class TieredKVCache:
         with self._starting:
             if self._pool is None:
                 self._pool = make_pool(routing.threads_per_node)
-        with residency.lock:
-            rows = residency.claim(match.keys)
-        tokens = len(rows) * self.layout.page_tokens
-        ids = array("q", match.ids[:tokens].tobytes())
-        lease = Lease(residency, match.root, rows.tolist(), ids, tokens, Future(), give_back=self._release)
-        lease.known = True
-        lease.submitted.set()
-        lease.restored.set_result(None)
-        return InPlaceLease(residency, lease, self._pool, router, self._attending_costs, workload, device_utilisation)
+        return InPlaceLease(residency, self._reader.hold(match), self._pool, router, self._attending_costs, workload, device_utilisation)
 
     def begin(self, salt: str = "") -> Lease:
         """A lease on nothing yet: the start of a new sequence of tenant `salt`, to be grown with `append`."""
@@ -196,82 +137,6 @@ class TieredKVCache:
         Once per cache.
         """
         return KeyedPages(self._open(), self.acquire)
-
-    def _worthwhile(self, match: Match) -> int:
-        """How many of the match's pages are worth bringing up, counting as declined those that are not. Lock held."""
-        residency = self._residency
-        if not match.keys or self.config.mover.restore == "always":
-            return len(match.keys)
-        rows = residency.table.find(match.keys)
-        pages = residency.prices.pages_to_restore(residency.table.warmest(rows), residency.page_bytes)
-        if pages == len(rows):
-            return len(match.keys)
-        residency.metrics.tokens_declined += (len(rows) - pages) * self.layout.page_tokens
-        return pages
-
-    async def _restore(self, lease: Lease, missing: int, moved: NDArray[np.int64], asked_s: float) -> None:
-        """Bring the lease's pages to the device, as far as there is room; cut the lease where one does not come.
-
-        `missing`: pages that were not on the device when it was asked for, at `asked_s`; `moved`: their encoded bytes by tier. What it
-        took teaches the prices only if nobody else brought any of them.
-        """
-        residency, table = self._residency, self._residency.table
-        asked: set[int] = set()
-        alone, tokens = True, lease.tokens
-
-        def join() -> list[Transfer]:
-            """Go along with every transfer that brings pages of this lease, whoever started it."""
-            with residency.lock:
-                rows = [] if lease.released else lease.rows
-                coming = list(dict.fromkeys(residency.copying.inflight[row, DEVICE] for row in rows if table.state[DEVICE, row] == WRITING))
-                lease.transfers = list(dict.fromkeys([*lease.transfers, *coming]))
-            for transfer in coming:
-                residency.mover.urge(transfer)
-            return coming
-
-        def launched(_: list[Transfer]) -> None:
-            join()
-            lease.submitted.set()
-
-        try:
-            while True:
-                joined = join()
-                alone = alone and not joined
-                if not any(transfer.cancelled for transfer in joined):  # else a hint was taken back this moment: see what is left then
-                    with residency.lock:
-                        rows = [] if lease.released else lease.rows
-                        wanted = [row for row in rows if table.state[DEVICE, row] == ABSENT and row not in asked]
-                    if not joined and not wanted:
-                        break
-                    asked.update(wanted)
-                    await residency.copying.lift(wanted, Priority.DEMAND, launched)
-                for transfer in joined:
-                    await asyncio.wrap_future(transfer.future)
-        finally:
-            with residency.lock:
-                if not lease.released:
-                    self._cut(lease)
-            whole, seconds = alone and len(asked) == missing and lease.tokens == tokens, time.perf_counter() - asked_s
-            lease.submitted.set()
-            lease.restored.set_result(None)
-            if whole:
-                with residency.lock:
-                    residency.prices.restored(moved, seconds)
-
-    def _cut(self, lease: Lease) -> None:
-        """Shorten a lease to the prefix that is on the device and let the rest go. Lock held."""
-        ready = (self._residency.table.state[DEVICE, lease.rows] == READY) & ~np.isin(lease.rows, list(lease.failed()))
-        lease.cut(len(lease.rows) if ready.all() else int(ready.argmin()))
-        self._residency.table.release(lease.rows[lease.pages :])
-        del lease.rows[lease.pages :]
-
-    def _release(self, lease: Lease) -> None:
-        residency = self._residency
-        with residency.lock:
-            if lease.released:
-                return
-            residency.release(lease.rows)
-            lease.released = True
 
     # -- writing ---------------------------------------------------------------------------------------------------------------
 
@@ -313,16 +178,8 @@ class TieredKVCache:
         """
         self._writer.check_own(lease)
         lease.wait()
-        residency = self._open()
-        with residency.lock:
-            residency.table.lease(np.array(lease.rows, np.int64))
-            twin = Lease(
-                residency, lease.root, list(lease.rows), lease.ids[: lease.tokens], lease.tokens, Future(), give_back=self._release
-            )
-        twin.known = True
-        twin.submitted.set()
-        twin.restored.set_result(None)
-        return twin
+        self._open()
+        return self._reader.fork(lease)
 
     def truncate(self, lease: Lease, tokens: int) -> None:
         """Roll the lease back to its first `tokens` tokens (rejected speculation). Committed pages stay cached; the lease lets go of them.
@@ -360,21 +217,8 @@ class TieredKVCache:
         A signal, not a duty: values that are NaN, negative or above one are counted (`attention_ignored`) and ignored. LeaseError if
         the number of values differs from the number of pages.
         """
-        residency = self._open()
         self._writer.check_own(lease)
-        values = np.asarray(mass, np.float64)
-        if values.shape != (lease.pages,):
-            raise LeaseError(f"record_attention: got shape {values.shape}; expected one value for each of the {lease.pages} pages")
-        with residency.lock:
-            usable = (values >= 0) & (values <= 1) & (not lease.released)
-            residency.metrics.attention_ignored += int((~usable).sum())
-            for row, value, good in zip(lease.rows, values.tolist(), usable.tolist(), strict=False):
-                if not good:
-                    continue
-                residency.table.attention[row] = value
-                for policy in residency.policies:
-                    if row in policy:
-                        policy.record_attention(row, value)
+        record_attention(self._open(), lease, mass)
 
     def record_prefill(self, start: int, tokens: int, seconds: float) -> None:
         """Tell what computing costs: the KV of `tokens` tokens, after `start` others, was computed in one go in `seconds`.
@@ -396,31 +240,8 @@ class TieredKVCache:
         many, are enough. Queries that are not finite are counted (`attention_ignored`) and ignored. ConfigError if no digests are
         kept (`attention.digest_bytes`), LayoutError for queries of another shape, LeaseError for a layer there is not.
         """
-        residency, layout = self._open(), self.layout
         self._writer.check_own(lease)
-        if residency.digests is None:
-            raise ConfigError("record_queries needs page digests, and this cache keeps none; set attention.digest_bytes")
-        if not 0 <= layer < layout.layers:
-            raise LeaseError(f"record_queries: layer {layer}; this model has layers 0 to {layout.layers - 1}")
-        asked = queries[None] if queries.ndim == 2 else queries
-        if asked.ndim != 3 or not len(asked) or not asked.shape[1] or asked.shape[1] % layout.kv_heads or asked.shape[2] != layout.head_dim:
-            raise LayoutError(
-                f"record_queries: queries have shape {list(queries.shape)}; expected [heads, head_dim] or [tokens, heads, head_dim] with a "
-                f"multiple of {layout.kv_heads} heads of {layout.head_dim}"
-            )
-        if not lease.pages:
-            return
-        if lease.released or not asked.isfinite().all():
-            with residency.lock:
-                residency.metrics.attention_ignored += lease.pages
-            return
-        mass = lease_mass(residency, lease, layer, asked)
-        before, calls = lease.attention, min(lease.attention_calls, layout.layers - 1)
-        if before is not None:
-            known = min(len(before), len(mass))
-            mass[:known] = np.where(np.isnan(before[:known]), mass[:known], (calls * before[:known] + mass[:known]) / (calls + 1))
-        lease.attention, lease.attention_calls = mass, calls + 1
-        self.record_attention(lease, mass)
+        record_queries(self._open(), lease, layer, queries)
 
     def pin(self, match: Match, ttl: float | None = None, tier: str | None = None) -> int:
         """Keep the pages of `match` in `tier` or warmer for `ttl` seconds (None: until `unpin`); returns how many pages are pinned.
@@ -481,61 +302,11 @@ class TieredKVCache:
     def stats(self) -> dict[str, Any]:
         """Everything countable as one nested dict of plain values: `tiers`, `links`, `admission` (`kvtier.policy.admission.Regret`,
         counted where there is more than one tier), `prefetch`, `pages`, and what the machine allowed."""
-        residency = self._open()
-        achieved = [tier.report() for tier in residency.tiers]
-        with residency.lock:
-            metrics, names = residency.metrics, residency.names
-            tiers = {
-                name: {
-                    "format": tier.format.name,
-                    "capacity_bytes": tier.capacity_bytes,
-                    "bytes_used": tier.bytes_used,
-                    "pressure": round(residency.pressure(index), 4),
-                    "pages": len(residency.policies[index]),
-                    "pages_in": counts.pages_in,
-                    "pages_served": counts.pages_served,
-                    "hit_tokens": counts.hit_tokens,
-                    "pages_recovered": counts.pages_recovered,
-                    "evicted": dict(counts.evicted),
-                    "refused": dict(counts.refused),
-                    "achieved": achieved[index],
-                }
-                for index, (name, tier, counts) in enumerate(zip(names, residency.tiers, metrics.tiers, strict=True))
-            }
-            links = {
-                f"{names[source]}->{names[target]}": {
-                    "transfers": link.transfers,
-                    "pages": link.pages,
-                    "bytes": link.bytes,
-                    "turned_away": link.turned_away,
-                    "seconds": round(link.seconds, 6),
-                    "gb_per_s": round(link.gb_per_s, 4),
-                }
-                for (source, target), link in sorted(metrics.links.items())
-                if link.transfers or link.turned_away
-            }
-            return {
-                "layout": str(self.layout),
-                "policy": residency.policies[DEVICE].name,
-                "tiers": tiers,
-                "links": links,
-                "admission": vars(residency.admission.regret).copy(),
-                "mover": residency.mover.workers.report(),
-                "prefetch": vars(metrics.prefetch).copy(),
-                "routing": {
-                    **vars(metrics.routing),
-                    "learned": self._attending_costs.as_json(),
-                    "threads": None if self._pool is None else self._pool.executor.report(),
-                },
-                "lookups": metrics.lookups,
-                "tokens_asked": metrics.tokens_asked,
-                "tokens_declined": metrics.tokens_declined,
-                "prices": residency.prices.as_json(),
-                "attention_ignored": metrics.attention_ignored,
-                "recalls": metrics.recalls,
-                "pages": len(residency.table),
-                "leased_pages": int((residency.table.leases[: residency.table.rows] > 0).sum()),
-            }
+        routing = {
+            "learned": self._attending_costs.as_json(),
+            "threads": None if self._pool is None else self._pool.executor.report(),
+        }
+        return stats(self._open(), routing)
 
     def tier_sizes(self) -> tuple[list[str], list[int]]:
         """The tiers' names, warmest first, and the encoded bytes of a page in each, the most it can take where that varies."""

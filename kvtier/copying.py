@@ -100,6 +100,7 @@ class Copying:
                     used += len(coming)
                     if priority == Priority.PREFETCH:
                         residency.hinted.mark(coming, tier)
+                        residency.metrics.prefetch.issued += len(coming)
             queued = self._submit(transfers)
             launched(queued)
             await ended(queued)
