@@ -51,9 +51,11 @@ BELOW = {
     "in_place": {"attention", "errors", "formats", "lease", "mover", "numa", "pages", "residency", "tiers"},
     "writing": {"attention", "errors", "keys", "lease", "mover", "pages", "residency", "tiers"},
     "blocks": {"config", "errors", "formats", "keys", "mover", "opening", "pages", "policy", "protection", "tiers"},
+    "reading": {"keys", "lease", "mover", "pages", "residency"},
+    "stats": {"pages", "residency"},
     "cache": {
         *("attending", "attention", "budget", "config", "errors", "in_place", "keyed", "layout", "keys", "lease", "prefetch"),
-        *("mover", "numa", "pages", "residency", "resizing", "tiers", "writing"),
+        *("numa", "pages", "reading", "residency", "resizing", "stats", "tiers", "writing"),
     },
     "engines": {
         *("blocks", "budget", "cache", "config", "cuda", "errors", "keyed", "keys", "layout"),
