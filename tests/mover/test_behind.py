@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.formats import get_format
-from kvtier.mover import plan, stage
+from kvtier.mover import plan
 from kvtier.mover.behind import WriteBehind
+from kvtier.mover.packing import Packer
 from kvtier.mover.plan import LEAST_WRITE_BYTES, PIECES_BEHIND, pages_per_write, pieces
 from kvtier.mover.stage import StagingPool, carry
 from kvtier.mover.transfer import Move, Priority, Transfer
@@ -113,7 +115,7 @@ def tiers(tmp_path, monkeypatch):
         tier.close()
 
 
-def stored(tiers, number: int) -> torch.Tensor | Refused:
+def stored(tiers, number: int) -> Any:
     """What the disk holds for a page."""
     disk = tiers[DISK]
     found = disk.load([number], [bytes([number]) * 32], np.empty((1, disk.slot_bytes), np.uint8))[0]
@@ -153,14 +155,14 @@ def test_a_copy_that_does_not_verify_is_lost_for_itself_and_those_around_it_are_
 
 
 def test_a_page_that_cannot_be_encoded_fails_the_transfer_after_what_was_begun_has_ended(tiers, monkeypatch):
-    really = stage.Packer.encode
+    really = Packer.encode
 
     def encode(self, pages, rows, room, first):
         if rows is not None and 6 in rows:
             raise RuntimeError("no such codec")
         return really(self, pages, rows, room, first)
 
-    monkeypatch.setattr(stage.Packer, "encode", encode)
+    monkeypatch.setattr(Packer, "encode", encode)
     with pytest.raises(RuntimeError, match="no such codec"):
         carry(transfer_of(DEVICE, DISK, 12), tiers, StagingPool(1, 64 * LAYOUT.page_bytes, tiers))
     assert tiers[DISK].under_way == 0

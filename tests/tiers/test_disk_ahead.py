@@ -54,7 +54,7 @@ def test_the_next_records_are_composed_while_the_first_are_written_and_no_more(g
     begun = [begin(tier, [0, 1]), begin(tier, [2, 3])]
     assert engine.waiting.wait(20), "the first are being written"
     assert not any(holds(tier, slot, number) for number, slot in enumerate(begun[0][0])), "nothing is visible before its end"
-    stored = []
+    stored: list[list[Refused | None]] = []
 
     def over_and_over():
         finishes = [begin(tier, [number])[1] for number in (4, 5, 6)]
@@ -91,6 +91,7 @@ def test_records_of_other_sizes_or_that_the_medium_fails_are_refused_among_the_o
     engine = FaultyEngine()
     tier = open_disk(tmp_path, engine=engine, durability="power")
     slots = tier.reserve(3)
+    assert slots is not None
     short = payload(tier, 1)[:-1]
     finish = tier.begin_store(slots, [page_id(n) for n in range(3)], [payload(tier, 0), short, payload(tier, 2)])
     assert finish() == [None, Refused("format"), None]
