@@ -199,6 +199,7 @@ class Residency:
         open_slots = self.table.release(rows)
         if open_slots:
             self.device.free(open_slots)
+        self.hinted.room_came()
 
     # -- jobs ------------------------------------------------------------------------------------------------------------------
 
