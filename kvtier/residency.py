@@ -95,7 +95,7 @@ class Residency:
 
     def _prefetch_pages(self) -> int:
         budget = self.config.mover.prefetch_budget_bytes
-        return max(1, self.device.capacity_slots // 8) if budget is None else budget // self.layout.page_bytes
+        return max(1, self.device.capacity_slots // 2) if budget is None else budget // self.layout.page_bytes
 
     # -- what policies are asked and told: lock held ---------------------------------------------------------------------------
 

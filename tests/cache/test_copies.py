@@ -137,7 +137,7 @@ def test_the_threshold_loses_nothing_to_a_full_queue():
 
 def test_flush_waits_for_copies_that_others_are_writing(tmp_path, pool, monkeypatch):
     with make_cache(tmp_path / "store", host_pages=None, disk__write_policy="write_through") as cache:
-        gate = Gate(monkeypatch, cache._residency.tiers[1], "begin_store")
+        gate = Gate(monkeypatch, cache._residency.tiers[1], "store")
         put(cache, run(1, 2))
         assert gate.reached.wait(10)
         flushed = pool.submit(cache.flush)
@@ -151,7 +151,7 @@ def test_flush_waits_for_copies_that_others_are_writing(tmp_path, pool, monkeypa
 def test_close_writes_what_is_still_queued(tmp_path, pool, monkeypatch):
     more: dict[str, Any] = {"host_pages": None, "disk__write_policy": "write_through", "mover__workers": 1, "mover__staging_bytes": 1}
     cache = make_cache(tmp_path / "store", **more)
-    gate = Gate(monkeypatch, cache._residency.tiers[1], "begin_store")
+    gate = Gate(monkeypatch, cache._residency.tiers[1], "store")
     put(cache, run(1, 6))
     assert gate.reached.wait(10)
     closed = pool.submit(cache.close)
