@@ -229,3 +229,21 @@ def test_pages_of_a_hint_are_brought_once_however_often_requests_end():
         for start in (600, 700, 800):
             push_out(cache, start)
         assert hint.pages == 4, "the last one came when the first three had left again"
+
+
+def test_a_hint_goes_on_past_what_it_brought_itself():
+    """What it brought first is by then the coldest on the device: it stays, and what the request left behind gives the room."""
+    with make_cache(device_pages=8, host_pages=40) as cache:
+        put(cache, run(1, 7))
+        push_out(cache)
+        with hold(cache, []) as lease:
+            cache.append(lease, run(2, 4), kv_of(run(2, 4)))
+            hint = cache.prefetch(run(1, 7))
+            assert hint.wait(20)
+            cache.settle(20)
+            assert hint.pages == 4
+            with hold(cache, run(2, 4)):
+                pass
+        cache.settle(20)
+        assert hint.pages == cache.lookup(run(1, 7)).pages_by_tier["device"] == 7
+        assert counters(cache)["prefetch"]["wasted"] == 0
