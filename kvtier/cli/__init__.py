@@ -48,7 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kvtier: error: cannot write the output: {error.strerror}; send it where there is room", file=sys.stderr)
         _let_stdout_go()
         return 2
-    return 0
 
 
 @lru_cache(maxsize=1)
