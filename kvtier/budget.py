@@ -310,9 +310,7 @@ class BudgetedLease:
         """Bring rows to the device, with whoever brings some of them already. On the loop."""
         residency, table = self._residency, self._residency.table
         for _ in range(2):  # a hint that brought some may have been taken back
-            await residency.copying.lift(
-                [row for row in rows.tolist() if table.state[DEVICE, row] == ABSENT], Priority.DEMAND, lambda _: None
-            )
+            await residency.copying.lift([row for row in rows.tolist() if table.state[DEVICE, row] == ABSENT], lambda _: None)
             with residency.lock:
                 coming = {residency.copying.inflight[row, DEVICE] for row in rows.tolist() if table.state[DEVICE, row] == WRITING}
             for transfer in coming:

@@ -197,7 +197,8 @@ class TieredKVCache:
 
         Returns at once. What is still queued after `deadline` (None: no time is said, as if it were now) is cancelled. Hints never take
         the place of leased pages, of pages brought up for an earlier hint, or of pages that are worth more to the policy than one that is
-        used within `deadline`, and give way to demand.
+        used within `deadline`, and give way to demand. What finds no room is tried again, each page once, when requests release their
+        pages; so wait the newest `kvtier.hinted.MOST_WAITING` hints.
         """
         residency = self._open()
         keys = page_keys(token_ids, self.layout.page_tokens, root_key(self._namespace, salt))
@@ -205,7 +206,7 @@ class TieredKVCache:
             table = residency.table
             rows = table.find(keys)
             residency.touch(rows[table.state[DEVICE][rows] == READY], DEVICE)
-        hint = Prefetch(residency, keys, 0.0 if deadline is None else deadline)
+        hint = Prefetch(residency, keys, deadline)
         residency.start(hint.run())
         if deadline is not None:
             residency.mover.call(residency.mover.loop.call_later, deadline, hint.cancel)

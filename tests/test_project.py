@@ -43,7 +43,7 @@ BELOW = {
         *("pages", "policy", "pricing", "protection", "tiers"),
     },
     "resizing": {"errors", "mover", "pages", "residency", "tiers"},
-    "prefetch": {"keys", "mover", "residency"},
+    "prefetch": {"copying", "errors", "keys", "mover", "pages", "residency"},
     "keyed": {"keys", "lease", "pages", "residency"},
     "lease": {"errors", "keys", "mover", "pages", "residency"},
     "attending": {"attention", "errors", "lease", "pages", "residency"},

@@ -230,7 +230,7 @@ class MoverConfig(_Section):
         default=None,
         ge=0,
         title='bytes, as a number or like "8GiB", or null',
-        description="Most bytes prefetched but not yet used; 0: no prefetching. `null`: an eighth of the device tier, one page at least.",
+        description="Most bytes prefetched but not yet used; 0: no prefetching. `null`: half of the device tier, one page at least.",
     )
     queue_bytes: Bytes = Field(default=256 * MiB, gt=0, description="Most bytes queued per link (pair of tiers) before back-pressure.")
     clean_pressure: float = Field(

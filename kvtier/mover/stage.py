@@ -4,7 +4,8 @@ Scratch memory is bounded: each worker owns one `Scratch`, and a transfer is car
 a transfer count as placed only when all of them are verified, so that whoever reads layer by layer never sees a page that fails later; the
 mover's owner therefore makes device-bound transfers no larger than one round (`StagingPool.pages_in_one`). From memory, layers are then
 decoded one after the other and announced as they are placed. From files, where reading is what takes long, each page is decoded as soon
-as its bytes are verified, while others are still being read, and all layers are announced at the end. To and from a GPU, see `lane.py`.
+as its bytes are verified, while others are still being read, and all layers are announced at the end. Towards files, a piece is
+written while the next is made (`behind.py`). To and from a GPU, see `lane.py`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from kvtier.formats.base import Format, Payload
 from kvtier.layout import PageLayout
 from kvtier.machine import last_level_cache_bytes
 from kvtier.memory.region import aligned_array
+from kvtier.mover.behind import WriteBehind
 from kvtier.mover.lane import Lane, LaneFormat, lane_row_bytes
 from kvtier.mover.packing import Packer
-from kvtier.mover.plan import layers_per_step, pages_per_arrival, pages_per_piece, pieces
+from kvtier.mover.plan import layers_per_step, pages_per_arrival, pages_per_piece, pages_per_write, pieces
 from kvtier.mover.transfer import Move, Transfer
 from kvtier.numa.executor import worker_node
 from kvtier.tiers.base import DeviceSlots, Refused, Slots, Tier
@@ -117,7 +119,7 @@ def carry(transfer: Transfer, tiers: Sequence[Slots], staging: StagingPool) -> i
                 case Tier(), GpuPool():
                     moved += _restore_to_gpu(transfer, start, moves, source, target, staging, scratch)
                 case DeviceSlots(), Tier():
-                    moved += _offload(transfer, start, moves, source, staging.packers[target.name], scratch)
+                    moved += _offload(transfer, start, moves, source, target, staging.packers[target.name], scratch)
                 case Tier(), DeviceSlots():
                     moved += _restore(transfer, start, moves, source, target, scratch)
                 case Tier(), Tier():
@@ -127,18 +129,20 @@ def carry(transfer: Transfer, tiers: Sequence[Slots], staging: StagingPool) -> i
     return moved
 
 
-def _offload(transfer: Transfer, start: int, moves: Sequence[Move], source: DeviceSlots, packer: Packer, scratch: Scratch) -> int:
-    moved = 0
-    for piece in pieces(len(moves), len(scratch.pages)):
-        some = moves[piece]
-        slots, room = [move.source_slot for move in some], list(scratch.encoded[: len(some)])
-        memory, first = source.memory(), _first(some)
-        if memory is not None:
-            payloads = packer.encode(memory, slots, room, first)
-        else:
-            payloads = packer.encode(source.gather(slots), None, room, first)
-        moved += _store(transfer, range(start + piece.start, start + piece.stop), packer, payloads)
-    return moved
+def _offload(
+    transfer: Transfer, start: int, moves: Sequence[Move], source: DeviceSlots, target: Tier, packer: Packer, scratch: Scratch
+) -> int:
+    with closing(WriteBehind(transfer, packer)) as writes:
+        for piece in pieces(len(moves), _pages_at_once(len(moves), target, scratch)):
+            some = moves[piece]
+            slots, room = [move.source_slot for move in some], list(scratch.encoded[: len(some)])
+            memory, first = source.memory(), _first(some)
+            if memory is not None:
+                payloads = packer.encode(memory, slots, room, first)
+            else:
+                payloads = packer.encode(source.gather(slots), None, room, first)
+            writes.store(range(start + piece.start, start + piece.stop), payloads, piece.stop == len(moves))
+    return writes.moved
 
 
 def _restore(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: DeviceSlots, scratch: Scratch) -> int:
@@ -214,19 +218,24 @@ def _lane(scratch: Scratch) -> Lane:
 
 def _recode(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: Tier, packer: Packer, scratch: Scratch) -> int:
     layout, same = source.layout, source.format.name == target.format.name
-    moved = 0
-    for piece in pieces(len(moves), len(scratch.pages)):
-        indices, payloads = [], []
-        for index, payload in _loaded(transfer, start + piece.start, moves[piece], source, scratch, unpack=not same):
-            indices.append(index)
-            payloads.append(payload)
-        if not same:
-            pages = source.format.decode(payloads, layout, out=scratch.pages)[: len(payloads)]
-            # What was loaded is decoded by now, so its room is free again.
-            first = _first([transfer.moves[index] for index in indices])
-            payloads = packer.encode(pages, None, list(scratch.encoded[: len(payloads)]), first)
-        moved += _store(transfer, indices, packer, payloads)
-    return moved
+    with closing(WriteBehind(transfer, packer)) as writes:
+        for piece in pieces(len(moves), _pages_at_once(len(moves), target, scratch)):
+            indices, payloads = [], []
+            for index, payload in _loaded(transfer, start + piece.start, moves[piece], source, scratch, unpack=not same):
+                indices.append(index)
+                payloads.append(payload)
+            if not same:
+                pages = source.format.decode(payloads, layout, out=scratch.pages)[: len(payloads)]
+                # What was loaded is decoded by now, so its room is free again.
+                first = _first([transfer.moves[index] for index in indices])
+                payloads = packer.encode(pages, None, list(scratch.encoded[: len(payloads)]), first)
+            writes.store(indices, payloads, piece.stop == len(moves))
+    return writes.moved
+
+
+def _pages_at_once(pages: int, target: Tier, scratch: Scratch) -> int:
+    """Pages to code before they are written: as many as the cache is for, fewer where the next are coded while these are written."""
+    return len(scratch.pages) if target.in_memory else pages_per_write(pages, target.slot_bytes, len(scratch.pages))
 
 
 def _loaded(
@@ -259,14 +268,9 @@ def _place(target: DeviceSlots, slots: Sequence[int], payloads: Sequence[Payload
 
 def _store(transfer: Transfer, indices: Sequence[int], packer: Packer, payloads: Sequence[Payload]) -> int:
     """Write one payload per index into its move's target slot; returns the bytes written."""
-    stored = packer.write([transfer.moves[index] for index in indices], payloads)
-    moved = 0
-    for index, payload, refused in zip(indices, payloads, stored, strict=True):
-        if refused is None:
-            moved += len(payload)
-        else:
-            transfer.refused[index] = refused
-    return moved
+    with closing(WriteBehind(transfer, packer)) as writes:
+        writes.store(indices, payloads, last=True)
+    return writes.moved
 
 
 def _first(moves: Sequence[Move]) -> list[int]:
