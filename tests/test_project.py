@@ -21,7 +21,7 @@ BELOW = {
     "io": {"errors"},
     "memory": {"errors"},
     "numa": {"errors"},
-    "formats": {"errors", "format_spec", "layout"},
+    "formats": {"cuda", "errors", "format_spec", "layout"},
     "columns": set(),
     "cuda": {"errors"},
     "attention": {"cuda", "errors", "formats", "layout", "numa", "pricing"},

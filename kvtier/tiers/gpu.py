@@ -133,6 +133,8 @@ class GpuPool(DevicePool):
                 "put the pages into a tier that both can read"
             )
         with self.accelerator.beside_captures():
+            if other.accelerator is not self.accelerator and other._span is not None:
+                other._span.share(self.accelerator)
             stream = self.accelerator.new_stream()
             for pool in {self, other}:
                 pool.fences.before(stream)
