@@ -187,8 +187,10 @@ class TieredKVCache:
 
     def begin(self, salt: str = "") -> Lease:
         """A lease on nothing yet: the start of a new sequence of tenant `salt`, to be grown with `append`."""
-        empty = np.empty(0, np.int64)
-        return self.acquire(Match(0, empty, (), root_key(self._namespace, salt), {}, 0, 0.0, 0.0))
+        return self._begin(root_key(self._namespace, salt))
+
+    def _begin(self, root: PageKey) -> Lease:
+        return self.acquire(Match(0, np.empty(0, np.int64), (), root, {}, 0, 0.0, 0.0))
 
     def by_key(self) -> KeyedPages:
         """This cache for an engine that owns its paged cache and names pages by their keys: the device tier is a staging area then.
@@ -306,14 +308,18 @@ class TieredKVCache:
 
     # -- sequences -------------------------------------------------------------------------------------------------------------
 
-    def fork(self, lease: Lease) -> Lease:
+    def fork(self, lease: Lease, onto: TieredKVCache | None = None) -> Lease:
         """A second lease on the same tokens (beams, parallel samples).
 
-        Pages are shared; an open page is copied when either side writes it.
+        Pages are shared; an open page is copied when either side writes it. `onto`, another cache of the same model in this process, gives a
+        lease of its own: what it has not on its device is copied there, from GPU to GPU where one reaches the other, else through host
+        memory. That lease covers fewer tokens where its device has no room (`lease.full`). LayoutError for a cache of another model.
         """
         self._writer.check_own(lease)
         lease.wait()
         residency = self._open()
+        if onto is not None and onto is not self:
+            return onto._take_over(lease, self._namespace)
         with residency.lock:
             residency.table.lease(np.array(lease.rows, np.int64))
             twin = Lease(
@@ -322,6 +328,23 @@ class TieredKVCache:
         twin.known = True
         twin.submitted.set()
         twin.restored.set_result(None)
+        return twin
+
+    def _take_over(self, lease: Lease, of: bytes) -> Lease:
+        """`fork` of a lease of another cache, whose namespace is `of`."""
+        lease.check_whole()
+        self._open()
+        if of != self._namespace:
+            raise LayoutError(
+                f"fork onto a cache of another model, revision or layout ({self.layout}); its pages are not those of this lease "
+                f"({lease.residency.layout})"
+            )
+        twin = self._begin(lease.root)
+        try:
+            self._writer.take_over(twin, lease)
+        except BaseException:
+            twin.release()
+            raise
         return twin
 
     def truncate(self, lease: Lease, tokens: int) -> None:
@@ -520,7 +543,7 @@ class TieredKVCache:
                 "tiers": tiers,
                 "links": links,
                 "admission": vars(residency.admission.regret).copy(),
-                "mover": residency.mover.workers.report(),
+                "mover": residency.mover.report(),
                 "prefetch": vars(metrics.prefetch).copy(),
                 "routing": {
                     **vars(metrics.routing),

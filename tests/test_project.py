@@ -45,7 +45,8 @@ BELOW = {
     "attending": {"attention", "errors", "lease", "pages", "residency"},
     "budget": {"attention", "errors", "formats", "keys", "lease", "memory", "mover", "pages", "residency", "tiers", "writing"},
     "in_place": {"attention", "errors", "formats", "lease", "mover", "numa", "pages", "residency", "tiers"},
-    "writing": {"attention", "errors", "keys", "lease", "mover", "pages", "residency", "tiers"},
+    "fresh": {"layout", "tiers"},
+    "writing": {"attention", "errors", "fresh", "keys", "lease", "mover", "pages", "residency", "tiers"},
     "blocks": {"config", "errors", "formats", "keys", "mover", "pages", "policy", "protection", "residency", "tiers"},
     "cache": {
         *("attending", "attention", "budget", "config", "errors", "in_place", "keyed", "layout", "keys", "lease", "prefetch"),
@@ -59,7 +60,7 @@ BELOW = {
     "job": {"cache", "config", "engines", "errors", "formats", "layout", "machine", "quality"},
     "cli": {
         *("columns", "config", "cuda", "engines", "errors", "formats", "io", "job", "layout"),
-        *("tiers", "memory", "machine", "numa", "quality", "replay", "tune"),
+        *("mover", "tiers", "memory", "machine", "numa", "quality", "replay", "tune"),
     },
     "testing": {"cuda", "errors", "io", "layout", "keys", "formats", "policy", "tiers"},
     "errors": set(),
