@@ -281,6 +281,11 @@ def test_bytes_are_under_way_while_they_are_verified_but_of_one_that_is_wrong_no
         if damaged is not None:
             assert cache.stats()["tiers"]["host"]["refused"] == {"checksum": 1}
             assert cache.lookup(run(1, 4)).tokens == damaged * PAGE
+            put(cache, run(1, 4))  # the missing page is computed again; those behind it are the ones that were restored
+            with hold(cache, run(1, 4)) as lease:
+                found = engine.finish(engine.read(lease))
+                wanted[damaged] = kv_of(run(1, 4), layout=DEEP).view(*DEEP.shape[:2], 4, *DEEP.shape[2:])[:, :, damaged]
+                assert torch.equal(found, wanted.permute(1, 2, 0, 3, 4, 5).reshape(found.shape))
         cache.check_integrity()
 
 

@@ -10,7 +10,7 @@ import torch
 
 from kvtier.cache import TieredKVCache
 from kvtier.errors import DeviceError, LayoutError, LeaseError
-from tests.cache.rig import PAGE, grow, hold, kv_of, make_cache, put, run
+from tests.cache.rig import LAYOUT, PAGE, grow, hold, kv_of, make_cache, put, run
 from tests.cuda.rig import Engine, gpu_cache, gpu_of
 
 
@@ -105,6 +105,7 @@ def test_a_copy_that_fails_leaves_nothing_of_the_fork(both, monkeypatch):
             here.fork(lease, onto=there)
         there.check_integrity()
         assert there.stats()["leased_pages"] == 0
+        assert there.stats()["tiers"]["device"]["bytes_used"] == LAYOUT.page_bytes
         assert there.lookup(run(1, 4)).tokens == PAGE
         with here.fork(lease, onto=there) as twin:
             read(there, twin)
