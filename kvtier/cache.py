@@ -311,9 +311,9 @@ class TieredKVCache:
     def fork(self, lease: Lease, onto: TieredKVCache | None = None) -> Lease:
         """A second lease on the same tokens (beams, parallel samples).
 
-        Pages are shared; an open page is copied when either side writes it. `onto`, another cache of the same model in this process, gives a
-        lease of its own: what it has not on its device is copied there, from GPU to GPU where one reaches the other, else through host
-        memory. That lease covers fewer tokens where its device has no room (`lease.full`). LayoutError for a cache of another model.
+        Pages are shared; an open page is copied when either side writes it. `onto`, another cache of the same model in this process, makes
+        it a lease of that one: what it has not on its device is copied there, from GPU to GPU where one reaches the other, else through
+        host memory. It covers fewer tokens where that device has no room (`lease.full`). LayoutError for a cache of another model.
         """
         self._writer.check_own(lease)
         lease.wait()

@@ -26,10 +26,6 @@ class FreshPages(ABC):
         """Write the pages at these places into these slots of `pool`, which nobody else can see yet. DeviceError if a GPU fails."""
 
     @abstractmethod
-    def keys(self, places: Sequence[int]) -> torch.Tensor:
-        """The keys of these pages, `[len(places), layers, page_tokens, kv_heads, head_dim]`, on any device."""
-
-    @abstractmethod
     def after(self, pages: int) -> FreshPages:
         """Those behind the first `pages`."""
 
@@ -44,16 +40,10 @@ class Computed(FreshPages):
         self._pages = kv[:, :, : self.count * layout.page_tokens].reshape(shape).permute(2, 0, 1, 3, 4, 5)
 
     def write(self, pool: DevicePool, slots: Sequence[int], places: Sequence[int]) -> None:
-        pool.scatter(slots, self._chosen(places))
-
-    def keys(self, places: Sequence[int]) -> torch.Tensor:
-        return self._chosen(places)[:, :, 0]
+        pool.scatter(slots, self._pages if len(places) == self.count else self._pages[list(places)])
 
     def after(self, pages: int) -> FreshPages:
         return Computed(self._kv[:, :, pages * self._layout.page_tokens :], self._layout)
-
-    def _chosen(self, places: Sequence[int]) -> torch.Tensor:
-        return self._pages if len(places) == self.count else self._pages[list(places)]
 
 
 class Held(FreshPages):
@@ -70,9 +60,6 @@ class Held(FreshPages):
             self._pool.copy_to(held, pool, slots)
         else:
             pool.scatter(slots, self._pool.gather(held))
-
-    def keys(self, places: Sequence[int]) -> torch.Tensor:
-        return self._pool.keys([self._slots[place] for place in places])
 
     def after(self, pages: int) -> FreshPages:
         return Held(self._pool, self._slots[pages:])

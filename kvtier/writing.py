@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvtier.attention.digest import encode
+from kvtier.digesting import pool_digests
 from kvtier.errors import LayoutError, LeaseError
 from kvtier.fresh import Computed, FreshPages, Held
 from kvtier.keys import PageKey, TokenIds, page_keys, token_array
@@ -132,7 +132,7 @@ class Writer:
         parent = self._last_key(lease, len(lease.rows) - 1)
         key = page_keys(lease.ids[lease.tokens - page_tokens : lease.tokens], page_tokens, parent)[0]
         kept = residency.digests
-        digest = None if kept is None else encode(residency.device.keys([int(table.slot[DEVICE, lease.rows[-1]])]))
+        digest = None if kept is None else pool_digests(residency.device, [int(table.slot[DEVICE, lease.rows[-1]])])
         while True:
             with residency.lock:
                 coming = self._coming(table.rows_of([key]))
@@ -181,7 +181,7 @@ class Writer:
         try:
             if written:
                 pages.write(residency.device, slots, written)
-                digests = encode(pages.keys(written)) if residency.digests is not None else None
+                digests = pool_digests(residency.device, slots) if residency.digests is not None else None
         except BaseException:
             with residency.lock:
                 residency.device.free(slots)

@@ -93,10 +93,10 @@ class GpuPool(DevicePool):
     # -- pages: on the calling thread's stream -----------------------------------------------------------------------------------
 
     def gather(self, slots: Sequence[int]) -> torch.Tensor:
-        return self._read(lambda: self._pool[self._index(slots)]).cpu()
+        return self.read(lambda: self._pool[self._index(slots)]).cpu()
 
     def keys(self, slots: Sequence[int], layers: slice = slice(None)) -> torch.Tensor:
-        return self._read(lambda: self._pool[self._index(slots), layers, 0])
+        return self.read(lambda: self._pool[self._index(slots), layers, 0])
 
     def scatter(self, slots: Sequence[int], pages: torch.Tensor, layers: slice = slice(None)) -> None:
         self._check_reachable(pages)
@@ -235,7 +235,8 @@ class GpuPool(DevicePool):
             self._span.close()
             self._span = None
 
-    def _read(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def read(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `work` makes of pages, launched on the calling thread's stream after what others do with them, to be used on that stream."""
         stream = self._before()
         found = stream.result(work)
         self.fences.used(stream)

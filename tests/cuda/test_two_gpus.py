@@ -119,6 +119,6 @@ def test_forks_go_between_cpu_and_gpu_too_and_only_between_caches_of_one_model(m
             assert twin.tokens == 3 * PAGE
             with on_cpu.fork(twin, onto=here) as back, pytest.raises(LeaseError, match="belongs to another cache"):
                 on_cpu.fork(back)
-    with make_cache(model__name="another") as other, hold(here, run(1, 3)) as lease:
-        with pytest.raises(LayoutError, match="another model, revision or layout"):
-            here.fork(lease, onto=other)
+    wrong = pytest.raises(LayoutError, match="another model, revision or layout")
+    with make_cache(model__name="another") as other, hold(here, run(1, 3)) as lease, wrong:
+        here.fork(lease, onto=other)
