@@ -14,6 +14,8 @@
 - `sparse24.matmul`: microseconds of a prefix's values times the attention of 64 queries, one KV head, with two of every four values kept
   and torch's semi-structured product, beside the dense one; less is better. Tensor cores skip what is zero along the dimension that is
   summed over, here tokens; the format `sparse24` keeps two of four along head_dim, so pages would have to be pruned the other way for this.
+- `digest.encode`, `digest.score`: microseconds for the digests of a lane's pages, and for scoring a prefix by those of one layer, beside
+  torch's operations; less is better.
 
 `FLOORS` is what the ratios ought to be. Ceilings take turns with what they are compared to.
 """
@@ -30,6 +32,8 @@ from functools import partial
 import numpy as np
 import torch
 
+from kvtier.attention import digest, on_device
+from kvtier.attention.digest import DigestLayout
 from kvtier.cuda.find import find_accelerator
 from kvtier.cuda.registration import Registration
 from kvtier.cuda.surface import Accelerator, Addresses, Stream
@@ -94,7 +98,7 @@ def measure(run: Run, accelerator: Accelerator | None = None, check: bool = True
     """The rows, on `accelerator` (the current CUDA device). KVTierError without one, or if its memory is too small or a format wrong."""
     gpu = accelerator or find_gpu()
     sizes = TINY if run.tiny else FULL
-    run.expect(7 + len(FORMATS))
+    run.expect(8 + len(FORMATS))
     if check:
         run.step("checking every format")
         check_formats(gpu)
@@ -107,6 +111,8 @@ def measure(run: Run, accelerator: Accelerator | None = None, check: bool = True
     rows += _prefix(run, gpu, sizes)
     run.step("decoding beside an offload")
     rows.append(_decode(run, gpu, sizes))
+    run.step("digests of keys")
+    rows += _digests(run, gpu, sizes)
     run.step("values of which half are zero")
     rows.append(_sparse_product(run, gpu, sizes))
     return rows
@@ -437,6 +443,37 @@ def _decode(run: Run, gpu: Accelerator, sizes: Sizes) -> Row:
 
         took = _in_turns(run, {"alone": lambda: _seconds(loop, engine), "beside": beside})
     return Row("decode.step", took["beside"] / sizes.steps * 1e6, "us", took["alone"] / sizes.steps * 1e6)
+
+
+def _digests(run: Run, gpu: Accelerator, sizes: Sizes) -> list[Row]:
+    layout, count, stream = sizes.layout, sizes.pages, gpu.new_stream()
+    shape, slots = DigestLayout.of(layout), list(range(count))
+    pool = GpuPool(layout, count * layout.page_bytes, gpu)
+    pool.reserve(count)
+    numbers = torch.randn(count, *layout.shape, generator=torch.Generator().manual_seed(0)).to(layout.torch_dtype)
+    pool.scatter(slots, numbers)
+    made = digest.encode(pool.keys(slots[:1]))[:, 0]
+    digests = made.repeat(sizes.prefix_tokens // layout.page_tokens, 1, 1)
+    queries = torch.randn(1, 4 * layout.kv_heads, layout.head_dim, device=gpu.device)
+
+    def by_torch() -> torch.Tensor:
+        return digest.encode(torch.stack([pool.layer(layer)[:count, 0] for layer in range(layout.layers)], 1))
+
+    def timed(work: Callable[[], object]) -> Callable[[], float]:
+        return lambda: _seconds(lambda: stream.run(work), stream)
+
+    pool.fences.before(stream)
+    took = _in_turns(
+        run,
+        {
+            "encode": timed(lambda: on_device.encode_paged(pool.paged, slots)),
+            "encode by torch": timed(by_torch),
+            "score": timed(lambda: on_device.page_logits(digests, queries, shape)),
+            "score by torch": timed(lambda: digest.page_logits(digests, queries, shape)),
+        },
+    )
+    pool.close()
+    return [Row(f"digest.{what}", took[what] * 1e6, "us", took[f"{what} by torch"] * 1e6) for what in ("encode", "score")]
 
 
 def _sparse_product(run: Run, gpu: Accelerator, sizes: Sizes) -> Row:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from kvtier.attention import on_device
 from kvtier.cache import TieredKVCache
+from kvtier.cuda.kernels import triton_version
 from kvtier.errors import DeviceError, TransferFailed
 from kvtier.mover import lane
 from kvtier.mover.lane import LaneFormat
@@ -446,7 +448,8 @@ def test_token_by_token_forks_and_truncation_keep_their_order_on_the_stream(monk
             assert torch.equal(engine.finish(number)[:, :, : len(wanted)], kv_of(wanted))
 
 
-def test_queries_on_one_stream_see_the_keys_that_were_written_on_another(monkeypatch):
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=pytest.mark.skipif(triton_version() is None, reason="no Triton"))])
+def test_queries_on_one_stream_see_the_keys_that_were_written_on_another(monkeypatch, kernels):
     queries = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
 
     def told(cache: TieredKVCache) -> list[float]:
@@ -463,4 +466,6 @@ def test_queries_on_one_stream_see_the_keys_that_were_written_on_another(monkeyp
             return found
 
     expected = told(make_cache(attention__digest_bytes=1 << 16))
-    assert told(gpu_cache(monkeypatch, attention__digest_bytes=1 << 16)) == expected
+    if kernels:
+        monkeypatch.setattr(on_device, "why_missing", lambda device: "")
+    assert told(gpu_cache(monkeypatch, attention__digest_bytes=1 << 16)) == (pytest.approx(expected, abs=1e-3) if kernels else expected)
