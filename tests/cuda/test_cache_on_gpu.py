@@ -22,6 +22,7 @@ from tests.cache.rig import DEEP, LAYOUT, PAGE, grow, hold, kv_of, make_cache, p
 from tests.cuda.rig import Engine, gpu_cache, gpu_of
 
 HOST = 1
+INTERPRETED = pytest.mark.skipif(triton_version() is None or torch.cuda.is_available(), reason="needs Triton's interpreter")
 
 
 def note(monkeypatch: pytest.MonkeyPatch, where: Any, name: str, seen: Callable[..., None]) -> None:
@@ -448,7 +449,7 @@ def test_token_by_token_forks_and_truncation_keep_their_order_on_the_stream(monk
             assert torch.equal(engine.finish(number)[:, :, : len(wanted)], kv_of(wanted))
 
 
-@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=pytest.mark.skipif(triton_version() is None, reason="no Triton"))])
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=INTERPRETED)])
 def test_queries_on_one_stream_see_the_keys_that_were_written_on_another(monkeypatch, kernels):
     queries = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
 

@@ -1,4 +1,7 @@
-"""The kernel that copies by address, in Triton's interpreter: every stretch whole, nothing beside it, and wide accesses where compiled."""
+"""The kernel that copies by address, in Triton's interpreter: every stretch whole, nothing beside it, and wide accesses where compiled.
+
+On a GPU, which is given only memory that it was told of, `test_contract.py` runs it.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,11 @@ from kvtier.errors import DeviceError
 from kvtier.memory.region import aligned_array
 
 pytestmark = pytest.mark.skipif(triton_version() is None, reason="Triton is not installed or too old: its kernel is not tested")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_contract.py runs the kernel there")
 CPU = torch.device("cpu")
 
 
+@interpreted
 @settings(deadline=None, max_examples=10, derandomize=True)
 @given(count=st.integers(0, 19), units=st.integers(1, 2100), gap=st.integers(0, 3), seed=st.integers(0, 99))
 def test_every_stretch_arrives_whole_and_nothing_else_is_written(count, units, gap, seed):
@@ -39,6 +44,7 @@ def test_every_stretch_arrives_whole_and_nothing_else_is_written(count, units, g
     assert np.array_equal(target, wanted)
 
 
+@interpreted
 @pytest.mark.parametrize(("shift", "size"), [(8, 64), (0, 72)])
 def test_what_is_no_multiple_of_16_is_refused(shift, size):
     from kvtier.cuda.copy_kernel import copy_all
