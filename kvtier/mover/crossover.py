@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -26,7 +27,7 @@ UNIT_BYTES = 16
 """What a kernel copies multiples of, between addresses that are."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Crossover:
     """Seconds of both ways at the points there was room to measure: fp64 `[len(copies), len(sizes)]` each, per direction.
 
@@ -49,7 +50,7 @@ class Crossover:
 
     def by_kernel(self, way: Way, copies: int, size_bytes: int) -> bool:
         """Whether so many copies of `size_bytes` each go by the kernel."""
-        return copies > 0 and size_bytes > 0 and self.ratio(way, copies, size_bytes) <= MARGIN
+        return self.engine_s is not None and copies > 0 and size_bytes > 0 and _ratio(self, way, copies, size_bytes) <= MARGIN
 
     def bytes_below(self, way: Way, copies: int) -> int:
         """The largest size, to half a power of two and within what was measured, at which that many copies go by the kernel; 0 for none."""
@@ -76,6 +77,12 @@ class Crossover:
             for column, size in enumerate(self.sizes_bytes)
         ]
         return {"kernel_below_bytes": below, "why_copies_only": "", "measured": points}
+
+
+@lru_cache(maxsize=1024)
+def _ratio(crossover: Crossover, way: Way, copies: int, size_bytes: int) -> float:
+    """`Crossover.ratio`, which takes some 20 us, for what is asked for each step of layers."""
+    return crossover.ratio(way, copies, size_bytes)
 
 
 def measured(seconds: Callable[[Way, bool, int, int], float], room_bytes: int) -> Crossover:

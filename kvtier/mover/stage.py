@@ -212,7 +212,8 @@ def _restore_to_gpu(
 
     last = start + len(moves) == len(transfer.moves)
     form = staging.lane_formats[source.name]
-    _lane(scratch).restore(source, target, form, moves, arrived(), transfer.placed if last else None)
+    with closing(arrived()) as payloads:
+        _lane(scratch).restore(source, target, form, moves, payloads, transfer.placed if last else None)
     return moved
 
 

@@ -292,6 +292,23 @@ def test_bytes_are_under_way_while_they_are_verified_but_of_one_that_is_wrong_no
         cache.check_integrity()
 
 
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("host_format", ["raw", "q8"])
+def test_of_a_restore_without_a_single_good_page_nothing_comes(monkeypatch, host_format, ahead):
+    with gpu_cache(monkeypatch, mover__workers=1, host__format=host_format) as cache:
+        put(cache, run(1, 4))
+        push_out(cache)
+        cache.flush()
+        host: Any = cache._residency.tiers[HOST]
+        host._bytes[:, 5] ^= 1
+        if not ahead:
+            through_the_lane(monkeypatch, cache)
+        with cache.acquire(cache.lookup(run(1, 4))) as lease:
+            lease.layer(LAYOUT.layers - 1, timeout=20)
+            assert lease.tokens == 0
+        cache.check_integrity()
+
+
 def test_what_did_not_fit_the_lanes_room_ahead_is_copied_when_all_is_verified(monkeypatch):
     monkeypatch.setattr(lane, "STEP_BYTES", 1)
     with gpu_cache(monkeypatch, layout=DEEP, mover__workers=1, host__format="q8") as cache:
