@@ -44,6 +44,8 @@ STEP_BYTES = 8 << 20
 """Bytes to copy behind one event: 150 us of a fast link, in which the next step is launched."""
 ROOM_BYTES = 32 << 20
 """What a lane takes of a GPU's memory (of a small one a thousandth): one layer of 1,000 pages of a Llama-3-8B in q8."""
+LINK_SPEED = 2
+"""How many times as fast as one worker verifies bytes, a link of 50 GB/s carries them."""
 _ROW_ALIGNMENT = 256
 Announce = Callable[[int, Event], None]
 
@@ -80,11 +82,12 @@ def layers_per_step(pages: int, form: LaneFormat) -> int:
 class Lane:
     """Room for `pages` payloads of at most `row_bytes` on the host, registered; at least as much on the GPU. DeviceError without either.
 
-    `crossover` says which way copies go; whoever opens lanes sets it (`measure`).
+    `lanes`: how many share the link. `crossover` says which way copies go; whoever opens lanes sets it (`measure`).
     """
 
-    def __init__(self, accelerator: Accelerator, pages: int, row_bytes: int) -> None:
+    def __init__(self, accelerator: Accelerator, pages: int, row_bytes: int, lanes: int = 1) -> None:
         self._accelerator = accelerator
+        self._lanes = lanes
         self.crossover = Crossover(why="it was not measured")
         self.stream: Stream = accelerator.new_stream()
         self._room_bytes = max(pages * row_bytes, min(ROOM_BYTES, accelerator.memory()[1] // 1024))
@@ -189,16 +192,22 @@ class Lane:
     def _copy_ahead(
         self, form: LaneFormat, pages: Addresses, places: Addresses, steps: Sequence[slice]
     ) -> list[tuple[torch.Tensor | None, Event | None]]:
-        """Launch the copies of the first steps, as far as there is room: where their bytes are to be decoded, or when they are there."""
+        """Launch the copies of the first steps: where their bytes are to be decoded, or when they are there.
+
+        Raw pages: of all steps. Encoded ones: as far as there is room, and as the link carries while they are verified; decoding would
+        wait for more.
+        """
         copied: list[tuple[torch.Tensor | None, Event | None]] = []
-        used = 0
+        count, starts, used = len(places), form.layer_starts, 0
+        meanwhile = LINK_SPEED * count * form.payload_bytes // self._lanes
         for layers in steps:
-            size = len(places) * _aligned(form.layer_starts[layers.stop] - form.layer_starts[layers.start])
-            if not form.is_plain and used + size > self._room_bytes:
+            room = count * _aligned(starts[layers.stop] - starts[layers.start])
+            fits = used + room <= self._room_bytes and count * starts[layers.stop] <= meanwhile
+            if not (form.is_plain or fits or not copied):
                 break
             coded = self._copy(form, pages, places, layers, used)
             copied.append((coded, self.stream.record() if coded is None else None))
-            used += size
+            used += room
         return copied
 
     def _await_all(self, arrived: Iterable[tuple[int, Payload]], places: Addresses) -> list[int]:

@@ -76,7 +76,7 @@ class StagingPool:
                 encoded = aligned_array(self.pages_per_round * slot_bytes).reshape(self.pages_per_round, slot_bytes)
                 pages = torch.from_numpy(aligned_array(piece * layout.page_bytes)).view(layout.torch_dtype).view(piece, *layout.shape)
                 if gpu is not None and row_bytes:
-                    self._lanes.append(Lane(gpu.accelerator, self.pages_per_round, row_bytes))
+                    self._lanes.append(Lane(gpu.accelerator, self.pages_per_round, row_bytes, workers))
                 self._idle[node].put(Scratch(encoded, pages, cache_bytes, self._lanes[-1] if self._lanes else None, node))
             for lane in self._lanes:
                 self.crossover = lane.crossover = self.crossover or lane.measure()

@@ -309,7 +309,9 @@ def test_of_a_restore_without_a_single_good_page_nothing_comes(monkeypatch, host
         cache.check_integrity()
 
 
-def test_what_did_not_fit_the_lanes_room_ahead_is_copied_when_all_is_verified(monkeypatch):
+@pytest.mark.parametrize(("lanes", "rooms", "ahead"), [(1, 3, 3), (8, 99, 3), (26, 99, 1), (99, 99, 1)])
+def test_what_did_not_fit_the_lanes_room_or_its_share_of_the_link_is_copied_when_all_is_verified(monkeypatch, lanes, rooms, ahead):
+    """A transfer of 13 layers: while one worker verifies it, two workers' worth of bytes cross the link, of all lanes together."""
     monkeypatch.setattr(lane, "STEP_BYTES", 1)
     with gpu_cache(monkeypatch, layout=DEEP, mover__workers=1, host__format="q8") as cache:
         put(cache, run(1, 4))
@@ -322,7 +324,8 @@ def test_what_did_not_fit_the_lanes_room_ahead_is_copied_when_all_is_verified(mo
         slots = [int(residency.table.slot[HOST, row]) for row in rows]
         wanted = host.format.decode([host.payload_at(slot).copy() for slot in slots], DEEP)
         host._bytes[slots[3], 5] ^= 1
-        monkeypatch.setattr(one, "_room_bytes", 3 * 4 * staging_of(cache).widest_bytes + 1)
+        monkeypatch.setattr(one, "_lanes", lanes)
+        monkeypatch.setattr(one, "_room_bytes", min(one._room_bytes, rooms * 4 * form_of(cache).widest_bytes + 1))
         happened: list[str] = []
         note(monkeypatch, host, "_read", lambda *_: happened.append("verify"))
         note(monkeypatch, one.stream, "copy", lambda to, *_: happened.append(f"copy {len(to)}"))
@@ -330,10 +333,10 @@ def test_what_did_not_fit_the_lanes_room_ahead_is_copied_when_all_is_verified(mo
             engine = Engine(cache)
             found = engine.finish(engine.read(lease))
             assert torch.equal(found, wanted[:3].permute(1, 2, 0, 3, 4, 5).reshape(found.shape))
-        assert happened == ["copy 4"] * 3 + ["verify"] * 4 + ["copy 3"] * (DEEP.layers - 3)
+        assert happened == ["copy 4"] * ahead + ["verify"] * 4 + ["copy 3"] * (DEEP.layers - ahead)
 
 
-def staging_of(cache: TieredKVCache) -> LaneFormat:
+def form_of(cache: TieredKVCache) -> LaneFormat:
     """What the host's format is to a lane."""
     return cache._residency.mover.staging.lane_formats["host"]
 
