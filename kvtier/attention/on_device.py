@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
-def encode_paged(paged: PagedKV, blocks: Sequence[int] | torch.Tensor) -> torch.Tensor:
+def encode_paged(paged: PagedKV, blocks: Sequence[int] | Sequence[Sequence[int]] | torch.Tensor) -> torch.Tensor:
     """`digest.encode` of the keys of these pages, straight from where an engine keeps them: uint8 `[pages, layers, kv_heads,
     digest_bytes]` on their device. LayoutError for blocks that do not exist (see `PagedKV.block_table`)."""
     table = paged.block_table(blocks)

@@ -84,7 +84,7 @@ class NvidiaStream(Stream):
             launch()
             last.record(self._stream)
             last.synchronize()
-            return float(first.elapsed_time(last)) / 1e3  # type: ignore[no-untyped-call]
+            return float(first.elapsed_time(last)) / 1e3
 
     def record(self) -> Event:
         self._refuse_capture()

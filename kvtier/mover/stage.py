@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
@@ -204,7 +204,7 @@ def _restore_to_gpu(
 ) -> int:
     moved = 0
 
-    def arrived() -> Iterator[tuple[int, Payload]]:
+    def arrived() -> Generator[tuple[int, Payload], None, None]:
         nonlocal moved
         for index, payload in _loaded(transfer, start, moves, source, scratch):
             moved += len(payload)

@@ -34,7 +34,13 @@ def main() -> None:
         shape = DigestLayout.of(layout)
         sizes = {"PIECES": shape.pieces, "HEAD_DIM": layout.head_dim, "VECTOR_BYTES": shape.vector_bytes}
         sizes |= {"T": kernels._padded(shape.piece_tokens), "D": kernels._padded(layout.head_dim)}
-        encode = {"DTYPE": 0, "TOKENS": layout.page_tokens, "BLOCK_TOKENS": layout.page_tokens, "HEADS": layout.kv_heads, "PLANES": 2}
+        encode: dict[str, float] = {
+            "DTYPE": 0,
+            "TOKENS": layout.page_tokens,
+            "BLOCK_TOKENS": layout.page_tokens,
+            "HEADS": layout.kv_heads,
+            "PLANES": 2,
+        }
         encode |= {"BLOCK": block_size(layout.head_dim), "NORM": unrotate_factor(layout.head_dim), "ALIGN": 16}
         options = {"num_warps": 4, "enable_fp_fusion": False}
         found[f"digest {layout}"] = compiled(kernels.digest_kernel, sizes | encode, POINTERS, options)

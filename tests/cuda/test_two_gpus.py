@@ -76,9 +76,9 @@ def test_a_fork_waits_on_the_gpu_for_what_engines_have_yet_to_write_and_read(bot
     late = Engine(there)
     with hold(there, run(9, 8)) as lease:
         number = late.read(lease)
-    gpu_of(here).engine = gpu_of(here).new_stream()
+    gpu_of(here).engine = stream = gpu_of(here).new_stream()
     put(here, run(1, 4))
-    assert gpu_of(here).engine.pending, "what is forked is not even written"
+    assert stream.pending, "what is forked is not even written"
     with hold(here, run(1, 4)) as lease, here.fork(lease, onto=there) as twin:
         read(there, twin)
         late.assert_found(number, run(9, 8))

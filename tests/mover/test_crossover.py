@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -66,7 +67,7 @@ def test_many_small_copies_go_by_the_kernel_and_large_ones_do_not_and_the_border
     below = crossover.bytes_below("d2h", 64)
     assert crossover.by_kernel("d2h", 64, below)
     assert not crossover.by_kernel("d2h", 64, 2 * below)
-    said = crossover.as_json()
+    said: Any = crossover.as_json()
     assert said["kernel_below_bytes"]["d2h"]["64"] == below
     assert len(said["measured"]) == 2 * len(COPIES) * len(SIZES_BYTES)
     assert all(point["copies_us"] > 0 and point["kernel_us"] > 0 for point in said["measured"])
