@@ -141,7 +141,7 @@ class Lane:
         """
         stream, steps = self.stream, self._steps(form, len(moves))
         places = source.direct([move.source_slot for move in moves])
-        with self._accelerator.beside_captures(), _drained(stream):
+        with self._accelerator.beside_captures(), drained(stream):
             target.fences.before(stream)
             ahead = self._copy_ahead(form, target.addresses([move.target_slot for move in moves]), places, steps) if places.all() else []
             indices = self._await_all(arrived, places)
@@ -167,7 +167,7 @@ class Lane:
         slots, count, size, stream = [move.source_slot for move in moves], len(moves), form.payload_bytes, self.stream
         direct = target.direct([move.target_slot for move in moves])
         places = np.where(direct == 0, self._host_rows[:count], direct)
-        with self._accelerator.beside_captures(), _drained(stream):
+        with self._accelerator.beside_captures(), drained(stream):
             source.fences.before(stream)
             if form.is_plain:
                 self._carry("d2h", source.addresses(slots), places, size)
@@ -265,7 +265,7 @@ def _aligned(size: int) -> int:
 
 
 @contextmanager
-def _drained(stream: Stream) -> Iterator[None]:
+def drained(stream: Stream) -> Iterator[None]:
     """Whatever is launched inside is over at the end, also if not all of it could be launched. DeviceError if any of it failed."""
     try:
         yield
