@@ -140,14 +140,16 @@ class Lane:
         this is under way any more.
         """
         stream, steps = self.stream, self._steps(form, len(moves))
-        places = source.direct([move.source_slot for move in moves])
+        places, slots = source.direct([move.source_slot for move in moves]), [move.target_slot for move in moves]
+        pages = target.addresses(slots)
+        rows: list[int] | None = None
         with self._accelerator.beside_captures(), drained(stream):
             target.fences.before(stream)
-            ahead = self._copy_ahead(form, target.addresses([move.target_slot for move in moves]), places, steps) if places.all() else []
-            indices = self._await_all(arrived, places)
-            rows = None if len(indices) == len(moves) else indices
-            places, slots = places[indices], [moves[index].target_slot for index in indices]
-            pages = target.addresses(slots)
+            reachable = bool(places.all())
+            ahead = self._copy_ahead(form, pages, places, steps) if reachable else []
+            indices = [index for index, _ in arrived] if reachable else self._await_all(arrived, places)
+            if len(indices) < len(moves):
+                places, pages, rows, slots = places[indices], pages[indices], indices, [slots[index] for index in indices]
             for number, layers in enumerate(steps):
                 event: Event | None = None
                 if number < len(ahead):
