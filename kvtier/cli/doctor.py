@@ -94,7 +94,27 @@ def _gpu() -> tuple[Accelerator | None, list[Finding]]:
         Finding("CUDA", True, f"{gpu.name}, compute capability {got['compute_capability']}"),
         Finding("GPU batch copies", batches, "many pages are one call" if batches else "one call a page; drivers of CUDA 12.8 can"),
         Finding("GPU memory that grows", grows, "the device tier can be resized" if grows else "the device tier has a fixed size"),
+        _gpu_copies(gpu),
     ]
+
+
+def _gpu_copies(gpu: Accelerator) -> Finding:
+    from kvtier.errors import DeviceError
+    from kvtier.mover.crossover import COPIES, SIZES_BYTES, WAYS
+    from kvtier.mover.lane import Lane
+
+    what = "GPU copies by a kernel"
+    try:
+        lane = Lane(gpu, COPIES[-1], SIZES_BYTES[-1])
+    except DeviceError as error:
+        return Finding(what, False, str(error))
+    crossover = lane.measure()
+    lane.close()
+    if crossover.why:
+        return Finding(what, False, f"{crossover.why}; the copy engines do it")
+    below = {way: crossover.bytes_below(way, COPIES[-1]) for way in WAYS}
+    measured = ", ".join(f"{way} up to {size // 1024} KiB" if size else f"{way} never" for way, size in below.items())
+    return Finding(what, any(below.values()), f"faster than the copy engines for {COPIES[-1]} pages: {measured}")
 
 
 def _nodes() -> list[Finding]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
@@ -26,6 +26,7 @@ from kvtier.layout import PageLayout
 from kvtier.machine import last_level_cache_bytes
 from kvtier.memory.region import aligned_array
 from kvtier.mover.behind import WriteBehind
+from kvtier.mover.crossover import Crossover
 from kvtier.mover.lane import Lane, LaneFormat, lane_row_bytes
 from kvtier.mover.packing import Packer
 from kvtier.mover.plan import layers_per_step, pages_per_arrival, pages_per_piece, pages_per_write, pieces
@@ -68,6 +69,8 @@ class StagingPool:
         self.pages_per_round = max(1, (each - piece * layout.page_bytes) // (slot_bytes + row_bytes))
         self.packers = {tier.name: Packer(tier) for tier in tiers if isinstance(tier, Tier)}
         self._lanes: list[Lane] = []
+        self.crossover: Crossover | None = None
+        """Which way lanes copy; None where there are none."""
         places: list[int | None] = [*nodes] or [None] * workers
         self._idle: dict[int | None, queue.SimpleQueue[Scratch]] = {node: queue.SimpleQueue() for node in places}
         try:
@@ -75,8 +78,10 @@ class StagingPool:
                 encoded = aligned_array(self.pages_per_round * slot_bytes).reshape(self.pages_per_round, slot_bytes)
                 pages = torch.from_numpy(aligned_array(piece * layout.page_bytes)).view(layout.torch_dtype).view(piece, *layout.shape)
                 if gpu is not None and row_bytes:
-                    self._lanes.append(Lane(gpu.accelerator, self.pages_per_round, row_bytes))
+                    self._lanes.append(Lane(gpu.accelerator, self.pages_per_round, row_bytes, workers))
                 self._idle[node].put(Scratch(encoded, pages, cache_bytes, self._lanes[-1] if self._lanes else None, node))
+            for lane in self._lanes:
+                self.crossover = lane.crossover = self.crossover or lane.measure()
         except (MemoryError, ValueError, OSError, DeviceError) as error:
             self.close()
             why = f"{error}; lower it" if isinstance(error, DeviceError) else "more than this machine gives; lower it"
@@ -201,12 +206,18 @@ def _offload_from_gpu(
 def _restore_to_gpu(
     transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: GpuPool, staging: StagingPool, scratch: Scratch
 ) -> int:
-    lane, arrived, moved = _lane(scratch), [], 0
-    for index, payload in _loaded(transfer, start, moves, source, scratch):
-        arrived.append((transfer.moves[index], payload))
-        moved += len(payload)
+    moved = 0
+
+    def arrived() -> Generator[tuple[int, Payload], None, None]:
+        nonlocal moved
+        for index, payload in _loaded(transfer, start, moves, source, scratch):
+            moved += len(payload)
+            yield index - start, payload
+
     last = start + len(moves) == len(transfer.moves)
-    lane.restore(source, target, staging.lane_formats[source.name], arrived, transfer.placed if last else None)
+    form = staging.lane_formats[source.name]
+    with closing(arrived()) as payloads:
+        _lane(scratch).restore(source, target, form, moves, payloads, transfer.placed if last else None)
     return moved
 
 

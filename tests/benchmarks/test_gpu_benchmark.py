@@ -18,7 +18,7 @@ from kvtier.tiers import gpu as pools
 
 @pytest.fixture
 def card(monkeypatch):
-    made = LateAccelerator(total_bytes=1 << 27, step_bytes=1 << 16)
+    made = LateAccelerator(total_bytes=1 << 27, step_bytes=1 << 16, why_no_kernels="")
     monkeypatch.setattr(pools, "find_accelerator", lambda place: made)
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", _compressed)  # torch has it on CUDA only
     return made
@@ -32,7 +32,10 @@ def _compressed(dense: torch.Tensor) -> torch.Tensor:
 @pytest.mark.slow
 def test_tiny_run_reports_every_row_with_its_ceiling(card):
     rows = {row.name: row for row in gpu.measure(Run(1, tiny=True), card, check=False)}
-    assert {*gpu.FLOORS, *gpu.CEILINGS, "prefix.restore", "sparse24.matmul"} <= rows.keys()
+    assert {*gpu.FLOORS, *gpu.CEILINGS, "prefix.restore", "sparse24.matmul", "digest.encode", "digest.score"} <= rows.keys()
+    for way in ("d2h", "h2d"):
+        assert rows[f"pages.{way}"].value in (rows[f"pages.{way}.copies"].value, rows[f"pages.{way}.kernel"].value)
+        assert rows[f"crossover.{way}"].value > 0, "on a stand-in the kernel wins for small pages"
     assert all(row.ratio is not None for name, row in rows.items() if not name.startswith("copy."))
     assert all(row.value > 0 for name, row in rows.items() if name != "prefix.exposed")
     assert card.registered == {}, "everything is given back"

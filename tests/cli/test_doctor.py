@@ -52,6 +52,14 @@ def test_a_gpu_is_told_about_as_it_is(monkeypatch, capsys):
     for line in ("CUDA: a stand-in", "GPU memory that grows: the device tier has a fixed size", "the stand-in registers no more"):
         assert line in told
 
+    for why, told in (
+        ("", "yes  GPU copies by a kernel: faster than the copy engines for 64 pages: d2h up to"),
+        ("no Triton", "kernel: no Triton; the"),
+    ):
+        monkeypatch.setattr(find, "find_accelerator", lambda place, why=why: LateAccelerator(why_no_kernels=why))
+        assert main(["doctor"]) == 0
+        assert told in capsys.readouterr().out
+
     def broken(place):
         raise ConfigError("device.place is 'auto', but no kernel image is available")
 
