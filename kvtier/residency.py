@@ -125,9 +125,8 @@ class Residency:
         if config.disk is not None:
             path, codec = Path(config.disk.path), get_format(config.disk.format)
             engine, depth = config.disk.io_engine, config.disk.io_depth
-            disk = DiskTier(
-                path, layout, codec, config.disk.capacity_bytes, namespace, config.disk.durability, engine, depth, cpus=self._worker_cpus()
-            )
+            room, durability, cpus = config.disk.capacity_bytes, config.disk.durability, self._worker_cpus()
+            disk = DiskTier(path, layout, codec, room, namespace, durability, engine, depth, cpus=cpus, gpu=self.device.accelerator)
             disk.compress = config.disk.compress
             self.tiers.append(disk)
             self.entry.append(config.disk.write_policy)

@@ -44,7 +44,7 @@ def xxh3_128(ranges: torch.Tensor, out: torch.Tensor) -> None:
     `[n, 2]`, contiguous, on the same device. LayoutError, and nothing queued, if they do not fit; also where `why_no_checksums` says why.
     """
     _check(ranges, out)
-    count, length = ranges.shape
+    count = len(ranges)
     if not count:
         return
     if ranges.device.type == "cpu":
@@ -83,8 +83,8 @@ def _table(length: int, device: torch.device) -> torch.Tensor:
     """What the kernels take from a table: the secret by words; its words for the last stripe and for both halves of the digest; the lanes'
     start; what the length adds to both halves."""
 
-    def words(start: int, count: int) -> list[int]:
-        return np.frombuffer(_SECRET, "<u8", count, start).tolist()
+    def words(start: int, count: int) -> NDArray[np.uint64]:
+        return np.frombuffer(_SECRET, "<u8", count, start)
 
     lanes = (_PRIMES32[2], *_PRIMES64[:4], _PRIMES32[1], _PRIMES64[4], _PRIMES32[0])
     lengths = (length * _PRIMES64[0] & _MASK, ~(length * _PRIMES64[1]) & _MASK)
@@ -101,8 +101,7 @@ def _check(ranges: torch.Tensor, out: torch.Tensor) -> None:
         place = f"address {ranges.data_ptr():#x}, {ranges.stride(0)} bytes apart"
         raise LayoutError(f"ranges to digest begin at {place}; expected multiples of {WORD_BYTES}")
     if out.dtype != torch.int64 or out.shape != (len(ranges), 2) or not out.is_contiguous() or out.device != ranges.device:
-        raise LayoutError(
-            f"digests go into {out.dtype} {list(out.shape)} on {out.device}; expected contiguous int64 [{len(ranges)}, 2] on {ranges.device}"
-        )
+        expected = f"contiguous int64 [{len(ranges)}, 2] on {ranges.device}"
+        raise LayoutError(f"digests go into {out.dtype} {list(out.shape)} on {out.device}; expected {expected}")
     if missing := why_no_checksums(ranges.device):
         raise LayoutError(f"ranges on {ranges.device} cannot be digested there: {missing}")

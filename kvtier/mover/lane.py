@@ -108,7 +108,7 @@ class Lane:
         step = layers_per_step(count, form)
         if not form.is_plain and count:
             step = max(1, min(step, self._room_bytes // (count * form.widest_bytes)))
-        with self._accelerator.beside_captures(), _drained(stream):
+        with self._accelerator.beside_captures(), drained(stream):
             target.fences.before(stream)
             for first in range(0, len(starts) - 1, step):
                 stop = min(first + step, len(starts) - 1)
@@ -130,7 +130,7 @@ class Lane:
         slots, count, size, stream = [move.source_slot for move in moves], len(moves), form.payload_bytes, self.stream
         direct = target.direct([move.target_slot for move in moves])
         places = np.where(direct == 0, self._host_rows[:count], direct)
-        with self._accelerator.beside_captures(), _drained(stream):
+        with self._accelerator.beside_captures(), drained(stream):
             source.fences.before(stream)
             if form.is_plain:
                 stream.copy(places, source.addresses(slots), size)
@@ -168,7 +168,7 @@ def _aligned(size: int) -> int:
 
 
 @contextmanager
-def _drained(stream: Stream) -> Iterator[None]:
+def drained(stream: Stream) -> Iterator[None]:
     """Whatever is launched inside is over at the end, also if not all of it could be launched. DeviceError if any of it failed."""
     try:
         yield

@@ -1,9 +1,9 @@
 """XXH3 of byte ranges in a GPU's memory, 64 and 128 bits, as Yann Collet's xxHash 0.8 defines it for inputs of more than 240 bytes, seed 0.
 
-A range is stripes of 64 bytes, 16 stripes a block of 1,024. Each stripe adds to eight lanes of 64 bits, and sums know no order: `block_sums`
-does all blocks of all ranges at once and reads every byte but the last 64. Between blocks the lanes are scrambled, which is a chain:
-`digest` walks it, one program a range, over a sixteenth of the bytes. All numbers that depend on nothing but the length are in a table of
-the caller's (`checksums.py`), so that no kernel holds a constant of 64 bits.
+A range is stripes of 64 bytes, 16 stripes a block of 1,024. Each stripe adds to eight lanes of 64 bits, and sums know no order:
+`block_sums` does all blocks of all ranges at once and reads every byte but the last 64. Between blocks the lanes are scrambled, which is a
+chain: `digest` walks it, one program a range, over a sixteenth of the bytes. All numbers that depend on nothing but the length are in a
+table of the caller's (`checksums.py`), so that no kernel holds a constant of 64 bits.
 """
 
 from __future__ import annotations
@@ -74,8 +74,10 @@ def _merged(lanes, keys, start):
 
 @triton.jit(do_not_specialize=["length", "blocks"])
 def digest(ranges, row_bytes, length, blocks, table, sums, out, TURNS: tl.constexpr, AHEAD: tl.constexpr):
-    """Grid: ranges. `out` `[ranges, 2]`: the lower and the upper 64 bits. `blocks`: those of `sums`, of which the last is not scrambled: the
-    others are at most TURNS * AHEAD."""
+    """Grid: ranges. `out` `[ranges, 2]`: the lower and the upper 64 bits.
+
+    `blocks`: those of `sums`, of which the last is not scrambled; the others are at most TURNS * AHEAD.
+    """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     mine = sums + row * blocks * LANES + lane
