@@ -84,7 +84,7 @@ def test_pages_come_back_equal_and_no_byte_of_them_through_host_memory(monkeypat
     assert torch.equal(found, wanted) or name != "raw"
     assert float((found - wanted).norm() / wanted.norm()) < 0.2
     assert counts(cache) == {"read directly": PAGES}
-    assert gpu_of(cache).files.depth == cache.config.disk.io_depth
+    assert gpu_of(cache).files.depth == disk.report()["io_depth"]
     all_is_given_back(cache)
 
 
@@ -223,6 +223,24 @@ def test_nothing_is_read_into_room_that_is_still_decoded_from(monkeypatch, tmp_p
     assert cache._residency.mover.staging._direct[0].rows == 1
     assert read(cache, tokens) == 9 * PAGE
     assert gpu_of(cache).files.begun >= 9
+    all_is_given_back(cache)
+
+
+def test_pages_that_an_engine_has_yet_to_read_are_not_overwritten(monkeypatch, tmp_path):
+    """The engine lets go of pages that it will read later on its stream; their slots are filled from disk before it does."""
+    cache = direct_cache(monkeypatch, tmp_path)
+    tokens, later = on_disk(cache), run(900, cache._residency.device.capacity_slots)
+    gpu = gpu_of(cache)
+    gpu.engine = gpu.new_stream()
+    engine = Engine(cache, gpu.engine)
+    with hold(cache, later) as lease:
+        assert lease.tokens == len(later)
+        number = engine.read(lease)
+    assert gpu.engine.pending, "the engine has not read yet"
+    gpu.engine = gpu.new_stream()
+    with hold(cache, tokens) as lease:
+        assert lease.tokens == PAGES * PAGE
+    engine.assert_found(number, later)
     all_is_given_back(cache)
 
 
