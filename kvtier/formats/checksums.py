@@ -13,7 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from kvtier.errors import LayoutError
-from kvtier.formats.triton import why_missing
+from kvtier.formats.triton import triton_version, why_missing
 
 LEAST_BYTES = 241
 """The shortest range the kernels know: XXH3 does shorter ones another way."""
@@ -34,7 +34,9 @@ _BLOCKS_PER_PROGRAM, _BLOCKS_AHEAD = 16, 8
 
 def why_no_checksums(device: torch.device) -> str:
     """One line: why ranges on that device cannot be digested there; empty if they can."""
-    return "" if device.type == "cpu" else why_missing(device)
+    if device.type == "cpu":
+        return ""
+    return why_missing(device) if triton_version() is not None else "Triton is not installed, or too old; pip install 'kvtier[gds]'"
 
 
 def xxh3_128(ranges: torch.Tensor, out: torch.Tensor) -> None:

@@ -19,12 +19,11 @@ from kvtier.cuda.surface import Accelerator, Stream
 from kvtier.errors import DeviceError
 from kvtier.formats.checksums import digest_bytes, xxh3_128
 from kvtier.formats.on_device import decode_pages
-from kvtier.io.files import BLOCK_BYTES
 from kvtier.memory.region import aligned_array
 from kvtier.mover.lane import LaneFormat, drained
 from kvtier.mover.transfer import Move
 from kvtier.tiers.disk import DiskTier
-from kvtier.tiers.disk.direct import DirectBatch
+from kvtier.tiers.disk.direct import ROW_ALIGNMENT, DirectBatch
 from kvtier.tiers.disk.record import HEADER_BYTES
 from kvtier.tiers.gpu import GpuPool
 
@@ -43,16 +42,16 @@ class DirectRoom:
         room = min(ROOM_BYTES, accelerator.memory()[1] // 1024)
         self.rows = max(1, room // 2 // slot_bytes)
         half = self.rows * slot_bytes
-        memory = accelerator.allocate(BLOCK_BYTES + 2 * half + self.rows * _DIGEST_BYTES)
-        records = memory[-memory.data_ptr() % BLOCK_BYTES :]
+        memory = accelerator.allocate(ROW_ALIGNMENT + 2 * half + self.rows * _DIGEST_BYTES)
+        records = memory[-memory.data_ptr() % ROW_ALIGNMENT :]
         self._halves = [records[start : start + half].view(self.rows, slot_bytes) for start in (0, half)]
         self._digests = records[2 * half :][: self.rows * _DIGEST_BYTES].view(torch.int64).view(self.rows, 2)
-        self._host = aligned_array(-(-self.rows * (HEADER_BYTES + _DIGEST_BYTES) // BLOCK_BYTES) * BLOCK_BYTES)
+        self._host = aligned_array(self.rows * (HEADER_BYTES + _DIGEST_BYTES))
         self._registration = Registration(accelerator, self._host.ctypes.data, self._host.nbytes, self._host.nbytes)
         if self._registration.why:
             self._registration.undo()
             raise DeviceError(f"host memory for headers of records cannot be registered: {self._registration.why}")
-        self._headers, proofs = np.split(self._host[: self.rows * (HEADER_BYTES + _DIGEST_BYTES)], [self.rows * HEADER_BYTES])
+        self._headers, proofs = np.split(self._host, [self.rows * HEADER_BYTES])
         self._headers = self._headers.reshape(self.rows, HEADER_BYTES)
         self._host_digests = proofs.view(np.int64).reshape(self.rows, 2)
 

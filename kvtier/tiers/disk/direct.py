@@ -27,6 +27,8 @@ from kvtier.layout import PageLayout
 from kvtier.tiers.disk.directory import FULL_ERRNOS, StoreDirectory
 from kvtier.tiers.disk.plan import Run, chunk_bytes, plan
 
+ROW_ALIGNMENT = BLOCK_BYTES
+"""What memory that records are read into is aligned to."""
 _PROBE_BYTES = 16 * BLOCK_BYTES
 _log = logging.getLogger(__name__)
 
@@ -95,7 +97,8 @@ class DirectRecords:
     def begin(self, slots: Sequence[int], lengths: Sequence[int], rows: torch.Tensor) -> DirectBatch:
         """Begin to read the first `lengths[i]` bytes of each slot into `rows[i]`; of length 0 nothing, and that is not whole.
 
-        `rows` is contiguous uint8 `[>= len(slots), slot_bytes]` in the GPU's memory, aligned to 4096. Never raises for a failing medium.
+        `rows` is contiguous uint8 `[>= len(slots), slot_bytes]` in the GPU's memory, aligned to ROW_ALIGNMENT. A failing medium is no
+        exception: what it does not give is not whole.
         """
         batch, memory = DirectBatch(len(slots)), rows.view(-1)
         for run in plan(slots, lengths, self._slot_bytes, self._segment_slots, chunk_bytes(sum(lengths), self._depth)):
