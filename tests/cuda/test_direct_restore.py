@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kvtier.cache import TieredKVCache
 from kvtier.errors import ConfigError, DeviceError
@@ -345,3 +347,43 @@ def test_formats_that_only_the_host_can_unpack_are_refused(monkeypatch, tmp_path
 def test_where_a_gpu_cannot_digest_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr("kvtier.tiers.disk.direct.why_no_checksums", lambda device: "Triton is not installed")
     assert "could not be verified on the GPU: Triton is not installed" in refused(monkeypatch, tmp_path / "store")
+
+
+# -- whatever happens -------------------------------------------------------------------------------------------------------------
+
+DAMAGE = st.sampled_from(["none", "none", "payload", "header", "zeros", "other", "read fails"])
+
+
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    damage=st.lists(DAMAGE, min_size=PAGES, max_size=PAGES),
+    rows=st.sampled_from([1, 2, 3, PAGES]),
+    byte=st.integers(0, LAYOUT.page_bytes - 1),
+)
+def test_whatever_happens_to_records_no_page_is_wrong_and_only_damaged_ones_are_lost(monkeypatch, tmp_path_factory, damage, rows, byte):
+    slot_bytes = 4096
+    gpu = {"total_bytes": max(1 << 22, 1024 * 2 * rows * slot_bytes)}
+    cache = direct_cache(monkeypatch, tmp_path_factory.mktemp("store"), gpu)
+    tokens = on_disk(cache)
+    disk: Any = cache._residency.tiers[-1]
+    assert (disk.slot_bytes, cache._residency.mover.staging._direct[0].rows) == (slot_bytes, rows)
+    slots = [int(cache._residency.table.slot[-1, row_of(cache, tokens, page)]) for page in range(PAGES)]
+    with disk._directory.segment_path(0).open("r+b") as file:
+        whole = [file.read(slot_bytes) for slot in slots if file.seek(slot * slot_bytes) >= 0]
+        for page, what in enumerate(damage):
+            place = HEADER_BYTES + byte if what == "payload" else byte % HEADER_BYTES
+            record = bytearray(whole[page - 1] if what == "other" else whole[page])
+            if what in ("payload", "header"):
+                record[place] ^= 0x10
+            file.seek(slots[page] * slot_bytes)
+            file.write(bytes(slot_bytes) if what == "zeros" else record)
+    if "read fails" in damage:
+        gpu_of(cache).files.failures = [OSError(errno.EIO, "a cosmic ray"), None, OSError(errno.EIO, "a cosmic ray")]
+    lost = [page for page, what in enumerate(damage) if what not in ("none", "read fails")]
+    assert read(cache, tokens) == min(lost, default=PAGES) * PAGE
+    told = counts(cache)
+    assert sum(count for name, count in told.items() if name.startswith("refused")) == len(lost)
+    assert told["read directly"] + told.get("not proven directly", 0) == PAGES
+    assert told["read directly"] <= PAGES - len(lost)
+    all_is_given_back(cache)
