@@ -12,7 +12,7 @@
 - `sparse24.matmul`: microseconds of a prefix's values times the attention of 64 queries, one KV head, with two of every four values kept
   and torch's semi-structured product, beside the dense one; less is better. Tensor cores skip what is zero along the dimension that is
   summed over, here tokens; the format `sparse24` keeps two of four along head_dim, so pages would have to be pruned the other way for this.
-- `digest.xxh3`, `disk.restore`, `gds.read`: pages that come from disk, see `gpu_direct.py`.
+- `checksum.xxh3`, `disk.restore`, `gds.read`: pages that come from disk, see `gpu_direct.py`.
 
 `FLOORS` is what the ratios ought to be. Ceilings take turns with what they are compared to.
 """

@@ -1,6 +1,6 @@
 """Pages from disk to a GPU, through host memory and straight into the GPU's; part of `kvtier bench gpu`.
 
-- `digest.xxh3`: payloads digested on the GPU, bytes read, beside a copy inside its memory.
+- `checksum.xxh3`: payloads digested on the GPU, bytes read, beside a copy inside its memory.
 - `disk.restore`: pages of a Llama-3-8B in q8 by one worker, read into host memory, verified by the CPU, copied, decoded. GB/s of bytes on
   disk, beside plain reads of as many.
 - `gds.read`: the same with `disk.io_engine: gds`: read into the GPU's memory, verified and decoded there. Left out, with the reason in the
@@ -57,7 +57,7 @@ def why_skipped(gpu: Accelerator, directory: Path | None) -> str:
 
 def measure(run: Run, gpu: Accelerator, layout: PageLayout, pages: int, memory_speed: float, directory: Path | None) -> list[Row]:
     """The rows, with files in `directory`. `memory_speed`: GB/s of a copy inside the GPU's memory."""
-    rows = [] if why_no_checksums(gpu.device) else [_digest(run, gpu, layout, pages, memory_speed)]
+    rows = [] if why_no_checksums(gpu.device) else [_checksums(run, gpu, layout, pages, memory_speed)]
     engines: dict[str, DiskEngine] = {"disk.restore": "auto"}
     if not why_skipped(gpu, directory):
         engines["gds.read"] = "gds"
@@ -76,7 +76,7 @@ def measure(run: Run, gpu: Accelerator, layout: PageLayout, pages: int, memory_s
     return [*rows, *(Row(name, speed[name], "GB/s", speed["plain"]) for name in engines)]
 
 
-def _digest(run: Run, gpu: Accelerator, layout: PageLayout, pages: int, memory_speed: float) -> Row:
+def _checksums(run: Run, gpu: Accelerator, layout: PageLayout, pages: int, memory_speed: float) -> Row:
     size, stream = get_format(FORMAT).payload_bytes(layout), gpu.new_stream()
     row_bytes = record_bytes(size)
     ranges = gpu.allocate(pages * row_bytes).view(pages, row_bytes)[:, HEADER_BYTES : HEADER_BYTES + size]
@@ -87,7 +87,7 @@ def _digest(run: Run, gpu: Accelerator, layout: PageLayout, pages: int, memory_s
         stream.run(partial(xxh3_128, ranges, digests))
         stream.record().wait()
         samples.append(time.perf_counter() - start)
-    return Row("digest.xxh3", pages * size / statistics.median(samples[1:]) / 1e9, "GB/s", memory_speed)
+    return Row("checksum.xxh3", pages * size / statistics.median(samples[1:]) / 1e9, "GB/s", memory_speed)
 
 
 @contextmanager

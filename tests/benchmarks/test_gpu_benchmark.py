@@ -43,7 +43,7 @@ DIRECT = (gpu.SMALL, 5, 100.0)
 
 def test_pages_from_disk_are_measured_both_ways_beside_plain_reads(card, tmp_path):
     rows = {row.name: row for row in gpu_direct.measure(Run(1, tiny=True), card, *DIRECT, tmp_path)}
-    assert set(rows) == {"digest.xxh3", "disk.restore", "gds.read"}
+    assert set(rows) == {"checksum.xxh3", "disk.restore", "gds.read"}
     assert all(row.ratio for row in rows.values())
     assert card.files.begun >= 3 + 2, "more than was tried to find out whether it works"
     assert (card.files.open_files, card.registered, list(tmp_path.iterdir())) == (0, {}, [])
@@ -52,7 +52,7 @@ def test_pages_from_disk_are_measured_both_ways_beside_plain_reads(card, tmp_pat
 def test_where_there_is_no_direct_storage_its_row_is_left_out_and_the_note_says_why(card, tmp_path, monkeypatch):
     card.files.missing = "kvikio is not installed"
     rows = {row.name for row in gpu_direct.measure(Run(1, tiny=True), card, *DIRECT, tmp_path)}
-    assert rows == {"digest.xxh3", "disk.restore"}
+    assert rows == {"checksum.xxh3", "disk.restore"}
     monkeypatch.setattr(gpu, "find_accelerator", lambda place: card)
     assert gpu.note(tmp_path).endswith("; no gds.read: kvikio is not installed")
     card.files.missing = ""
