@@ -16,6 +16,7 @@
   summed over, here tokens; the format `sparse24` keeps two of four along head_dim, so pages would have to be pruned the other way for this.
 - `digest.encode`, `digest.score`: microseconds for the digests of a lane's pages, and for scoring a prefix by those of one layer, beside
   torch's operations; less is better.
+- `checksum.xxh3`, `disk.restore`, `gds.read`: pages that come from disk, see `gpu_direct.py`.
 
 `FLOORS` is what the ratios ought to be. Ceilings take turns with what they are compared to.
 """
@@ -28,6 +29,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -52,6 +54,7 @@ from kvtier.mover.transfer import Move
 from kvtier.tiers.gpu import GpuPool
 from kvtier.tiers.host import HostTier
 
+from . import gpu_direct
 from .gpu_check import check as check_formats
 from .gpu_check import moves_of, tiers_of
 from .measure import Row, Run
@@ -94,8 +97,11 @@ FULL = Sizes(1 << 30, 128, 32768, 4096, 50, LLAMA)
 TINY = Sizes(4 << 20, 4, 256, 64, 2, SMALL)
 
 
-def measure(run: Run, accelerator: Accelerator | None = None, check: bool = True) -> list[Row]:
-    """The rows, on `accelerator` (the current CUDA device). KVTierError without one, or if its memory is too small or a format wrong."""
+def measure(run: Run, accelerator: Accelerator | None = None, check: bool = True, directory: Path | None = None) -> list[Row]:
+    """The rows, on `accelerator` (the current CUDA device), with files in `directory` (the system's temporary one).
+
+    KVTierError without a GPU, or if its memory is too small, a format wrong or the disk unusable.
+    """
     gpu = accelerator or find_gpu()
     sizes = TINY if run.tiny else FULL
     run.expect(8 + len(FORMATS))
@@ -104,7 +110,10 @@ def measure(run: Run, accelerator: Accelerator | None = None, check: bool = True
         check_formats(gpu)
     run.step("plain copies and scattered pages")
     rows = _copies(run, gpu, sizes)
-    rows += _lanes(run, gpu, sizes, {row.name: row.value for row in rows}["copy.memory"])
+    memory_speed = {row.name: row.value for row in rows}["copy.memory"]
+    rows += _lanes(run, gpu, sizes, memory_speed)
+    run.step("pages from disk")
+    rows += gpu_direct.measure(run, gpu, sizes.layout, sizes.pages, memory_speed, directory)
     run.step("launching 256 pages")
     rows.append(_launch(run, gpu))
     run.step("a long prefix, layer by layer")
@@ -129,11 +138,12 @@ def find_gpu() -> Accelerator:
     return gpu
 
 
-def note() -> str:
-    """What is to be seen in the table, in words."""
+def note(directory: Path | None = None) -> str:
+    """What is to be seen in the table, in words, and what is not."""
     least = ", ".join(f"{name} {floor:.0%}" for name, floor in FLOORS.items())
     most = ", ".join(f"{name} {limit:.0%}" for name, limit in CEILINGS.items())
-    return f"ratios to reach: {least}; not to exceed: {most}"
+    skipped = gpu_direct.why_skipped(find_gpu(), directory)
+    return f"ratios to reach: {least}; not to exceed: {most}{skipped and '; '}{skipped}"
 
 
 def verdict(rows: list[Row]) -> str:

@@ -16,7 +16,9 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 
 from kvtier.cuda.copies import RegisteredMemory, joined
+from kvtier.cuda.direct import DirectReader
 from kvtier.cuda.driver import Driver
+from kvtier.cuda.gds import GdsReader
 from kvtier.cuda.kernels import launch_errors, why_missing
 from kvtier.cuda.surface import Accelerator, Addresses, Event, Span, Stream
 from kvtier.errors import DeviceError
@@ -237,6 +239,9 @@ class Nvidia(Accelerator):
 
     def reaches(self, other: Accelerator) -> bool:
         return isinstance(other, Nvidia) and (other.device == self.device or other.device.index in self._peers())
+
+    def direct_reader(self, depth: int) -> DirectReader:
+        return GdsReader(depth)
 
     def report(self) -> dict[str, object]:
         free, total = self.memory()

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvtier.cuda.direct import DirectReader
+
 Addresses = NDArray[np.int64]
 """Addresses of memory, one per copy: int64 `[copies]`, contiguous."""
 
@@ -147,6 +149,11 @@ class Accelerator(ABC):
     @abstractmethod
     def reaches(self, other: Accelerator) -> bool:
         """Whether copies from and to the memory of `other` can go directly, once that is shared (`Span.share`)."""
+
+    @abstractmethod
+    def direct_reader(self, depth: int) -> DirectReader:
+        """What reads files straight into this device's memory, `depth` requests at once. DeviceError, which says the part that is missing,
+        where nothing does."""
 
     @abstractmethod
     def report(self) -> dict[str, object]:

@@ -27,12 +27,14 @@ from kvtier.machine import last_level_cache_bytes
 from kvtier.memory.region import aligned_array
 from kvtier.mover.behind import WriteBehind
 from kvtier.mover.crossover import Crossover
+from kvtier.mover.direct import DirectRoom
 from kvtier.mover.lane import Lane, LaneFormat, lane_row_bytes
 from kvtier.mover.packing import Packer
 from kvtier.mover.plan import layers_per_step, pages_per_arrival, pages_per_piece, pages_per_write, pieces
 from kvtier.mover.transfer import Move, Transfer
 from kvtier.numa.executor import worker_node
 from kvtier.tiers.base import DeviceSlots, Refused, Slots, Tier
+from kvtier.tiers.disk import DiskTier
 from kvtier.tiers.gpu import GpuPool
 
 log = logging.getLogger(__name__)
@@ -41,12 +43,14 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Scratch:
     """Memory of one worker, of NUMA node `node` if it is bound: `encoded` `[pages_per_round, slot_bytes]` for payloads as a tier reads or
-    writes them, page-aligned, and `pages` `[pages_per_piece, *layout.shape]` for decoded ones; its lane, where the device is a GPU."""
+    writes them, page-aligned, and `pages` `[pages_per_piece, *layout.shape]` for decoded ones; its lane, where the device is a GPU, and
+    its `direct` room there, where the disk tier reads straight into that."""
 
     encoded: NDArray[np.uint8]
     pages: torch.Tensor
     cache_bytes: int
     lane: Lane | None
+    direct: DirectRoom | None = None
     node: int | None = None
 
 
@@ -71,6 +75,8 @@ class StagingPool:
         self._lanes: list[Lane] = []
         self.crossover: Crossover | None = None
         """Which way lanes copy; None where there are none."""
+        self._direct: list[DirectRoom] = []
+        disk = next((tier for tier in tiers if isinstance(tier, DiskTier) and tier.reads_directly), None)
         places: list[int | None] = [*nodes] or [None] * workers
         self._idle: dict[int | None, queue.SimpleQueue[Scratch]] = {node: queue.SimpleQueue() for node in places}
         try:
@@ -79,7 +85,10 @@ class StagingPool:
                 pages = torch.from_numpy(aligned_array(piece * layout.page_bytes)).view(layout.torch_dtype).view(piece, *layout.shape)
                 if gpu is not None and row_bytes:
                     self._lanes.append(Lane(gpu.accelerator, self.pages_per_round, row_bytes, workers))
-                self._idle[node].put(Scratch(encoded, pages, cache_bytes, self._lanes[-1] if self._lanes else None, node))
+                if gpu is not None and disk is not None:
+                    self._direct.append(DirectRoom(gpu.accelerator, disk.slot_bytes))
+                lane, direct = self._lanes[-1] if self._lanes else None, self._direct[-1] if self._direct else None
+                self._idle[node].put(Scratch(encoded, pages, cache_bytes, lane, direct, node))
             for lane in self._lanes:
                 self.crossover = lane.crossover = self.crossover or lane.measure()
         except (MemoryError, ValueError, OSError, DeviceError) as error:
@@ -97,7 +106,9 @@ class StagingPool:
         """Give back what the GPU knows of. Safe to call twice; no transfer may be under way."""
         for lane in self._lanes:
             lane.close()
-        self._lanes = []
+        for room in self._direct:
+            room.close()
+        self._lanes, self._direct = [], []
 
     @contextmanager
     def borrow(self) -> Iterator[Scratch]:
@@ -163,7 +174,7 @@ def _restore(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier
 def _restore_by_layer(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: DeviceSlots, scratch: Scratch) -> int:
     layout = source.layout
     slots, payloads, moved = [], [], 0
-    for index, payload in _loaded(transfer, start, moves, source, scratch):
+    for index, payload in _loaded(transfer, range(start, start + len(moves)), source, scratch):
         slots.append(transfer.moves[index].target_slot)
         payloads.append(payload)
         moved += len(payload)
@@ -183,7 +194,7 @@ def _restore_as_read(transfer: Transfer, start: int, moves: Sequence[Move], sour
     slots: list[int] = []
     payloads: list[Payload] = []
     moved = 0
-    for index, payload in _loaded(transfer, start, moves, source, scratch):
+    for index, payload in _loaded(transfer, range(start, start + len(moves)), source, scratch):
         slots.append(transfer.moves[index].target_slot)
         payloads.append(payload)
         moved += len(payload)
@@ -206,18 +217,22 @@ def _offload_from_gpu(
 def _restore_to_gpu(
     transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: GpuPool, staging: StagingPool, scratch: Scratch
 ) -> int:
-    moved = 0
+    lane, moved, form = _lane(scratch), 0, staging.lane_formats[source.name]
+    last = start + len(moves) == len(transfer.moves)
+    indices: Sequence[int] = range(start, start + len(moves))
+    if scratch.direct is not None and isinstance(source, DiskTier):
+        indices = [start + place for place in scratch.direct.restore(source, target, form, moves, lane.stream)]
+        moved = (len(moves) - len(indices)) * form.payload_bytes
+    places = {index: place for place, index in enumerate(indices)}
 
     def arrived() -> Generator[tuple[int, Payload], None, None]:
         nonlocal moved
-        for index, payload in _loaded(transfer, start, moves, source, scratch):
+        for index, payload in _loaded(transfer, indices, source, scratch):
             moved += len(payload)
-            yield index - start, payload
+            yield places[index], payload
 
-    last = start + len(moves) == len(transfer.moves)
-    form = staging.lane_formats[source.name]
     with closing(arrived()) as payloads:
-        _lane(scratch).restore(source, target, form, moves, payloads, transfer.placed if last else None)
+        lane.restore(source, target, form, [transfer.moves[index] for index in indices], payloads, transfer.placed if last else None)
     return moved
 
 
@@ -232,7 +247,7 @@ def _recode(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier,
     with closing(WriteBehind(transfer, packer)) as writes:
         for piece in pieces(len(moves), _pages_at_once(len(moves), target, scratch)):
             indices, payloads = [], []
-            for index, payload in _loaded(transfer, start + piece.start, moves[piece], source, scratch, unpack=not same):
+            for index, payload in _loaded(transfer, range(start + piece.start, start + piece.stop), source, scratch, unpack=not same):
                 indices.append(index)
                 payloads.append(payload)
             if not same:
@@ -250,19 +265,20 @@ def _pages_at_once(pages: int, target: Tier, scratch: Scratch) -> int:
 
 
 def _loaded(
-    transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, scratch: Scratch, unpack: bool = True
+    transfer: Transfer, indices: Sequence[int], source: Tier, scratch: Scratch, unpack: bool = True
 ) -> Iterator[tuple[int, Payload]]:
-    """Verified payloads as they become ready, with the index of their move; refusals are noted and left out."""
+    """Verified payloads of these moves as they become ready, with the index of their move; refusals are noted and left out."""
+    moves = [transfer.moves[index] for index in indices]
     slots, keys = [move.source_slot for move in moves], [move.page.key for move in moves]
     with closing(source.load_each(slots, keys, scratch.encoded)) as copies:
         for place, payload in copies:
             if isinstance(payload, Refused):
-                _lose(transfer, start + place, payload)
+                _lose(transfer, indices[place], payload)
                 continue
             try:
-                yield start + place, source.format.unpack([payload], source.layout)[0] if unpack else payload
+                yield indices[place], source.format.unpack([payload], source.layout)[0] if unpack else payload
             except ValueError as error:
-                _lose(transfer, start + place, _malformed(source, error))
+                _lose(transfer, indices[place], _malformed(source, error))
 
 
 def _place(target: DeviceSlots, slots: Sequence[int], payloads: Sequence[Payload], layers: slice, codec: Format, scratch: Scratch) -> None:

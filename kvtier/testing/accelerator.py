@@ -20,8 +20,10 @@ import numpy as np
 import torch
 
 from kvtier.cuda.copies import joined
+from kvtier.cuda.direct import DirectReader
 from kvtier.cuda.surface import Accelerator, Addresses, Event, Span, Stream
 from kvtier.errors import DeviceError
+from kvtier.testing.direct import LateReader
 
 UNMAPPED = 0xEE
 
@@ -183,7 +185,7 @@ class LateAccelerator(Accelerator):
     """A GPU with `total_bytes` of memory. Each thread computes on a stream of its own, unless `engine` is set to one for all.
 
     `fail_at_launch`, `fail_in_stream`: what the next copies fail with, when they are launched or when they are done. `refuse_after`: how
-    many bytes of host memory can be registered. `can_grow`: whether it has spans.
+    many bytes of host memory can be registered. `can_grow`: whether it has spans. `files`: its reader, with what may go wrong there.
     """
 
     total_bytes: int = 1 << 30
@@ -199,6 +201,7 @@ class LateAccelerator(Accelerator):
     """Copies launched so far."""
     launches: int = 0
     """Calls that launched them."""
+    files: LateReader = field(default_factory=LateReader)
     friends: list[LateAccelerator] = field(default_factory=list)
     """Which others this one reaches."""
     private: dict[int, list[Accelerator]] = field(default_factory=dict)
@@ -272,6 +275,12 @@ class LateAccelerator(Accelerator):
 
     def reaches(self, other: Accelerator) -> bool:
         return other is self or other in self.friends
+
+    def direct_reader(self, depth: int) -> DirectReader:
+        if self.files.missing:
+            raise DeviceError(self.files.missing)
+        self.files.depth = depth
+        return self.files
 
     def report(self) -> dict[str, object]:
         return {

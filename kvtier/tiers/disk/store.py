@@ -20,7 +20,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtier.errors import ConfigError, StoreError
+from kvtier.cuda.surface import Accelerator
+from kvtier.errors import ConfigError, DeviceError, StoreError
 from kvtier.formats.base import Format, Payload
 from kvtier.io.files import Bytes, FileEngine
 from kvtier.io.pooled import DEPTH
@@ -30,6 +31,7 @@ from kvtier.layout import PageLayout
 from kvtier.tiers.base import FinishStore, Loaded, PageId, Refused, Tier
 from kvtier.tiers.disk import record
 from kvtier.tiers.disk.batches import check_staging, fetch
+from kvtier.tiers.disk.direct import DirectRecords, check_direct, find_reader
 from kvtier.tiers.disk.directory import Description, StoreDirectory, reopened
 from kvtier.tiers.disk.recovery import Survey, select, survey, trim
 from kvtier.tiers.disk.segments import Segments
@@ -38,6 +40,7 @@ from kvtier.tiers.disk.tidying import Tally, Tidier
 from kvtier.tiers.disk.writer import RecordWriter
 
 Durability = Literal["process", "power"]
+DiskEngine = EngineChoice | Literal["gds"]
 
 _SEGMENT_BYTES = 256 << 20
 _MOST_SEGMENTS = 256
@@ -55,7 +58,8 @@ class DiskTier(Tier):
     worker: the first makes freed copies unfindable for good, the second shortens the next start after a crash.
 
     `engine` is a name for `kvtier.io.probe.choose_engine`, with `depth` requests at once, or an engine, from then on the tier's. Stores
-    written by one engine open with every other. `cpus`: those that an engine made here keeps its threads on, any without.
+    written by one engine open with every other. `cpus`: those that an engine made here keeps its threads on, any without. The engine "gds"
+    is `direct`, and records can also be read straight into the memory of `gpu` (`reading_directly`).
 
     Raises ConfigError (path, capacity or engine impossible), StoreLocked, LayoutError (store of another layout), StoreError (foreign,
     damaged, newer, or of another format or namespace). Nothing new is left there then, and what was there stays.
@@ -71,10 +75,11 @@ class DiskTier(Tier):
         capacity_bytes: int,
         namespace: bytes,
         durability: Durability = "process",
-        engine: FileEngine | EngineChoice = "auto",
+        engine: FileEngine | DiskEngine = "auto",
         depth: int = DEPTH,
         clock: Callable[[], float] = time.monotonic,
         cpus: Sequence[int] = (),
+        gpu: Accelerator | None = None,
     ) -> None:
         if durability not in get_args(Durability):
             raise ConfigError(f"disk.durability is {durability!r}; expected one of {', '.join(get_args(Durability))}")
@@ -96,8 +101,16 @@ class DiskTier(Tier):
         self._checkpointing = False
         self._tally = Tally()
         self.counters = self._tally.counts
-        """Records "recovered", "discarded: <reason>", slots "tidied"; failures "disk full", "io errors", "refused: <reason>"."""
+        """Records "recovered", "discarded: <reason>", "read directly", "not proven directly", slots "tidied"; failures
+        "disk full", "io errors", "refused: <reason>"."""
 
+        reader = None
+        if engine == "gds":
+            check_direct(format, layout)
+            try:
+                reader, engine = find_reader(gpu, existing_part(Path(path)), depth), "direct"
+            except DeviceError as error:
+                raise ConfigError(f"disk.io_engine is gds, but {error}; use auto") from error
         chosen = choose_engine(existing_part(Path(path)), engine, depth, cpus) if isinstance(engine, str) else Chosen(engine)
         self._instead = chosen.instead
         try:
@@ -111,6 +124,8 @@ class DiskTier(Tier):
             chosen.engine.stop()
             raise
         self._segments = Segments(self._directory, chosen.engine, self._description.segment_slots, self.slot_bytes)
+        sizes = (self._description.segment_slots, self.slot_bytes, depth)
+        self._direct = DirectRecords(reader, self._directory, *sizes) if reader is not None else None
         self._recovered = not self._segments.numbers()
         if not self._segments.punches:
             _log.info("disk store %s: this file system cannot punch holes; every copy takes %d bytes", path, self.slot_bytes)
@@ -210,6 +225,35 @@ class DiskTier(Tier):
                     else:
                         yield index, self._verified(found, keys[index])
 
+    @property
+    def reads_directly(self) -> bool:
+        """Whether records can be read straight into a GPU's memory."""
+        return self._direct is not None
+
+    @contextlib.contextmanager
+    def reading_directly(self) -> Iterator[DirectRecords | None]:
+        """What reads records straight into a GPU's memory, none of which has proved itself (`proves`); `close` waits for the end of this.
+
+        None where `reads_directly` says no, and once the tier was closed.
+        """
+        with self._operation() as open_:
+            yield self._direct if open_ else None
+
+    def stored_bytes(self, slots: Sequence[int]) -> list[int]:
+        """Bytes of the record in each of these slots; 0 where there is none."""
+        return [self._book.stored_bytes(slot) for slot in slots]
+
+    def proves(self, header: Bytes, key: PageKey, checksum: bytes) -> bool:
+        """Whether a record that begins with `header`, and whose payload has this xxh3-128, is the copy of `key` that `load` would give."""
+        found = record.parse(header)
+        return found is not None and found.page.key == key and self._fault(found) is None and found.payload_checksum == checksum
+
+    def read_directly(self, proven: int, unproven: int) -> None:
+        """Count records that were read directly: those that proved themselves, and those that are left to `load`, which says why."""
+        self._tally.add("read directly", proven)
+        if unproven:
+            self._tally.add("not proven directly", unproven)
+
     def recover(self) -> Iterator[tuple[int, PageId]]:
         """Copies found on disk, parents before children. Later calls give none.
 
@@ -267,7 +311,8 @@ class DiskTier(Tier):
         return {
             "path": str(self._directory.path),
             "format": self.format.name,
-            "engine": self._segments.engine.name,
+            "engine": self._segments.engine.name if self._direct is None else "gds",
+            "direct_reader": None if self._direct is None else self._direct.reader.name,
             "engine_instead": self._instead,
             "io_depth": self._segments.engine.depth,
             "io_cpus": list(self._segments.engine.cpus),
@@ -296,6 +341,8 @@ class DiskTier(Tier):
             self._checkpoint(clean=self._book.pending == 0)
         self._writer.stop()
         self._segments.close()
+        if self._direct is not None:
+            self._direct.close()
         self._segments.engine.stop()
         self._directory.close()
 
