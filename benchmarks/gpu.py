@@ -2,7 +2,9 @@
 
 - `copy.d2h`, `copy.h2d`, `copy.both`, `copy.memory`: GB/s of one large copy to registered host memory, from it, of both at once, and of a
   copy inside the GPU's memory, counted as bytes read plus written. The ceilings of what follows.
-- `pages.d2h`, `.h2d`, `.both`: pages of 64 KiB in random order, 256 a call.
+- `pages.d2h`, `.h2d`, `.both`: pages of 64 KiB in random order, 256 a call, the way a lane copies them. `pages.d2h.copies`, `.kernel` and
+  `pages.h2d.copies`, `.kernel`: by the copy engines, and by one kernel that reads and writes registered host memory.
+- `crossover.d2h`, `.h2d`: KiB of a page up to which many pages go by the kernel, as a lane measured it (0: never), beside 64.
 - `FORMAT.offload`, `.restore`: pages of a Llama-3-8B by a mover's lane: encode, copy; copy, decode. GB/s of bf16 bytes, beside raw pages.
 - `FORMAT.encode`, `.decode`: the kernels alone, bytes read plus written, beside `copy.memory`.
 - `launch.256`: microseconds of the host's time until a restore of 256 pages is launched, beside 100; less is better.
@@ -12,6 +14,9 @@
 - `sparse24.matmul`: microseconds of a prefix's values times the attention of 64 queries, one KV head, with two of every four values kept
   and torch's semi-structured product, beside the dense one; less is better. Tensor cores skip what is zero along the dimension that is
   summed over, here tokens; the format `sparse24` keeps two of four along head_dim, so pages would have to be pruned the other way for this.
+- `digest.encode`, `digest.score`: microseconds for the digests of a lane's pages, and for scoring a prefix by those of one layer, beside
+  torch's operations; less is better.
+- `checksum.xxh3`, `disk.restore`, `gds.read`: pages that come from disk, see `gpu_direct.py`.
 
 `FLOORS` is what the ratios ought to be. Ceilings take turns with what they are compared to.
 """
@@ -21,27 +26,35 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from kvtier.attention import digest, on_device
+from kvtier.attention.digest import DigestLayout
 from kvtier.cuda.find import find_accelerator
 from kvtier.cuda.registration import Registration
 from kvtier.cuda.surface import Accelerator, Addresses, Stream
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.formats import BlockFormat, get_format
+from kvtier.formats.base import Payload
 from kvtier.formats.blocks import BlockShape
 from kvtier.formats.on_device import decode_pages, encode_pages
 from kvtier.formats.sparse24 import Sparse24
 from kvtier.layout import PageLayout
 from kvtier.memory.region import aligned_array
+from kvtier.mover.crossover import COPIES, SIZES_BYTES, WAYS, Crossover
+from kvtier.mover.lane import Lane
 from kvtier.mover.stage import StagingPool
+from kvtier.mover.transfer import Move
 from kvtier.tiers.gpu import GpuPool
 from kvtier.tiers.host import HostTier
 
+from . import gpu_direct
 from .gpu_check import check as check_formats
 from .gpu_check import moves_of, tiers_of
 from .measure import Row, Run
@@ -84,23 +97,31 @@ FULL = Sizes(1 << 30, 128, 32768, 4096, 50, LLAMA)
 TINY = Sizes(4 << 20, 4, 256, 64, 2, SMALL)
 
 
-def measure(run: Run, accelerator: Accelerator | None = None, check: bool = True) -> list[Row]:
-    """The rows, on `accelerator` (the current CUDA device). KVTierError without one, or if its memory is too small or a format wrong."""
+def measure(run: Run, accelerator: Accelerator | None = None, check: bool = True, directory: Path | None = None) -> list[Row]:
+    """The rows, on `accelerator` (the current CUDA device), with files in `directory` (the system's temporary one).
+
+    KVTierError without a GPU, or if its memory is too small, a format wrong or the disk unusable.
+    """
     gpu = accelerator or find_gpu()
     sizes = TINY if run.tiny else FULL
-    run.expect(7 + len(FORMATS))
+    run.expect(8 + len(FORMATS))
     if check:
         run.step("checking every format")
         check_formats(gpu)
     run.step("plain copies and scattered pages")
     rows = _copies(run, gpu, sizes)
-    rows += _lanes(run, gpu, sizes, {row.name: row.value for row in rows}["copy.memory"])
+    memory_speed = {row.name: row.value for row in rows}["copy.memory"]
+    rows += _lanes(run, gpu, sizes, memory_speed)
+    run.step("pages from disk")
+    rows += gpu_direct.measure(run, gpu, sizes.layout, sizes.pages, memory_speed, directory)
     run.step("launching 256 pages")
     rows.append(_launch(run, gpu))
     run.step("a long prefix, layer by layer")
     rows += _prefix(run, gpu, sizes)
     run.step("decoding beside an offload")
     rows.append(_decode(run, gpu, sizes))
+    run.step("digests of keys")
+    rows += _digests(run, gpu, sizes)
     run.step("values of which half are zero")
     rows.append(_sparse_product(run, gpu, sizes))
     return rows
@@ -117,11 +138,12 @@ def find_gpu() -> Accelerator:
     return gpu
 
 
-def note() -> str:
-    """What is to be seen in the table, in words."""
+def note(directory: Path | None = None) -> str:
+    """What is to be seen in the table, in words, and what is not."""
     least = ", ".join(f"{name} {floor:.0%}" for name, floor in FLOORS.items())
     most = ", ".join(f"{name} {limit:.0%}" for name, limit in CEILINGS.items())
-    return f"ratios to reach: {least}; not to exceed: {most}"
+    skipped = gpu_direct.why_skipped(find_gpu(), directory)
+    return f"ratios to reach: {least}; not to exceed: {most}{skipped and '; '}{skipped}"
 
 
 def verdict(rows: list[Row]) -> str:
@@ -177,28 +199,58 @@ def _copies(run: Run, gpu: Accelerator, sizes: Sizes) -> list[Row]:
             part = slice(start, start + PAGES_A_CALL)
             stream.copy(targets[part], sources[part], PAGE_BYTES)
 
+    def by_kernel(stream: Stream, on_device: Addresses, on_host: Addresses, to_host: bool) -> None:
+        for start in range(0, pages, PAGES_A_CALL):
+            part = slice(start, start + PAGES_A_CALL)
+            stream.copy_by_kernel(on_device[part], on_host[part], PAGE_BYTES, to_host)
+
     def both(*launches: Callable[[], None]) -> None:
         for launch in launches:
             launch()
 
-    pages_down = partial(paged, down, scattered[0][0], scattered[0][1])
-    pages_up = partial(paged, up, scattered[1][1], scattered[1][0])
+    launches = {
+        "d2h": {"copies": partial(paged, down, scattered[0][0], scattered[0][1])},
+        "h2d": {"copies": partial(paged, up, scattered[1][1], scattered[1][0])},
+    }
+    if not gpu.why_no_kernel_copies():
+        launches["d2h"]["kernel"] = partial(by_kernel, down, scattered[0][1], scattered[0][0], True)
+        launches["h2d"]["kernel"] = partial(by_kernel, up, scattered[1][1], scattered[1][0], False)
+    crossover = _crossover(gpu)
+    taken = {way: "kernel" if crossover.by_kernel(way, PAGES_A_CALL, PAGE_BYTES) else "copies" for way in WAYS}
+    stream_of = {"d2h": down, "h2d": up}
     took = _in_turns(
         run,
         {
             "copy.d2h": lambda: _seconds(large_down, down),
-            "pages.d2h": lambda: _seconds(pages_down, down),
             "copy.h2d": lambda: _seconds(large_up, up),
-            "pages.h2d": lambda: _seconds(pages_up, up),
+            **{
+                f"pages.{way}.{how}": partial(_seconds, launch, stream_of[way])
+                for way, ways in launches.items()
+                for how, launch in ways.items()
+            },
             "copy.both": lambda: _seconds(partial(both, large_down, large_up), down, up),
-            "pages.both": lambda: _seconds(partial(both, pages_down, pages_up), down, up),
+            "pages.both": lambda: _seconds(partial(both, *(launches[way][taken[way]] for way in WAYS)), down, up),
             "copy.memory": lambda: _seconds(lambda: down.run(lambda: other.copy_(device[:size])), down),
         },
     )
     registration.undo()
-    speed = {name: size * (1 if name.endswith(("d2h", "h2d")) else 2) / seconds / 1e9 for name, seconds in took.items()}
-    ceilings = {f"pages.{way}": speed[f"copy.{way}"] for way in ("d2h", "h2d", "both")}
-    return [Row(name, value, "GB/s", ceilings.get(name)) for name, value in speed.items()]
+    took |= {f"pages.{way}": took[f"pages.{way}.{taken[way]}"] for way in WAYS}
+    speed = {name: size * (2 if name.endswith(("both", "memory")) else 1) / seconds / 1e9 for name, seconds in took.items()}
+    rows = [Row(name, value, "GB/s", _ceiling(name, speed)) for name, value in speed.items()]
+    return rows + [Row(f"crossover.{way}", crossover.bytes_below(way, PAGES_A_CALL) / 1024, "KiB", PAGE_BYTES / 1024) for way in WAYS]
+
+
+def _ceiling(name: str, speed: dict[str, float]) -> float | None:
+    """That of one large copy the same way, for pages."""
+    return speed[f"copy.{name.split('.')[1]}"] if name.startswith("pages.") else None
+
+
+def _crossover(gpu: Accelerator) -> Crossover:
+    lane = Lane(gpu, COPIES[-1], SIZES_BYTES[-1])
+    try:
+        return lane.measure()
+    finally:
+        lane.close()
 
 
 def _lanes(run: Run, gpu: Accelerator, sizes: Sizes, memory_speed: float) -> list[Row]:
@@ -244,9 +296,14 @@ def _both_ways(pool: GpuPool, host: HostTier, staging: StagingPool, count: int) 
         return _seconds(lambda: lane.offload(pool, host, form, moves, []))
 
     host.store([move.target_slot for move in moves], [move.page for move in moves], lane.offload(pool, host, form, moves, []))
-    stored = host.load([move.source_slot for move in moves], [move.page.key for move in moves], np.empty((count, 0), np.uint8))
-    arrived = [(move, payload) for move, payload in zip(moves, stored, strict=True) if isinstance(payload, np.ndarray)]
-    return offload, lambda: _seconds(lambda: lane.restore(host, pool, form, arrived, None))
+    arrived = _verified(host, moves)
+    return offload, lambda: _seconds(lambda: lane.restore(host, pool, form, moves, arrived, None))
+
+
+def _verified(host: HostTier, moves: Sequence[Move]) -> list[tuple[int, Payload]]:
+    """The payloads of these moves, with their places among them."""
+    stored = host.load([move.source_slot for move in moves], [move.page.key for move in moves], np.empty((len(moves), 0), np.uint8))
+    return [(index, payload) for index, payload in enumerate(stored) if isinstance(payload, np.ndarray)]
 
 
 def _launch(run: Run, gpu: Accelerator) -> Row:
@@ -255,15 +312,16 @@ def _launch(run: Run, gpu: Accelerator) -> Row:
     with tiers_of(gpu, layout, "raw", PAGES_A_CALL) as (pool, host, staging):
         _both_ways(pool, host, staging, PAGES_A_CALL)
         moves = moves_of(PAGES_A_CALL)
-        stored = host.load([move.source_slot for move in moves], [move.page.key for move in moves], np.empty((PAGES_A_CALL, 0), np.uint8))
-        arrived = [(move, payload) for move, payload in zip(moves, stored, strict=True) if isinstance(payload, np.ndarray)]
+        arrived = _verified(host, moves)
         with staging.borrow() as scratch:
             lane = scratch.lane
         for _ in range(10 + 10 * run.repeats):
             ends: list[float] = []
             start = time.perf_counter()
             if lane is not None:
-                lane.restore(host, pool, staging.lane_formats[host.name], arrived, lambda *_, ends=ends: ends.append(time.perf_counter()))
+                lane.restore(
+                    host, pool, staging.lane_formats[host.name], moves, arrived, lambda *_, ends=ends: ends.append(time.perf_counter())
+                )
             samples.append(ends[-1] - start)
     return Row("launch.256", statistics.median(samples[10:]) * 1e6, "us", LAUNCH_US)
 
@@ -395,6 +453,37 @@ def _decode(run: Run, gpu: Accelerator, sizes: Sizes) -> Row:
 
         took = _in_turns(run, {"alone": lambda: _seconds(loop, engine), "beside": beside})
     return Row("decode.step", took["beside"] / sizes.steps * 1e6, "us", took["alone"] / sizes.steps * 1e6)
+
+
+def _digests(run: Run, gpu: Accelerator, sizes: Sizes) -> list[Row]:
+    layout, count, stream = sizes.layout, sizes.pages, gpu.new_stream()
+    shape, slots = DigestLayout.of(layout), list(range(count))
+    pool = GpuPool(layout, count * layout.page_bytes, gpu)
+    pool.reserve(count)
+    numbers = torch.randn(count, *layout.shape, generator=torch.Generator().manual_seed(0)).to(layout.torch_dtype)
+    pool.scatter(slots, numbers)
+    made = digest.encode(pool.keys(slots[:1]))[:, 0]
+    digests = made.repeat(sizes.prefix_tokens // layout.page_tokens, 1, 1)
+    queries = torch.randn(1, 4 * layout.kv_heads, layout.head_dim, device=gpu.device)
+
+    def by_torch() -> torch.Tensor:
+        return digest.encode(torch.stack([pool.layer(layer)[:count, 0] for layer in range(layout.layers)], 1))
+
+    def timed(work: Callable[[], object]) -> Callable[[], float]:
+        return lambda: _seconds(lambda: stream.run(work), stream)
+
+    pool.fences.before(stream)
+    took = _in_turns(
+        run,
+        {
+            "encode": timed(lambda: on_device.encode_paged(pool.paged, slots)),
+            "encode by torch": timed(by_torch),
+            "score": timed(lambda: on_device.page_logits(digests, queries, shape)),
+            "score by torch": timed(lambda: digest.page_logits(digests, queries, shape)),
+        },
+    )
+    pool.close()
+    return [Row(f"digest.{what}", took[what] * 1e6, "us", took[f"{what} by torch"] * 1e6) for what in ("encode", "score")]
 
 
 def _sparse_product(run: Run, gpu: Accelerator, sizes: Sizes) -> Row:

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvtier.attention.digest import encode, key_logits, page_logits
+from kvtier.attention.digest import key_logits
+from kvtier.attention.on_device import page_logits
 from kvtier.attention.select import page_mass
+from kvtier.digesting import pool_digests
 from kvtier.errors import ConfigError, IntegrityError, LayoutError, LeaseError
 from kvtier.lease import Lease
 from kvtier.pages import DEVICE, READY
@@ -78,15 +80,15 @@ def lease_mass(residency: Residency, lease: Lease, layer: int, queries: torch.Te
     full = len(rows) - (fill > 0)
     with residency.lock:
         keys = table.key[rows[:full]].tolist()
-        found, digests = store.get(rows[:full], keys)
+        found, digests = store.get(rows[:full], keys, slice(layer, layer + 1))
         here = table.state[DEVICE][rows] == READY
         slots = table.slot[DEVICE][rows].tolist()
     logits = torch.full((*queries.shape[:2], len(rows)), -torch.inf, device=pool.place)
     if found:
-        logits[:, :, found] = page_logits(digests[:, layer], queries, store.shape)
+        logits[:, :, found] = page_logits(digests[:, 0], queries, store.shape)
     fresh = [page for page in sorted(set(range(full)) - set(found)) if here[page]]
     if fresh:
-        made = encode(pool.keys([slots[page] for page in fresh]))
+        made = pool_digests(pool, [slots[page] for page in fresh])
         with residency.lock:
             store.put([rows[page] for page in fresh], [keys[page] for page in fresh], made)
         logits[:, :, fresh] = page_logits(made[:, layer], queries, store.shape)

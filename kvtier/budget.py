@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvtier.attention.digest import DigestLayout, encode, page_logits
+from kvtier.attention.digest import DigestLayout, encode
+from kvtier.attention.on_device import page_logits
 from kvtier.attention.select import best_pages, page_mass
+from kvtier.digesting import pool_digests
 from kvtier.errors import ConfigError, LeaseError, TransferFailed
 from kvtier.formats import Payload
 from kvtier.keys import TokenIds
@@ -310,9 +312,7 @@ class BudgetedLease:
         """Bring rows to the device, with whoever brings some of them already. On the loop."""
         residency, table = self._residency, self._residency.table
         for _ in range(2):  # a hint that brought some may have been taken back
-            await residency.copying.lift(
-                [row for row in rows.tolist() if table.state[DEVICE, row] == ABSENT], Priority.DEMAND, lambda _: None
-            )
+            await residency.copying.lift([row for row in rows.tolist() if table.state[DEVICE, row] == ABSENT], lambda _: None)
             with residency.lock:
                 coming = {residency.copying.inflight[row, DEVICE] for row in rows.tolist() if table.state[DEVICE, row] == WRITING}
             for transfer in coming:
@@ -457,7 +457,7 @@ class BudgetedLease:
             fresh = [page for index, page in enumerate(fresh) if index not in set(found)]
         stayed = [page for page in fresh if page not in self.parked]
         if stayed:
-            self._digests[stayed] = encode(residency.device.keys(self._slots(stayed)))
+            self._digests[stayed] = pool_digests(residency.device, self._slots(stayed))
         for page in sorted(set(fresh) - set(stayed)):  # whole pages are large: one at a time
             self._digests[page] = encode(self._decode([page], slice(None))[:, :, 0].to(self._digests.device))[0]
         self._digested = self.pages

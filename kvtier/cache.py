@@ -25,7 +25,7 @@ from kvtier.attention.learned import LearnedCosts
 from kvtier.attention.router import Router
 from kvtier.budget import BudgetedLease, check_budget
 from kvtier.config import Config, load_config
-from kvtier.errors import Closed, LeaseError
+from kvtier.errors import Closed, LayoutError, LeaseError
 from kvtier.in_place import InPlaceLease
 from kvtier.keyed import KeyedPages
 from kvtier.keys import PageKey, TokenIds, namespace, page_keys, root_key, token_array
@@ -128,8 +128,10 @@ class TieredKVCache:
 
     def begin(self, salt: str = "") -> Lease:
         """A lease on nothing yet: the start of a new sequence of tenant `salt`, to be grown with `append`."""
-        empty = np.empty(0, np.int64)
-        return self.acquire(Match(0, empty, (), root_key(self._namespace, salt), {}, 0, 0.0, 0.0))
+        return self._begin(root_key(self._namespace, salt))
+
+    def _begin(self, root: PageKey) -> Lease:
+        return self.acquire(Match(0, np.empty(0, np.int64), (), root, {}, 0, 0.0, 0.0))
 
     def by_key(self) -> KeyedPages:
         """This cache for an engine that owns its paged cache and names pages by their keys: the device tier is a staging area then.
@@ -171,15 +173,36 @@ class TieredKVCache:
 
     # -- sequences -------------------------------------------------------------------------------------------------------------
 
-    def fork(self, lease: Lease) -> Lease:
+    def fork(self, lease: Lease, onto: TieredKVCache | None = None) -> Lease:
         """A second lease on the same tokens (beams, parallel samples).
 
-        Pages are shared; an open page is copied when either side writes it.
+        Pages are shared; an open page is copied when either side writes it. `onto`, another cache of the same model in this process, makes
+        it a lease of that one: what it has not on its device is copied there, from GPU to GPU where one reaches the other, else through
+        host memory. It covers fewer tokens where that device has no room (`lease.full`). LayoutError for a cache of another model.
         """
         self._writer.check_own(lease)
         lease.wait()
         self._open()
+        if onto is not None and onto is not self:
+            return onto._take_over(lease, self._namespace)
         return self._reader.fork(lease)
+
+    def _take_over(self, lease: Lease, of: bytes) -> Lease:
+        """`fork` of a lease of another cache, whose namespace is `of`."""
+        lease.check_whole()
+        self._open()
+        if of != self._namespace:
+            raise LayoutError(
+                f"fork onto a cache of another model, revision or layout ({self.layout}); its pages are not those of this lease "
+                f"({lease.residency.layout})"
+            )
+        twin = self._begin(lease.root)
+        try:
+            self._writer.take_over(twin, lease)
+        except BaseException:
+            twin.release()
+            raise
+        return twin
 
     def truncate(self, lease: Lease, tokens: int) -> None:
         """Roll the lease back to its first `tokens` tokens (rejected speculation). Committed pages stay cached; the lease lets go of them.
@@ -197,7 +220,8 @@ class TieredKVCache:
 
         Returns at once. What is still queued after `deadline` (None: no time is said, as if it were now) is cancelled. Hints never take
         the place of leased pages, of pages brought up for an earlier hint, or of pages that are worth more to the policy than one that is
-        used within `deadline`, and give way to demand.
+        used within `deadline`, and give way to demand. What finds no room is tried again, each page once, when requests release their
+        pages; so wait the newest `kvtier.hinted.MOST_WAITING` hints.
         """
         residency = self._open()
         keys = page_keys(token_ids, self.layout.page_tokens, root_key(self._namespace, salt))
@@ -205,7 +229,7 @@ class TieredKVCache:
             table = residency.table
             rows = table.find(keys)
             residency.touch(rows[table.state[DEVICE][rows] == READY], DEVICE)
-        hint = Prefetch(residency, keys, 0.0 if deadline is None else deadline)
+        hint = Prefetch(residency, keys, deadline)
         residency.start(hint.run())
         if deadline is not None:
             residency.mover.call(residency.mover.loop.call_later, deadline, hint.cancel)

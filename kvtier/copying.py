@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,29 @@ if TYPE_CHECKING:
     from kvtier.residency import Residency
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """How a hint fared: so many pages `begun`; `rows`, in order, are left. Of these, so many for want of budget, and so many because what
+    is on the device is worth more."""
+
+    begun: int
+    rows: Rows
+    over_budget: int
+    outranked: int
+
+
+@dataclass(frozen=True)
+class _Coming:
+    """Pages on their way up, in order, and the tier that each comes from."""
+
+    rows: Rows
+    homes: Rows
+
+    def by_tier(self) -> dict[int, Rows]:
+        """The rows that come from each tier, warmest first."""
+        return {tier: self.rows[self.homes == tier] for tier in np.unique(self.homes).tolist()}
 
 
 class Copying:
@@ -60,54 +84,79 @@ class Copying:
                 self.copying_from[source].remove(done)
             done.set_result(None)
 
-    async def lift(
-        self, rows: Iterable[int], priority: Priority, launched: Callable[[list[Transfer]], None], within_s: float = 0.0
-    ) -> None:
-        """Bring pages to the device, each from the warmest tier that has it, and wait for the end.
+    async def lift(self, rows: Iterable[int], launched: Callable[[list[Transfer]], None]) -> None:
+        """Bring pages that are wanted now to the device, each from the warmest tier that has it, and wait for the end.
 
-        Where room does not reach, the first rows come first; prefetches, of pages that are wanted within `within_s` seconds, also stop at
-        their budget and at pages that are worth more. `launched` gets the transfers as soon as they are queued, once.
+        Where room does not reach, the first rows come first. `launched` gets the transfers as soon as they are queued, once.
         """
         residency = self._residency
         with residency.lock:
-            table = residency.table
-            asked = np.array(list(rows), np.int64)
-            homes = table.warmest(asked)
-            cold = (table.state[DEVICE][asked] == ABSENT) & (homes != NO_TIER)
-            asked, homes = asked[cold], homes[cold]
-            if priority == Priority.PREFETCH:
-                residency.metrics.prefetch.over_budget += max(0, len(asked) - residency.hinted.room)
-                asked, homes = asked[: residency.hinted.room], homes[: residency.hinted.room]
-            held = {tier: asked[homes == tier] for tier in np.unique(homes).tolist()}
-            for tier, part in held.items():
-                table.hold(part, tier)
+            coming = self._cold(np.array(list(rows), np.int64))
+            self._hold_all(coming)
         try:
-            if priority == Priority.PREFETCH:
-                with residency.lock:
-                    count = residency.eviction.displaceable(len(asked), within_s)
-                    residency.metrics.prefetch.outranked += len(asked) - count
-                slots = await residency.eviction.reserve(DEVICE, count, priority, within_s)
-            else:
-                slots = await residency.eviction.reserve(DEVICE, len(asked), priority)
+            slots = await residency.eviction.reserve(DEVICE, len(coming.rows))
             with residency.lock:
-                limit = residency.hinted.room if priority == Priority.PREFETCH else len(asked)
-                chosen = self._choose(asked[:limit], DEVICE, slots)
-                transfers = []
-                used = 0
-                for tier, part in held.items():
-                    coming = chosen[np.isin(chosen, part)]
-                    transfers += self._plan(coming.tolist(), tier, DEVICE, slots[used : used + len(coming)], priority)
-                    used += len(coming)
-                    if priority == Priority.PREFETCH:
-                        residency.hinted.mark(coming, tier)
-                        residency.metrics.prefetch.issued += len(coming)
+                transfers = self._plan_up(coming, coming.rows, slots, Priority.DEMAND)
             queued = self._submit(transfers)
             launched(queued)
             await ended(queued)
         finally:
+            self._let_go_all(coming)
+
+    async def lift_ahead(self, rows: Rows, launched: Callable[[list[Transfer]], None], within_s: float) -> Shortfall:
+        """As `lift`, of pages that a hint promises to be wanted within `within_s` seconds, as far as the prefetch budget and pages that are
+        worth more allow; says which are left over."""
+        residency = self._residency
+        hinted = residency.hinted
+        with residency.lock:
+            cold = self._cold(rows)
+            coming = _Coming(cold.rows[: hinted.room], cold.homes[: hinted.room])
+            self._hold_all(coming)
+        try:
             with residency.lock:
-                for tier, part in held.items():
-                    self.let_go(part, tier)
+                count = residency.eviction.displaceable(len(coming.rows), within_s)
+            slots = await residency.eviction.reserve(DEVICE, count, Priority.PREFETCH, within_s)
+            with residency.lock:
+                transfers = self._plan_up(coming, coming.rows[: hinted.room], slots, Priority.PREFETCH)
+            queued = self._submit(transfers)
+            launched(queued)
+            begun = np.array([move.row for transfer in transfers for move in transfer.moves], np.int64)
+            await ended(queued)
+        finally:
+            self._let_go_all(coming)
+        over_budget, outranked = len(cold.rows) - len(coming.rows), len(coming.rows) - count
+        return Shortfall(len(begun), cold.rows[~np.isin(cold.rows, begun)], over_budget, outranked)
+
+    def _cold(self, rows: Rows) -> _Coming:
+        """Those of `rows` that are not on the device but elsewhere. Lock held."""
+        table = self._residency.table
+        homes = table.warmest(rows)
+        cold = (table.state[DEVICE][rows] == ABSENT) & (homes != NO_TIER)
+        return _Coming(rows[cold], homes[cold])
+
+    def _hold_all(self, coming: _Coming) -> None:
+        """Keep them where they come from. Lock held."""
+        for tier, part in coming.by_tier().items():
+            self._residency.table.hold(part, tier)
+
+    def _let_go_all(self, coming: _Coming) -> None:
+        with self._residency.lock:
+            for tier, part in coming.by_tier().items():
+                self.let_go(part, tier)
+
+    def _plan_up(self, coming: _Coming, wanted: Rows, slots: Sequence[int], priority: Priority) -> list[Transfer]:
+        """Transfers of the first of `wanted` into these device slots, those too many being freed. Lock held."""
+        residency = self._residency
+        chosen = self._choose(wanted, DEVICE, slots)
+        transfers, used = [], 0
+        for tier, part in coming.by_tier().items():
+            some = chosen[np.isin(chosen, part)]
+            transfers += self._plan(some.tolist(), tier, DEVICE, slots[used : used + len(some)], priority)
+            used += len(some)
+            if priority == Priority.PREFETCH:
+                residency.hinted.mark(some, tier)
+                residency.metrics.prefetch.issued += len(some)
+        return transfers
 
     def _choose(self, rows: Rows, target: int, slots: Sequence[int]) -> Rows:
         """The first rows that still need a copy in `target`, one per slot; slots too many are freed. Lock held."""

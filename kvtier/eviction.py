@@ -16,7 +16,7 @@ import numpy as np
 from kvtier.errors import IntegrityError
 from kvtier.mover.transfer import Priority
 from kvtier.opening import SELECTIVE, WRITE_BACK
-from kvtier.pages import DEVICE, NO_TIER, READY, Rows
+from kvtier.pages import DEVICE, READY, Rows
 from kvtier.policy import Mask
 
 if TYPE_CHECKING:
@@ -122,8 +122,11 @@ class Eviction:
         self.drop(rows, tier, "cleared")
         return len(rows)
 
-    def reserve_now(self, tier: int, count: int) -> list[int] | None:
-        """`count` slots if they can be had without moving bytes, else None and nothing changed. Lock held."""
+    def reserve_now(self, tier: int, count: int, hinted: bool = False) -> list[int] | None:
+        """`count` slots if they can be had without moving bytes, else None and nothing changed. Lock held.
+
+        `hinted`: for pages that a hint is about.
+        """
         residency = self._residency
         slots = residency.tiers[tier].reserve(count)
         if slots is not None:
@@ -131,11 +134,11 @@ class Eviction:
         policy, now, pressure = residency.policies[tier], residency.clock(), residency.smoothed_pressure(tier)
         missing = max(1, count - residency.tiers[tier].free_slots)
         if tier != residency.last:
-            with residency.protecting(tier) as protected:
+            with residency.protecting(tier, hinted) as protected:
                 likely = policy.peek(missing, protected, now, pressure)
             if len(likely) < missing or not self.is_clean(likely, tier).all():
                 return None
-        with residency.protecting(tier) as protected:
+        with residency.protecting(tier, hinted) as protected:
             victims = policy.evict(missing, protected, now, pressure)
         if victims is None:
             return None
@@ -147,7 +150,7 @@ class Eviction:
 
         With `within_s`, for pages that are only promised for that time: nothing leaves that is worth more.
         """
-        residency = self._residency
+        residency, hinted = self._residency, within_s is not None
         while count > 0:
             moving = None
             with residency.lock:
@@ -155,17 +158,17 @@ class Eviction:
                     count = self.displaceable(count, within_s)
                     if not count:
                         break
-                slots = self.reserve_now(tier, count)
+                slots = self.reserve_now(tier, count, hinted)
                 if slots is not None:
                     return slots
                 policy, now, pressure = residency.policies[tier], residency.clock(), residency.smoothed_pressure(tier)
                 free = residency.tiers[tier].free_slots
-                with residency.protecting(tier) as protected:
+                with residency.protecting(tier, hinted) as protected:
                     victims = policy.evict(max(1, count - free), protected, now, pressure)
                 if victims is None:
                     moving = self._way_out(tier)
                     if moving is None:
-                        with residency.protecting(tier) as protected:
+                        with residency.protecting(tier, hinted) as protected:
                             count = min(count - 1, free + len(policy.peek(count - free, protected, now, pressure)))
                         continue
                     dirty = _NO_ROWS
@@ -183,7 +186,7 @@ class Eviction:
     def displaceable(self, count: int, within_s: float) -> int:
         """How many of `count` pages wanted within so many seconds may have a device slot: a free one, or that of a page worth less.
 
-        Pages brought up for an earlier promise are worth as much. Lock held.
+        Pages brought up for an earlier promise stay. Lock held.
         """
         residency = self._residency
         free = residency.device.free_slots
@@ -191,11 +194,10 @@ class Eviction:
             return count
         policy, now, pressure = residency.policies[DEVICE], residency.clock(), residency.smoothed_pressure(DEVICE)
         promised = policy.promised(within_s, now)
-        with residency.protecting(DEVICE) as protected:
+        with residency.protecting(DEVICE, hinted=True) as protected:
             leaving = policy.peek(count - free, protected, now, pressure)
-        hinted = residency.table.prefetched_from[leaving] != NO_TIER
         for place, page in enumerate(leaving.tolist()):
-            if hinted[place] or policy.score(page, now, pressure) >= promised:
+            if policy.score(page, now, pressure) >= promised:
                 return free + place
         return free + len(leaving)
 

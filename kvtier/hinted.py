@@ -1,6 +1,7 @@
-"""Which pages hints brought up, or are bringing, that nobody used yet: what counts against the prefetch budget.
+"""What hints brought up, or are bringing, and nobody used yet: it counts against the prefetch budget. And the hints that wait for room.
 
-State: a count, and a column of the page table that says from which tier each page came. Both under the lock of `kvtier.residency`.
+State: a count, a column of the page table that says from which tier each page came, and the waiting hints. All under the lock of
+`kvtier.residency`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvtier.pages import NO_TIER, PageTable, Rows
+
+MOST_WAITING = 8
+"""Hints that wait for room at a time; the oldest is given up for a new one. Each looks again whenever a request ends."""
 
 
 class Hinted:
@@ -17,6 +21,7 @@ class Hinted:
         self._table = table
         self._budget = budget
         self._count = 0
+        self._waiting: dict[object, Callable[[], None]] = {}
 
     def __bool__(self) -> bool:
         """Whether there are any."""
@@ -40,3 +45,19 @@ class Hinted:
         self._table.prefetched_from[marked] = NO_TIER
         self._count -= len(marked)
         return len(marked)
+
+    def wait_for_room(self, hint: object, again: Callable[[], None]) -> None:
+        """Call `again` once, when pages were let go of, unless `hint` gives up before."""
+        self._waiting[hint] = again
+        if len(self._waiting) > MOST_WAITING:
+            del self._waiting[next(iter(self._waiting))]
+
+    def give_up(self, hint: object) -> None:
+        """`hint` does not wait any more."""
+        self._waiting.pop(hint, None)
+
+    def room_came(self) -> None:
+        """A request let go of its pages: whoever waits looks again, the oldest hint first."""
+        waiting, self._waiting = self._waiting, {}
+        for again in waiting.values():
+            again()

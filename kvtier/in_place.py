@@ -20,7 +20,7 @@ from kvtier.attention.router import Decision, Expected, Router, Side
 from kvtier.errors import LayoutError, LeaseError
 from kvtier.formats import Payload
 from kvtier.lease import Lease
-from kvtier.mover.transfer import Priority, ended
+from kvtier.mover.transfer import ended
 from kvtier.numa.executor import NumaThreadPool
 from kvtier.pages import ABSENT, DEVICE, READY, WRITING, Rows
 from kvtier.residency import Residency
@@ -217,9 +217,7 @@ class InPlaceLease:
         """Bring rows to the device, with whoever brings some of them already. On the loop."""
         residency, table = self._residency, self._residency.table
         for _ in range(2):  # a hint that brought some may have been taken back
-            await residency.copying.lift(
-                [row for row in rows.tolist() if table.state[DEVICE, row] == ABSENT], Priority.DEMAND, lambda _: None
-            )
+            await residency.copying.lift([row for row in rows.tolist() if table.state[DEVICE, row] == ABSENT], lambda _: None)
             with residency.lock:
                 coming = {residency.copying.inflight[row, DEVICE] for row in rows.tolist() if table.state[DEVICE, row] == WRITING}
             for transfer in coming:

@@ -58,9 +58,9 @@ class PrefetchMetrics:
     wasted: int = 0
     """Left the device unused, or never arrived."""
     over_budget: int = 0
-    """Were hinted at but not fetched, because the prefetch budget was used up."""
+    """Were hinted at but not fetched, not later either, because the prefetch budget was used up."""
     outranked: int = 0
-    """Were hinted at but not fetched, because what would have had to leave the device is worth more."""
+    """Were hinted at but not fetched, not later either, because what would have had to leave the device is worth more or is held."""
 
 
 @dataclass

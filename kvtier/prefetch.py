@@ -1,59 +1,99 @@
 """One hint on its way: the cold pages of a prefix, brought up at low priority, given up without harm.
 
-The budget (bytes prefetched and not yet used) is kept by `kvtier.residency`; a page counts until it is claimed, evicted or given up.
+The budget (bytes prefetched and not yet used) is kept by `kvtier.hinted`; a page counts until it is claimed, evicted or given up. What
+finds no room is tried again when requests let go of pages, each page once. State: which pages are still wanted, under the cache's lock.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from kvtier.errors import Closed
 from kvtier.keys import PageKey
 from kvtier.mover.transfer import Priority, Transfer
 
 if TYPE_CHECKING:
+    from kvtier.copying import Shortfall
+    from kvtier.pages import Rows
     from kvtier.residency import Residency
 
 
 class Prefetch:
     """A running hint. `cancel` and `wait` may be called from any thread."""
 
-    def __init__(self, residency: Residency, keys: Sequence[PageKey], within_s: float) -> None:
+    def __init__(self, residency: Residency, keys: Sequence[PageKey], deadline: float | None) -> None:
         self._residency = residency
         self._keys = keys
-        self._within_s = within_s
+        self._until_s = time.monotonic() + (deadline or 0.0)
+        self._wanted = np.ones(len(keys), np.bool_)
         self._transfers: list[Transfer] = []
+        self._over_budget = self._outranked = 0
         self._cancelled = False
         self._done = threading.Event()
 
     @property
     def pages(self) -> int:
-        """Pages on their way or brought so far; final after `wait`."""
+        """Pages on their way or brought so far."""
         return sum(len(transfer.moves) for transfer in self._transfers)
 
     def cancel(self) -> None:
-        """Take back what is still queued. Transfers that started, or that a request waits for by now, go on."""
+        """Take back what is still queued or waits for room. Transfers that started, or that a request waits for by now, go on."""
         self._cancelled = True
+        with self._residency.lock:
+            self._residency.hinted.give_up(self)
         self._cancel_queued()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until the hint is carried out or given up; False on timeout."""
+        """Block until what there was room for is there, or given up; False on timeout."""
         return self._done.wait(timeout)
 
     async def run(self) -> None:
-        """Carry it out. On the mover's loop."""
+        """Carry it out as far as there is room. On the mover's loop."""
         residency = self._residency
         try:
-            if not self._cancelled:
-                with residency.lock:
-                    rows = residency.table.find(self._keys).tolist()
-                await residency.copying.lift(rows, Priority.PREFETCH, self._launched, self._within_s)
+            if self._cancelled:
+                return
+            with residency.lock:
+                rows = residency.table.find(self._keys)
+                wanted = rows[self._wanted[: len(rows)]]
+            short = await residency.copying.lift_ahead(wanted, self._launched, max(0.0, self._until_s - time.monotonic()))
+            with residency.lock:
+                self._note(rows, short)
+                if len(short.rows) and not self._cancelled:
+                    residency.hinted.wait_for_room(self, self._again)
         finally:
             self._done.set()
 
+    def _note(self, rows: Rows, short: Shortfall) -> None:
+        """What is still wanted, and why it did not come at first; what came later is taken off these counts. Lock held."""
+        self._wanted[:] = False
+        self._wanted[: len(rows)] = np.isin(rows, short.rows)
+        counts = self._residency.metrics.prefetch
+        if not self._done.is_set():
+            self._over_budget, self._outranked = short.over_budget, short.outranked
+            counts.over_budget += short.over_budget
+            counts.outranked += short.outranked
+            return
+        outranked = min(short.begun, self._outranked)
+        over_budget = min(short.begun - outranked, self._over_budget)
+        self._outranked, self._over_budget = self._outranked - outranked, self._over_budget - over_budget
+        counts.outranked -= outranked
+        counts.over_budget -= over_budget
+
+    def _again(self) -> None:
+        """Pages were let go of. Lock held."""
+        try:
+            self._residency.start(self.run())
+        except Closed:
+            self._cancelled = True
+
     def _launched(self, transfers: list[Transfer]) -> None:
-        self._transfers = transfers
+        self._transfers += transfers
         if self._cancelled:
             self._cancel_queued()
 

@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvtier.pages import ABSENT, READY, PageTable, Rows
+from kvtier.pages import ABSENT, NO_TIER, READY, PageTable, Rows
 from kvtier.policy import Mask
 
 # Without dimensions: with a Python number, NumPy spends longer on finding the type than on a whole request's rows.
-_NOBODY, _ONE = np.array(0), np.array(1)
+_NOBODY, _ONE, _NO_TIER = np.array(0), np.array(1), np.array(NO_TIER)
 
 
 class Protected:
     """The pages that are leased, being read in `tier`, pinned to it at time `now`, or the last copy of a page that others build on.
 
-    A `kvtier.policy.Protection`, to be used within `with`. A page whose children were asked about before it, and would leave with their
-    only copies, is not kept for them.
+    With `hinted`, also those that a hint brought up and nobody used yet. A `kvtier.policy.Protection`, to be used within `with`. A page
+    whose children were asked about before it, and would leave with their only copies, is not kept for them.
     """
 
-    def __init__(self, table: PageTable, tier: int, now: float) -> None:
+    def __init__(self, table: PageTable, tier: int, now: float, hinted: bool = False) -> None:
+        self._hinted = hinted
         self._table = table
         self._tier = tier
         self._now = now
@@ -38,6 +39,8 @@ class Protected:
         """Which of these pages may not leave."""
         table, tier = self._table, self._tier
         kept: Mask = table.held(pages, tier)
+        if self._hinted:
+            kept |= table.prefetched_from[pages] != _NO_TIER
         if (pinned := table.any_pinned(pages, self._now)) is not None:
             for index in np.flatnonzero(pinned & ~kept).tolist():
                 kept[index] = self._is_pinned_here(int(pages[index]))

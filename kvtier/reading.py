@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kvtier.keys import PageKey, page_keys
 from kvtier.lease import Lease, Match
-from kvtier.mover.transfer import Priority, Transfer
+from kvtier.mover.transfer import Transfer
 from kvtier.pages import ABSENT, DEVICE, READY, WRITING, Rows
 from kvtier.residency import Residency
 
@@ -136,7 +136,7 @@ class Reader:
                     if not joined and not wanted:
                         break
                     asked.update(wanted)
-                    await residency.copying.lift(wanted, Priority.DEMAND, launched)
+                    await residency.copying.lift(wanted, launched)
                 for transfer in joined:
                     await asyncio.wrap_future(transfer.future)
         finally:

@@ -95,7 +95,7 @@ class Residency:
 
     def _prefetch_pages(self) -> int:
         budget = self.config.mover.prefetch_budget_bytes
-        return max(1, self.device.capacity_slots // 8) if budget is None else budget // self.layout.page_bytes
+        return max(1, self.device.capacity_slots // 2) if budget is None else budget // self.layout.page_bytes
 
     # -- what policies are asked and told: lock held ---------------------------------------------------------------------------
 
@@ -107,9 +107,9 @@ class Residency:
         """Pressure as the policies see it: smoothed over the calls of this method, so that one burst does not change their bands."""
         return self._smoothed[tier].observe(self.tiers[tier].bytes_used, self.tiers[tier].capacity_bytes)
 
-    def protecting(self, tier: int) -> Protected:
-        """The pages that may not leave `tier` now: for one question to its policy, in a `with`. Lock held."""
-        return Protected(self.table, tier, self.clock())
+    def protecting(self, tier: int, hinted: bool = False) -> Protected:
+        """The pages that may not leave `tier` now, or not for a hint: for one question to its policy, in a `with`. Lock held."""
+        return Protected(self.table, tier, self.clock(), hinted)
 
     def admit(self, rows: Rows, tier: int) -> None:
         """READY copies of pages with a key are from now on candidates of the tier's policy. Lock held."""
@@ -199,6 +199,7 @@ class Residency:
         open_slots = self.table.release(rows)
         if open_slots:
             self.device.free(open_slots)
+        self.hinted.room_came()
 
     # -- jobs ------------------------------------------------------------------------------------------------------------------
 

@@ -49,7 +49,7 @@ def stats(residency: Residency, routing: Mapping[str, object]) -> dict[str, Any]
             "tiers": tiers,
             "links": links,
             "admission": vars(residency.admission.regret).copy(),
-            "mover": residency.mover.workers.report(),
+            "mover": residency.mover.report(),
             "prefetch": vars(metrics.prefetch).copy(),
             "routing": {**vars(metrics.routing), **routing},
             "lookups": metrics.lookups,

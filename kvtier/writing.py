@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvtier.attention.digest import encode
+from kvtier.digesting import pool_digests
 from kvtier.errors import LayoutError, LeaseError
+from kvtier.fresh import Computed, FreshPages, Held
 from kvtier.keys import PageKey, TokenIds, page_keys, token_array
 from kvtier.lease import Lease
 from kvtier.mover.transfer import Transfer
@@ -48,10 +49,22 @@ class Writer:
         del lease.ids[lease.tokens :]
         done = self._fill_open_page(lease, ids, kv)
         if not lease.full:
-            done += self._append_pages(lease, ids[done:], kv[:, :, done:])
+            done += self._append_pages(lease, ids[done:], Computed(kv[:, :, done:], self.layout))
         if not lease.full and done < len(ids):
             done += self._fill_open_page(lease, ids[done:], kv[:, :, done:], start=True)
         return done
+
+    def take_over(self, twin: Lease, lease: Lease) -> None:
+        """Continue `twin`, an empty lease of this cache, with the tokens of `lease`, of another cache; see `TieredKVCache.fork`."""
+        page_tokens, other = self.layout.page_tokens, lease.residency
+        with other.lock:
+            slots = other.table.slot[DEVICE, lease.rows].tolist()
+        ids = token_array(lease.ids[: lease.tokens])
+        full = lease.tokens // page_tokens
+        taken = self._append_pages(twin, ids[: full * page_tokens], Held(other.device, slots[:full]))
+        if not twin.full and taken < len(ids):
+            rest = other.device.gather(slots[full:])[0, :, :, : len(ids) - taken]
+            self._fill_open_page(twin, ids[taken:], rest, start=True)
 
     def truncate(self, lease: Lease, tokens: int) -> None:
         """See `TieredKVCache.truncate`."""
@@ -121,7 +134,7 @@ class Writer:
         parent = self._last_key(lease, len(lease.rows) - 1)
         key = page_keys(lease.ids[lease.tokens - page_tokens : lease.tokens], page_tokens, parent)[0]
         kept = residency.digests
-        digest = None if kept is None else encode(residency.device.keys([int(table.slot[DEVICE, lease.rows[-1]])]))
+        digest = None if kept is None else pool_digests(residency.device, [int(table.slot[DEVICE, lease.rows[-1]])])
         while True:
             with residency.lock:
                 coming = self._coming(table.rows_of([key]))
@@ -151,13 +164,12 @@ class Writer:
             self._residency.mover.urge(transfer)
             transfer.future.result()
 
-    def _append_pages(self, lease: Lease, ids: NDArray[np.int64], kv: torch.Tensor) -> int:
+    def _append_pages(self, lease: Lease, ids: NDArray[np.int64], pages: FreshPages) -> int:
         """Write and commit the full pages of `ids`; the lease ends on a page boundary.
 
-        Pages others already hold on the device are shared.
+        Pages others already hold on the device are shared. If writing fails, nothing is taken.
         """
-        residency, layout = self._residency, self.layout
-        count = len(ids) // layout.page_tokens
+        residency, layout, count = self._residency, self.layout, pages.count
         if not count:
             return 0
         table, base = residency.table, len(lease.rows)
@@ -168,13 +180,10 @@ class Writer:
         stop = missing[len(slots)] if len(slots) < len(missing) else count
         written = missing[: len(slots)]
         digests = None
-        if written:
-            shape = (layout.layers, layout.planes, count, layout.page_tokens, layout.kv_heads, layout.head_dim)
-            pages = kv[:, :, : count * layout.page_tokens].reshape(shape).permute(2, 0, 1, 3, 4, 5)
-            with self._given_back_on_failure(slots, rows):
-                fresh = pages if len(written) == count else pages[written]
-                residency.device.scatter(slots, fresh)
-                digests = encode(fresh[:, :, 0]) if residency.digests is not None else None
+        with self._given_back_on_failure(slots, rows):
+            if written:
+                pages.write(residency.device, slots, written)
+                digests = pool_digests(residency.device, slots) if residency.digests is not None else None
         with residency.lock:
             placed, collided = self._place(lease, keys, rows, written, slots, stop)
             if residency.digests is not None and digests is not None:
@@ -186,7 +195,7 @@ class Writer:
         lease.ids.extend(ids[:taken].tolist())
         lease.tokens += taken
         if collided:
-            return taken + self._append_pages(lease, ids[taken:], kv[:, :, taken:])
+            return taken + self._append_pages(lease, ids[taken:], pages.after(placed))
         lease.full = placed < count
         return taken
 

@@ -27,7 +27,7 @@ def taught(restore: tuple[float, ...], compute: tuple[float, float, float]) -> P
     return prices
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(fixed=weights, per_byte=weights, seed=st.integers(0, 99))
 def test_what_follows_the_model_is_foreseen(fixed, per_byte, seed):
     model, chance = CostModel(2), np.random.default_rng(seed)
@@ -36,7 +36,7 @@ def test_what_follows_the_model_is_foreseen(fixed, per_byte, seed):
     assert model.seconds([1, 500]) == pytest.approx(fixed + per_byte * 500, rel=1e-3)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.lists(st.tuples(st.lists(st.floats(0, 1e9), min_size=3, max_size=3).filter(any), st.floats(1e-6, 1e3)), max_size=30))
 def test_weights_are_never_negative_whatever_was_seen(data):
     model = CostModel(3)
@@ -80,7 +80,7 @@ def test_impossible_observations_are_refused_and_change_nothing(terms, seconds):
     assert model.observations == 0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     homes=st.lists(st.integers(0, 2), max_size=40),
     fixed=st.floats(1e-6, 1e-2),

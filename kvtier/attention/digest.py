@@ -101,12 +101,8 @@ def page_logits(digests: torch.Tensor, queries: torch.Tensor, shape: DigestLayou
     attention gets them; heads are groups of equal size, one per kv head. `scaling` of the logits: 1 / sqrt(head_dim) unless given.
     LayoutError for shapes that do not go together.
     """
-    if digests.ndim != 3 or digests.shape[2] != shape.digest_bytes:
-        raise LayoutError(f"digests have shape {list(digests.shape)}; expected [pages, kv_heads, {shape.digest_bytes}]")
+    check_logits(digests, queries, shape)
     pages, kv_heads, _ = digests.shape
-    if queries.ndim != 3 or queries.shape[2] != shape.head_dim or queries.shape[1] % kv_heads:
-        expected = f"[tokens, a multiple of {kv_heads} heads, {shape.head_dim}]"
-        raise LayoutError(f"queries have shape {list(queries.shape)}; expected {expected}")
     tokens, heads, width = queries.shape
     scaling = width**-0.5 if scaling is None else scaling
     # [kv_heads, tokens * group, width] against [kv_heads, width, pages * pieces * 3]
@@ -117,6 +113,16 @@ def page_logits(digests: torch.Tensor, queries: torch.Tensor, shape: DigestLayou
     logits = torch.einsum("hqnpr,hnptr->hqnpt", dots[..., 1:], coefficients) + dots[..., :1]
     summed = logits.flatten(3).logsumexp(3)
     return summed.view(kv_heads, tokens, heads // kv_heads, pages).transpose(0, 1).reshape(tokens, heads, pages)
+
+
+def check_logits(digests: torch.Tensor, queries: torch.Tensor, shape: DigestLayout) -> None:
+    """LayoutError unless these go together, as `page_logits` says."""
+    if digests.ndim != 3 or digests.shape[2] != shape.digest_bytes:
+        raise LayoutError(f"digests have shape {list(digests.shape)}; expected [pages, kv_heads, {shape.digest_bytes}]")
+    kv_heads = digests.shape[1]
+    if queries.ndim != 3 or queries.shape[2] != shape.head_dim or queries.shape[1] % kv_heads:
+        expected = f"[tokens, a multiple of {kv_heads} heads, {shape.head_dim}]"
+        raise LayoutError(f"queries have shape {list(queries.shape)}; expected {expected}")
 
 
 def key_logits(keys: torch.Tensor, queries: torch.Tensor, scaling: float | None = None) -> torch.Tensor:

@@ -60,8 +60,9 @@ class DigestStore:
         places = [self._room(row, key) for row, key in zip(rows[start:], keys[start:], strict=True)]
         self._write(places, digests[start:])
 
-    def get(self, rows: Sequence[int], keys: Sequence[bytes | None]) -> tuple[list[int], torch.Tensor]:
-        """Which of these pages have digests (positions in `rows`), and the digests `[found, layers, kv_heads, digest_bytes]`, a copy."""
+    def get(self, rows: Sequence[int], keys: Sequence[bytes | None], layers: slice = slice(None)) -> tuple[list[int], torch.Tensor]:
+        """Which of these pages have digests (positions in `rows`), and those of `layers`, `[found, layers, kv_heads, digest_bytes]`, a
+        copy."""
         found, places = [], []
         for position, (row, key) in enumerate(zip(rows, keys, strict=True)):
             place = self._place_of.get(row)
@@ -73,7 +74,7 @@ class DigestStore:
             self._place_of.move_to_end(row)
             found.append(position)
             places.append(place)
-        return found, self._read(places)
+        return found, self._read(places, layers)
 
     def drop(self, rows: Sequence[int]) -> None:
         """Forget the digests of these rows, where there are any."""
@@ -103,12 +104,12 @@ class DigestStore:
         stream.run(place)
         self._fences.used(stream)
 
-    def _read(self, places: Sequence[int]) -> torch.Tensor:
+    def _read(self, places: Sequence[int], layers: slice) -> torch.Tensor:
         if self._accelerator is None:
-            return self._digests[self._index(places)]
+            return self._digests[self._index(places), layers]
         stream = self._accelerator.engine_stream()
         self._fences.before(stream)
-        found = stream.result(lambda: self._digests[self._index(places)])
+        found = stream.result(lambda: self._digests[self._index(places), layers])
         self._fences.used(stream)
         return found
 

@@ -22,13 +22,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            _command()(args=None if argv is None else list(argv), prog_name="kvtier")
+            done = _command()(args=None if argv is None else list(argv), prog_name="kvtier", standalone_mode=False)
+            return done if isinstance(done, int) else 0
         except SystemExit as done:
             return done.code if isinstance(done.code, int) else int(done.code is not None)
         finally:
             sys.stdout.flush()
     except KVTierError as error:
         print(f"kvtier: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except _usage_error() as error:
+        if message := " ".join(error.format_message().split()):  # none where the help was printed, because nothing was asked
+            asked = "kvtier" if error.ctx is None else error.ctx.command_path
+            print(f"kvtier: error: {message[0].lower()}{message[1:].rstrip('.')}; see `{asked} --help`", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -42,7 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kvtier: error: cannot write the output: {error.strerror}; send it where there is room", file=sys.stderr)
         _let_stdout_go()
         return 2
-    return 0
 
 
 @lru_cache(maxsize=1)
@@ -53,6 +58,13 @@ def _command() -> Callable[..., Any]:
     from kvtier.cli.app import app
 
     return get_command(app)
+
+
+def _usage_error() -> Any:
+    """What Typer raises where a command line cannot be read, whichever click it brings."""
+    from typer import BadParameter
+
+    return BadParameter.__base__
 
 
 def _let_stdout_go() -> None:

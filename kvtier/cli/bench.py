@@ -248,6 +248,7 @@ def pricing(
 @app.command()
 def gpu(
     check: Annotated[bool, typer.Option(help="First let every format go down and up, and compare with the CPU.")] = True,
+    path: PathOption = None,
     repeats: RepeatsOption = 7,
     tiny: TinyOption = False,
     json: JsonOption = None,
@@ -257,7 +258,8 @@ def gpu(
     """What the link to a GPU gives: scattered pages, coded pages, launches, layers read while others come, decoding beside an offload."""
     program = importlib.import_module("kvtier.bench.gpu")
     program.find_gpu()
-    measured("gpu", repeats, tiny, json, plot, profile, program.note(), check=check)
+    directory = _directory(path)
+    measured("gpu", repeats, tiny, json, plot, profile, program.note(directory), check=check, directory=directory)
 
 
 @app.command()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +12,7 @@ import typer
 
 from kvtier.cli.app import app
 from kvtier.cli.output import JsonOption, check_json_target, human_console, write_json
-from kvtier.errors import ConfigError, KVTierError
+from kvtier.errors import ConfigError, DeviceError, KVTierError
 
 if TYPE_CHECKING:
     from kvtier.cuda.surface import Accelerator
@@ -44,7 +43,7 @@ def doctor(
     if path is not None and not path.is_dir():
         raise KVTierError(f"--path {path} is not a directory; name the one the disk tier will live in, or its parent")
     try:
-        findings = [*_memory(), *_codecs(), *_bookkeeping(), *_file_threads(), *_disk(path), _gpu_direct(), *_packages()]
+        findings = [*_memory(), *_codecs(), *_bookkeeping(), *_file_threads(), *_disk(path), _gpu_direct(path), *_packages()]
     except OSError as error:
         raise KVTierError(
             f"{path or tempfile.gettempdir()} cannot hold a disk tier: {error.strerror}; name another directory with --path"
@@ -94,7 +93,27 @@ def _gpu() -> tuple[Accelerator | None, list[Finding]]:
         Finding("CUDA", True, f"{gpu.name}, compute capability {got['compute_capability']}"),
         Finding("GPU batch copies", batches, "many pages are one call" if batches else "one call a page; drivers of CUDA 12.8 can"),
         Finding("GPU memory that grows", grows, "the device tier can be resized" if grows else "the device tier has a fixed size"),
+        _gpu_copies(gpu),
     ]
+
+
+def _gpu_copies(gpu: Accelerator) -> Finding:
+    from kvtier.errors import DeviceError
+    from kvtier.mover.crossover import COPIES, SIZES_BYTES, WAYS
+    from kvtier.mover.lane import Lane
+
+    what = "GPU copies by a kernel"
+    try:
+        lane = Lane(gpu, COPIES[-1], SIZES_BYTES[-1])
+    except DeviceError as error:
+        return Finding(what, False, str(error))
+    crossover = lane.measure()
+    lane.close()
+    if crossover.why:
+        return Finding(what, False, f"{crossover.why}; the copy engines do it")
+    below = {way: crossover.bytes_below(way, COPIES[-1]) for way in WAYS}
+    measured = ", ".join(f"{way} up to {size // 1024} KiB" if size else f"{way} never" for way, size in below.items())
+    return Finding(what, any(below.values()), f"faster than the copy engines for {COPIES[-1]} pages: {measured}")
 
 
 def _nodes() -> list[Finding]:
@@ -158,18 +177,16 @@ def _disk(path: Path | None) -> list[Finding]:
     ]
 
 
-def _gpu_direct() -> Finding:
-    instead = "disk pages pass through host memory, where their checksums are verified"
+def _gpu_direct(path: Path | None) -> Finding:
+    from kvtier.io.pooled import DEPTH
+    from kvtier.tiers.disk.direct import find_reader
+
     what = "GPUDirect Storage"
     try:
-        there = bool(import_module("kvikio.cufile_driver").get("is_gds_available"))
-    except ModuleNotFoundError:
-        return Finding(what, False, f"not looked for, because kvikio is not installed; {instead}")
-    except Exception as error:  # noqa: BLE001 - its loaders raise what they like where a library is missing
-        return Finding(what, False, f"kvikio does not load: {(str(error).splitlines() or [type(error).__name__])[0]}; {instead}")
-    if there:
-        return Finding(what, True, f"files could go straight to the GPU, which kvtier makes no use of: {instead}")
-    return Finding(what, False, f"kvikio finds none here; {instead}")
+        reader = find_reader(_gpu()[0], path or Path(tempfile.gettempdir()), DEPTH)
+    except DeviceError as error:
+        return Finding(what, False, f"{error}; disk pages pass through host memory")
+    return Finding(what, True, f"disk.io_engine: gds reads pages straight into the GPU's memory and verifies them there: {reader.name}")
 
 
 def _packages() -> list[Finding]:

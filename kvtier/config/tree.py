@@ -166,10 +166,12 @@ class DiskConfig(_Section):
         default="process",
         description="What committed copies survive. `process`: a crash of the process. `power`: a power cut too, with slower writes.",
     )
-    io_engine: Literal["auto", "direct", "buffered", "aiofiles"] = Field(
+    io_engine: Literal["auto", "direct", "buffered", "aiofiles", "gds"] = Field(
         default="auto",
         description="How files are read and written. `direct`: past the page cache. `buffered`: through it. `aiofiles`: the same by "
-        "asyncio, slower. `auto`: `direct` where the directory takes it, else `buffered`.",
+        "asyncio, slower. `gds`: `direct`, and pages on their way to a GPU are read straight into its memory and verified there "
+        "(GPUDirect Storage, kvtier[gds]; docs/performance.md); `format` without byte stage. `auto`: `direct` where the directory takes "
+        "it, else `buffered`.",
     )
     io_depth: int = Field(default=8, ge=1, le=256, description="Most reads and writes under way at once, each on a thread of its own.")
 
@@ -239,7 +241,7 @@ class MoverConfig(_Section):
         default=None,
         ge=0,
         title='bytes, as a number or like "8GiB", or null',
-        description="Most bytes prefetched but not yet used; 0: no prefetching. `null`: an eighth of the device tier, one page at least.",
+        description="Most bytes prefetched but not yet used; 0: no prefetching. `null`: half of the device tier, one page at least.",
     )
     queue_bytes: Bytes = Field(default=256 * MiB, gt=0, description="Most bytes queued per link (pair of tiers) before back-pressure.")
     clean_pressure: float = Field(

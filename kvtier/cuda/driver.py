@@ -14,6 +14,7 @@ from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_size_t, c_ubyte
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtier.cuda.surface import Addresses
 from kvtier.errors import DeviceError
@@ -22,6 +23,7 @@ LIBRARY = "libcuda.so.1"
 _DEVICE, _PINNED, _READ_AND_WRITE, _IN_STREAM_ORDER = 1, 1, 3, 1
 _PORTABLE_AND_MAPPED = 1 | 2  # for every device, and for kernels, not only for copies
 _HAS_VIRTUAL_MEMORY = 102
+_KERNELS_USE_HOST_ADDRESSES = 91  # of registered memory
 _MINIMUM_GRANULARITY = 0
 _RELAXED = 2
 _NOT_WITH_THE_DEFAULT_STREAM = 1
@@ -86,9 +88,9 @@ class Driver:
         self._device = self._device_of(index)
         self._context = c_void_p()
         self._call("cuDevicePrimaryCtxRetain", byref(self._context), self._device)  # held to the end of the process, as torch does
-        there = c_int()
-        self._call("cuDeviceGetAttribute", byref(there), _HAS_VIRTUAL_MEMORY, self._device)
-        self.has_virtual_memory = bool(there.value)
+        self.has_virtual_memory = self._has(_HAS_VIRTUAL_MEMORY)
+        self.maps_host_memory = self._has(_KERNELS_USE_HOST_ADDRESSES)
+        """Whether kernels find registered host memory at the addresses it has on the host."""
         self._in_stream_order = _CopyAttributes(order=_IN_STREAM_ORDER)
         self._first_copy = c_size_t(0)
         self._batch, self._names_failure = self._find_batch()
@@ -118,17 +120,16 @@ class Driver:
         finally:
             self._call("cuThreadExchangeStreamCaptureMode", byref(mode))
 
-    def copy(self, targets: Addresses, sources: Addresses, size_bytes: int, stream: int) -> None:
-        """Launch copies of `size_bytes` each on the stream of that handle."""
+    def copy(self, targets: Addresses, sources: Addresses, sizes: NDArray[np.uint64], stream: int) -> None:
+        """Launch one copy of each of `sizes` bytes on the stream of that handle."""
         count = len(targets)
-        if count != len(sources):
-            raise DeviceError(f"{count} targets and {len(sources)} sources are given for copies; expected as many")
+        if not count == len(sources) == len(sizes):
+            raise DeviceError(f"{count} targets, {len(sources)} sources and {len(sizes)} sizes are given for copies; expected as many")
         with self.current():
             if self._batch is None or count == 1 or stream in _LEGACY_DEFAULT_STREAMS:  # which takes no batches
-                for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
-                    self._call("cuMemcpyAsync", target, source, size_bytes, stream)
+                for target, source, size in zip(targets.tolist(), sources.tolist(), sizes.tolist(), strict=True):
+                    self._call("cuMemcpyAsync", target, source, size, stream)
                 return
-            sizes = np.full(count, size_bytes, np.uint64)
             arrays = (targets.ctypes.data, sources.ctypes.data, sizes.ctypes.data, count)
             failed = (byref(c_size_t()),) if self._names_failure else ()
             code = self._batch(*arrays, byref(self._in_stream_order), byref(self._first_copy), 1, *failed, stream)
@@ -165,8 +166,6 @@ class Driver:
     def map(self, address: int, size_bytes: int, peers: Sequence[int]) -> None:
         """Put new memory behind reserved addresses, for this device and `peers`. DeviceError, and nothing taken, if there is too little."""
         handle = c_uint64()
-        devices = (self._device, *map(self._device_of, peers))
-        access = (_Access * len(devices))(*(_Access(_Location(_DEVICE, device), _READ_AND_WRITE) for device in devices))
         with self.current():
             self._call("cuMemCreate", byref(handle), size_bytes, byref(self._allocation()), 0)
             try:
@@ -174,10 +173,15 @@ class Driver:
             finally:
                 self._call("cuMemRelease", handle.value)  # the mapping keeps the memory; without one it is gone
             try:
-                self._call("cuMemSetAccess", address, size_bytes, access, len(devices))
+                self._grant(address, size_bytes, (self._device, *map(self._device_of, peers)))
             except DeviceError:
                 self._call("cuMemUnmap", address, size_bytes)
                 raise
+
+    def grant(self, address: int, size_bytes: int, peer: int) -> None:
+        """Let another device copy from and to memory of one `map`. DeviceError if it cannot reach it."""
+        with self.current():
+            self._grant(address, size_bytes, (self._device_of(peer),))
 
     def unmap(self, address: int, size_bytes: int) -> None:
         """Give the memory of one `map` back; the addresses stay reserved."""
@@ -194,6 +198,15 @@ class Driver:
         """Undo `register`."""
         with self.current():
             self._call("cuMemHostUnregister", address)
+
+    def _grant(self, address: int, size_bytes: int, devices: Sequence[int]) -> None:
+        access = (_Access * len(devices))(*(_Access(_Location(_DEVICE, device), _READ_AND_WRITE) for device in devices))
+        self._call("cuMemSetAccess", address, size_bytes, access, len(devices))
+
+    def _has(self, attribute: int) -> bool:
+        there = c_int()
+        self._call("cuDeviceGetAttribute", byref(there), attribute, self._device)
+        return bool(there.value)
 
     def _device_of(self, index: int) -> int:
         device = c_int()

@@ -7,13 +7,19 @@ would take a core from the engine.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
+from kvtier.cuda.copies import RegisteredMemory, joined
+from kvtier.cuda.direct import DirectReader
 from kvtier.cuda.driver import Driver
+from kvtier.cuda.gds import GdsReader
+from kvtier.cuda.kernels import launch_errors, why_missing
 from kvtier.cuda.surface import Accelerator, Addresses, Event, Span, Stream
 from kvtier.errors import DeviceError
 
@@ -42,28 +48,45 @@ class NvidiaEvent(Event):
 class NvidiaStream(Stream):
     """A CUDA stream. `current`: it is the calling thread's, so nothing has to be switched."""
 
-    def __init__(self, driver: Driver, stream: torch.cuda.Stream, current: bool) -> None:
+    def __init__(self, driver: Driver, stream: torch.cuda.Stream, current: bool, registered: RegisteredMemory) -> None:
         self._driver = driver
+        self._registered = registered
         self._stream = stream
         self._current = current
         self.key = stream.cuda_stream
 
     def run(self, work: Callable[[], object]) -> None:
-        if self._current:
-            work()
-            return
-        with torch.cuda.stream(self._stream):
+        with self._launching():
             work()
 
     def result(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
-        if self._current:
-            return work()
-        with torch.cuda.stream(self._stream):
+        with self._launching():
             return work()
 
     def copy(self, targets: Addresses, sources: Addresses, size_bytes: int) -> None:
         if len(targets):
-            self._driver.copy(targets, sources, size_bytes, self.key)
+            self._driver.copy(*joined(targets, sources, size_bytes, self._registered.starts), self.key)
+
+    def copy_by_kernel(self, device: Addresses, host: Addresses, size_bytes: int, to_host: bool) -> None:
+        if not self._registered.covers(host, size_bytes):
+            raise DeviceError("host memory that is not registered is never handed to a kernel; copy it with `copy`, from memory that is")
+        targets, sources = (host, device) if to_host else (device, host)
+
+        def launch() -> None:
+            from kvtier.cuda.copy_kernel import copy_all  # which imports Triton
+
+            copy_all(targets, sources, size_bytes, self._stream.device)
+
+        self.run(launch)
+
+    def seconds(self, launch: Callable[[], object]) -> float:
+        with _failures(), self._driver.relaxed():
+            first, last = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            first.record(self._stream)
+            launch()
+            last.record(self._stream)
+            last.synchronize()
+            return float(first.elapsed_time(last)) / 1e3
 
     def record(self) -> Event:
         self._refuse_capture()
@@ -75,6 +98,12 @@ class NvidiaStream(Stream):
         self._refuse_capture()
         with _failures():
             self._stream.wait_event(event.event)
+
+    @contextmanager
+    def _launching(self) -> Iterator[None]:
+        """What is launched inside goes to this stream; what cannot be is a DeviceError."""
+        with _failures("a launch on the GPU failed"), contextlib.nullcontext() if self._current else torch.cuda.stream(self._stream):
+            yield
 
     def _refuse_capture(self) -> None:
         if not self._current:
@@ -89,12 +118,14 @@ class NvidiaStream(Stream):
 
 
 class NvidiaSpan(Span):
-    """Reserved addresses with memory behind the first of them, mapped step by step."""
+    """Reserved addresses with memory behind the first of them, mapped step by step. The lock is for sharing beside a change of size."""
 
-    def __init__(self, driver: Driver, device: torch.device, peers: list[int], size_bytes: int, most_bytes: int) -> None:
+    def __init__(self, driver: Driver, device: torch.device, size_bytes: int, most_bytes: int) -> None:
         granularity = driver.granularity()
         self._driver = driver
-        self._peers = peers
+        self._device = device
+        self._peers: list[int] = []
+        self._lock = threading.Lock()
         self.step_bytes = -(-min(STEP_BYTES, most_bytes) // granularity) * granularity
         self._reserved_bytes = -(-most_bytes // self.step_bytes) * self.step_bytes
         self._address = driver.reserve(self._reserved_bytes)
@@ -110,14 +141,26 @@ class NvidiaSpan(Span):
         wanted, before = -(-size_bytes // self.step_bytes) * self.step_bytes, self.mapped_bytes
         if not 0 <= wanted <= self._reserved_bytes:
             raise DeviceError(f"{size_bytes} bytes are asked for; this memory can have 0 to {self._reserved_bytes}")
-        try:
-            while self.mapped_bytes < wanted:
-                self._driver.map(self._address + self.mapped_bytes, self.step_bytes, self._peers)
-                self.mapped_bytes += self.step_bytes
-        except DeviceError:
-            self._unmap_to(before)
-            raise
-        self._unmap_to(wanted)
+        with self._lock:
+            try:
+                while self.mapped_bytes < wanted:
+                    self._driver.map(self._address + self.mapped_bytes, self.step_bytes, self._peers)
+                    self.mapped_bytes += self.step_bytes
+            except DeviceError:
+                self._unmap_to(before)
+                raise
+            self._unmap_to(wanted)
+
+    def share(self, other: Accelerator) -> None:
+        if not isinstance(other, Nvidia):
+            raise DeviceError(f"memory of {self._device} cannot be shared with {other.name}, which is no CUDA device")
+        with self._lock:
+            peer = other.device.index
+            if peer == self._device.index or peer in self._peers:
+                return
+            for start in range(0, self.mapped_bytes, self.step_bytes):
+                self._driver.grant(self._address + start, self.step_bytes, peer)
+            self._peers.append(peer)
 
     def close(self) -> None:
         if self._reserved_bytes:
@@ -141,18 +184,20 @@ class Nvidia(Accelerator):
         except (RuntimeError, AssertionError) as error:
             raise DeviceError(f"torch cannot compute on {self.device}: {_first_line(error)}") from error
         self._driver = Driver(index)
+        self._registered = RegisteredMemory()
         self._idle_streams: list[int] = []
         self.name = torch.cuda.get_device_name(index)
 
     def engine_stream(self) -> Stream:
-        return NvidiaStream(self._driver, torch.cuda.current_stream(self.device), current=True)
+        return NvidiaStream(self._driver, torch.cuda.current_stream(self.device), True, self._registered)
 
     def new_stream(self) -> Stream:
         try:
             handle = self._idle_streams.pop()
         except IndexError:
             handle = self._driver.new_stream()
-        stream = NvidiaStream(self._driver, torch.cuda.ExternalStream(handle, self.device), current=False)  # type: ignore[no-untyped-call]
+        made = torch.cuda.ExternalStream(handle, self.device)  # type: ignore[no-untyped-call]
+        stream = NvidiaStream(self._driver, made, False, self._registered)
         weakref.finalize(stream, self._idle_streams.append, handle).atexit = False
         return stream
 
@@ -175,16 +220,28 @@ class Nvidia(Accelerator):
     def span(self, size_bytes: int, most_bytes: int) -> Span:
         if not self._driver.has_virtual_memory:
             raise DeviceError(f"{self.name} cannot map memory behind reserved addresses")
-        return NvidiaSpan(self._driver, self.device, self._peers(), size_bytes, most_bytes)
+        return NvidiaSpan(self._driver, self.device, size_bytes, most_bytes)
 
     def register(self, address: int, size_bytes: int) -> str | None:
-        return self._driver.register(address, size_bytes)
+        refused = self._driver.register(address, size_bytes)
+        if refused is None:
+            self._registered.add(address, size_bytes)
+        return refused
 
     def unregister(self, address: int) -> None:
+        self._registered.remove(address)
         self._driver.unregister(address)
+
+    def why_no_kernel_copies(self) -> str:
+        if not self._driver.maps_host_memory:
+            return f"kernels of {self.name} find registered host memory at other addresses than the host"
+        return why_missing(self.device)
 
     def reaches(self, other: Accelerator) -> bool:
         return isinstance(other, Nvidia) and (other.device == self.device or other.device.index in self._peers())
+
+    def direct_reader(self, depth: int) -> DirectReader:
+        return GdsReader(depth)
 
     def report(self) -> dict[str, object]:
         free, total = self.memory()
@@ -223,12 +280,12 @@ def _tensor_at(address: int, size_bytes: int, device: torch.device) -> torch.Ten
 
 
 @contextmanager
-def _failures() -> Iterator[None]:
-    """What torch raises inside, for work that failed before, is a DeviceError."""
+def _failures(what: str = "work on the GPU failed") -> Iterator[None]:
+    """What torch and Triton raise inside, for work that failed before or that cannot be launched, is a DeviceError."""
     try:
         yield
-    except RuntimeError as error:
-        raise DeviceError(f"work on the GPU failed: {_first_line(error)}") from error
+    except launch_errors() as error:
+        raise DeviceError(f"{what}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvtier.cuda.direct import DirectReader
+
 Addresses = NDArray[np.int64]
 """Addresses of memory, one per copy: int64 `[copies]`, contiguous."""
 
@@ -39,7 +41,8 @@ class Stream(ABC):
 
     @abstractmethod
     def run(self, work: Callable[[], object]) -> None:
-        """Launch what `work` does to tensors of the device. What it returns is dropped; it may be called later, but only once."""
+        """Launch what `work` does to tensors of the device. What it returns is dropped; it may be called later, but only once. DeviceError
+        if a kernel of it cannot be launched."""
 
     @abstractmethod
     def result(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -49,9 +52,23 @@ class Stream(ABC):
     def copy(self, targets: Addresses, sources: Addresses, size_bytes: int) -> None:
         """Launch one copy of `size_bytes` from each source to its target, in no order among themselves.
 
-        Each end is memory of this device, of one it can reach, or registered host memory. The arrays may be reused at once. DeviceError,
-        and perhaps some copies launched, if the device does not take them.
+        Each end is memory of this device, of one it can reach, or registered host memory. The arrays may be reused at once. Neighbours on
+        both sides go as one copy. DeviceError, and perhaps some copies launched, if the device does not take them.
         """
+
+    @abstractmethod
+    def copy_by_kernel(self, device: Addresses, host: Addresses, size_bytes: int, to_host: bool) -> None:
+        """As `copy`, between this device's memory and registered host memory, by one kernel instead of the copy engines: it takes the
+        device's processors, and no time per copy. Addresses and size are multiples of 16.
+
+        DeviceError, before anything is launched, for host memory that is not registered, where the device has no such kernel, or if the
+        launch fails.
+        """
+
+    @abstractmethod
+    def seconds(self, launch: Callable[[], object]) -> float:
+        """How long this stream takes for what `launch` launches on it, by the device's clock; the calling thread sleeps until then.
+        DeviceError if that fails."""
 
     @abstractmethod
     def record(self) -> Event:
@@ -76,6 +93,10 @@ class Span(ABC):
     def resize(self, size_bytes: int) -> None:
         """Take or give back memory at the end, to `size_bytes` rounded up to a step. DeviceError, and nothing changed, if there is too
         little. Nobody may be using what is given back."""
+
+    @abstractmethod
+    def share(self, other: Accelerator) -> None:
+        """Let `other` copy from and to this memory and what it grows by; nobody else may. DeviceError if it cannot reach it."""
 
     @abstractmethod
     def close(self) -> None:
@@ -122,8 +143,17 @@ class Accelerator(ABC):
         """Undo `register` of the memory from `address`; no copy may be using it."""
 
     @abstractmethod
+    def why_no_kernel_copies(self) -> str:
+        """One line: why `Stream.copy_by_kernel` is not there; empty if it is."""
+
+    @abstractmethod
     def reaches(self, other: Accelerator) -> bool:
-        """Whether copies from and to the memory of `other` go directly."""
+        """Whether copies from and to the memory of `other` can go directly, once that is shared (`Span.share`)."""
+
+    @abstractmethod
+    def direct_reader(self, depth: int) -> DirectReader:
+        """What reads files straight into this device's memory, `depth` requests at once. DeviceError, which says the part that is missing,
+        where nothing does."""
 
     @abstractmethod
     def report(self) -> dict[str, object]:

@@ -68,6 +68,11 @@ class Mover:
         self._thread = threading.Thread(target=self._run, name="kvtier-mover", daemon=True)
         self._thread.start()
 
+    def report(self) -> dict[str, object]:
+        """For `stats()`: the workers and, where the device is a GPU, which way copies to it go (`Crossover.as_json`)."""
+        crossover = self.staging.crossover
+        return {**self.workers.report(), **({} if crossover is None else {"copies": crossover.as_json()})}
+
     @property
     def utilisation(self) -> float:
         """Share of the workers that carry a transfer, at this moment."""

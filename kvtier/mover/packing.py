@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -15,7 +16,7 @@ from kvtier.formats.base import Payload
 from kvtier.formats.economy import StageEconomy
 from kvtier.formats.lossless import Staged
 from kvtier.mover.transfer import Move
-from kvtier.tiers.base import Refused, Tier
+from kvtier.tiers.base import FinishStore, Refused, Tier
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +66,23 @@ class Packer:
                 log.info("tier %s: %s now %s", self._tier.name, codec.name, "compresses" if self.economy.pays else "only stores")
         return packed
 
-    def write(self, moves: Sequence[Move], payloads: Sequence[Payload]) -> list[Refused | None]:
-        """Store one payload per move in its target slot."""
+    def begin(self, moves: Sequence[Move], payloads: Sequence[Payload], ahead: bool) -> FinishStore:
+        """Start to store one payload per move in its target slot; as `Tier.begin_store`, or, unless `ahead`, `Tier.store`.
+
+        Bandwidth is what is stored in the time the caller waits: what is written while it does something else costs nothing.
+        """
         start = time.perf_counter()
-        stored = self._tier.store([move.target_slot for move in moves], [move.page for move in moves], payloads)
-        written = sum(len(payload) for payload, refused in zip(payloads, stored, strict=True) if refused is None)
-        if written:
-            now = written / max(time.perf_counter() - start, 1e-9)
-            self._bytes_per_s = MEMORY * self._bytes_per_s + (1 - MEMORY) * now if self._bytes_per_s else now
-        return stored
+        slots, pages = [move.target_slot for move in moves], [move.page for move in moves]
+        finish = self._tier.begin_store(slots, pages, payloads) if ahead else partial(list, self._tier.store(slots, pages, payloads))
+        begun_s, sizes = time.perf_counter() - start, [len(payload) for payload in payloads]
+
+        def finished() -> list[Refused | None]:
+            start = time.perf_counter()
+            stored = finish()
+            waited_s = begun_s + time.perf_counter() - start
+            if written := sum(size for size, refused in zip(sizes, stored, strict=True) if refused is None):
+                now = written / max(waited_s, 1e-9)
+                self._bytes_per_s = MEMORY * self._bytes_per_s + (1 - MEMORY) * now if self._bytes_per_s else now
+            return stored
+
+        return finished

@@ -11,9 +11,14 @@ from collections.abc import Iterator
 SMALLEST_PIECE_BYTES = 256 << 10
 """Page bytes of a piece that is worth its calls: at 5 GB/s they take 50 us, the calls about 5."""
 
-
 ARRIVAL_BYTES = 2 << 20
 """Page bytes to decode at once behind a disk: some 300 us of work, in which a fast one delivers as much."""
+
+LEAST_WRITE_BYTES = 1 << 20
+"""Encoded bytes that are worth a write behind the worker's back: smaller ones are written in less time than it takes to hand them over."""
+
+PIECES_BEHIND = 8
+"""A transfer that is large enough is written in so many pieces, all but the last of them while others are made."""
 
 
 def pages_per_piece(encoded_bytes: int, page_bytes: int, cache_bytes: int, most_pages: int) -> int:
@@ -29,6 +34,13 @@ def pages_per_piece(encoded_bytes: int, page_bytes: int, cache_bytes: int, most_
 def pages_per_arrival(page_bytes: int, most_pages: int) -> int:
     """Pages to decode at once while others are being read: as few as are worth a call, since whoever waits for more leaves a core idle."""
     return max(1, min(most_pages, -(-ARRIVAL_BYTES // page_bytes)))
+
+
+def pages_per_write(pages: int, encoded_bytes: int, most_pages: int) -> int:
+    """Pages to make and write at once, of `pages` that go to where writing takes time: few enough that while one piece is written the next
+    is made, but each piece worth a write of its own. Between 1 and `most_pages` (at least 1)."""
+    worthwhile = -(-LEAST_WRITE_BYTES // encoded_bytes)
+    return max(1, min(most_pages, max(worthwhile, -(-pages // PIECES_BEHIND))))
 
 
 def pieces(pages: int, at_once: int) -> Iterator[slice]:

@@ -4,14 +4,15 @@ Scratch memory is bounded: each worker owns one `Scratch`, and a transfer is car
 a transfer count as placed only when all of them are verified, so that whoever reads layer by layer never sees a page that fails later; the
 mover's owner therefore makes device-bound transfers no larger than one round (`StagingPool.pages_in_one`). From memory, layers are then
 decoded one after the other and announced as they are placed. From files, where reading is what takes long, each page is decoded as soon
-as its bytes are verified, while others are still being read, and all layers are announced at the end. To and from a GPU, see `lane.py`.
+as its bytes are verified, while others are still being read, and all layers are announced at the end. Towards files, a piece is
+written while the next is made (`behind.py`). To and from a GPU, see `lane.py`.
 """
 
 from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
@@ -24,12 +25,16 @@ from kvtier.formats.base import Format, Payload
 from kvtier.layout import PageLayout
 from kvtier.machine import last_level_cache_bytes
 from kvtier.memory.region import aligned_array
+from kvtier.mover.behind import WriteBehind
+from kvtier.mover.crossover import Crossover
+from kvtier.mover.direct import DirectRoom
 from kvtier.mover.lane import Lane, LaneFormat, lane_row_bytes
 from kvtier.mover.packing import Packer
-from kvtier.mover.plan import layers_per_step, pages_per_arrival, pages_per_piece, pieces
+from kvtier.mover.plan import layers_per_step, pages_per_arrival, pages_per_piece, pages_per_write, pieces
 from kvtier.mover.transfer import Move, Transfer
 from kvtier.numa.executor import worker_node
 from kvtier.tiers.base import DeviceSlots, Refused, Slots, Tier
+from kvtier.tiers.disk import DiskTier
 from kvtier.tiers.gpu import GpuPool
 
 log = logging.getLogger(__name__)
@@ -38,12 +43,14 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Scratch:
     """Memory of one worker, of NUMA node `node` if it is bound: `encoded` `[pages_per_round, slot_bytes]` for payloads as a tier reads or
-    writes them, page-aligned, and `pages` `[pages_per_piece, *layout.shape]` for decoded ones; its lane, where the device is a GPU."""
+    writes them, page-aligned, and `pages` `[pages_per_piece, *layout.shape]` for decoded ones; its lane, where the device is a GPU, and
+    its `direct` room there, where the disk tier reads straight into that."""
 
     encoded: NDArray[np.uint8]
     pages: torch.Tensor
     cache_bytes: int
     lane: Lane | None
+    direct: DirectRoom | None = None
     node: int | None = None
 
 
@@ -66,6 +73,10 @@ class StagingPool:
         self.pages_per_round = max(1, (each - piece * layout.page_bytes) // (slot_bytes + row_bytes))
         self.packers = {tier.name: Packer(tier) for tier in tiers if isinstance(tier, Tier)}
         self._lanes: list[Lane] = []
+        self.crossover: Crossover | None = None
+        """Which way lanes copy; None where there are none."""
+        self._direct: list[DirectRoom] = []
+        disk = next((tier for tier in tiers if isinstance(tier, DiskTier) and tier.reads_directly), None)
         places: list[int | None] = [*nodes] or [None] * workers
         self._idle: dict[int | None, queue.SimpleQueue[Scratch]] = {node: queue.SimpleQueue() for node in places}
         try:
@@ -73,8 +84,13 @@ class StagingPool:
                 encoded = aligned_array(self.pages_per_round * slot_bytes).reshape(self.pages_per_round, slot_bytes)
                 pages = torch.from_numpy(aligned_array(piece * layout.page_bytes)).view(layout.torch_dtype).view(piece, *layout.shape)
                 if gpu is not None and row_bytes:
-                    self._lanes.append(Lane(gpu.accelerator, self.pages_per_round, row_bytes))
-                self._idle[node].put(Scratch(encoded, pages, cache_bytes, self._lanes[-1] if self._lanes else None, node))
+                    self._lanes.append(Lane(gpu.accelerator, self.pages_per_round, row_bytes, workers))
+                if gpu is not None and disk is not None:
+                    self._direct.append(DirectRoom(gpu.accelerator, disk.slot_bytes))
+                lane, direct = self._lanes[-1] if self._lanes else None, self._direct[-1] if self._direct else None
+                self._idle[node].put(Scratch(encoded, pages, cache_bytes, lane, direct, node))
+            for lane in self._lanes:
+                self.crossover = lane.crossover = self.crossover or lane.measure()
         except (MemoryError, ValueError, OSError, DeviceError) as error:
             self.close()
             why = f"{error}; lower it" if isinstance(error, DeviceError) else "more than this machine gives; lower it"
@@ -90,7 +106,9 @@ class StagingPool:
         """Give back what the GPU knows of. Safe to call twice; no transfer may be under way."""
         for lane in self._lanes:
             lane.close()
-        self._lanes = []
+        for room in self._direct:
+            room.close()
+        self._lanes, self._direct = [], []
 
     @contextmanager
     def borrow(self) -> Iterator[Scratch]:
@@ -117,7 +135,7 @@ def carry(transfer: Transfer, tiers: Sequence[Slots], staging: StagingPool) -> i
                 case Tier(), GpuPool():
                     moved += _restore_to_gpu(transfer, start, moves, source, target, staging, scratch)
                 case DeviceSlots(), Tier():
-                    moved += _offload(transfer, start, moves, source, staging.packers[target.name], scratch)
+                    moved += _offload(transfer, start, moves, source, target, staging.packers[target.name], scratch)
                 case Tier(), DeviceSlots():
                     moved += _restore(transfer, start, moves, source, target, scratch)
                 case Tier(), Tier():
@@ -127,18 +145,20 @@ def carry(transfer: Transfer, tiers: Sequence[Slots], staging: StagingPool) -> i
     return moved
 
 
-def _offload(transfer: Transfer, start: int, moves: Sequence[Move], source: DeviceSlots, packer: Packer, scratch: Scratch) -> int:
-    moved = 0
-    for piece in pieces(len(moves), len(scratch.pages)):
-        some = moves[piece]
-        slots, room = [move.source_slot for move in some], list(scratch.encoded[: len(some)])
-        memory, first = source.memory(), _first(some)
-        if memory is not None:
-            payloads = packer.encode(memory, slots, room, first)
-        else:
-            payloads = packer.encode(source.gather(slots), None, room, first)
-        moved += _store(transfer, range(start + piece.start, start + piece.stop), packer, payloads)
-    return moved
+def _offload(
+    transfer: Transfer, start: int, moves: Sequence[Move], source: DeviceSlots, target: Tier, packer: Packer, scratch: Scratch
+) -> int:
+    with closing(WriteBehind(transfer, packer)) as writes:
+        for piece in pieces(len(moves), _pages_at_once(len(moves), target, scratch)):
+            some = moves[piece]
+            slots, room = [move.source_slot for move in some], list(scratch.encoded[: len(some)])
+            memory, first = source.memory(), _first(some)
+            if memory is not None:
+                payloads = packer.encode(memory, slots, room, first)
+            else:
+                payloads = packer.encode(source.gather(slots), None, room, first)
+            writes.store(range(start + piece.start, start + piece.stop), payloads, piece.stop == len(moves))
+    return writes.moved
 
 
 def _restore(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: DeviceSlots, scratch: Scratch) -> int:
@@ -154,7 +174,7 @@ def _restore(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier
 def _restore_by_layer(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: DeviceSlots, scratch: Scratch) -> int:
     layout = source.layout
     slots, payloads, moved = [], [], 0
-    for index, payload in _loaded(transfer, start, moves, source, scratch):
+    for index, payload in _loaded(transfer, range(start, start + len(moves)), source, scratch):
         slots.append(transfer.moves[index].target_slot)
         payloads.append(payload)
         moved += len(payload)
@@ -174,7 +194,7 @@ def _restore_as_read(transfer: Transfer, start: int, moves: Sequence[Move], sour
     slots: list[int] = []
     payloads: list[Payload] = []
     moved = 0
-    for index, payload in _loaded(transfer, start, moves, source, scratch):
+    for index, payload in _loaded(transfer, range(start, start + len(moves)), source, scratch):
         slots.append(transfer.moves[index].target_slot)
         payloads.append(payload)
         moved += len(payload)
@@ -197,12 +217,22 @@ def _offload_from_gpu(
 def _restore_to_gpu(
     transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: GpuPool, staging: StagingPool, scratch: Scratch
 ) -> int:
-    lane, arrived, moved = _lane(scratch), [], 0
-    for index, payload in _loaded(transfer, start, moves, source, scratch):
-        arrived.append((transfer.moves[index], payload))
-        moved += len(payload)
+    lane, moved, form = _lane(scratch), 0, staging.lane_formats[source.name]
     last = start + len(moves) == len(transfer.moves)
-    lane.restore(source, target, staging.lane_formats[source.name], arrived, transfer.placed if last else None)
+    indices: Sequence[int] = range(start, start + len(moves))
+    if scratch.direct is not None and isinstance(source, DiskTier):
+        indices = [start + place for place in scratch.direct.restore(source, target, form, moves, lane.stream)]
+        moved = (len(moves) - len(indices)) * form.payload_bytes
+    places = {index: place for place, index in enumerate(indices)}
+
+    def arrived() -> Generator[tuple[int, Payload], None, None]:
+        nonlocal moved
+        for index, payload in _loaded(transfer, indices, source, scratch):
+            moved += len(payload)
+            yield places[index], payload
+
+    with closing(arrived()) as payloads:
+        lane.restore(source, target, form, [transfer.moves[index] for index in indices], payloads, transfer.placed if last else None)
     return moved
 
 
@@ -214,35 +244,41 @@ def _lane(scratch: Scratch) -> Lane:
 
 def _recode(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: Tier, packer: Packer, scratch: Scratch) -> int:
     layout, same = source.layout, source.format.name == target.format.name
-    moved = 0
-    for piece in pieces(len(moves), len(scratch.pages)):
-        indices, payloads = [], []
-        for index, payload in _loaded(transfer, start + piece.start, moves[piece], source, scratch, unpack=not same):
-            indices.append(index)
-            payloads.append(payload)
-        if not same:
-            pages = source.format.decode(payloads, layout, out=scratch.pages)[: len(payloads)]
-            # What was loaded is decoded by now, so its room is free again.
-            first = _first([transfer.moves[index] for index in indices])
-            payloads = packer.encode(pages, None, list(scratch.encoded[: len(payloads)]), first)
-        moved += _store(transfer, indices, packer, payloads)
-    return moved
+    with closing(WriteBehind(transfer, packer)) as writes:
+        for piece in pieces(len(moves), _pages_at_once(len(moves), target, scratch)):
+            indices, payloads = [], []
+            for index, payload in _loaded(transfer, range(start + piece.start, start + piece.stop), source, scratch, unpack=not same):
+                indices.append(index)
+                payloads.append(payload)
+            if not same:
+                pages = source.format.decode(payloads, layout, out=scratch.pages)[: len(payloads)]
+                # What was loaded is decoded by now, so its room is free again.
+                first = _first([transfer.moves[index] for index in indices])
+                payloads = packer.encode(pages, None, list(scratch.encoded[: len(payloads)]), first)
+            writes.store(indices, payloads, piece.stop == len(moves))
+    return writes.moved
+
+
+def _pages_at_once(pages: int, target: Tier, scratch: Scratch) -> int:
+    """Pages to code before they are written: as many as the cache is for, fewer where the next are coded while these are written."""
+    return len(scratch.pages) if target.in_memory else pages_per_write(pages, target.slot_bytes, len(scratch.pages))
 
 
 def _loaded(
-    transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, scratch: Scratch, unpack: bool = True
+    transfer: Transfer, indices: Sequence[int], source: Tier, scratch: Scratch, unpack: bool = True
 ) -> Iterator[tuple[int, Payload]]:
-    """Verified payloads as they become ready, with the index of their move; refusals are noted and left out."""
+    """Verified payloads of these moves as they become ready, with the index of their move; refusals are noted and left out."""
+    moves = [transfer.moves[index] for index in indices]
     slots, keys = [move.source_slot for move in moves], [move.page.key for move in moves]
     with closing(source.load_each(slots, keys, scratch.encoded)) as copies:
         for place, payload in copies:
             if isinstance(payload, Refused):
-                _lose(transfer, start + place, payload)
+                _lose(transfer, indices[place], payload)
                 continue
             try:
-                yield start + place, source.format.unpack([payload], source.layout)[0] if unpack else payload
+                yield indices[place], source.format.unpack([payload], source.layout)[0] if unpack else payload
             except ValueError as error:
-                _lose(transfer, start + place, _malformed(source, error))
+                _lose(transfer, indices[place], _malformed(source, error))
 
 
 def _place(target: DeviceSlots, slots: Sequence[int], payloads: Sequence[Payload], layers: slice, codec: Format, scratch: Scratch) -> None:
@@ -259,14 +295,9 @@ def _place(target: DeviceSlots, slots: Sequence[int], payloads: Sequence[Payload
 
 def _store(transfer: Transfer, indices: Sequence[int], packer: Packer, payloads: Sequence[Payload]) -> int:
     """Write one payload per index into its move's target slot; returns the bytes written."""
-    stored = packer.write([transfer.moves[index] for index in indices], payloads)
-    moved = 0
-    for index, payload, refused in zip(indices, payloads, stored, strict=True):
-        if refused is None:
-            moved += len(payload)
-        else:
-            transfer.refused[index] = refused
-    return moved
+    with closing(WriteBehind(transfer, packer)) as writes:
+        writes.store(indices, payloads, last=True)
+    return writes.moved
 
 
 def _first(moves: Sequence[Move]) -> list[int]:

@@ -30,7 +30,7 @@ T = TypeVar("T")
 TOKEN_BYTES = 128 * 2**10
 """KV of one token of Llama-3-8B in bf16: what a page weighs where nobody says."""
 
-BUDGET_SHARE = 8
+BUDGET_SHARE = 2
 """Pages hinted at and not used yet may take this part of the first tier, as in the live cache by default."""
 
 Progress = Callable[[int, int, str], None]

@@ -16,10 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
+from kvtier.cuda.copies import joined
+from kvtier.cuda.direct import DirectReader
 from kvtier.cuda.surface import Accelerator, Addresses, Event, Span, Stream
 from kvtier.errors import DeviceError
+from kvtier.testing.direct import LateReader
 
 UNMAPPED = 0xEE
 
@@ -70,13 +74,31 @@ class LateStream(Stream):
 
     def copy(self, targets: Addresses, sources: Addresses, size_bytes: int) -> None:
         with self.gpu.lock:
-            self.gpu.count_copies(len(targets))
-            pairs = list(zip(targets.tolist(), sources.tolist(), strict=True))
-            for pair in pairs:
-                for address in pair:
-                    self.gpu.check_reachable(address, size_bytes)
-            failure, self.gpu.fail_in_stream = self.gpu.fail_in_stream, None
-            self._work.append(lambda: self._carry(pairs, size_bytes, failure))
+            borders = np.array(sorted(self.gpu.registered), np.int64)
+            to, of, sizes = (each.tolist() for each in joined(targets, sources, size_bytes, borders))
+            for address, size in zip([*to, *of], [*sizes, *sizes], strict=True):
+                self.gpu.check_reachable(address, size)
+            self._launch(to, of, sizes, sum(self.gpu.engine_s(1, size) for size in sizes))
+
+    def copy_by_kernel(self, device: Addresses, host: Addresses, size_bytes: int, to_host: bool) -> None:
+        if self.gpu.why_no_kernels:
+            raise DeviceError(self.gpu.why_no_kernels)
+        with self.gpu.lock:
+            assert not (int(np.bitwise_or.reduce(device | host)) | size_bytes) % 16, "a kernel copies multiples of 16 bytes"
+            for address in device.tolist():
+                assert self.gpu.owns(address, size_bytes), "a kernel is given memory that is not the device's"
+            for address in host.tolist():
+                self.gpu.check_registered(address, size_bytes)
+            self.gpu.kernels += 1
+            targets, sources = (host, device) if to_host else (device, host)
+            self._launch(targets.tolist(), sources.tolist(), [size_bytes] * len(host), self.gpu.kernel_s(len(host), size_bytes))
+
+    def seconds(self, launch: Callable[[], object]) -> float:
+        self.record().wait()
+        before = self.gpu.busy_s
+        launch()
+        self.record().wait()
+        return self.gpu.busy_s - before
 
     def record(self) -> Event:
         event = LateEvent(self)
@@ -113,11 +135,18 @@ class LateStream(Stream):
         with self.gpu.lock:
             return len(self._work)
 
-    def _carry(self, pairs: list[tuple[int, int]], size_bytes: int, failure: Exception | None) -> None:
-        if failure is not None:
-            raise failure
-        for target, source in pairs:
-            ctypes.memmove(target, source, size_bytes)
+    def _launch(self, targets: list[int], sources: list[int], sizes: list[int], takes_s: float) -> None:
+        self.gpu.count_copies(len(targets))
+        failure, self.gpu.fail_in_stream = self.gpu.fail_in_stream, None
+
+        def carry() -> None:
+            if failure is not None:
+                raise failure
+            self.gpu.busy_s += takes_s
+            for copy in zip(targets, sources, sizes, strict=True):
+                ctypes.memmove(*copy)
+
+        self._work.append(carry)
 
 
 class LateSpan(Span):
@@ -128,6 +157,7 @@ class LateSpan(Span):
         self.step_bytes = gpu.step_bytes
         self._most = -(-most_bytes // self.step_bytes) * self.step_bytes
         self.tensor = gpu.made(self._most)
+        gpu.private[self.tensor.data_ptr()] = []
         self.mapped_bytes = 0
         self.resize(size_bytes)
 
@@ -138,6 +168,11 @@ class LateSpan(Span):
         self._gpu.take(wanted - self.mapped_bytes)
         self.tensor[min(wanted, self.mapped_bytes) :] = UNMAPPED
         self.mapped_bytes = wanted
+
+    def share(self, other: Accelerator) -> None:
+        if not other.reaches(self._gpu):
+            raise DeviceError("memory is shared with a stand-in that cannot reach it")
+        self._gpu.private[self.tensor.data_ptr()].append(other)
 
     def close(self) -> None:
         self._gpu.take(-self.mapped_bytes)
@@ -150,7 +185,7 @@ class LateAccelerator(Accelerator):
     """A GPU with `total_bytes` of memory. Each thread computes on a stream of its own, unless `engine` is set to one for all.
 
     `fail_at_launch`, `fail_in_stream`: what the next copies fail with, when they are launched or when they are done. `refuse_after`: how
-    many bytes of host memory can be registered. `can_grow`: whether it has spans.
+    many bytes of host memory can be registered. `can_grow`: whether it has spans. `files`: its reader, with what may go wrong there.
     """
 
     total_bytes: int = 1 << 30
@@ -166,8 +201,19 @@ class LateAccelerator(Accelerator):
     """Copies launched so far."""
     launches: int = 0
     """Calls that launched them."""
+    files: LateReader = field(default_factory=LateReader)
     friends: list[LateAccelerator] = field(default_factory=list)
     """Which others this one reaches."""
+    private: dict[int, list[Accelerator]] = field(default_factory=dict)
+    """Spans of this one, by address, and which others they are shared with."""
+    why_no_kernels: str = "a stand-in has no kernels that copy"
+    """Empty: it has."""
+    kernels: int = 0
+    """Kernels launched that copy."""
+    engine_s: Callable[[int, int], float] = field(default=lambda copies, size_bytes: copies * (4e-6 + size_bytes / 5e10))
+    kernel_s: Callable[[int, int], float] = field(default=lambda copies, size_bytes: 2e-5 + copies * size_bytes / 4e10)
+    """How long so many copies of that size take by its clock, `busy_s`."""
+    busy_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.device = torch.device("cpu")
@@ -224,8 +270,17 @@ class LateAccelerator(Accelerator):
         with self.lock:
             del self.registered[address]
 
+    def why_no_kernel_copies(self) -> str:
+        return self.why_no_kernels
+
     def reaches(self, other: Accelerator) -> bool:
         return other is self or other in self.friends
+
+    def direct_reader(self, depth: int) -> DirectReader:
+        if self.files.missing:
+            raise DeviceError(self.files.missing)
+        self.files.depth = depth
+        return self.files
 
     def report(self) -> dict[str, object]:
         return {
@@ -255,6 +310,7 @@ class LateAccelerator(Accelerator):
     def forget(self, memory: torch.Tensor) -> None:
         """This is no memory of the device any more."""
         with self.lock:
+            self.private.pop(memory.data_ptr(), None)
             self._memories = [each for each in self._memories if each is not memory]
 
     def count_copies(self, count: int) -> None:
@@ -270,10 +326,22 @@ class LateAccelerator(Accelerator):
         self.launches += 1
 
     def check_reachable(self, address: int, size_bytes: int) -> None:
-        """DeviceError unless it is one piece of this device's, a friend's or registered memory. Lock held."""
-        for gpu in (self, *self.friends):
-            if any(0 <= address - each.data_ptr() <= each.numel() - size_bytes for each in gpu._memories):
-                return
+        """DeviceError unless it is one piece of this device's, a friend's (shared with this one) or registered memory. Lock held."""
+        if self.owns(address, size_bytes) or any(friend.shares(address, size_bytes, self) for friend in self.friends):
+            return
+        self.check_registered(address, size_bytes)
+
+    def owns(self, address: int, size_bytes: int) -> bool:
+        """Whether it is one piece of this device's memory."""
+        return any(0 <= address - each.data_ptr() <= each.numel() - size_bytes for each in self._memories)
+
+    def shares(self, address: int, size_bytes: int, other: Accelerator) -> bool:
+        """Whether it is one piece of this device's memory that `other` may copy from and to: spans have to be shared first."""
+        inside = (each.data_ptr() for each in self._memories if 0 <= address - each.data_ptr() <= each.numel() - size_bytes)
+        return any(start not in self.private or other in self.private[start] for start in inside)
+
+    def check_registered(self, address: int, size_bytes: int) -> None:
+        """DeviceError unless it is one piece of registered memory. Lock held."""
         starts = sorted(self.registered)
         place = bisect_right(starts, address) - 1
         if place < 0 or address + size_bytes > starts[place] + self.registered[starts[place]]:

@@ -131,6 +131,17 @@ class TierContract:
             assert again is not None
             assert not set(again) & (seen - set(given_back))
 
+    def test_what_is_stored_ahead_is_there_at_its_end_and_was_not_kept_by_reference(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            begun = []
+            for number in range(6):
+                slots, data = tier.reserve(1), payload(tier, number).copy()
+                assert slots is not None
+                begun.append((slots[0], tier.begin_store(slots, [page_id(number)], [data])))
+                data[:] = 0xEE
+            assert [finish() for _, finish in begun] == [[None]] * 6
+            assert all(holds(tier, slot, number) for number, (slot, _) in enumerate(begun))
+
     def test_stored_bytes_come_back(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as tier:
             numbers = list(range(tier.capacity_slots))

@@ -9,7 +9,7 @@ they are: `load` verifies key, layout, format and checksum, and answers with a r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -41,6 +41,7 @@ class Refused:
 
 
 Loaded = Generator[tuple[int, Payload | Refused], None, None]
+FinishStore = Callable[[], list[Refused | None]]
 """(index, payload or why not), as copies become ready."""
 
 
@@ -132,6 +133,15 @@ class Tier(Slots):
         Payloads are read, not kept. Never raises for a full or failing medium; IntegrityError for slots that are not reserved
         or already hold a copy.
         """
+
+    def begin_store(self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload]) -> FinishStore:
+        """Start to `store`, and give what waits for the end and answers as `store`: the caller makes the next payloads meanwhile.
+
+        The memory of the payloads is the caller's again when this returns. What it gives is to be called once, whatever happens, before the
+        slots are freed.
+        """
+        outcomes = self.store(slots, pages, payloads)
+        return lambda: outcomes
 
     @abstractmethod
     def load(self, slots: Sequence[int], keys: Sequence[PageKey], staging: NDArray[np.uint8]) -> list[Payload | Refused]:

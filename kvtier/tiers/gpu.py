@@ -93,10 +93,10 @@ class GpuPool(DevicePool):
     # -- pages: on the calling thread's stream -----------------------------------------------------------------------------------
 
     def gather(self, slots: Sequence[int]) -> torch.Tensor:
-        return self._read(lambda: self._pool[self._index(slots)]).cpu()
+        return self.read(lambda: self._pool[self._index(slots)]).cpu()
 
     def keys(self, slots: Sequence[int], layers: slice = slice(None)) -> torch.Tensor:
-        return self._read(lambda: self._pool[self._index(slots), layers, 0])
+        return self.read(lambda: self._pool[self._index(slots), layers, 0])
 
     def scatter(self, slots: Sequence[int], pages: torch.Tensor, layers: slice = slice(None)) -> None:
         self._check_reachable(pages)
@@ -133,6 +133,8 @@ class GpuPool(DevicePool):
                 "put the pages into a tier that both can read"
             )
         with self.accelerator.beside_captures():
+            if other.accelerator is not self.accelerator and other._span is not None:
+                other._span.share(self.accelerator)
             stream = self.accelerator.new_stream()
             for pool in {self, other}:
                 pool.fences.before(stream)
@@ -233,7 +235,8 @@ class GpuPool(DevicePool):
             self._span.close()
             self._span = None
 
-    def _read(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def read(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `work` makes of pages, launched on the calling thread's stream after what others do with them, to be used on that stream."""
         stream = self._before()
         found = stream.result(work)
         self.fences.used(stream)

@@ -86,7 +86,7 @@ def test_the_means_rounding_is_made_good_by_the_second_direction():
     assert float(error.mean()) < 0.06
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     tokens=st.sampled_from([1, 2, 3, 16, 37, 64]),
     width=st.sampled_from([1, 7, 16, 80]),

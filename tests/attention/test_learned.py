@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.attention.learned import LEAST_REQUESTS, Attended, LearnedCosts
@@ -37,7 +37,6 @@ def test_a_request_costs_what_others_of_its_class_cost():
     assert costs.as_json()["calls_per_request"] == {"default": 30.0, "long": 300.0}
 
 
-@settings(deadline=None)
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.floats(0, 1), st.sampled_from(sorted(ROUTER.thresholds)))
 def test_between_idle_sides_what_is_chosen_is_never_much_slower(fetch_s, in_place_s, attention, workload):
     """The document's attention and thresholds choose among ways that take about as long: a tenth."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.attention.partial import attend, merge, nothing
@@ -22,7 +22,6 @@ def full(queries, keys, values, scaling=None):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling)[0].transpose(0, 1)
 
 
-@settings(deadline=None)
 @given(
     st.integers(0, 99), st.integers(1, 3), st.sampled_from([(2, 2), (6, 2), (4, 1)]), st.lists(st.integers(0, 30), min_size=1, max_size=5)
 )

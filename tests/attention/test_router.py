@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.attention.router import Router, Side
@@ -16,7 +16,6 @@ IDLE = Side(0, 0.0)
 shares = st.floats(0, 1)
 
 
-@settings(deadline=None)
 @given(shares, shares, shares)
 def test_the_costs_are_those_of_the_source(attention, cores, device):
     decision = ROUTER.decide(attention, Side(0, cores), Side(0, device))
@@ -41,7 +40,6 @@ def test_without_attention_the_loads_decide(unknown):
     assert ROUTER.decide(unknown, Side(1, 0), Side(9, 0)).choice == "in_place"
 
 
-@settings(deadline=None)
 @given(shares, st.integers(0, 9), st.integers(0, 9))
 def test_more_waiting_on_a_side_never_draws_work_to_it(attention, cores, device):
     here = ROUTER.decide(attention, Side(cores, 0.5), Side(device, 0.5))

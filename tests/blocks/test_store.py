@@ -434,4 +434,4 @@ class AgainstADict(RuleBasedStateMachine):
 
 
 TestAgainstADict = AgainstADict.TestCase
-TestAgainstADict.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+TestAgainstADict.settings = settings(max_examples=25, stateful_step_count=20)

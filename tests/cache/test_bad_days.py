@@ -277,7 +277,7 @@ def test_a_store_whose_segments_cannot_be_read_is_an_error_and_is_unlocked(tmp_p
     with make_cache(tmp_path / "store") as cache:
         put(cache, run(1, 4))
     with monkeypatch.context() as patch:
-        patch.setattr("kvtier.tiers.disk.store.scan", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "bad disk")))
+        patch.setattr("kvtier.tiers.disk.recovery.scan", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "bad disk")))
         with pytest.raises(KVTierError):
             make_cache(tmp_path / "store")
     nothing_left_open(tmp_path)

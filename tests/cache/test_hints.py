@@ -14,6 +14,7 @@ from tests.cache.rig import (
     assert_right,
     counters,
     hold,
+    kv_of,
     make_cache,
     push_out,
     put,
@@ -170,3 +171,79 @@ def test_fits_leaves_out_what_is_pinned_to_the_device():
         cache.pin(cache.lookup(run(1, 4)), tier="device")
         assert cache.fits([run(500, 2)]) == 0
         assert cache.fits([run(1, 4)]) == 1
+
+
+def test_a_hint_that_finds_no_room_goes_on_when_a_request_lets_go_of_its_pages():
+    with make_cache(device_pages=8, host_pages=40) as cache:
+        put(cache, run(1, 6))
+        push_out(cache)
+        with hold(cache, []) as lease:
+            cache.append(lease, run(2, 6), kv_of(run(2, 6)))
+            hint = cache.prefetch(run(1, 6))
+            assert hint.wait(20)
+            cache.settle(20)
+            assert hint.pages == cache.lookup(run(1, 6)).pages_by_tier["device"] == 2, "what the lease leaves"
+            assert counters(cache)["prefetch"]["outranked"] == 4
+        cache.settle(20)
+        assert hint.pages == cache.lookup(run(1, 6)).pages_by_tier["device"] == 6
+        assert counters(cache)["prefetch"]["outranked"] == 0
+        with hold(cache, run(1, 6)) as lease:
+            assert_right(lease, run(1, 6))
+        assert counters(cache)["prefetch"]["in_time"] == 6
+
+
+def test_a_waiting_hint_gives_up_when_it_is_cancelled_at_its_deadline_or_for_newer_ones(monkeypatch):
+    monkeypatch.setattr("kvtier.hinted.MOST_WAITING", 2)
+    with make_cache(device_pages=8, host_pages=40) as cache:
+        for start in (1, 2, 3, 4):
+            put(cache, run(start, 2))
+        push_out(cache)
+        with hold(cache, []) as lease:
+            cache.append(lease, run(5, 8), kv_of(run(5, 8)))
+            hints = [cache.prefetch(run(start, 2), deadline) for start, deadline in ((1, None), (2, 0.05), (3, None), (4, None))]
+            assert all(hint.wait(20) for hint in hints)
+            time.sleep(0.1)
+            hints[3].cancel()
+        cache.settle(20)
+        assert [hint.pages for hint in hints] == [0, 0, 2, 0]
+
+
+def test_a_hint_that_waits_does_not_keep_a_cache_from_closing():
+    cache = make_cache(device_pages=4, host_pages=40)
+    put(cache, run(1, 4))
+    push_out(cache)
+    lease = cache.begin()
+    cache.append(lease, run(2, 4), kv_of(run(2, 4)))
+    assert cache.prefetch(run(1, 4)).wait(20)
+    cache.close()
+    lease.release()
+
+
+def test_pages_of_a_hint_are_brought_once_however_often_requests_end():
+    with make_cache(device_pages=4, host_pages=40, mover__prefetch_budget_bytes=3 * LAYOUT.page_bytes) as cache:
+        put(cache, run(1, 4))
+        push_out(cache)
+        hint = cache.prefetch(run(1, 4))
+        assert hint.wait(20)
+        assert hint.pages == 3
+        for start in (600, 700, 800):
+            push_out(cache, start)
+        assert hint.pages == 4, "the last one came when the first three had left again"
+
+
+def test_a_hint_goes_on_past_what_it_brought_itself():
+    """What it brought first is by then the coldest on the device: it stays, and what the request left behind gives the room."""
+    with make_cache(device_pages=8, host_pages=40) as cache:
+        put(cache, run(1, 7))
+        push_out(cache)
+        with hold(cache, []) as lease:
+            cache.append(lease, run(2, 4), kv_of(run(2, 4)))
+            hint = cache.prefetch(run(1, 7))
+            assert hint.wait(20)
+            cache.settle(20)
+            assert hint.pages == 4
+            with hold(cache, run(2, 4)):
+                pass
+        cache.settle(20)
+        assert hint.pages == cache.lookup(run(1, 7)).pages_by_tier["device"] == 7
+        assert counters(cache)["prefetch"]["wasted"] == 0

@@ -329,5 +329,5 @@ class CacheMachine(RuleBasedStateMachine):
 @pytest.mark.parametrize("policy", ["a2cr", "lru", "a2cr-classic"])
 def test_never_a_wrong_byte_and_nothing_lost_while_there_is_room(policy, write_policy):
     machine = type("Machine", (CacheMachine,), {"policy": policy, "write_policy": write_policy})
-    bounds = settings(max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+    bounds = settings(max_examples=25, stateful_step_count=25, suppress_health_check=list(HealthCheck), print_blob=True)
     run_state_machine_as_test(machine, settings=bounds)

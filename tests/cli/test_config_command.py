@@ -114,11 +114,30 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_two(arguments, capsys):
     assert captured.out == ""
 
 
-def test_wrong_usage_is_exit_code_two_without_a_traceback():
-    for arguments in (["nope"], ["config", "nope"], ["config", "show", "--nope"], ["config", "check"]):
-        done = kvtier(*arguments)
-        assert done.returncode == 2
-        assert "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "what", "where"),
+    [
+        (["nope"], "no such command 'nope'", "kvtier"),
+        (["config", "chekc"], "no such command 'chekc'. Did you mean 'check'?", "kvtier config"),
+        (["config", "show", "--nope"], "no such option: --nope", "kvtier config show"),
+        (["config", "check"], "missing argument 'FILE...'", "kvtier config check"),
+        (["tune"], "missing argument 'TRACE...'", "kvtier tune"),
+        (["run", "--sessions", "many"], "invalid value for '--sessions'", "kvtier run"),
+    ],
+)
+def test_wrong_usage_is_one_line_that_says_where_to_read_on(arguments, what, where, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"kvtier: error: {what}")
+    assert captured.err.endswith(f"; see `{where} --help`\n")
+    assert (captured.err.count("\n"), captured.out) == (1, "")
+
+
+def test_nothing_asked_is_answered_with_the_commands(capsys):
+    assert main(["config"]) == 2
+    captured = capsys.readouterr()
+    assert "check" in captured.out + captured.err
+    assert "error" not in captured.err
 
 
 def test_what_the_terminal_cannot_show_is_no_traceback(tmp_path):

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-
-import pytest
 
 from kvtier.cli import main
 from kvtier.cli.app import app
@@ -52,6 +49,14 @@ def test_a_gpu_is_told_about_as_it_is(monkeypatch, capsys):
     for line in ("CUDA: a stand-in", "GPU memory that grows: the device tier has a fixed size", "the stand-in registers no more"):
         assert line in told
 
+    for why, told in (
+        ("", "yes  GPU copies by a kernel: faster than the copy engines for 64 pages: d2h up to"),
+        ("no Triton", "kernel: no Triton; the"),
+    ):
+        monkeypatch.setattr(find, "find_accelerator", lambda place, why=why: LateAccelerator(why_no_kernels=why))
+        assert main(["doctor"]) == 0
+        assert told in capsys.readouterr().out
+
     def broken(place):
         raise ConfigError("device.place is 'auto', but no kernel image is available")
 
@@ -60,23 +65,39 @@ def test_a_gpu_is_told_about_as_it_is(monkeypatch, capsys):
     assert "no kernel image is available" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("found", "told"),
-    [
-        (None, "no   GPUDirect Storage: not looked for, because kvikio is not installed; disk pages pass through host memory"),
-        (RuntimeError("no libcufile.so.0\nlooked in /usr/lib"), "no   GPUDirect Storage: kvikio does not load: no libcufile.so.0; disk"),
-        (False, "no   GPUDirect Storage: kvikio finds none here; disk pages"),
-        (True, "yes  GPUDirect Storage: files could go straight to the GPU, which kvtier makes no use of: disk pages"),
-    ],
-)
-def test_direct_storage_is_looked_for_through_kvikio(monkeypatch, capsys, found, told):
-    def get(name):
-        assert name == "is_gds_available"
-        if isinstance(found, Exception):
-            raise found
-        return found
+def told_of_direct_storage(capsys, *args: str) -> str:
+    assert main(["doctor", *args]) == 0
+    told: str = capsys.readouterr().out
+    return next(line for line in told.splitlines() if "GPUDirect Storage" in line).strip()
 
-    monkeypatch.setitem(sys.modules, "kvikio", None if found is None else ModuleType("kvikio"))
-    monkeypatch.setitem(sys.modules, "kvikio.cufile_driver", None if found is None else SimpleNamespace(get=get))
-    assert main(["doctor"]) == 0
-    assert told in capsys.readouterr().out
+
+def test_without_a_gpu_there_is_nothing_to_read_into(monkeypatch, capsys):
+    monkeypatch.setattr("kvtier.cuda.find.find_accelerator", lambda place: None)
+    found = told_of_direct_storage(capsys)
+    assert found.startswith("no   GPUDirect Storage: the device tier is not in a GPU's memory")
+    assert found.endswith("; disk pages pass through host memory")
+
+
+def test_direct_storage_is_tried_for_real_in_the_directory_asked_for(monkeypatch, capsys, tmp_path):
+    from kvtier.testing.accelerator import LateAccelerator
+
+    gpu = LateAccelerator()
+    monkeypatch.setattr("kvtier.cuda.find.find_accelerator", lambda place: gpu)
+    assert told_of_direct_storage(capsys, "--path", str(tmp_path)).startswith(
+        "yes  GPUDirect Storage: disk.io_engine: gds reads pages straight"
+    )
+    assert gpu.files.begun == 1
+    gpu.files.missing = "kvikio is not installed"
+    assert told_of_direct_storage(capsys).startswith("no   GPUDirect Storage: kvikio is not installed; disk pages pass")
+    assert not list(tmp_path.iterdir())
+
+
+def test_kvikio_that_is_not_there_is_named(monkeypatch, capsys):
+    """As on a machine with a GPU: the way to kvikio is the real one."""
+    from kvtier.cuda.gds import GdsReader
+    from kvtier.testing.accelerator import LateAccelerator
+
+    monkeypatch.setattr(LateAccelerator, "direct_reader", lambda gpu, depth: GdsReader(depth))
+    monkeypatch.setattr("kvtier.cuda.find.find_accelerator", lambda place: LateAccelerator())
+    monkeypatch.setitem(sys.modules, "kvikio", None)
+    assert "kvikio is not installed" in told_of_direct_storage(capsys)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from kvtier import columns
-from kvtier.pages import _COLUMNS, PageTable
+from kvtier.pages import PageTable
+from kvtier.pages.columns import COLUMNS
 from kvtier.policy import A2CR, LRU
 from kvtier.policy.ranking import Ranking
 
@@ -51,7 +52,7 @@ class PlainA2CR(A2CR):
 
 def table_state(table: PageTable) -> dict[str, Any]:
     """Everything a table holds, as it is in memory."""
-    state = {name: getattr(table, name) for name in _COLUMNS}
+    state = {name: getattr(table, name) for name in COLUMNS}
     plain = {name: column.tolist() if column.dtype == object else column.tobytes() for name, column in state.items()}
     numbers = (table._size, table._free_count, table.hollow, table._pinned_until)
     return plain | {"free": table._free[: table._free_count].tolist(), "index": list(table._row_of.items()), "numbers": numbers}

@@ -92,12 +92,12 @@ class TwinMachine(TableMachine):
 
 @needs_loops
 def test_a_table_with_loops_and_one_without_stay_the_same_through_any_history():
-    run_state_machine_as_test(TwinMachine, settings=settings(max_examples=120, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(TwinMachine, settings=settings(max_examples=120, stateful_step_count=40))
 
 
 def test_a_table_without_loops_keeps_its_laws(monkeypatch):
     monkeypatch.setattr(columns, "loops", lambda: None)
-    run_state_machine_as_test(TableMachine, settings=settings(max_examples=40, stateful_step_count=30, deadline=None))
+    run_state_machine_as_test(TableMachine, settings=settings(max_examples=40, stateful_step_count=30))
 
 
 @needs_loops

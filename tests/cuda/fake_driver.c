@@ -14,11 +14,11 @@ typedef struct { int order; location source, target; unsigned flags; } attribute
 #define STEP (64 << 10)
 static int here = 7, depth;
 uint64_t memory_left = 64 * STEP;
-int batches, singles, mappings, registered, refuse_access;
+int batches, singles, mappings, registered, refuse_access, granted[3]; /* by device: how often */
 
 int cuGetErrorString(int code, const char **text) { *text = code == NO_MEMORY ? "out of memory" : "invalid argument"; return OK; }
 int cuDeviceGet(int *device, int ordinal) { *device = ordinal + 10; return OK; }
-int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute == 102 && device >= 10; return OK; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = (attribute == 102 || attribute == 91) && device >= 10; return OK; }
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = device >= 10 ? &here : NULL; return OK; }
 int cuStreamCreate(void **stream, unsigned flags) { static char streams[99]; static int made; *stream = &streams[made++]; return depth && flags == 1 ? OK : INVALID; }
 static int mode;
@@ -52,7 +52,8 @@ int cuMemMap(uint64_t address, size_t size, size_t offset, uint64_t handle, uint
 int cuMemSetAccess(uint64_t address, size_t size, const access_rights *rights, size_t count) {
     for (size_t i = 0; i < count; i++)
         if (rights[i].where.type != 1 || rights[i].where.id < 10 || rights[i].flags != 3) return INVALID;
-    if (refuse_access) return INVALID;
+    if (refuse_access || !depth) return INVALID;
+    for (size_t i = 0; i < count; i++) granted[rights[i].where.id == 13 ? 0 : rights[i].where.id == 11 ? 1 : 2]++;
     return mprotect((void *)address, size, PROT_READ | PROT_WRITE) ? INVALID : OK;
 }
 int cuMemUnmap(uint64_t address, size_t size) {

@@ -49,6 +49,43 @@ def test_copies_go_there_and_back_in_any_number(gpu, host):
     assert np.array_equal(host.reshape(256, -1), wanted)
 
 
+def test_neighbours_go_together_but_not_across_two_registrations(gpu):
+    memory, stream = aligned_array(3 * 4096), gpu.new_stream()
+    for start in (0, 4096, 8192):
+        assert gpu.register(memory.ctypes.data + start, 4096) is None
+    device = gpu.allocate(3 * 4096)
+    memory[:] = np.random.default_rng(0).integers(0, 256, len(memory), np.uint8)
+    rows = np.arange(12) * 1024
+    stream.copy(device.data_ptr() + rows, memory.ctypes.data + rows, 1024)
+    stream.record().wait()
+    assert np.array_equal(device.cpu().numpy(), memory)
+    for start in (0, 4096, 8192):
+        gpu.unregister(memory.ctypes.data + start)
+
+
+@pytest.mark.parametrize("size", [16, 4096, 20000])
+def test_a_kernel_copies_what_the_copy_engines_copy_and_times_are_told(gpu, host, size):
+    if isinstance(gpu, LateAccelerator):
+        gpu.why_no_kernels = ""
+    if gpu.why_no_kernel_copies():
+        pytest.skip(gpu.why_no_kernel_copies())
+    stream, device = gpu.new_stream(), gpu.allocate(SIZE)
+    count = 40
+    host[:] = np.random.default_rng(0).integers(0, 256, SIZE, np.uint8)
+    wanted, order, rows = host[: count * size].copy(), np.random.default_rng(1).permutation(count) * size, np.arange(count) * size
+    stream.run(lambda: device.fill_(7))
+    down_s = stream.seconds(lambda: stream.copy_by_kernel(device.data_ptr() + order, host.ctypes.data + rows, size, to_host=False))
+    host[:] = 9
+    up_s = stream.seconds(lambda: stream.copy_by_kernel(device.data_ptr() + order, host.ctypes.data + rows, size, to_host=True))
+    assert np.array_equal(host[: count * size], wanted)
+    assert bool((host[count * size :] == 9).all())
+    assert device[count * size :].unique().tolist() == [7], "nothing else is written"
+    assert min(down_s, up_s) > 0
+    outside = aligned_array(4096)
+    with pytest.raises(DeviceError):
+        stream.copy_by_kernel(device.data_ptr() + rows[:1], outside.ctypes.data + rows[:1], 16, to_host=True)
+
+
 def test_address_arrays_may_be_reused_at_once(gpu, host):
     stream, device = gpu.new_stream(), gpu.allocate(8192)
     host[:4096], host[4096:8192] = 3, 4

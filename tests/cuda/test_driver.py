@@ -16,6 +16,7 @@ from kvtier.cuda import driver as module
 from kvtier.cuda import nvidia
 from kvtier.cuda.driver import Driver
 from kvtier.errors import DeviceError
+from kvtier.testing.accelerator import LateAccelerator
 
 STEP = 64 << 10
 STREAM = 0x77
@@ -43,20 +44,23 @@ def test_many_copies_are_one_call_where_the_driver_has_it(fake, request):
     driver = Driver(3)
     assert driver.has_batch_copies == batches
     source, target = np.arange(256, dtype=np.uint8), np.zeros(256, np.uint8)
-    rows = np.arange(0, 256, 32)
-    driver.copy(target.ctypes.data + rows, source.ctypes.data + rows[::-1].copy(), 32, STREAM)
+    rows, sizes = np.arange(0, 256, 32), np.full(8, 32, np.uint64)
+    driver.copy(target.ctypes.data + rows, source.ctypes.data + rows[::-1].copy(), sizes, STREAM)
     assert np.array_equal(target.reshape(8, 32), source.reshape(8, 32)[::-1])
     assert (counter(fake, "batches"), counter(fake, "singles")) == ((1, 0) if batches else (0, 8))
     for legacy_default_stream in (0, 1):
-        driver.copy(target.ctypes.data + rows, source.ctypes.data + rows, 32, legacy_default_stream)
+        driver.copy(target.ctypes.data + rows, source.ctypes.data + rows, sizes, legacy_default_stream)
     assert np.array_equal(target, source)
     assert counter(fake, "singles") == (16 if batches else 24), "the legacy default stream takes no batches"
+    target[:] = 0
+    driver.copy(target.ctypes.data + rows[[0, 4]], source.ctypes.data + rows[[0, 4]], np.array([64, 16], np.uint64), STREAM)
+    assert np.flatnonzero(target).tolist() == [*range(1, 64), *range(128, 144)], "each copy has a size of its own"
 
 
 def test_copies_without_as_many_sources_as_targets_are_refused_before_anything_is_read(fake):
     memory = np.zeros(256, np.uint8)
-    with pytest.raises(DeviceError, match="3 targets and 2 sources"):
-        Driver(3).copy(memory.ctypes.data + np.arange(3) * 32, memory.ctypes.data + np.arange(2) * 32, 32, STREAM)
+    with pytest.raises(DeviceError, match="3 targets, 2 sources"):
+        Driver(3).copy(memory.ctypes.data + np.arange(3) * 32, memory.ctypes.data + np.arange(2) * 32, np.full(3, 32, np.uint64), STREAM)
     assert (counter(fake, "batches"), counter(fake, "singles")) == (0, 0)
 
 
@@ -71,7 +75,7 @@ def test_a_thread_that_never_used_cuda_has_a_context_inside(fake):
 
     def copy():
         try:
-            driver.copy(np.array([target.ctypes.data]), np.array([source.ctypes.data]), 64, STREAM)
+            driver.copy(np.array([target.ctypes.data]), np.array([source.ctypes.data]), np.array([64], np.uint64), STREAM)
         except DeviceError as error:
             failed.append(error)
 
@@ -91,7 +95,7 @@ def span_of(fake, monkeypatch):
 
     monkeypatch.setattr(nvidia, "_tensor_at", tensor_at)
     monkeypatch.setattr(nvidia, "STEP_BYTES", 2 * STEP)
-    return lambda *sizes: nvidia.NvidiaSpan(Driver(3), torch.device("cpu"), [1], *sizes)
+    return lambda *sizes: nvidia.NvidiaSpan(Driver(3), torch.device("cuda", 3), *sizes)
 
 
 def test_a_span_grows_and_shrinks_behind_the_same_addresses(fake, span_of):
@@ -114,6 +118,21 @@ def test_a_span_grows_and_shrinks_behind_the_same_addresses(fake, span_of):
     for _ in range(2):
         span.close()
     assert left.value == 64 * STEP
+
+
+def test_memory_is_another_devices_too_only_once_it_is_shared_with_it_and_then_what_it_grows_by(fake, span_of):
+    granted = (ctypes.c_int * 3).in_dll(fake, "granted")
+    span, peer, stranger = span_of(3 * STEP, 100 * STEP), nvidia.Nvidia.__new__(nvidia.Nvidia), LateAccelerator()
+    peer.device = torch.device("cuda", 1)
+    assert list(granted) == [2, 0, 0], "two steps, for their own device"
+    span.share(peer)
+    span.share(peer)
+    assert list(granted) == [2, 2, 0]
+    span.resize(5 * STEP)
+    assert list(granted) == [3, 3, 0]
+    with pytest.raises(DeviceError, match="cannot be shared with a stand-in, which is no CUDA device"):
+        span.share(stranger)
+    span.close()
 
 
 def test_memory_that_cannot_be_made_accessible_is_given_back(fake, span_of):

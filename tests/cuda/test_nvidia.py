@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from kvtier.cuda.copies import RegisteredMemory
 from kvtier.cuda.nvidia import Nvidia, NvidiaEvent, NvidiaStream
 from kvtier.errors import DeviceError
 
@@ -19,12 +21,24 @@ FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 class Driver:
     """Gives streams, and lets everything be."""
 
+    maps_host_memory = False
+
     def __init__(self) -> None:
         self.made = 0
+        self.copies: list[tuple[list[int], ...]] = []
 
     def new_stream(self) -> int:
         self.made += 1
         return self.made
+
+    def register(self, address: int, size_bytes: int) -> str | None:
+        return "no more" if size_bytes > 4096 else None
+
+    def unregister(self, address: int) -> None:
+        pass
+
+    def copy(self, targets: Any, sources: Any, sizes: Any, stream: int) -> None:
+        self.copies.append((targets.tolist(), sources.tolist(), sizes.tolist()))
 
     @contextmanager
     def relaxed(self) -> Iterator[None]:
@@ -34,7 +48,7 @@ class Driver:
 @pytest.fixture
 def gpu(monkeypatch):
     made: Any = Nvidia.__new__(Nvidia)
-    made.device, made._driver, made._idle_streams = FIRST, Driver(), []
+    made.device, made._driver, made._idle_streams, made._registered = FIRST, Driver(), [], RegisteredMemory()
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: SimpleNamespace(cuda_stream=handle, device=device))
     return made
 
@@ -78,7 +92,7 @@ def capturing(monkeypatch):
 def test_a_capture_is_refused_on_the_device_where_it_is(capturing, device):
     driver: Any = Driver()
     made: Any = SimpleNamespace(cuda_stream=0, device=device, wait_event=lambda event: None)
-    stream, event = NvidiaStream(driver, made, current=True), NvidiaEvent(driver, made)
+    stream, event = NvidiaStream(driver, made, True, RegisteredMemory()), NvidiaEvent(driver, made)
     if device == FIRST:
         assert stream.record().done()
         stream.wait(event)
@@ -97,7 +111,7 @@ def test_what_torch_says_of_work_that_failed_is_an_error_of_the_device(capturing
     monkeypatch.setattr(torch.cuda, "Event", lambda blocking: SimpleNamespace(**calls))
     driver: Any = Driver()
     made: Any = SimpleNamespace(cuda_stream=7, device=FIRST, **calls)
-    stream = NvidiaStream(driver, made, current=False)
+    stream = NvidiaStream(driver, made, False, RegisteredMemory())
 
     def all_of_them():
         event = stream.record()
@@ -107,3 +121,65 @@ def test_what_torch_says_of_work_that_failed_is_an_error_of_the_device(capturing
 
     with pytest.raises(DeviceError, match="^work on the GPU failed: CUDA error: an illegal memory access was encountered$"):
         all_of_them()
+
+
+def addresses(*numbers: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.array(numbers, np.int64)
+
+
+def test_neighbours_on_both_sides_are_one_copy_but_never_across_two_registrations(gpu):
+    assert gpu.register(4096, 4096) is None
+    assert gpu.register(8192, 4096) is None
+    assert gpu.register(1 << 20, 8192) == "no more"
+    gpu.new_stream().copy(addresses(90112, 91136, 92160, 95232, 96256), addresses(6144, 7168, 8192, 9216, 10240), 1024)
+    assert gpu._driver.copies == [([90112, 92160, 95232], [6144, 8192, 9216], [2048, 1024, 2048])]
+    gpu.unregister(8192)
+    gpu.new_stream().copy(addresses(90112, 91136, 92160), addresses(6144, 7168, 8192), 1024)
+    assert gpu._driver.copies[1:] == [([90112], [6144], [3072])]
+
+
+def test_no_kernel_is_handed_host_memory_that_is_not_registered(gpu, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed: there are no kernels to hand anything to")
+    from kvtier.cuda import copy_kernel
+
+    launched: list[Any] = []
+    monkeypatch.setattr(copy_kernel, "copy_all", lambda *arguments: launched.append(arguments))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    stream = gpu.new_stream()
+    assert gpu.register(4096, 4096) is None
+    for host in (0, 3072, 8176, 1 << 30):
+        with pytest.raises(DeviceError, match="not registered is never handed to a kernel"):
+            stream.copy_by_kernel(addresses(90112, 91136), addresses(4096, host), 2048, to_host=True)
+    assert launched == []
+    stream.copy_by_kernel(addresses(90112, 91136), addresses(4096, 6144), 2048, to_host=True)
+    stream.copy_by_kernel(addresses(90112, 91136), addresses(4096, 6144), 2048, to_host=False)
+    assert [[to.tolist(), of.tolist()] for to, of, *_ in launched] == [[[4096, 6144], [90112, 91136]], [[90112, 91136], [4096, 6144]]]
+    gpu.unregister(4096)
+    with pytest.raises(DeviceError, match="not registered"):
+        stream.copy_by_kernel(addresses(90112), addresses(4096), 2048, to_host=True)
+
+
+def test_a_gpu_without_kernels_that_copy_says_why(gpu):
+    gpu.name = "a GPU"
+    assert gpu.why_no_kernel_copies() == "kernels of a GPU find registered host memory at other addresses than the host"
+    gpu._driver.maps_host_memory = True
+    assert "they run on NVIDIA GPUs" in gpu.why_no_kernel_copies()
+
+
+@pytest.mark.parametrize("current", [True, False])
+@pytest.mark.parametrize("whose", ["torch", "triton"])
+def test_a_kernel_that_cannot_be_launched_is_an_error_of_the_device(monkeypatch, whose, current):
+    error: Exception = RuntimeError("CUDA error: misaligned address\nmore")
+    if whose == "triton":
+        error = pytest.importorskip("triton", reason="Triton is not installed").runtime.errors.PTXASError("too many registers")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    driver: Any = Driver()
+    made: Any = SimpleNamespace(cuda_stream=7, device=FIRST)
+    stream = NvidiaStream(driver, made, current, RegisteredMemory())
+
+    def fail() -> torch.Tensor:
+        raise error
+
+    for call in (stream.run, stream.result):
+        with pytest.raises(DeviceError, match="^a launch on the GPU failed: .*(misaligned address|too many registers)"):
+            call(fail)

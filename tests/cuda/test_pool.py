@@ -242,7 +242,7 @@ def test_sizes_that_cannot_be_are_refused_and_change_nothing(monkeypatch):
         cache.resize_device(PAGE_BYTES)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 9000), st.integers(1, 60), st.integers(1, 1 << 16), st.none() | st.integers(0, 1 << 18))
 def test_registered_chunks_touch_but_never_overlap_and_no_direct_slot_crosses_two(slot_bytes, slots, chunk_bytes, refuse_after):
     gpu, start = LateAccelerator(refuse_after=refuse_after), 1 << 30

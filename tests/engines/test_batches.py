@@ -204,7 +204,7 @@ OPERATIONS = st.lists(
 
 
 @torch.inference_mode()
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(operations=OPERATIONS, known=st.lists(st.sampled_from([0, 16, 32, 48]), min_size=1, max_size=3))
 def test_it_does_what_a_dynamic_cache_does(model, tmp_path_factory, operations, known):
     """Whatever is done with its layers, they hold what transformers' own cache holds that was filled with the same prefix."""

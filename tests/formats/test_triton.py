@@ -108,7 +108,7 @@ def test_bytes_and_numbers_are_those_of_the_reference(name, dtype):
     check_both_ways(name, PageLayout(1, 2, 16, 1, 128 if dtype == "bf16" else 64, dtype), 1, [1])
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12, derandomize=True)
 @given(
     name=st.sampled_from([*FORMATS, "q8/q4"]),
     tokens=st.integers(1, 9),

@@ -52,7 +52,7 @@ def written(monkeypatch, format: str, compress: str, seconds: float, batches: in
     for _ in range(batches):
         room = [np.empty(tier.format.payload_bytes(LAYOUT), np.uint8) for _ in range(4)]
         payloads = packer.encode(PAGES, [0, 1, 2, 3], room, [])
-        assert packer.write(moves, payloads) == [None] * 4
+        assert packer.begin(moves, payloads, ahead=False)() == [None] * 4
         decoded = tier.format.decode(tier.format.unpack([tier.copies[n] for n in range(4)], LAYOUT), LAYOUT)
         assert torch.equal(decoded, PAGES)
         sizes.append(len(tier.copies[0]))

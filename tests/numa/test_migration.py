@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.errors import NumaError
@@ -74,7 +74,6 @@ def test_a_batch_is_bounded_and_takes_the_largest_gains():
     assert planned(rule, history, dict.fromkeys(range(5), 0), {0: 0, 1: 9}) == [(4, 0, 1), (3, 0, 1)]
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0.01, 5), st.integers(1, 40)), min_size=4, max_size=300))
 def test_nothing_ping_pongs_when_two_nodes_take_turns(turns):
     """Each turn, one of two nodes accesses the page a number of times, then the other: the moves are bounded by the doubling rests."""
@@ -100,7 +99,6 @@ def test_nodes_that_take_long_turns_are_followed_less_and_less():
     assert 1 < moves <= 1 + math.log2(now / RULE.rest_s + 1)
 
 
-@settings(deadline=None)
 @given(st.floats(0.001, 10), st.integers(2, 400))
 def test_strictly_alternating_accesses_never_move_anything(pause, turns):
     history = AccessHistory(RULE)
@@ -109,7 +107,6 @@ def test_strictly_alternating_accesses_never_move_anything(pause, turns):
         assert planned(RULE, history, {1: 0}, {0: 1, 1: 1}, turn * pause) == []
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_any_plan_finds_room_and_moves_no_page_twice(data):
     nodes = data.draw(st.integers(2, 4))

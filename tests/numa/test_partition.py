@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvtier.errors import MissingExtra, NumaError
@@ -38,7 +38,6 @@ def problems(draw):
     return loads, traffic, draw(st.integers(1, 3)), draw(st.sampled_from([0.0, 0.5, 1.0, 3.0]))
 
 
-@settings(deadline=None)
 @given(problems())
 @example(
     ([0] * 5, {(0, 2): 3, (0, 3): 3, (1, 3): 4, (1, 4): 1, (2, 3): 2, (2, 4): 6, (3, 4): 5}, 3, 0.0)
@@ -117,7 +116,6 @@ def test_kv_is_laid_out_by_layers_heads_or_both():
     assert ranges(7, 3) == [(0, 2), (2, 4), (4, 7)]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(1, 4))
 def test_layers_of_different_sizes_are_cut_where_the_largest_range_is_least(sizes, nodes):
     if len(sizes) < nodes:

@@ -6,7 +6,7 @@ import ctypes
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.errors import NumaError
@@ -17,7 +17,6 @@ from kvtier.numa.transfers import NodeStream, Piece, chunk_bytes, chunked
 NODE = usable_nodes(this_machine())[0]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 50), max_size=20), st.integers(1, 40))
 def test_chunks_hold_everything_once_and_split_only_what_must_be(lengths, limit):
     pieces = [Piece(tag, 1000 * tag, length) for tag, length in enumerate(lengths)]

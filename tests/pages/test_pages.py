@@ -53,7 +53,6 @@ PATHS = st.lists(st.integers(0, 2), min_size=1, max_size=5).map(tuple)
 
 
 @given(st.lists(st.tuples(PATHS, st.integers(0, TIERS - 1)), max_size=25), PATHS, st.randoms())
-@settings(deadline=None)
 def test_find_gives_the_longest_visible_prefix_whatever_came_in_which_order(copies, asked, random):
     """Orphans included: a page whose parents come later, or never."""
     table = PageTable(TIERS, 4)
@@ -83,7 +82,6 @@ def test_find_gives_the_longest_visible_prefix_whatever_came_in_which_order(copi
 
 
 @given(st.lists(st.tuples(PATHS, st.integers(0, TIERS - 1)), min_size=1, max_size=25, unique=True), st.randoms())
-@settings(deadline=None)
 def test_when_the_last_copy_goes_every_hollow_row_goes_too(copies, random):
     table = PageTable(TIERS, 4)
     for path, tier in copies:
@@ -138,7 +136,6 @@ def test_an_orphan_is_linked_when_its_parent_appears():
 
 
 @given(st.lists(st.tuples(PATHS, st.integers(1, 5)), max_size=12))
-@settings(deadline=None)
 def test_a_chain_added_at_once_is_what_adding_page_by_page_gives(sequences):
     one, all_ = PageTable(TIERS, 4), PageTable(TIERS, 4)
     for path, count in sequences:
@@ -162,7 +159,6 @@ def test_a_chain_added_at_once_is_what_adding_page_by_page_gives(sequences):
 
 
 @given(st.lists(st.tuples(PATHS, st.integers(0, TIERS - 1)), min_size=1, max_size=25, unique=True), st.integers(1, 8))
-@settings(deadline=None)
 def test_copies_dropped_many_at_once_leave_nothing_behind(copies, at_once):
     table = PageTable(TIERS, 4)
     for path, tier in copies:
@@ -433,7 +429,7 @@ class TableMachine(RuleBasedStateMachine):
 
 
 def test_the_columns_agree_after_any_sequence_of_calls():
-    run_state_machine_as_test(TableMachine, settings=settings(max_examples=60, stateful_step_count=30, deadline=None))
+    run_state_machine_as_test(TableMachine, settings=settings(max_examples=60, stateful_step_count=30))
 
 
 def test_rows_keep_their_numbers_when_the_table_grows():

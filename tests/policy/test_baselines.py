@@ -258,7 +258,7 @@ def test_reuse_probability_learns_which_pages_return():
 
 
 @pytest.mark.parametrize("name", BASELINES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_victims_of_a_busy_tier_are_leaves_never_protected_and_all_or_none(name, data):
     """Requests of some shared chains, a tier that is full all the time, as its owner would run it."""

@@ -156,7 +156,7 @@ def test_law_2_of_a_failed_io_only_the_records_that_fail_alone_are_refused(recor
 
 
 def test_law_6_a_store_of_any_size_goes_through_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("kvtier.tiers.disk.store._SCRATCH_BYTES", 3 * SLOT)
+    monkeypatch.setattr("kvtier.tiers.disk.writer._SCRATCH_BYTES", 6 * SLOT)
     engine = FaultyEngine()
     tier = open_disk(tmp_path, engine=engine)
     slots = tier.reserve(10)

@@ -26,7 +26,7 @@ def damaged(tmp_path_factory):
     tier.close()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(offset=st.one_of(st.integers(0, HEADER_BYTES - 1), st.integers(0, SLOT - 1)), bit=st.integers(0, 7))
 def test_law_1_a_flipped_bit_is_refused_and_padding_means_nothing(damaged, offset, bit):
     tier, path = damaged
@@ -41,7 +41,7 @@ def test_law_1_a_flipped_bit_is_refused_and_padding_means_nothing(damaged, offse
     assert holds(tier, 0, 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(length=st.integers(0, SLOT))
 def test_law_1_a_truncated_file_is_refused(damaged, length):
     tier, path = damaged

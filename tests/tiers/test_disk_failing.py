@@ -16,7 +16,7 @@ from tests.tiers.disk import CAPACITY, SLOT, image_of, open_disk
 from tests.tiers.faults import FaultyEngine
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(budget=st.integers(0, 3 * SLOT - 1))
 def test_law_2_a_full_disk_refuses_and_loses_nothing(tmp_path_factory, budget):
     path = tmp_path_factory.mktemp("full") / "store"

@@ -126,7 +126,7 @@ def test_a_record_cut_off_by_the_end_of_the_file_is_dropped(tmp_path):
     again.close()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(garbage=st.binary(min_size=1, max_size=3 * SLOT), offset=st.integers(0, 4 * SLOT))
 def test_law_1_any_garbage_in_a_segment_file_is_survived(tmp_path_factory, garbage, offset):
     path = tmp_path_factory.mktemp("garbage") / "store"
@@ -271,7 +271,7 @@ def test_variable_sizes_are_charged_the_same_after_a_restart(tmp_path):
 # -- power ------------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     steps=st.lists(st.sampled_from(["store", "store", "free", "tidy", "checkpoint"]), max_size=25),
     durability=st.sampled_from(["process", "power"]),

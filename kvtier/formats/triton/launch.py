@@ -115,7 +115,7 @@ def encode(
     plan: Launches, source: PagedKV, table: torch.Tensor, out: torch.Tensor, rows: torch.Tensor, begins: torch.Tensor | None
 ) -> None:
     """Queue the coding of all pages of `table` into `out[rows]`; `begins` uint8 `[n]`, not 0 for those that begin a sequence."""
-    with _on(source.device):
+    with on(source.device):
         for group in plan.groups:
             special = begins if begins is not None and group.can_begin else None
             kernels.encode_kernel[(len(table) * len(group.layers) * source.layout.kv_heads,)](
@@ -128,7 +128,7 @@ def encode(
 
 def decode(plan: Launches, payloads: torch.Tensor, rows: torch.Tensor, target: PagedKV, table: torch.Tensor, first: int, stop: int) -> None:
     """Queue the decoding of layers `first` to `stop` of `payloads[rows]` into the pages of `table`."""
-    with _on(target.device):
+    with on(target.device):
         for group in plan.groups:
             begin, end = bisect_left(group.layers, first), bisect_left(group.layers, stop)
             if begin == end:
@@ -161,5 +161,5 @@ def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -21,7 +21,7 @@ SPARSE24: tl.constexpr = tl.constexpr(4)
 
 
 @triton.jit
-def _vector_starts(
+def vector_starts(
     table, page, head, tokens, rows, block_stride, token_stride, head_stride, TOKENS: tl.constexpr, BLOCK_TOKENS: tl.constexpr
 ):
     """Where the vectors of one head of a page begin, in numbers from the base: int64 `[T]`."""
@@ -34,7 +34,7 @@ def _vector_starts(
 
 
 @triton.jit
-def _numbers_at(base, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
+def numbers_at(base, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
     """The engine's numbers at an address, as words of 16 or 32 bits."""
     if DTYPE == 2:
         pointer = base.to(tl.pointer_type(tl.uint32))
@@ -57,21 +57,21 @@ def encode_kernel(
     page = (program // HEADS // entries).to(tl.int64)
     tokens = tl.arange(0, T)
     rows = tokens < TOKENS
-    starts = _vector_starts(table, page, head, tokens, rows, block_stride, token_stride, head_stride, TOKENS, BLOCK_TOKENS)
+    starts = vector_starts(table, page, head, tokens, rows, block_stride, token_stride, head_stride, TOKENS, BLOCK_TOKENS)
     source = tl.load(bases + tl.load(sources + entry))
     place = tl.load(out_rows + page) * row_bytes + tl.multiple_of(tl.load(offsets + entry), ALIGN)
     address = tl.multiple_of(out + place, ALIGN)
     vectors = tokens * HEADS + head
     if CODEC == SPARSE24:
         encode_sparse24(
-            _numbers_at(source, DTYPE, SOURCE_ALIGN), starts, address, vectors, rows, DTYPE, TOKENS * HEADS, HEAD_DIM, T, D // 4, LIMIT,
+            numbers_at(source, DTYPE, SOURCE_ALIGN), starts, address, vectors, rows, DTYPE, TOKENS * HEADS, HEAD_DIM, T, D // 4, LIMIT,
             ALIGN,
         )  # fmt: skip
     else:
         channel = tl.arange(0, D)[None, :]
         inside = rows[:, None] & (channel < HEAD_DIM)
         BYTES: tl.constexpr = 4 if DTYPE == 2 else 2
-        words = tl.load(_numbers_at(source, DTYPE, SOURCE_ALIGN) + (starts[:, None] + channel), inside, 0).to(tl.uint32)
+        words = tl.load(numbers_at(source, DTYPE, SOURCE_ALIGN) + (starts[:, None] + channel), inside, 0).to(tl.uint32)
         if CODEC == RAW:
             store_word(address, vectors[:, None] * HEAD_DIM + channel, words, inside, BYTES, ALIGN)
         else:
@@ -104,7 +104,7 @@ def decode_kernel(
     page = (program // HEADS // entries).to(tl.int64)
     tokens = tl.arange(0, T)
     rows = tokens < TOKENS
-    starts = _vector_starts(table, page, head, tokens, rows, block_stride, token_stride, head_stride, TOKENS, BLOCK_TOKENS)
+    starts = vector_starts(table, page, head, tokens, rows, block_stride, token_stride, head_stride, TOKENS, BLOCK_TOKENS)
     target = tl.load(bases + tl.load(targets + entry))
     place = tl.load(payload_rows + page) * row_bytes + tl.multiple_of(tl.load(offsets + entry), ALIGN)
     address = tl.multiple_of(payloads + place, ALIGN)
@@ -127,5 +127,5 @@ def decode_kernel(
             ALIGN,
         )  # fmt: skip
         words = words_of_numbers(decoded, DTYPE)
-    numbers = _numbers_at(target, DTYPE, TARGET_ALIGN) + (starts[:, None] + channel)
+    numbers = numbers_at(target, DTYPE, TARGET_ALIGN) + (starts[:, None] + channel)
     tl.store(numbers, words.to(numbers.dtype.element_ty), inside)

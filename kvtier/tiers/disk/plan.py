@@ -63,3 +63,8 @@ def plan(slots: Sequence[int], lengths: Sequence[int], slot_bytes: int, segment_
         runs.append(Run(slot // segment_slots, place * slot_bytes, first, count, length))
         first += count
     return runs
+
+
+def records_at_once(slot_bytes: int, scratch_bytes: int) -> int:
+    """Records in one half of a writer's scratch memory: while these are written, the next are composed in the other. One at least."""
+    return max(1, scratch_bytes // 2 // slot_bytes)

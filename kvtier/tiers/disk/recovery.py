@@ -1,18 +1,21 @@
 """Reading a store back after a restart: which records of the segment files are copies, and which are debris.
 
-`scan` does I/O and decides nothing but validity, one segment per call, several at once; `select` is pure and decides what is kept.
+`survey` does I/O and decides nothing but validity, several segments at once; `select` is pure and decides what is kept.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from kvtier.io.files import BLOCK_BYTES, page_aligned
 from kvtier.tiers.base import Refused
 from kvtier.tiers.disk import record
 from kvtier.tiers.disk.segments import Segments
+
+_SCAN_THREADS = 8
 
 
 @dataclass
@@ -32,6 +35,24 @@ class Survey:
         self.valid += other.valid
         self.debris += other.debris
         self.reasons += other.reasons
+
+
+def survey(segments: Segments, check: Callable[[record.Header], str | None], trusted_sequence: int | None) -> Survey:
+    """What is in all segment files (see `scan`). Unless all records are trusted, segments count as not yet synced."""
+    found = Survey()
+    numbers = segments.numbers()
+    with ThreadPoolExecutor(_SCAN_THREADS, thread_name_prefix="kvtier-scan") as pool:
+        for one in pool.map(lambda segment: scan(segments, segment, check, trusted_sequence), numbers):
+            found.merge(one)
+    if trusted_sequence is not None:
+        segments.mark_dirty(numbers)  # verified, but perhaps still only in the page cache
+    return found
+
+
+def trim(segments: Segments, kept: Sequence[tuple[int, record.Header]]) -> None:
+    """Punch behind every kept record: a power failure can keep a record and lose the punch before it. OSError if the medium fails."""
+    for slot, header in kept:
+        segments.trim(slot, record.record_bytes(header.payload_bytes))
 
 
 def scan(segments: Segments, segment: int, check: Callable[[record.Header], str | None], trusted_sequence: int | None) -> Survey:

@@ -1,7 +1,7 @@
 """The disk tier itself: carries records between memory and segment files, and brings a store back after a restart.
 
-Bookkeeping (`reserve`, `free`, counters) is in `SlotBook` with a lock of its own. `store`, `load`, `tidy` and `checkpoint` may run in
-several threads at once, each slot in one of them; `_lock` guards what they share (sequences in flight, counters) and is never held
+Bookkeeping (`reserve`, `free`) is in `SlotBook` with a lock of its own, the write side in `RecordWriter`. `store`, `load`, `tidy` and
+`checkpoint` may run in several threads at once, each slot in one of them; `_lock` guards what says which of them run and is never held
 across I/O. `recover` and `close` are called once, by the owner.
 """
 
@@ -12,9 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -22,27 +20,30 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtier.errors import ConfigError, StoreError
+from kvtier.cuda.surface import Accelerator
+from kvtier.errors import ConfigError, DeviceError, StoreError
 from kvtier.formats.base import Format, Payload
-from kvtier.io.files import Bytes, FileEngine, page_aligned
+from kvtier.io.files import Bytes, FileEngine
 from kvtier.io.pooled import DEPTH
 from kvtier.io.probe import Chosen, EngineChoice, choose_engine, existing_part
 from kvtier.keys import PageKey
 from kvtier.layout import PageLayout
-from kvtier.tiers.base import Loaded, PageId, Refused, Tier
+from kvtier.tiers.base import FinishStore, Loaded, PageId, Refused, Tier
 from kvtier.tiers.disk import record
-from kvtier.tiers.disk.batches import check_staging, fetch, put
-from kvtier.tiers.disk.directory import FULL_ERRNOS, Description, StoreDirectory, reopened
-from kvtier.tiers.disk.recovery import Survey, scan, select
+from kvtier.tiers.disk.batches import check_staging, fetch
+from kvtier.tiers.disk.direct import DirectRecords, check_direct, find_reader
+from kvtier.tiers.disk.directory import Description, StoreDirectory, reopened
+from kvtier.tiers.disk.recovery import Survey, select, survey, trim
 from kvtier.tiers.disk.segments import Segments
 from kvtier.tiers.disk.slots import SlotBook
+from kvtier.tiers.disk.tidying import Tally, Tidier
+from kvtier.tiers.disk.writer import RecordWriter
 
 Durability = Literal["process", "power"]
+DiskEngine = EngineChoice | Literal["gds"]
 
 _SEGMENT_BYTES = 256 << 20
 _MOST_SEGMENTS = 256
-_SCAN_THREADS = 8
-_SCRATCH_BYTES = 8 << 20
 _log = logging.getLogger(__name__)
 
 
@@ -57,7 +58,8 @@ class DiskTier(Tier):
     worker: the first makes freed copies unfindable for good, the second shortens the next start after a crash.
 
     `engine` is a name for `kvtier.io.probe.choose_engine`, with `depth` requests at once, or an engine, from then on the tier's. Stores
-    written by one engine open with every other. `cpus`: those that an engine made here keeps its threads on, any without.
+    written by one engine open with every other. `cpus`: those that an engine made here keeps its threads on, any without. The engine "gds"
+    is `direct`, and records can also be read straight into the memory of `gpu` (`reading_directly`).
 
     Raises ConfigError (path, capacity or engine impossible), StoreLocked, LayoutError (store of another layout), StoreError (foreign,
     damaged, newer, or of another format or namespace). Nothing new is left there then, and what was there stays.
@@ -73,10 +75,11 @@ class DiskTier(Tier):
         capacity_bytes: int,
         namespace: bytes,
         durability: Durability = "process",
-        engine: FileEngine | EngineChoice = "auto",
+        engine: FileEngine | DiskEngine = "auto",
         depth: int = DEPTH,
         clock: Callable[[], float] = time.monotonic,
         cpus: Sequence[int] = (),
+        gpu: Accelerator | None = None,
     ) -> None:
         if durability not in get_args(Durability):
             raise ConfigError(f"disk.durability is {durability!r}; expected one of {', '.join(get_args(Durability))}")
@@ -95,13 +98,19 @@ class DiskTier(Tier):
         self._quiet = threading.Condition(self._lock)
         self._running = 0
         self._closed = False
-        self._in_flight: set[int] = set()
         self._checkpointing = False
-        self._full_logged = False
-        self._scratch = threading.local()
-        self.counters: Counter[str] = Counter()
-        """Records "recovered", "discarded: <reason>", slots "tidied"; failures "disk full", "io errors", "refused: <reason>"."""
+        self._tally = Tally()
+        self.counters = self._tally.counts
+        """Records "recovered", "discarded: <reason>", "read directly", "not proven directly", slots "tidied"; failures
+        "disk full", "io errors", "refused: <reason>"."""
 
+        reader = None
+        if engine == "gds":
+            check_direct(format, layout)
+            try:
+                reader, engine = find_reader(gpu, existing_part(Path(path)), depth), "direct"
+            except DeviceError as error:
+                raise ConfigError(f"disk.io_engine is gds, but {error}; use auto") from error
         chosen = choose_engine(existing_part(Path(path)), engine, depth, cpus) if isinstance(engine, str) else Chosen(engine)
         self._instead = chosen.instead
         try:
@@ -114,12 +123,17 @@ class DiskTier(Tier):
         except BaseException:
             chosen.engine.stop()
             raise
-        self._next_sequence = self._description.synced_sequence + 1
         self._segments = Segments(self._directory, chosen.engine, self._description.segment_slots, self.slot_bytes)
+        sizes = (self._description.segment_slots, self.slot_bytes, depth)
+        self._direct = DirectRecords(reader, self._directory, *sizes) if reader is not None else None
         self._recovered = not self._segments.numbers()
         if not self._segments.punches:
             _log.info("disk store %s: this file system cannot punch holes; every copy takes %d bytes", path, self.slot_bytes)
         self._book = SlotBook(self.slot_bytes, capacity_bytes, self._segments.punches, clock)
+        owned = (str(self._directory.path), self._segments, self._book)
+        self._tidier = Tidier(*owned, self._tally)
+        first = self._description.synced_sequence + 1
+        self._writer = RecordWriter(*owned, self._tidier, self._tally, layout, format, first, durability == "power")
 
     def _open(self, namespace: bytes) -> tuple[Description, bool]:
         """The description now on disk, marked as in use, and whether the store had been closed in order."""
@@ -163,32 +177,27 @@ class DiskTier(Tier):
         self._book.free(slots)
 
     def store(self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload]) -> list[Refused | None]:
+        return self._begin_store(slots, pages, payloads, ahead=False)()
+
+    def begin_store(self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload]) -> FinishStore:
+        """As of every tier; the records are written by threads of this one. `close` waits until all that was begun is finished."""
+        return self._begin_store(slots, pages, payloads, ahead=True)
+
+    def _begin_store(self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload], ahead: bool) -> FinishStore:
         self._book.check_held(slots)
-        with self._operation() as open_:
-            if not open_:
-                return [Refused("closed")] * len(slots)
+        with contextlib.ExitStack() as stack:
+            if not stack.enter_context(self._operation()):
+                return lambda: [Refused("closed")] * len(slots)
             if not len(slots) == len(pages) == len(payloads):
                 raise ValueError(f"{len(slots)} slots, {len(pages)} pages and {len(payloads)} payloads; expected as many of each")
-            first = self._begin_sequence(len(slots))
-            try:
-                written: list[int | Refused] = []
-                at_once = max(1, _SCRATCH_BYTES // self.slot_bytes)
-                for start in range(0, len(slots), at_once):
-                    part = slice(start, start + at_once)
-                    written += self._write(slots[part], first + start, pages[part], payloads[part])
-                if self._durability == "power":
-                    written = self._make_durable(slots, written)
-                for slot, outcome in zip(slots, written, strict=True):
-                    if isinstance(outcome, int):
-                        self._book.wrote(slot, outcome)
-            finally:
-                with self._lock:
-                    self._in_flight.discard(first)
-            results = [outcome if isinstance(outcome, Refused) else None for outcome in written]
-            if self._full_logged and None in results and self.usable_bytes == self.capacity_bytes:
-                self._full_logged = False
-                _log.info("disk store %s: there is room again", self._directory.path)
-            return results
+            writing = self._writer.begin(slots, pages, payloads, ahead)
+            running = stack.pop_all()
+
+        def finish() -> list[Refused | None]:
+            with running:
+                return self._writer.finish(writing)
+
+        return finish
 
     def load(self, slots: Sequence[int], keys: Sequence[PageKey], staging: NDArray[np.uint8]) -> list[Payload | Refused]:
         loaded = dict(self.load_each(slots, keys, staging))
@@ -216,6 +225,35 @@ class DiskTier(Tier):
                     else:
                         yield index, self._verified(found, keys[index])
 
+    @property
+    def reads_directly(self) -> bool:
+        """Whether records can be read straight into a GPU's memory."""
+        return self._direct is not None
+
+    @contextlib.contextmanager
+    def reading_directly(self) -> Iterator[DirectRecords | None]:
+        """What reads records straight into a GPU's memory, none of which has proved itself (`proves`); `close` waits for the end of this.
+
+        None where `reads_directly` says no, and once the tier was closed.
+        """
+        with self._operation() as open_:
+            yield self._direct if open_ else None
+
+    def stored_bytes(self, slots: Sequence[int]) -> list[int]:
+        """Bytes of the record in each of these slots; 0 where there is none."""
+        return [self._book.stored_bytes(slot) for slot in slots]
+
+    def proves(self, header: Bytes, key: PageKey, checksum: bytes) -> bool:
+        """Whether a record that begins with `header`, and whose payload has this xxh3-128, is the copy of `key` that `load` would give."""
+        found = record.parse(header)
+        return found is not None and found.page.key == key and self._fault(found) is None and found.payload_checksum == checksum
+
+    def read_directly(self, proven: int, unproven: int) -> None:
+        """Count records that were read directly: those that proved themselves, and those that are left to `load`, which says why."""
+        self._tally.add("read directly", proven)
+        if unproven:
+            self._tally.add("not proven directly", unproven)
+
     def recover(self) -> Iterator[tuple[int, PageId]]:
         """Copies found on disk, parents before children. Later calls give none.
 
@@ -225,19 +263,19 @@ class DiskTier(Tier):
         """
         if self._recovered:
             return iter(())
-        survey = self._survey()
-        most_slots = survey.slots if self._segments.punches else min(survey.slots, self.capacity_bytes // self.slot_bytes)
-        within = [(slot, header) for slot, header in survey.valid if slot < most_slots]
-        survey.reasons["capacity"] += len(survey.valid) - len(within)
+        found = self._survey()
+        most_slots = found.slots if self._segments.punches else min(found.slots, self.capacity_bytes // self.slot_bytes)
+        within = [(slot, header) for slot, header in found.valid if slot < most_slots]
+        found.reasons["capacity"] += len(found.valid) - len(within)
         kept, dropped, reasons = select(within, self.capacity_bytes, self._cost_bytes)
-        stale = sorted({*dropped, *(slot for slot in survey.debris if slot < most_slots)})
-        if most_slots < survey.slots:
+        stale = sorted({*dropped, *(slot for slot in found.debris if slot < most_slots)})
+        if most_slots < found.slots:
             self._segments.cut(most_slots)
         self._book.adopt(most_slots, {slot: record.record_bytes(header.payload_bytes) for slot, header in kept}, stale)
-        self._next_sequence = max(self._next_sequence, survey.last_sequence + 1)
-        self._count("recovered", len(kept))
-        for reason, count in (survey.reasons + reasons).items():
-            self._count(f"discarded: {reason}", count)
+        self._writer.next_sequence = max(self._writer.next_sequence, found.last_sequence + 1)
+        self._tally.add("recovered", len(kept))
+        for reason, count in (found.reasons + reasons).items():
+            self._tally.add(f"discarded: {reason}", count)
         self._recovered = True
         self.tidy()
         if not self._was_clean:
@@ -247,17 +285,8 @@ class DiskTier(Tier):
 
     def tidy(self) -> int:
         """Erase freed copies from the disk; returns how many. For a worker thread; safe beside every other call."""
-        erased = 0
         with self._operation() as open_:
-            for _ in range(self._book.pending if open_ else 0):
-                slot = self._book.next_pending()
-                if slot is None:
-                    break
-                gone = self._erase(slot)
-                self._book.tidied(slot, gone)
-                erased += gone
-        self._count("tidied", erased)
-        return erased
+            return self._tidier.tidy() if open_ else 0
 
     def checkpoint(self) -> bool:
         """Make all finished stores survive a power failure and say so in `store.json`; False if that failed or is already being done.
@@ -279,12 +308,11 @@ class DiskTier(Tier):
 
     def report(self) -> dict[str, object]:
         """What this tier achieved and how it stands, for stats and `kvtier doctor`. Sizes in bytes."""
-        with self._lock:
-            counters = dict(self.counters)
         return {
             "path": str(self._directory.path),
             "format": self.format.name,
-            "engine": self._segments.engine.name,
+            "engine": self._segments.engine.name if self._direct is None else "gds",
+            "direct_reader": None if self._direct is None else self._direct.reader.name,
             "engine_instead": self._instead,
             "io_depth": self._segments.engine.depth,
             "io_cpus": list(self._segments.engine.cpus),
@@ -298,7 +326,7 @@ class DiskTier(Tier):
             "pending_slots": self._book.pending,
             "segments": len(self._segments),
             "synced_sequence": self._description.synced_sequence,
-            "counters": counters,
+            "counters": self._tally.copy(),
         }
 
     def close(self) -> None:
@@ -311,7 +339,10 @@ class DiskTier(Tier):
             self._quiet.wait_for(lambda: self._running == 0)
         if self._recovered:
             self._checkpoint(clean=self._book.pending == 0)
+        self._writer.stop()
         self._segments.close()
+        if self._direct is not None:
+            self._direct.close()
         self._segments.engine.stop()
         self._directory.close()
 
@@ -328,95 +359,6 @@ class DiskTier(Tier):
                 self._running -= open_
                 self._quiet.notify_all()
 
-    def _count(self, what: str, count: int = 1) -> None:
-        with self._lock:
-            self.counters[what] += count
-
-    def _begin_sequence(self, count: int) -> int:
-        with self._lock:
-            first = self._next_sequence
-            self._next_sequence += count
-            self._in_flight.add(first)
-            return first
-
-    def _write(self, slots: Sequence[int], first: int, pages: Sequence[PageId], payloads: Sequence[Payload]) -> list[int | Refused]:
-        """Write as many records as the scratch holds, numbered from `first`; their bytes, or why not, when nothing of them is left."""
-        rows = self._scratch_rows()[: len(slots)]
-        lengths, stale, crowded = [0] * len(slots), [0] * len(slots), False
-        for i, (page, payload) in enumerate(zip(pages, payloads, strict=True)):
-            if self._fits(payload):
-                lengths[i] = self._compose(first + i, page, payload, rows[i])
-                stale[i], more = self._book.claim(slots[i], lengths[i])
-                crowded |= more
-        if crowded:
-            self.tidy()
-        errors = put(self._segments, slots, lengths, stale, rows)
-        if any(error is not None and error.errno in FULL_ERRNOS for error in errors) and self.tidy():
-            # Freed copies that were still on disk may have been all that was in the way.
-            again = [length if error is not None else 0 for length, error in zip(lengths, errors, strict=True)]
-            errors = put(self._segments, slots, again, stale, rows)
-        return [
-            self._failed(slot, error) if error is not None else length or Refused("format")
-            for slot, length, error in zip(slots, lengths, errors, strict=True)
-        ]
-
-    def _fits(self, payload: Payload) -> bool:
-        whole = payload.nbytes == self._most_payload_bytes or not self.format.fixed_size
-        return payload.dtype == np.uint8 and payload.ndim == 1 and payload.nbytes <= self._most_payload_bytes and whole
-
-    def _compose(self, sequence: int, page: PageId, payload: Payload, row: Bytes) -> int:
-        payload = np.ascontiguousarray(payload)
-        checksum = record.payload_checksum(payload)
-        header = record.Header(sequence, page, self.layout.fingerprint, self._format_hash, payload.nbytes, checksum)
-        return len(record.compose(header, payload, row))
-
-    def _scratch_rows(self) -> Bytes:
-        """This thread's memory for records on their way to the disk, `[rows, slot_bytes]`."""
-        if not hasattr(self._scratch, "rows"):
-            count = max(1, _SCRATCH_BYTES // self.slot_bytes)
-            self._scratch.rows = page_aligned(count * self.slot_bytes).reshape(count, self.slot_bytes)
-        rows: Bytes = self._scratch.rows
-        return rows
-
-    def _failed(self, slot: int, error: OSError) -> Refused:
-        """Make what was written of a record invisible and say why it was refused."""
-        self._book.failed(slot, self._erase(slot))
-        if error.errno not in FULL_ERRNOS:
-            self._count("io errors")
-            _log.warning("disk store %s: cannot write: %s", self._directory.path, error)
-            return Refused(f"io: {error.strerror}")
-        self._count("disk full")
-        self._book.disk_is_full()
-        if not self._full_logged:
-            self._full_logged = True
-            _log.warning("disk store %s: disk full at %d bytes of copies; trying again later", self._directory.path, self.usable_bytes)
-        return Refused("disk full")
-
-    def _erase(self, slot: int) -> bool:
-        """Punch a slot, so that no record is found in it; False if the medium fails."""
-        try:
-            self._segments.erase(slot)
-        except OSError as error:
-            self._count("io errors")
-            _log.warning("disk store %s: cannot erase a freed copy: %s", self._directory.path, error)
-            return False
-        return True
-
-    def _make_durable(self, slots: Sequence[int], written: list[int | Refused]) -> list[int | Refused]:
-        """Sync the segments just written; records of a segment that cannot be synced are withdrawn."""
-        segments = {self._segments.segment_of(slot) for slot, outcome in zip(slots, written, strict=True) if isinstance(outcome, int)}
-        broken: dict[int, OSError] = {}
-        for segment in segments:
-            try:
-                self._segments.sync(segment)
-            except OSError as error:
-                broken[segment] = error
-        outcomes: list[int | Refused] = []
-        for slot, outcome in zip(slots, written, strict=True):
-            fault = broken.get(self._segments.segment_of(slot))
-            outcomes.append(self._failed(slot, fault) if fault and isinstance(outcome, int) else outcome)
-        return outcomes
-
     def _verified(self, data: Bytes, key: PageKey) -> Payload | Refused:
         header = record.parse(data)
         if header is None:
@@ -430,7 +372,7 @@ class DiskTier(Tier):
         return self._refused(payload.reason) if isinstance(payload, Refused) else payload
 
     def _refused(self, reason: str) -> Refused:
-        self._count(f"refused: {reason}")
+        self._tally.add(f"refused: {reason}")
         return Refused(reason)
 
     def _fault(self, header: record.Header) -> str | None:
@@ -445,32 +387,21 @@ class DiskTier(Tier):
         return record.record_bytes(header.payload_bytes) if self._segments.punches else self.slot_bytes
 
     def _survey(self) -> Survey:
-        """All segment files, several at once. StoreError if one cannot be read."""
-        trusted = None if self._was_clean else self._description.synced_sequence
-        found = Survey()
-        numbers = self._segments.numbers()
+        """All segment files. StoreError if one cannot be read."""
         try:
-            with ThreadPoolExecutor(_SCAN_THREADS, thread_name_prefix="kvtier-scan") as pool:
-                for survey in pool.map(lambda segment: scan(self._segments, segment, self._fault, trusted), numbers):
-                    found.merge(survey)
+            return survey(self._segments, self._fault, None if self._was_clean else self._description.synced_sequence)
         except OSError as error:
             raise StoreError(f"disk store {self._directory.path}: cannot read its segments: {error.strerror}") from error
-        if not self._was_clean:
-            self._segments.mark_dirty(numbers)  # verified, but perhaps still only in the page cache
-        return found
 
     def _trim(self, kept: Sequence[tuple[int, record.Header]]) -> None:
-        """Punch behind every kept record: a power failure can keep a record and lose the punch before it."""
         try:
-            for slot, header in kept:
-                self._segments.trim(slot, record.record_bytes(header.payload_bytes))
+            trim(self._segments, kept)
         except OSError as error:
-            self._count("io errors")
+            self._tally.add("io errors")
             _log.warning("disk store %s: cannot give back blocks behind its records: %s", self._directory.path, error)
 
     def _checkpoint(self, clean: bool) -> bool:
-        with self._lock:
-            synced = min(self._in_flight, default=self._next_sequence) - 1
+        synced = self._writer.finished_sequence
         dirty = self._segments.take_dirty()
         try:
             for segment in sorted(dirty):
@@ -479,7 +410,7 @@ class DiskTier(Tier):
             self._directory.write(description)
         except OSError as error:
             self._segments.mark_dirty(dirty)
-            self._count("io errors")
+            self._tally.add("io errors")
             _log.warning("disk store %s: checkpoint failed: %s", self._directory.path, error)
             return False
         self._description = description
