@@ -1,4 +1,6 @@
-"""What makes equal tokens unequal, in real vLLM: LoRA adapters, images, weights changed in memory. And KV events as a subscriber gets them."""
+"""What a model of a few megabytes shows in real vLLM: LoRA adapters, images and weights changed in memory share no page; KV events as a
+subscriber hears them; more prompts than the tiers hold.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,15 @@ from tests.engines_real.test_vllm_connector import BLOCK, Talk, connector
 from tests.engines_real.tiny_models import PAGE_BYTES, tiny_adapter, tiny_blip, tiny_llama
 
 HOST_PAGES = 24
+SAID: dict[str, list[int]] = {}
+"""What the first engine said, kept for the next one."""
 
 
 @contextmanager
 def tiny_engine(folder, store=None, **options: Any):
     """An engine with a small host tier, and a disk where there is a `store`."""
     disk = {} if store is None else {"disk__path": str(store), "disk__format": "raw", "disk__capacity_bytes": 256 * PAGE_BYTES}
-    transfer = connector(
-        host__format="raw", host__capacity_bytes=HOST_PAGES * PAGE_BYTES, device__capacity_bytes=64 * PAGE_BYTES, **disk
-    )
+    transfer = connector(host__format="raw", host__capacity_bytes=HOST_PAGES * PAGE_BYTES, device__capacity_bytes=64 * PAGE_BYTES, **disk)
     with running(folder, dtype="float32", kv_transfer_config=transfer, **({"max_model_len": 2048} | options)) as llm:
         yield Talk(llm)
 
@@ -108,7 +110,9 @@ class TestOneEngine:
         talk.let_kvtier_end()
         events = told()
         stored = {
-            medium: {name: event for event in events if isinstance(event, BlockStored) and event.medium == medium for name in event.block_hashes}
+            medium: {
+                name: event for event in events if isinstance(event, BlockStored) and event.medium == medium for name in event.block_hashes
+            }
             for medium in (MEDIUM_GPU, MEDIUM_CPU, MEDIUM_STORAGE)
         }
         assert len(stored[MEDIUM_GPU]) == 36
@@ -118,7 +122,9 @@ class TestOneEngine:
         pages = [each[start : start + BLOCK] for each in ids for start in range(0, 6 * BLOCK, BLOCK)]
         ours = [event for medium in (MEDIUM_CPU, MEDIUM_STORAGE) for name, event in stored[medium].items() if name in stored[MEDIUM_GPU]]
         assert all(event.token_ids in pages for event in ours)
-        removed = [name for event in events if isinstance(event, BlockRemoved) and event.medium == MEDIUM_CPU for name in event.block_hashes]
+        removed = [
+            name for event in events if isinstance(event, BlockRemoved) and event.medium == MEDIUM_CPU for name in event.block_hashes
+        ]
         assert removed
         assert stored[MEDIUM_STORAGE].keys() & set(removed), "what leaves the host is on disk"
         assert talk.llm.reset_prefix_cache(reset_connector=True)
@@ -138,9 +144,9 @@ class TestOneEngine:
         talk.forget()
         assert talk.ask(prompt)[0] == 4 * BLOCK
 
-    def test_weights_changed_in_memory_find_nothing_of_the_old_ones(self, talk, answers):
+    def test_weights_changed_in_memory_find_nothing_of_the_old_ones(self, talk):
         prompt = talk.prompt(4 * BLOCK + 3)
-        _, answers["old"] = talk.ask(prompt)
+        _, SAID["before"] = talk.ask(prompt)
         talk.forget()
 
         def change(model):
@@ -151,19 +157,46 @@ class TestOneEngine:
         assert talk.llm.reset_prefix_cache(reset_connector=True)
         cached, new = talk.ask(prompt)
         assert cached == 0
-        assert new != answers["old"]
+        assert new != SAID["before"]
         talk.forget()
         assert talk.ask(prompt) == (4 * BLOCK, new)
 
+
+class TestCrowded:
+    """A host with room for a part of the prompts only, behind an engine whose own cache is small, too."""
+
     @pytest.fixture(scope="class")
     @classmethod
-    def answers(cls, request):
-        request.module.ANSWERS = {}
-        return request.module.ANSWERS
+    def talk(cls, places):
+        with tiny_engine(places[0], num_gpu_blocks_override=40, max_num_seqs=8) as talk:
+            yield talk
 
+    def test_generated_tokens_are_found_again(self, talk):
+        prompt = talk.prompt(2 * BLOCK, 900)
+        _, said = talk.ask(prompt, tokens=BLOCK + 10)
+        longer = {"prompt_token_ids": prompt["prompt_token_ids"] + said}
+        talk.forget()
+        assert talk.ask(longer)[0] == 3 * BLOCK
 
-ANSWERS: dict[str, list[int]] = {}
-"""What the first engine said, kept for the next one."""
+    def test_more_than_fits_is_served_all_the_same(self, talk):
+        prompts = [talk.prompt(8 * BLOCK + 1, 60 * at) for at in range(8)]
+        for prompt in prompts:
+            talk.ask(prompt)
+        talk.forget()
+        cached = [talk.ask(prompt)[0] for prompt in reversed(prompts)]
+        assert any(cached)
+        assert not all(cached)
+        assert talk.counted("evicted_pages") > 0
+        talk.worker.worker_side.cache.check_integrity()
+
+    def test_preempted_requests_end(self, talk):
+        # Five prompts of 7 blocks fit 39 blocks, but not when each begins its eighth.
+        prompts = [talk.prompt(6 * BLOCK + 120, 90 * at) for at in range(5)]
+        together = talk.ask(*prompts, tokens=20)
+        assert [len(said) for _, said in together] == [20] * 5
+        preempted = next(metric.value for metric in talk.llm.get_metrics() if metric.name == "vllm:num_preemptions")
+        assert preempted > 0
+        assert not talk.scheduler.scheduler_side._requests
 
 
 @pytest.mark.timeout(300)  # an engine starts
@@ -171,7 +204,7 @@ def test_an_engine_with_the_weights_of_the_folder_finds_nothing_that_changed_one
     with tiny_engine(*places) as talk:
         hello = talk.worker.worker_side.hello()
         assert any(hello.report.masks.values()), "though their pages are on disk"
-        assert talk.ask(talk.prompt(4 * BLOCK + 3)) == (0, ANSWERS["old"])
+        assert talk.ask(talk.prompt(4 * BLOCK + 3)) == (0, SAID["before"])
 
 
 @pytest.mark.timeout(300)  # an engine starts

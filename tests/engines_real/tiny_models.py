@@ -57,7 +57,14 @@ def tiny_adapter(folder: Path, seed: int, rank: int = 8) -> Path:
             weights[f"{module}.lora_B.weight"] = torch.randn(width, rank, generator=generator) * _SPREAD
     folder.mkdir(parents=True)
     save_file(weights, folder / "adapter_model.safetensors")
-    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "bias": "none", "target_modules": [*_TARGETS]}
+    about = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "bias": "none",
+        "target_modules": [*_TARGETS],
+    }
     (folder / "adapter_config.json").write_text(json.dumps(about))
     return folder
 
