@@ -121,7 +121,7 @@ def test_chunks_in_8_bits_serve_the_next_engine(model_folder, tmp_path):
 
 
 def smooth_along_tokens(blocks: Any, rows: Any) -> bool:
-    """Whether these chunks look like KV in this layout: a channel of the keys varies less from token to token than from channel to channel."""
+    """Whether these chunks look like KV in this layout: keys vary less from token to token than from channel to channel."""
     keys = np.stack([blocks.planes_of(row)[0] for row in rows if row.any()])
     numbers = torch.from_numpy(np.ascontiguousarray(keys)).view(torch.bfloat16).float()
     assert len(numbers)

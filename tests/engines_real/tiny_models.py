@@ -1,4 +1,4 @@
-"""Models made on the spot, small enough that an engine starts in seconds: random weights, SmolLM2's tokenizer, heads that two ranks can share.
+"""Models made on the spot, so small that an engine starts in seconds: random weights, SmolLM2's tokenizer, heads for two ranks.
 
 What they say means nothing; but they say something else as soon as one page of their KV is another's.
 """
@@ -70,7 +70,7 @@ def tiny_adapter(folder: Path, seed: int, rank: int = 8) -> Path:
 
 
 def tiny_blip(folder: Path) -> Path:
-    """A model that sees one image of 56 x 56 pixels, as 16 tokens before the text. vLLM's LLaVA needs torchvision, which has no CPU wheel."""
+    """A model that sees one image of 56 x 56 pixels, as 16 tokens before the text. (LLaVA in vLLM needs torchvision.)"""
     from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor, OPTConfig
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
