@@ -102,21 +102,17 @@ def test_chunks_on_disk_serve_the_next_engine_and_damaged_ones_are_computed_agai
 @pytest.mark.timeout(600)  # two engines start
 def test_chunks_in_8_bits_serve_the_next_engine(model_folder, tmp_path):
     with engine(model_folder, tmp_path, **{"disk.format": "q8"}) as llm:
-        asked = [ask(llm, prompt) for prompt in (PROMPT, OTHER)]
+        cold, _ = ask(llm, PROMPT)
         ask(llm, "One more step, so that everything is handed on.")
-        rows = np.concatenate([tier_of(llm)._rows[chunk][None] for chunk in range(16)])
-        blocks = tier_of(llm).store.blocks
-        assert blocks.page.layers == 30
-        assert smooth_along_tokens(blocks, rows)
+        tier = tier_of(llm)
+        assert tier.store.blocks.page.layers == 30
+        assert smooth_along_tokens(tier.store.blocks, tier._rows[:16])
     with engine(model_folder, tmp_path, **{"disk.format": "q8"}) as llm:
-        found = [ask(llm, prompt) for prompt in (PROMPT, OTHER)]
-        assert min(cached for _, cached in found) > 512
-        same = sum(
-            ours == theirs for (said, _), (cold, _) in zip(found, asked, strict=True) for ours, theirs in zip(said, cold, strict=True)
-        )
-        assert same >= 0.75 * 2 * TOKENS
+        found, cached = ask(llm, PROMPT)
+        assert cached > 512
+        assert sum(ours == theirs for ours, theirs in zip(found, cold, strict=True)) >= 0.75 * TOKENS
         stats = tier_of(llm).store.stats()
-        assert stats["hits"] >= 8
+        assert stats["hits"] >= 4
         assert stats["disk"]["bytes_used"] < 0.6 * stats["blocks"] * tier_of(llm).block_size_bytes
 
 
