@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future
 from concurrent.futures import wait as wait_for
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,7 +120,8 @@ class KeyedPages:
         if (enough is not None and enough.done()) or (self._asked_for_room is not None and not self._asked_for_room.done()):
             return []
         self._asked_for_room = asked = residency.mover.spawn(residency.reserve(DEVICE, count))
-        wait_for([asked] if enough is None else [asked, enough], return_when=FIRST_COMPLETED)
+        waited: list[Future[Any]] = [asked] if enough is None else [asked, enough]
+        wait_for(waited, return_when=FIRST_COMPLETED)
         if asked.done():
             return asked.result()
         asked.add_done_callback(self._free_late)

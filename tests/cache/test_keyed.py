@@ -155,7 +155,7 @@ def closed(engine):
 
 def test_whoever_waits_for_room_behind_a_disk_that_is_stuck_can_stop_waiting(tmp_path, stuck):
     with TieredKVCache(config(tmp_path, device=16, disk=64), LAYOUT) as cache, ThreadPoolExecutor(1) as thread, closed(stuck[-1]):
-        engine, enough = Engine(cache), Future()
+        engine, enough = Engine(cache), Future[None]()
         storing = thread.submit(engine.store, 0, 40, enough)
         assert stuck[-1].waiting.wait(60)
         assert not storing.done()

@@ -161,7 +161,7 @@ def a_clock_to_turn(monkeypatch):
     def later(seconds):
         now_s[0] += seconds
 
-    monkeypatch.setattr(scheduler.time, "perf_counter", read)
+    monkeypatch.setattr("kvtier.engines.vllm.scheduler.time.perf_counter", read)
     return later
 
 
