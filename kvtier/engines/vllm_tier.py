@@ -18,10 +18,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtier.blocks import BlockStore, Chain, Presence
+from kvtier.blocks import BlockStore, Chain, Presence, loses_bits
 from kvtier.engines.settings import store_config
 from kvtier.engines.versions import require_engine
-from kvtier.formats import get_format
 from kvtier.tiers.lent import BlockLayout
 
 require_engine("vllm")
@@ -86,9 +85,8 @@ class KvtierTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not the
             "replicated": config.replicated_layout,
             "parallel": [getattr(config.parallel, f"{axis}_size") for axis in ("world", "tp", "pp", "pcp", "dcp")],
         }
-        assert own.disk is not None  # `store_config` requires it
-        lossless = get_format(own.disk.format).lossless
-        blocks = BlockLayout.opaque(self.block_size_bytes) if lossless else known_blocks(config, self.block_size_bytes)
+        size = self.block_size_bytes
+        blocks = known_blocks(config, size) if loses_bits(own) else BlockLayout.opaque(size)
         self._store = BlockStore(own, blocks, facts)
         self._jobs: dict[int, _Job] = {}
 
