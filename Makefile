@@ -34,7 +34,7 @@ test: install ## Run all tests, lint and type checks
 test-numa: install ## Run the NUMA tests in an emulated machine of five memory nodes (root, Debian; 2 minutes)
 	tests/numa/guest/boot $(ARGS)
 
-test-engines: $(VLLM)/installed ## Run the tests in real serving engines, each in an environment of its own (6 minutes; 4 GB to install)
+test-engines: $(VLLM)/installed ## Run the tests in real serving engines, each in an environment of its own (some minutes; 4 GB to install)
 	$(VLLM)/bin/python -m pytest tests/engines_real $(ARGS)
 
 $(VLLM)/installed: tests/engines_real/vllm.txt setup.py $(wildcard kvtier/formats/native/*.[ch] kvtier/columns/*.[ch] kvtier/io/*.c kvtier/numa/*.c)

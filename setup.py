@@ -6,9 +6,12 @@ Nothing is compiled for this machine's CPU in particular: the sources hold kerne
 loaded.
 """
 
+import shutil
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 NATIVE = Path("kvtier/formats/native")
 COLUMNS = Path("kvtier/columns")
@@ -53,7 +56,22 @@ chase = Extension(
     optional=True,
 )
 
+
+class BuildOnce(build_ext):
+    """Several environments share one source tree: an editable installation takes what an earlier one compiled from the same sources."""
+
+    def build_extension(self, ext: Extension) -> None:
+        compiled = self.get_ext_filename(self.get_ext_fullname(ext.name))
+        if not self.editable_mode or newer_group([*ext.sources, *ext.depends, __file__], compiled):
+            super().build_extension(ext)
+            return
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(compiled, target)
+
+
 setup(
+    cmdclass={"build_ext": BuildOnce},
     packages=[*find_packages(include=["kvtier*"]), "kvtier.bench"],
     package_dir={"kvtier.bench": "benchmarks"},
     ext_modules=[codecs, loops, requests, chase],

@@ -50,6 +50,11 @@ _START = bytes(KEY_BYTES)
 _TIDY_EVERY_S = 1.0
 
 
+def loses_bits(config: Config) -> bool:
+    """Whether the disk's format does, so that blocks have to be of a known layout."""
+    return config.disk is not None and not get_format(config.disk.format).lossless
+
+
 class Presence(enum.Enum):
     """Whether a store has a block: not, not yet (it is being written), or ready to be read."""
 
@@ -103,7 +108,7 @@ class BlockStore:
         if own is None:
             raise ConfigError("disk.path is missing; name the directory of the store")
         codec = get_format(own.format)
-        if not blocks.known and not codec.lossless:
+        if not blocks.known and loses_bits(config):
             raise ConfigError(
                 f"disk.format is {own.format}, which has to know what the numbers of a block are, and these blocks are opaque bytes; "
                 "use a format without loss: raw, raw+lz4 or raw+zstd"

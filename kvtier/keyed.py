@@ -8,8 +8,12 @@ each on one thread at a time; `changes` on any. State: the keys that changed sin
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future
+from concurrent.futures import wait as wait_for
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +37,8 @@ class KeyedPages:
         self._residency = residency
         self._acquire_match = acquire
         self._changed: set[PageKey] = set()
+        self._asked_for_room: Future[list[int]] | None = None
+        """The last question for slots of the staging area; the storing thread's."""
         self.at_once = max(1, min(MOST_AT_ONCE, residency.device.capacity_slots // 8))
         with residency.lock:
             residency.watcher = self._note
@@ -69,22 +75,22 @@ class KeyedPages:
             masks[rows == NO_ROW] = 0
         return dict(zip(keys, masks.tolist(), strict=True))
 
-    def store(self, keys: Sequence[PageKey], before: PageKey, depth: int, fill: Carry, wait: bool = True) -> int:
+    def store(self, keys: Sequence[PageKey], before: PageKey, depth: int, fill: Carry, enough: Future[None] | None = None) -> int:
         """Keep pages that follow each other, the first one at `depth` after the page `before`; returns how many are kept now.
 
-        `fill` writes those that are new into the slots it is given. Waits for room, or (`wait=False`) keeps only what there is room for at
-        once; the first pages come first.
+        `fill` writes those that are new into the slots it is given. Waits for room; once `enough` is done, keeps only what there is room
+        for at once. The first pages come first.
         """
         kept = 0
         for start in range(0, len(keys), self.at_once):
             part = keys[start : start + self.at_once]
-            done = self._store_some(part, keys[start - 1] if start else before, depth + start, _shifted(fill, start), wait)
+            done = self._store_some(part, keys[start - 1] if start else before, depth + start, _shifted(fill, start), enough)
             kept += done
             if done < len(part):
                 break
         return kept
 
-    def _store_some(self, keys: Sequence[PageKey], before: PageKey, depth: int, fill: Carry, wait: bool) -> int:
+    def _store_some(self, keys: Sequence[PageKey], before: PageKey, depth: int, fill: Carry, enough: Future[None] | None) -> int:
         residency = self._residency
         with residency.lock:
             missing = np.flatnonzero(self._homes(keys) == NO_TIER).tolist()
@@ -92,7 +98,7 @@ class KeyedPages:
             if slots is None and self._vacate(residency.table.ready(DEVICE)):
                 slots = residency.eviction.reserve_now(DEVICE, len(missing))
         if slots is None:
-            slots = residency.mover.spawn(residency.eviction.reserve(DEVICE, len(missing))).result() if wait else []
+            slots = self._wait_for_room(len(missing), enough)
         written = missing[: len(slots)]
         try:
             if written:
@@ -104,6 +110,27 @@ class KeyedPages:
         with residency.lock:
             self._settle(keys, before, depth, written, slots)
         return len(keys) if len(written) == len(missing) else missing[len(written)]
+
+    def _wait_for_room(self, count: int, enough: Future[None] | None) -> list[int]:
+        """Up to `count` slots, as soon as others have left; none once `enough` is done.
+
+        A question for room cannot be taken back: slots that come too late are freed, and until then nobody asks another.
+        """
+        residency = self._residency
+        if (enough is not None and enough.done()) or (self._asked_for_room is not None and not self._asked_for_room.done()):
+            return []
+        self._asked_for_room = asked = residency.mover.spawn(residency.eviction.reserve(DEVICE, count))
+        waited: list[Future[Any]] = [asked] if enough is None else [asked, enough]
+        wait_for(waited, return_when=FIRST_COMPLETED)
+        if asked.done():
+            return asked.result()
+        asked.add_done_callback(self._free_late)
+        return []
+
+    def _free_late(self, asked: Future[list[int]]) -> None:
+        if not asked.cancelled():
+            with self._residency.lock:
+                self._residency.device.free(asked.result())
 
     def _homes(self, keys: Sequence[PageKey]) -> Rows:
         """The warmest tier of each page, NO_TIER for those that are nowhere. Lock held."""
@@ -126,10 +153,11 @@ class KeyedPages:
             residency.house.tend(DEVICE, rows)
             residency.release(rows)
 
-    def restore(self, keys: Sequence[PageKey], hand_out: Carry) -> int:
+    def restore(self, keys: Sequence[PageKey], hand_out: Carry, until_s: float | None = None) -> int:
         """Bring these pages up and hand them out, in order; how many came, counted up to the first one that did not.
 
-        `hand_out` copies from the slots it is given, which are others' afterwards.
+        `hand_out` copies from the slots it is given, which are others' afterwards. Pages that are not up when `time.monotonic()` reaches
+        `until_s` count as not having come.
         """
         parts = deque(keys[start : start + self.at_once] for start in range(0, len(keys), self.at_once))
         ahead: deque[tuple[Sequence[PageKey], Lease]] = deque()
@@ -140,7 +168,11 @@ class KeyedPages:
                     ahead.append((parts[0], self._acquire(parts[0])))
                     parts.popleft()
                 part, lease = ahead[0]
-                slots = lease.wait()[: lease.pages].tolist()
+                try:
+                    table = lease.wait(None if until_s is None else max(0.0, until_s - time.monotonic()))
+                except TimeoutError:
+                    break
+                slots = table[: lease.pages].tolist()
                 hand_out(range(came, came + len(slots)), slots)
                 came += len(slots)
                 ahead.popleft()

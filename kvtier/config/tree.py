@@ -244,6 +244,12 @@ class MoverConfig(_Section):
         description="Most bytes prefetched but not yet used; 0: no prefetching. `null`: half of the device tier, one page at least.",
     )
     queue_bytes: Bytes = Field(default=256 * MiB, gt=0, description="Most bytes queued per link (pair of tiers) before back-pressure.")
+    patience_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="In vLLM's connector, the longest a request waits for cached pages in all, in seconds; what has not come by then is "
+        "computed.",
+    )
     clean_pressure: float = Field(
         default=0.7, gt=0, le=1, description="With `write_back`: above this pressure, pages are copied down ahead."
     )

@@ -3,8 +3,8 @@
     "secondary_tiers": [{"type": "KvtierTier", "module_path": "kvtier.engines.vllm_tier", "disk.path": ..., "disk.capacity_bytes": ...}]
 
 All methods run in the scheduler's thread and only look or submit; the store's workers move bytes between the CPU tier's memory and the
-disk. Chunks are opaque here: vLLM does not say how its attention backend lays numbers out inside a block, so only formats without loss
-are taken. Written for vLLM 0.32 (`vllm.v1.kv_offload.tiering`, which vLLM calls experimental).
+disk. To formats without loss chunks are opaque; others have to know what is inside (`vllm_blocks.py`) and are refused where nobody does.
+Written for vLLM 0.32 (`vllm.v1.kv_offload.tiering`, which vLLM calls experimental).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtier.blocks import BlockStore, Chain, Presence
+from kvtier.blocks import BlockStore, Chain, Presence, loses_bits
 from kvtier.engines.settings import store_config
 from kvtier.engines.versions import require_engine
 from kvtier.tiers.lent import BlockLayout
@@ -36,6 +36,7 @@ from vllm.v1.kv_offload.base import (  # noqa: E402  # after the check
 )
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob  # noqa: E402
 
+from kvtier.engines.vllm_blocks import known_blocks  # noqa: E402
 from kvtier.engines.vllm_requests import chunks_before  # noqa: E402
 
 
@@ -84,7 +85,9 @@ class KvtierTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not the
             "replicated": config.replicated_layout,
             "parallel": [getattr(config.parallel, f"{axis}_size") for axis in ("world", "tp", "pp", "pcp", "dcp")],
         }
-        self._store = BlockStore(own, BlockLayout.opaque(self.block_size_bytes), facts)
+        size = self.block_size_bytes
+        blocks = known_blocks(config, size) if loses_bits(own) else BlockLayout.opaque(size)
+        self._store = BlockStore(own, blocks, facts)
         self._jobs: dict[int, _Job] = {}
 
     @property

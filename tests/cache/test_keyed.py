@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from kvtier.cache import TieredKVCache
 from kvtier.config import load_config
+from kvtier.io import probe
 from kvtier.layout import PageLayout
+from tests.tiers.faults import StuckEngine
 
 LAYOUT = PageLayout(layers=2, planes=2, page_tokens=4, kv_heads=2, head_dim=32, dtype="fp32")
 KEYS = [bytes([index]) * 32 for index in range(40)]
@@ -35,12 +41,12 @@ class Engine:
         self.pages = cache.by_key()
         self.got: dict[int, torch.Tensor] = {}
 
-    def store(self, first, count, wait=True):
+    def store(self, first, count, enough=None):
         def fill(positions, slots):
             for position, slot in zip(positions, slots, strict=True):
                 self.pages.slot(slot)[:] = page(first + position)
 
-        return self.pages.store(KEYS[first : first + count], KEYS[first - 1] if first else ROOT, first, fill, wait)
+        return self.pages.store(KEYS[first : first + count], KEYS[first - 1] if first else ROOT, first, fill, enough)
 
     def restore(self, count):
         self.got = {}
@@ -112,13 +118,67 @@ def test_a_page_that_is_there_is_not_written_again(tmp_path):
 def test_without_waiting_only_what_there_is_room_for_is_kept(tmp_path):
     with TieredKVCache(config(tmp_path, device=16, host=64), LAYOUT) as cache:
         engine = Engine(cache)
-        leases = [engine.pages._acquire(KEYS[start : start + 2]) for start in range(0, 12, 2) if engine.store(start, 2) == 2]
-        kept = engine.store(12, 8, wait=False)
-        assert kept < 8
+        leases = [engine.pages._acquire(KEYS[start : start + 2]) for start in range(0, 16, 2) if engine.store(start, 2) == 2]
+        at_once: Future[None] = Future()
+        at_once.set_result(None)
+        kept = engine.store(16, 8, at_once)
+        assert kept == 0
         for lease in leases:
             lease.release()
         cache.settle()
-        assert engine.store(12, 8, wait=False) == 8
+        assert engine.store(16, 8, at_once) == 8
+        cache.check_integrity()
+
+
+@pytest.fixture
+def stuck(monkeypatch):
+    """The disks' file engines, the last one opened at the end: they stop reading and writing while their gate is closed."""
+    engines: list[StuckEngine] = []
+
+    def make(depth):
+        engines.append(StuckEngine())
+        return engines[-1]
+
+    monkeypatch.setitem(probe._CANDIDATES, "direct", (make,))
+    return engines
+
+
+@contextmanager
+def closed(engine):
+    """Its gate is closed, at most until the end."""
+    engine.gate.clear()
+    try:
+        yield
+    finally:
+        engine.gate.set()
+
+
+def test_whoever_waits_for_room_behind_a_disk_that_is_stuck_can_stop_waiting(tmp_path, stuck):
+    with TieredKVCache(config(tmp_path, device=16, disk=64), LAYOUT) as cache, ThreadPoolExecutor(1) as thread, closed(stuck[-1]):
+        engine, enough = Engine(cache), Future[None]()
+        storing = thread.submit(engine.store, 0, 40, enough)
+        assert stuck[-1].waiting.wait(60)
+        assert not storing.done()
+        enough.set_result(None)
+        assert storing.result(60) < 40
+        assert engine.store(0, 40) < 40, "one question for room at a time"
+        stuck[-1].gate.set()
+        assert engine.pages._asked_for_room is not None
+        assert engine.pages._asked_for_room.result(60)
+        cache.settle()
+        assert engine.store(0, 40) == 40
+        cache.settle()
+        cache.check_integrity()
+
+
+def test_a_restore_ends_in_time_though_the_disk_is_stuck(tmp_path, stuck):
+    with TieredKVCache(config(tmp_path, disk=64), LAYOUT) as cache:
+        Engine(cache).store(0, 8)
+    with TieredKVCache(config(tmp_path, disk=64), LAYOUT) as cache:
+        engine = Engine(cache)
+        with closed(stuck[-1]):
+            assert engine.pages.restore(KEYS[:8], lambda positions, slots: None, time.monotonic() + 0.1) == 0
+        assert engine.restore(8) == 8
         cache.check_integrity()
 
 

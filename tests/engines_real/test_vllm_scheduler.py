@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
@@ -149,6 +150,57 @@ def test_what_is_faster_to_compute_is_not_loaded_however_often_vllm_asks():
     assert engine.step().loads == []
 
 
+def a_clock_to_turn(monkeypatch):
+    """The scheduler's clock, which hardly moves by itself; the function that moves it."""
+    now_s = [100.0]
+
+    def read():
+        now_s[0] += 1e-6
+        return now_s[0]
+
+    def later(seconds):
+        now_s[0] += seconds
+
+    monkeypatch.setattr("kvtier.engines.vllm.scheduler.time.perf_counter", read)
+    return later
+
+
+@pytest.mark.parametrize("what", ["stored", "loaded"])
+def test_who_waited_long_enough_for_pages_computes(what, monkeypatch):
+    engine, later = Engine(mover__patience_s=3), a_clock_to_turn(monkeypatch)
+    plan = engine.step(engine.request("a", range(9)))
+    if what == "loaded":
+        engine.stored(plan)
+        loading = engine.request("b", range(9))
+        assert engine.side.matched(loading, 0) == 8
+        engine.side.allocated(loading, [4, 5, 6], 8)
+    waiting = engine.request("c", range(9))
+    assert engine.side.matched(waiting, 0) is None
+    later(2.9)
+    assert engine.side.matched(waiting, 0) is None
+    later(0.2)
+    assert engine.side.matched(waiting, 0) == 0
+    engine.side.allocated(waiting, [7, 8, 9], 0)
+    assert engine.side.counts.data["late"] == {"": 1}
+
+
+def test_a_load_has_the_time_that_its_request_has_not_waited_yet(monkeypatch):
+    engine, later = Engine(mover__patience_s=3), a_clock_to_turn(monkeypatch)
+    plan = engine.step(engine.request("a", range(9)))
+    waiting = engine.request("b", range(9))
+    assert engine.side.matched(waiting, 0) is None
+    later(2.0)
+    engine.stored(plan)
+    assert engine.side.matched(waiting, 0) == 8
+    engine.side.allocated(waiting, [7, 8, 9], 8)
+    assert [load.within_s for load in engine.step().loads] == [pytest.approx(1.0, abs=0.1)]
+    engine.side.heard(WorkerReport({0: RankReport(0, loads=[LoadDone("b", 0, 1.0, late=True)])}))
+    assert engine.side.counts.data["late"] == {"": 1}
+    prices = engine.side._prices
+    assert prices is not None
+    assert prices.restoring.observations == 1, "the next ones know that it takes so long"
+
+
 def test_everything_is_loaded_where_the_configuration_says_always():
     engine = with_slow_tiers(mover__restore="always")
     assert engine.side.matched(engine.request("b", range(9)), 0) == 8
@@ -203,6 +255,17 @@ def test_a_reset_forgets_at_once_and_late_reports_do_not_bring_pages_back():
     assert engine.step().generation == 1
     engine.side.heard(WorkerReport({0: RankReport(1)}))
     assert not engine.side.must_step
+
+
+def test_what_is_kept_after_a_reset_has_keys_of_its_own():
+    engine = Engine()
+    waiting = engine.request("a", range(9))
+    before = engine.step(engine.request("b", range(9))).stores[0].keys
+    engine.side.reset()
+    plan = engine.step(waiting)
+    assert not set(plan.stores[0].keys) & set(before), "the weights may be others"
+    engine.stored(plan, generation=1)
+    assert engine.side.matched(engine.request("c", range(9)), 0) == 8
 
 
 def test_what_a_running_request_computed_before_a_reset_is_not_kept():

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from kvtier.errors import ConfigError, StoreError
+from kvtier.errors import ConfigError, LayoutError, StoreError
 from tests.engines_real.conftest import running
 
 PROMPT = "Water boils at a lower temperature on a mountain than at the sea. " * 75
@@ -97,10 +99,35 @@ def test_chunks_on_disk_serve_the_next_engine_and_damaged_ones_are_computed_agai
         assert sum(count for what, count in tier_of(llm).store.stats().items() if str(what).startswith("refused")) > 0
 
 
+@pytest.mark.timeout(600)  # two engines start
+def test_chunks_in_8_bits_serve_the_next_engine(model_folder, tmp_path):
+    with engine(model_folder, tmp_path, **{"disk.format": "q8"}) as llm:
+        cold, _ = ask(llm, PROMPT)
+        ask(llm, "One more step, so that everything is handed on.")
+        tier = tier_of(llm)
+        assert tier.store.blocks.page.layers == 30
+        assert smooth_along_tokens(tier.store.blocks, tier._rows[:16])
+    with engine(model_folder, tmp_path, **{"disk.format": "q8"}) as llm:
+        found, cached = ask(llm, PROMPT)
+        assert cached > 512
+        assert sum(ours == theirs for ours, theirs in zip(found, cold, strict=True)) >= 0.75 * TOKENS
+        stats = tier_of(llm).store.stats()
+        assert stats["hits"] >= 4
+        assert stats["disk"]["bytes_used"] < 0.6 * stats["blocks"] * tier_of(llm).block_size_bytes
+
+
+def smooth_along_tokens(blocks: Any, rows: Any) -> bool:
+    """Whether these chunks look like KV in this layout: keys vary less from token to token than from channel to channel."""
+    keys = np.stack([blocks.planes_of(row)[0] for row in rows if row.any()])
+    numbers = torch.from_numpy(np.ascontiguousarray(keys)).view(torch.bfloat16).float()
+    assert len(numbers)
+    return bool(numbers.std(dim=2).mean() < 0.75 * numbers.std(dim=4).mean())
+
+
 @pytest.mark.parametrize(
     ("tier", "error", "says"),
     [
-        ({"disk.format": "q4"}, ConfigError, "opaque bytes; use a format without loss"),
+        ({"disk.format": "q4"}, LayoutError, "known for vLLM's CPU backend only .*None.*; use a format without loss"),
         ({"disk.formt": "raw"}, ConfigError, "nearest known key is disk.format"),
     ],
 )
@@ -111,7 +138,6 @@ def test_a_tier_that_cannot_be_is_refused_in_words(tmp_path, tier, error, says):
 
 def make_tier(path: Path, model: str = "m", rows: int = 4, **settings: Any) -> Any:
     """The tier without an engine, under vLLM's own configuration objects."""
-    import numpy as np
     from vllm.v1.kv_offload.base import OffloadingSpec
     from vllm.v1.kv_offload.config import (
         OffloadingCacheConfig,
@@ -145,7 +171,6 @@ def make_tier(path: Path, model: str = "m", rows: int = 4, **settings: Any) -> A
 
 
 def test_jobs_are_answered_and_lookups_tell_the_truth(tmp_path):
-    import numpy as np
     from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
     from vllm.v1.kv_offload.tiering.base import TransferJob
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,20 @@ from kvtier.engines.vllm.scheduler import SchedulerSide
 from kvtier.engines.vllm.settings import Settings
 from kvtier.engines.vllm.worker import Keeping, WorkerSide
 from kvtier.errors import DeviceError
+from kvtier.io import probe
 from kvtier.layout import PageLayout
+from tests.tiers.faults import StuckEngine
 
 LAYOUT = PageLayout(layers=2, planes=2, page_tokens=4, kv_heads=2, head_dim=32, dtype="fp32")
 KEYS = [bytes([number]) * 32 for number in range(40)]
 ROOT = bytes([255]) * 32
 
 
-def settings(path: Path, workers: int = 1, disk_pages: int = 64) -> Settings:
-    sizes = {"device": 16, "host": 8, "disk": 2 * disk_pages}
+def settings(path: Path, workers: int = 1, disk_pages: int = 64, host_pages: int | None = 8) -> Settings:
+    sizes = {"device": 16, "disk": 2 * disk_pages} | ({} if host_pages is None else {"host": host_pages})
     asked: dict[str, Any] = {f"{tier}.capacity_bytes": pages * LAYOUT.page_bytes for tier, pages in sizes.items()}
-    asked |= {"disk.path": str(path), "device.place": "cpu", "host.write_policy": "write_through"}
-    asked |= {"host.format": "raw", "disk.format": "raw", "disk.write_policy": "write_through"}
+    asked |= {"disk.path": str(path), "device.place": "cpu", "disk.format": "raw", "disk.write_policy": "write_through"}
+    asked |= {"host": None} if host_pages is None else {"host.format": "raw", "host.write_policy": "write_through"}
     return Settings(load_config(env={}, overrides=asked), LAYOUT, b"namespace", workers)
 
 
@@ -58,7 +61,7 @@ class Engine:
         """Pages that came, of the first `count`, into blocks that held nothing."""
         for tensor in self.tensors:
             tensor.zero_()
-        self.worker.start_loads(StepPlan(self.worker._generation, loads=[LoadJob("request", KEYS[:count], list(range(count)))]))
+        self.worker.start_loads(StepPlan(self.worker._generation, loads=[LoadJob("request", KEYS[:count], list(range(count)), 60.0)]))
         loads: list[Any] = []
         while not loads:
             loads = self.worker.report()[0].loads
@@ -122,6 +125,51 @@ def test_what_is_kept_after_a_reset_stays(tmp_path):
     engine.worker.close()
     engine = Engine(about)
     assert engine.load(8) == 4
+    engine.worker.close()
+
+
+@pytest.fixture
+def stuck(monkeypatch):
+    """The disks' file engines, the last one opened at the end: they stop reading and writing while their gate is closed."""
+    engines: list[StuckEngine] = []
+
+    def make(depth: int) -> StuckEngine:
+        engines.append(StuckEngine())
+        return engines[-1]
+
+    monkeypatch.setitem(probe._CANDIDATES, "direct", (make,))
+    yield engines
+    engines[-1].gate.set()
+
+
+def test_no_step_waits_for_a_disk_that_is_stuck(tmp_path, stuck):
+    engine = Engine(settings(tmp_path, host_pages=None))
+    stuck[-1].gate.clear()
+    jobs = [StoreJob(number, KEYS[4 * number : 4 * number + 4], ROOT, 4 * number, [0, 1, 2, 3]) for number in range(8)]
+    engine.worker.start_stores(StepPlan(0, jobs))
+    assert stuck[-1].waiting.wait(60)
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            thread.submit(engine.worker.before_step, StepPlan(0, overwritten=[job.number for job in jobs])).result(60)
+        finally:
+            stuck[-1].gate.set()
+    engine.worker.close()
+
+
+def test_a_load_that_takes_too_long_is_given_up(tmp_path, stuck):
+    engine = Engine(settings(tmp_path, host_pages=None))
+    engine.store(0, 8)
+    engine.worker.close()
+    engine = Engine(settings(tmp_path, host_pages=None))
+    stuck[-1].gate.clear()
+    engine.worker.start_loads(StepPlan(0, loads=[LoadJob("request", KEYS[:8], list(range(8)), 0.1)]))
+    loads: list[Any] = []
+    while not loads:
+        loads = engine.worker.report()[0].loads
+    assert (loads[0].pages, loads[0].late) == (0, True)
+    assert engine.worker.unloaded_blocks() == set(range(8))
+    stuck[-1].gate.set()
+    assert engine.load(8) == 8
     engine.worker.close()
 
 

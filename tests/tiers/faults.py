@@ -95,6 +95,16 @@ class GatedEngine(BufferedEngine):
             self.gate.wait()
 
 
+class StuckEngine(GatedEngine):
+    """Reads wait before the gate, too."""
+
+    name = "stuck"
+
+    def _pread(self, file: int, offset: int, buffer: Bytes) -> int:
+        self._pass()
+        return super()._pread(file, offset, buffer)
+
+
 class NoHolesEngine(BufferedEngine):
     """A file system that cannot punch holes."""
 

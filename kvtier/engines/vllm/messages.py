@@ -34,6 +34,8 @@ class LoadJob:
     request_id: str
     keys: list[PageKey]
     blocks: list[int]
+    within_s: float
+    """As long as it waits for them: what has not come by then is computed."""
 
 
 @dataclass
@@ -55,6 +57,8 @@ class LoadDone:
     request_id: str
     pages: int
     seconds: float
+    late: bool = False
+    """Whether the others were given up because they took too long."""
 
 
 @dataclass

@@ -23,6 +23,7 @@ COUNTERS = {
     ),
     "refused_pages": ("Copies that did not verify or could not be written, by reason.", "why"),
     "evicted_pages": ("Pages that left a tier, by tier.", "tier"),
+    "late": ("Requests that computed tokens because their pages did not come within `mover.patience_s`.", ""),
     "waits": ("Times a request was asked to wait a moment, because its pages were just being stored or loaded.", ""),
 }
 """Name, what it counts, and its label if it has one."""

@@ -9,6 +9,7 @@ State: vLLM's scheduler thread.
 from __future__ import annotations
 
 import time
+import uuid
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from kvtier.engines.vllm.mirror import Mirror
 from kvtier.engines.vllm.resets import announce
 from kvtier.engines.vllm.settings import Settings, for_rank
 from kvtier.engines.vllm.weights import adapter_revision
-from kvtier.keys import PageKey
+from kvtier.keys import PageKey, root_key
 from kvtier.pricing import Prices
 
 MOST_STORING = 256
@@ -43,6 +44,10 @@ class RequestState:
     """Pages vLLM had itself when it last asked what there is to load."""
     declined: int = 0
     """Pages that were there then and are faster to compute."""
+    waiting_since_s: float | None = None
+    """When vLLM was first told to ask again."""
+    late: bool = False
+    """Whether that was too long ago when it last asked."""
     priced: tuple[bytes, int] = (b"", 0)
     """Where the pages were when it was last priced, and how many to load."""
     stored: int = 0
@@ -71,6 +76,7 @@ class SchedulerSide:
     def __init__(self, settings: Settings, events: bool) -> None:
         self._settings = settings
         self._size = settings.layout.page_tokens
+        self._namespace = settings.namespace
         self.mirror = Mirror(settings.workers)
         self.counts = Counts()
         self._announcer = Announcer(self.mirror, self._size) if events else None
@@ -112,7 +118,7 @@ class SchedulerSide:
     def on_new_request(self, request: Any) -> None:
         """Requests whose prompt is not made of tokens are passed over."""
         if request.prompt_embeds is None:
-            keys = RequestKeys(request, self._settings.namespace, self._size, self._revision(request.lora_request))
+            keys = RequestKeys(request, self._namespace, self._size, self._revision(request.lora_request))
             self._requests[request.request_id] = RequestState(request, keys)
 
     def _revision(self, adapter: Any) -> str:
@@ -134,7 +140,13 @@ class SchedulerSide:
         keys = state.keys.first((request.num_tokens - 1) // self._size)
         wanted = keys[first:]
         hits = self.mirror.prefix(wanted)
+        state.late = False
         if (hits and wanted[0] in self._fetching) or (hits < len(wanted) and wanted[hits] in self._keeping):
+            state.late = self._patience_left_s(state) <= 0
+            if state.late:
+                return 0
+            if state.waiting_since_s is None:
+                state.waiting_since_s = time.perf_counter()
             self.counts.add("waits")
             return None
         if not hits:
@@ -144,6 +156,11 @@ class SchedulerSide:
         worth = self._worthwhile(state, wanted[:hits], self._prices)
         state.declined = hits - worth
         return worth * self._size
+
+    def _patience_left_s(self, state: RequestState) -> float:
+        """Seconds that the request may still wait for pages."""
+        waited = 0.0 if state.waiting_since_s is None else time.perf_counter() - state.waiting_since_s
+        return self._settings.config.mover.patience_s - waited
 
     def _worthwhile(self, state: RequestState, keys: Sequence[PageKey], prices: Prices) -> int:
         """How many of these pages, which follow those vLLM has itself, to load. Priced once for as long as they stay where they are."""
@@ -161,12 +178,14 @@ class SchedulerSide:
         if state is None:
             return
         self.counts.add("declined_tokens", state.declined * self._size)
-        state.declined = 0
+        self.counts.add("late", state.late)
+        state.declined, state.late = 0, False
         if not tokens:
             return
+        within_s, state.waiting_since_s = max(0.0, self._patience_left_s(state)), None
         first, pages = state.asked_from, tokens // self._size
         keys = state.keys.first(first + pages)[first:]
-        self._loads.append(LoadJob(request.request_id, keys, list(blocks[first : first + pages])))
+        self._loads.append(LoadJob(request.request_id, keys, list(blocks[first : first + pages]), within_s))
         pages_by_tier = np.bincount(self.mirror.homes(keys), minlength=len(self._tiers)).tolist()
         self._loading[request.request_id] = _Loading(keys, pages_by_tier)
         self._fetching.update(keys)
@@ -293,7 +312,8 @@ class SchedulerSide:
     def _loaded(self, said: RankReport) -> None:
         for done in said.loads:
             loading = self._loading.get(done.request_id)
-            if loading is not None and done.pages == len(loading.keys) and self._prices is not None:
+            self.counts.add("late", done.late)
+            if loading is not None and (done.late or done.pages == len(loading.keys)) and self._prices is not None:
                 moved = np.array(loading.pages_by_tier) * self._page_bytes
                 if moved[1:].any():
                     self._prices.restored(moved, done.seconds)
@@ -325,17 +345,23 @@ class SchedulerSide:
     # -- reset -----------------------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Everything kept is wrong from now on; the workers hear of it with the next step, or when they are next started."""
+        """Everything kept is wrong from now on; the workers hear of it with the next step, or when they are next started.
+
+        vLLM says the same when weights have been changed in memory, and not that they were: what is kept from now on gets keys that no
+        other engine has, whose weights may be those of the model's folder.
+        """
         self._generation += 1
+        self._namespace = root_key(self._namespace, uuid.uuid4().hex)
         for rank in range(self._settings.workers):
             announce(for_rank(self._settings, rank), self._generation)
         self.mirror.clear()
         if self._announcer is not None:
             self._announcer.cleared()
         # What these computed before must not be kept under keys that stand for what is computed from now on.
-        self._requests = {name: state for name, state in self._requests.items() if not state.request.num_computed_tokens}
-        for state in self._requests.values():
-            state.stored = state.fed = 0
+        waiting = [state.request for state in self._requests.values() if not state.request.num_computed_tokens]
+        self._requests.clear()
+        for request in waiting:
+            self.on_new_request(request)
 
     def events(self) -> list[Any]:
         """KV events since the last call."""

@@ -1,8 +1,9 @@
 """The worker's side of the connector: its own tiered cache, and the bytes between that and vLLM's blocks.
 
 Two threads of its own carry stores and loads, so that a step waits for neither. A store job copies its blocks into the staging area, from
-where the cache writes them down; a load copies pages from there into the blocks of a request that waits. A step that overwrites blocks of
-a store job that has not begun makes it copy now if there is room at once, or gives it up. Blocks of one job are touched by one thread.
+where the cache writes them down; a load copies pages from there into the blocks of a request that waits, for as long as that may wait. A
+step that overwrites blocks of a store job makes it copy now what there is room for at once, and give up the rest: it waits for a copy, but
+for no disk. Blocks of one job are touched by one thread.
 State: vLLM's worker thread, but for what says otherwise.
 """
 
@@ -40,8 +41,16 @@ class Keeping:
         """Reached once the blocks hold what they should; None on CPUs."""
         self.copied = threading.Event()
         """Set once nobody reads the blocks any more."""
+        self.enough: Future[None] = Future()
+        """Done once nobody may wait for room any more."""
         self._lock = threading.Lock()
         self._claimed = False
+
+    def hurry(self) -> None:
+        """Keep what there is room for, and come to an end."""
+        with self._lock:
+            if not self.enough.done():
+                self.enough.set_result(None)
 
     def claim(self) -> bool:
         """Whether the caller is the first."""
@@ -100,13 +109,15 @@ class WorkerSide:
         for number in plan.overwritten:
             if number in self._keeping:
                 keeping, _ = self._keeping[number]
-                self._keep(keeping, wait=False)
+                keeping.hurry()
+                self._keep(keeping)
                 keeping.copied.wait()
 
     def start_loads(self, plan: StepPlan) -> None:
         """Begin to load; never waits."""
         for load in plan.loads:
-            self._loads.append((load, self._loader.submit(self._load, load), time.perf_counter()))
+            until_s = time.monotonic() + load.within_s
+            self._loads.append((load, self._loader.submit(self._load, load, until_s), time.perf_counter()))
 
     def start_stores(self, plan: StepPlan) -> None:
         """Begin to store what the step, which is over or queued on the device, computed."""
@@ -117,8 +128,8 @@ class WorkerSide:
             keeping = Keeping(job, ready)
             self._keeping[job.number] = (keeping, self._storer.submit(self._keep, keeping))
 
-    def _keep(self, keeping: Keeping, wait: bool = True) -> None:
-        """Carry out a store job, unless somebody else does. On the store thread, or (`wait=False`) in a step."""
+    def _keep(self, keeping: Keeping) -> None:
+        """Carry out a store job, unless somebody else does. On the store thread, or in a step that hurries it."""
         if not keeping.claim():
             return
         job, began, kept = keeping.job, time.perf_counter(), 0
@@ -132,16 +143,16 @@ class WorkerSide:
         try:
             if keeping.ready is not None:
                 keeping.ready.wait()
-            kept = self._pages.store(job.keys, job.before, job.depth, fill, wait)
+            kept = self._pages.store(job.keys, job.before, job.depth, fill, keeping.enough)
         finally:
             keeping.copied.set()
             with self._counting:
                 self.counts.add("stored_pages", kept)
                 self.counts.add("store_seconds", time.perf_counter() - began)
-                self.counts.add("skipped_pages", len(job.keys) - kept, "no room" if wait else "overwritten")
+                self.counts.add("skipped_pages", len(job.keys) - kept, "overwritten" if keeping.enough.done() else "no room")
 
-    def _load(self, load: LoadJob) -> int:
-        """Pages that came. On the load thread."""
+    def _load(self, load: LoadJob, until_s: float) -> int:
+        """Pages that came until then. On the load thread."""
         assert self._blocks is not None
         blocks = self._blocks
 
@@ -151,7 +162,7 @@ class WorkerSide:
             if self._gpu is not None:
                 self._gpu.engine_stream().record().wait()
 
-        return self._pages.restore(load.keys, hand_out)
+        return self._pages.restore(load.keys, hand_out, until_s)
 
     # -- what the scheduler hears ----------------------------------------------------------------------------------------------
 
@@ -165,7 +176,7 @@ class WorkerSide:
                 continue
             came, seconds = self._came(load, future), time.perf_counter() - began
             self._unloaded.update(load.blocks[came:])
-            report.loads.append(LoadDone(load.request_id, came, seconds))
+            report.loads.append(LoadDone(load.request_id, came, seconds, came < len(load.keys) and seconds >= load.within_s))
             with self._counting:
                 self.counts.add("loaded_pages", came)
                 self.counts.add("failed_pages", len(load.blocks) - came)
@@ -218,6 +229,7 @@ class WorkerSide:
 
     def _quiesce(self) -> None:
         for keeping, _ in self._keeping.values():
+            keeping.hurry()
             if keeping.claim():
                 keeping.copied.set()
         for thread in (self._storer, self._loader):
