@@ -128,7 +128,7 @@ class KeyedPages:
         return []
 
     def _free_late(self, asked: Future[list[int]]) -> None:
-        if not asked.cancelled():
+        if not asked.cancelled() and asked.exception() is None:
             with self._residency.lock:
                 self._residency.device.free(asked.result())
 
