@@ -115,7 +115,7 @@ def measure(
     workloads: Sequence[str] = ALL,
     contexts: int = 4,
     document_tokens: int = 3000,
-    rounds: int = 3,
+    rounds: int = 2,
     path: Path | None = None,
 ) -> list[Row]:
     """The rows. `run.repeats` pairs without reuse; files go into `path`.

@@ -106,7 +106,14 @@ class Server(Process):
             free.bind(("localhost", 0))
             self.port = int(free.getsockname()[1])
         command = [sys.executable, "-m", "lmcache.v1.multiprocess.server", "--host", "localhost", "--port", str(self.port)]
-        command += ["--chunk-size", str(chunk_tokens), "--l1-size-gb", str(memory_pages * LAYOUT.page_bytes / GIB), "--eviction-policy", "LRU"]
+        command += [
+            "--chunk-size",
+            str(chunk_tokens),
+            "--l1-size-gb",
+            str(memory_pages * LAYOUT.page_bytes / GIB),
+            "--eviction-policy",
+            "LRU",
+        ]
         command += ["--disable-observability", "--supported-transfer-mode", "engine_driven", "--shm-name", f"kvtier-bench-{os.getpid()}"]
         if store is not None:
             command += ["--l2-adapter", json.dumps({"type": "fs", "base_path": str(store)})]
