@@ -23,7 +23,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence

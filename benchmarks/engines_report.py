@@ -81,7 +81,7 @@ def rows(seen: dict[str, Seen]) -> list[Row]:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Seconds to the first token: one panel per workload, one group of bars per case, one bar per system. MissingExtra without matplotlib."""
+    """Seconds to the first token: a panel per workload, a group of bars per case, a bar per system. MissingExtra without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
