@@ -36,7 +36,7 @@ from kvtier.errors import KVTierError, MissingExtra
 from .contestants import GIB, LAYOUT, SYSTEMS, USUAL
 from .engines_report import Seen, outcome, rows
 from .engines_report import plot as plot
-from .measure import Row, Run
+from .measure import Row, Run, show
 from .serving import Answer, EngineSetUp, Serving, bytes_on_disk, drop_from_page_cache, serving, stopped_in_order, stored_in
 from .workloads import WORKLOADS, Request, Sizes, Workload, random_tokens
 
@@ -142,18 +142,27 @@ def measure(
         # Two threads that wait for each other at every operation take seconds per token where others use the processors too.
         cores = sorted(os.sched_getaffinity(0))[-1 if run.tiny else 0 :]
         plan = Plan(chosen, document_tokens, repeats if NO_REUSE in workloads else 0, packaged_model(), Path(room), cores)
+        failed: dict[str, KVTierError] = {}
         plain: Serving | None = None
         for name in sorted(systems, key=lambda name: name != "plain"):
             run.step(name)
             if name == "plain" or (plan.repeats and plain is None):
                 plain = stack.enter_context(plan.start("plain"))
                 greet(plain)
-            if name == "plain":
-                assert plain is not None
-                ask(plain, plan, name, seen[name])
-            else:
-                judge(name, plan, plain, seen[name])
+            try:
+                if name == "plain" and plain is not None:
+                    ask(plain, plan, name, seen[name])
+                else:
+                    judge(name, plan, plain, seen[name])
+            except KVTierError as error:  # minutes of the others' figures are worth showing
+                failed[name] = error
+                del seen[name]
+                run.progress.console.print(f"{name} failed: {error}", style="red", markup=False)
+                continue
             run.progress.console.print(f"{name}: {outcome(seen[name])}")
+    if failed:
+        show(run.progress.console, rows(seen), "without what failed")
+        raise KVTierError(f"{', '.join(failed)} failed: {next(iter(failed.values()))}")
     return rows(seen)
 
 
