@@ -1,9 +1,10 @@
 """kvtier inside vLLM beside what else there is for it, with one real model, on the same prompts, in one run. Needs vLLM (docs/vllm.md).
 
 Workloads (`workloads.py`): questions about long documents, chats that take turns, agents that share a system prompt. The engine's own cache
-holds about one document, so that what comes back comes from elsewhere or is computed again. One request at a time. Each system is started
-in processes of its own, bound to the same cores; durable ones are started a second time, with memory for about one document and their files
-dropped from the page cache before each round. The first requests after a start are left out. Each request that comes back must find at
+holds about one document, so that what comes back comes from elsewhere or is computed again. Each system is started in processes of its own,
+bound to the same cores; all live side by side (2 to 3 GB each) and are asked each request in turn, so that none has a quieter time than the
+others. Durable ones are started a second time, with memory for about one document and their files dropped from the page cache before each
+round. The first requests after a start are left out. Each request that comes back must find at
 least half of what was sent before, or the run fails.
 
 - `engines.SYSTEM.WORKLOAD.cold`, `.own`, `.ram`, `.restart`, `.disk`: seconds to the first token, medians: never seen; held by the engine's
@@ -14,8 +15,8 @@ least half of what was sent before, or the run fails.
 - `engines.SYSTEM.WORKLOAD.tokens`: tokens per second, of prompts and answers, over all requests before the restart. `.cpu`: CPU seconds of
   all processes for these.
 - `engines.SYSTEM.disk_bytes`: what the files occupy after all workloads; the ceiling is the smallest other system's.
-- `engines.SYSTEM.no_reuse`: time of prompts that nobody sends again, in turn with the plain engine, over that engine's, less 1; the median
-  of `--repeats` pairs. `.no_reuse.cpu`: the same of CPU seconds.
+- `engines.SYSTEM.no_reuse`: time of prompts that nobody sends again, over a plain engine's for one in the same turn, less 1; the median
+  of `--repeats` turns. `.no_reuse.cpu`: the same of CPU seconds.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from kvtier.errors import KVTierError, MissingExtra
 from .contestants import GIB, LAYOUT, SYSTEMS, USUAL
 from .engines_report import Seen, outcome, rows
 from .engines_report import plot as plot
-from .measure import Row, Run, show
+from .measure import Row, Run
 from .serving import Answer, EngineSetUp, Serving, bytes_on_disk, drop_from_page_cache, serving, stopped_in_order, stored_in
 from .workloads import WORKLOADS, Request, Sizes, Workload, random_tokens
 
@@ -50,7 +51,7 @@ GREETING_TOKENS = 3 * BLOCK_TOKENS + 10
 
 @dataclass
 class Plan:
-    """What is asked of whom, with which model, where, on which cores; `repeats` pairs without reuse."""
+    """What is asked, of which model, where, on which cores; `repeats` turns without reuse."""
 
     workloads: dict[str, Workload]
     document_tokens: int
@@ -117,11 +118,13 @@ def measure(
     rounds: int = 2,
     path: Path | None = None,
 ) -> list[Row]:
-    """The rows. `run.repeats` pairs without reuse; files go into `path`.
+    """The rows. `run.repeats` turns without reuse; files go into `path`.
 
     KVTierError for options that make no sense and systems that fail, MissingExtra without vLLM, LMCache or a model.
     """
     find_engines(systems)
+    if NO_REUSE in workloads and "plain" not in systems:
+        raise KVTierError(f"--workload {NO_REUSE} compares with a plain engine; name plain among --systems too")
     if unknown := set(workloads) - set(ALL):
         raise KVTierError(f"--workload {', '.join(sorted(unknown))}: expected some of {', '.join(ALL)}")
     repeats = run.repeats
@@ -137,75 +140,92 @@ def measure(
     sizes = Sizes(contexts, document_tokens, rounds)
     chosen = {name: make(sizes) for name, make in WORKLOADS.items() if name in workloads}
     seen = {name: Seen() for name in systems}
-    run.expect(len(systems))
-    with stopped_in_order(), tempfile.TemporaryDirectory(prefix="kvtier-engines-", dir=path) as room, ExitStack() as stack:
+    durable = sum(SYSTEMS[name].durable for name in systems)
+    run.expect(
+        len(systems) + durable + sum(len(each.rounds) + len(each.after_restart) for each in chosen.values()) + bool(NO_REUSE in workloads)
+    )
+    with stopped_in_order(), tempfile.TemporaryDirectory(prefix="kvtier-engines-", dir=path) as room:
         # Two threads that wait for each other at every operation take seconds per token where others use the processors too.
         cores = sorted(os.sched_getaffinity(0))[-1 if run.tiny else 0 :]
         plan = Plan(chosen, document_tokens, repeats if NO_REUSE in workloads else 0, packaged_model(), Path(room), cores)
-        failed: dict[str, KVTierError] = {}
-        plain: Serving | None = None
-        for name in sorted(systems, key=lambda name: name != "plain"):
-            run.step(name)
-            if name == "plain" or (plan.repeats and plain is None):
-                plain = stack.enter_context(plan.start("plain"))
-                greet(plain)
-            try:
-                if name == "plain" and plain is not None:
-                    ask(plain, plan, name, seen[name])
-                else:
-                    judge(name, plan, plain, seen[name])
-            except KVTierError as error:  # minutes of the others' figures are worth showing
-                failed[name] = error
-                del seen[name]
-                run.progress.console.print(f"{name} failed: {error}", style="red", markup=False)
-                continue
-            run.progress.console.print(f"{name}: {outcome(seen[name])}")
-    if failed:
-        show(run.progress.console, rows(seen), "without what failed")
-        raise KVTierError(f"{', '.join(failed)} failed: {next(iter(failed.values()))}")
+        ask_all(run, plan, seen)
     return rows(seen)
 
 
-def judge(name: str, plan: Plan, plain: Serving | None, seen: Seen) -> None:
-    """All workloads with a system that has something behind the engine's own cache; then once more after a restart."""
-    store = stored_in(plan.room, name)
-    with plan.start(name) as served:
-        greet(served)
-        ask(served, plan, name, seen)
-        if plain is not None:
-            compare_without_reuse(plan, plain, served, seen)
-    if not SYSTEMS[name].durable or not plan.workloads:
+def ask_all(run: Run, plan: Plan, seen: dict[str, Seen]) -> None:
+    """All workloads, then prompts without reuse; then the durable systems once more, started anew with little memory."""
+    durable = [name for name in seen if SYSTEMS[name].durable]
+    with ExitStack() as stack:
+        served = started(run, plan, list(seen), stack)
+        for title, workload in plan.workloads.items():
+            began = {name: each.cpu_s() for name, each in served.items()}
+            for number, asked in enumerate(workload.rounds):
+                run.step(f"{title}, round {number + 1}")
+                for name, played in play(served, asked, title, seen).items():
+                    seen[name].timed(title, played)
+                for name in durable:
+                    bytes_on_disk(stored_in(plan.room, name))  # whatever is still on its way arrives, so that the next round finds it
+            for name, each in served.items():
+                seen[name].cpu_s[title] = each.cpu_s() - began[name]
+            tell(run, seen)
+        if plan.repeats:
+            run.step("prompts without reuse")
+            compare_without_reuse(plan, served, seen)
+            tell(run, seen)
+    if not durable or not plan.workloads:
         return
-    seen.disk_bytes = bytes_on_disk(store)  # with what an engine that ends writes
-    with plan.start(name, scarce=True) as served:
-        greet(served)
+    for name in durable:
+        seen[name].disk_bytes = bytes_on_disk(stored_in(plan.room, name))  # with what an engine that ends writes
+    with ExitStack() as stack:
+        served = started(run, plan, durable, stack, scarce=True)
         for title, workload in plan.workloads.items():
             for asked in workload.after_restart:
-                drop_from_page_cache(store)
-                play(served, asked, name, title, seen)
+                run.step(f"{title}, after a restart")
+                for name in served:
+                    drop_from_page_cache(stored_in(plan.room, name))
+                play(served, asked, title, seen)
+        tell(run, seen)
 
 
-def ask(served: Serving, plan: Plan, name: str, seen: Seen) -> None:
-    """The rounds of all workloads before the restart."""
-    store = stored_in(plan.room, name)
-    for title, workload in plan.workloads.items():
-        for asked in workload.rounds:
-            began = served.cpu_s()
-            seen.timed(title, play(served, asked, name, title, seen))
-            bytes_on_disk(store)  # whatever is still on its way arrives, so that the next round finds it
-            seen.cpu_s[title] = seen.cpu_s.get(title, 0.0) + served.cpu_s() - began
+def started(run: Run, plan: Plan, names: Sequence[str], stack: ExitStack, scarce: bool = False) -> dict[str, Serving]:
+    """These systems, up and warm; `stack` stops them."""
+    served = {}
+    for name in names:
+        run.step(f"starting {name}")
+        served[name] = stack.enter_context(plan.start(name, scarce))
+    for each in served.values():
+        greet(each)
+    return served
 
 
-def play(served: Serving, asked: Sequence[Request], name: str, title: str, seen: Seen) -> list[tuple[Request, Answer]]:
-    """One round. KVTierError if something that was sent before is not found: it would measure vLLM's own prefill."""
-    played = []
-    for request in asked:
-        answer = served.engine.ask(request.prompt, NEW_TOKENS)
-        if SYSTEMS[name].connector is not None:
-            check(f"{name}, {title}, {request.case}", request, answer)
-        seen.answers.setdefault((title, request.case), []).append(answer)
-        played.append((request, answer))
+def play(
+    served: dict[str, Serving], asked: Sequence[Request], title: str, seen: dict[str, Seen]
+) -> dict[str, list[tuple[Request, Answer]]]:
+    """One round, each request asked of all systems in turn, of another one first each time.
+
+    KVTierError if something that was sent before is not found: it would measure vLLM's own prefill.
+    """
+    played: dict[str, list[tuple[Request, Answer]]] = {name: [] for name in served}
+    for number, request in enumerate(asked):
+        for name in turned(list(served), number):
+            answer = served[name].engine.ask(request.prompt, NEW_TOKENS)
+            if SYSTEMS[name].connector is not None:
+                check(f"{name}, {title}, {request.case}", request, answer)
+            seen[name].answers.setdefault((title, request.case), []).append(answer)
+            played[name].append((request, answer))
     return played
+
+
+def turned(names: Sequence[str], number: int) -> list[str]:
+    """The same in the same order, from another one on."""
+    first = number % len(names)
+    return [*names[first:], *names[:first]]
+
+
+def tell(run: Run, seen: dict[str, Seen]) -> None:
+    """What was seen so far, for those who wait for the rest."""
+    for name, found in seen.items():
+        run.progress.console.print(f"{name}: {outcome(found)}")
 
 
 def greet(served: Serving) -> None:
@@ -223,17 +243,18 @@ def check(what: str, request: Request, answer: Answer) -> None:
         )
 
 
-def compare_without_reuse(plan: Plan, plain: Serving, served: Serving, seen: Seen) -> None:
-    """New prompts, in turn with a plain engine that lives beside the system."""
+def compare_without_reuse(plan: Plan, served: dict[str, Serving], seen: dict[str, Seen]) -> None:
+    """New prompts, asked of all systems in turn, beside the plain engine's time for one of the same turn."""
 
-    def turn(served: Serving) -> tuple[float, float]:
+    def ask(served: Serving) -> tuple[float, float]:
         began = served.cpu_s()
         wall = served.engine.ask(random_tokens(next(plan.fresh), plan.unique_tokens), NEW_TOKENS).total_s
-        time.sleep(0.3)  # what is on its way after the answer belongs to this turn's CPU seconds, not to the other's
+        time.sleep(0.3)  # what is on its way after the answer belongs to this system's CPU seconds
         return wall, served.cpu_s() - began
 
-    for each in (plain, served):
-        turn(each)  # the first one after a while is slow
+    for each in served.values():
+        ask(each)  # the first one after a while is slow
     for number in range(plan.repeats):
-        both = {each is served: turn(each) for each in ((plain, served) if number % 2 else (served, plain))}
-        seen.no_reuse.append((both[True][0] / both[False][0], both[True][1] / both[False][1]))
+        took = {name: ask(served[name]) for name in turned(list(served), number)}
+        for name in took.keys() - {"plain"}:
+            seen[name].no_reuse.append((took[name][0] / took["plain"][0], took[name][1] / took["plain"][1]))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,6 +35,7 @@ def test_without_vllm_it_is_one_line_that_names_the_environment(capsys):
     [
         ({"systems": ["kvtier-q9"]}, "--systems kvtier-q9: expected some of plain"),
         ({"workloads": ["chats"]}, "--workload chats: expected some of documents, chat, agent, no-reuse"),
+        ({"systems": ["kvtier-q8"]}, "name plain among --systems too"),
         ({"contexts": 3}, "--contexts 3"),
         ({"rounds": 0}, "--rounds 0"),
         ({"document_tokens": 100}, "--document-tokens 100"),
@@ -84,6 +88,51 @@ def test_all_get_memory_for_the_same_number_of_pages(tmp_path):
     assert 40 * LAYOUT.page_bytes <= raw["host.capacity_bytes"] < 41 * LAYOUT.page_bytes
     assert 0.5 < q8["host.capacity_bytes"] / vllm["cpu_bytes_to_use"] < 0.55
     assert 0.5 < q8["disk.capacity_bytes"] / (90 * LAYOUT.page_bytes) < 0.55
+
+
+class Stub:
+    """Stands for an engine: takes a second, or a tenth where something is behind it, which finds everything."""
+
+    def __init__(self, asked, name):
+        self.asked, self.name, self.engine = asked, name, self
+
+    def cpu_s(self):
+        return float(len(self.asked))
+
+    def ask(self, prompt, new_tokens):
+        self.asked.append((self.name, prompt))
+        found = 0 if self.name == "plain" else len(prompt)
+        return Answer(0.1 if found else 1.0, 2.0, found, new_tokens)
+
+
+def test_every_request_is_asked_of_all_in_turn_and_of_the_durable_ones_after_a_restart(monkeypatch, tmp_path):
+    asked, starts = [], []
+
+    @contextlib.contextmanager
+    def serving(name, set_up, memory_pages, disk_pages, room):
+        starts.append((name, memory_pages))
+        yield Stub(asked, name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(engines, "serving", serving)
+    monkeypatch.setattr(engines, "bytes_on_disk", lambda store: 1000)
+    monkeypatch.setitem(sys.modules, "kvtier.engines.models", SimpleNamespace(packaged_model=lambda: tmp_path))
+    systems = ["plain", "lmcache-ram", "kvtier-q8"]
+    made = {row.name.removeprefix("engines."): row.value for row in engines.measure(Run(1, tiny=True), systems, path=tmp_path)}
+    assert [name for name, _ in starts] == [*systems, "kvtier-q8"]
+    assert starts[3][1] < starts[2][1], "little memory after the restart"
+    documents = [(name, tuple(prompt)) for name, prompt in asked if len(prompt) == 440]
+    assert len(documents) == 4 * (3 * 3 + 2)
+    for turn in range(12):
+        names, prompts = zip(*documents[3 * turn : 3 * turn + 3], strict=True)
+        assert sorted(names) == sorted(systems)
+        assert len(set(prompts)) == 1
+    assert {documents[3 * turn][0] for turn in range(8)} == set(systems), "each comes first at times"
+    assert made["kvtier-q8.documents.restart"] == 0.1
+    assert made["plain.chat.ram"] == 1.0
+    assert made["kvtier-q8.no_reuse"] == 0
+    assert "plain.no_reuse" not in made
+    assert list(tmp_path.iterdir()) == []
 
 
 def answers(seconds: float) -> list[Answer]:
