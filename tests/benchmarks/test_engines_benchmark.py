@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -81,9 +82,14 @@ def test_agents_together_are_more_than_the_engines_own_cache_and_share_their_beg
 
 def test_all_get_memory_for_the_same_number_of_pages(tmp_path):
     place = Place(tmp_path, 1, memory_pages=40, disk_pages=90)
-    vllm = SYSTEMS["vllm-fs"].connector(place)["kv_connector_extra_config"]
-    q8 = SYSTEMS["kvtier-q8"].connector(place)["kv_connector_extra_config"]
-    raw = SYSTEMS["kvtier-raw"].connector(place)["kv_connector_extra_config"]
+
+    def told(name: str) -> dict[str, Any]:
+        connector = SYSTEMS[name].connector
+        assert connector is not None
+        extra: dict[str, Any] = connector(place)["kv_connector_extra_config"]
+        return extra
+
+    vllm, q8, raw = told("vllm-fs"), told("kvtier-q8"), told("kvtier-raw")
     assert vllm["cpu_bytes_to_use"] == 40 * LAYOUT.page_bytes
     assert 40 * LAYOUT.page_bytes <= raw["host.capacity_bytes"] < 41 * LAYOUT.page_bytes
     assert 0.5 < q8["host.capacity_bytes"] / vllm["cpu_bytes_to_use"] < 0.55
@@ -106,7 +112,8 @@ class Stub:
 
 
 def test_every_request_is_asked_of_all_in_turn_and_of_the_durable_ones_after_a_restart(monkeypatch, tmp_path):
-    asked, starts = [], []
+    asked: list[tuple[str, list[int]]] = []
+    starts: list[tuple[str, int]] = []
 
     @contextlib.contextmanager
     def serving(name, set_up, memory_pages, disk_pages, room):
