@@ -15,104 +15,36 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvtier.errors import KVTierError
 
+from .contestants import GIB, LAYOUT, SYSTEMS, Place
+
 START_S, ANSWER_S, STOP_S = 180.0, 60.0, 60.0
 """How long a process may take to be up, an engine to answer, a process to stop."""
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One request: seconds from giving it to the engine, and the prompt's tokens that came from a cache."""
+    """One request: seconds from giving it to the engine, the prompt's tokens that came from a cache, and tokens that it made."""
 
     first_s: float
     total_s: float
     cached_tokens: int
-
-
-@dataclass(frozen=True)
-class Place:
-    """What a connector is told: where its files go, the port of its server, memory it may take beside the engine's own cache."""
-
-    store: Path
-    port: int
-    memory_gib: int
-
-
-@dataclass(frozen=True)
-class System:
-    """Something behind an engine's own cache, or nothing.
-
-    `connector`: arguments of vLLM's `KVTransferConfig`; None without one.
-    `chunk_tokens`: of the LMCache server it needs, 0 without one. `durable`: whether the store outlives the engine.
-    """
-
-    connector: Callable[[Place], dict[str, Any]] | None = None
-    chunk_tokens: int = 0
-    durable: bool = False
-
-
-def _tiering(place: Place) -> dict[str, Any]:
-    extra = {"cpu_bytes_to_use": place.memory_gib * GIB, "spec_name": "CpuTieringSpec", "spec_module_path": "kvtier.bench.cpu_tiering"}
-    tiers = [{"type": "fs", "root_dir": str(place.store)}]
-    return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra | {"secondary_tiers": tiers}}
-
-
-def _lmcache(place: Place) -> dict[str, Any]:
-    return {
-        "kv_connector": "LMCacheMPConnector",
-        "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": place.port},
-    }
-
-
-def _kvtier(host_format: str, disk_format: str) -> Callable[[Place], dict[str, Any]]:
-    def connector(place: Place) -> dict[str, Any]:
-        return {
-            "kv_connector": "KvtierConnector",
-            "kv_connector_module_path": "kvtier.engines.vllm",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {
-                "host.capacity_bytes": f"{place.memory_gib}GiB",
-                "host.format": host_format,
-                "disk.path": str(place.store),
-                "disk.capacity_bytes": f"{4 * place.memory_gib}GiB",
-                "disk.format": disk_format,
-            },
-        }
-
-    return connector
-
-
-SYSTEMS = {
-    "plain": System(),
-    "floor": System(),
-    "vllm-fs": System(_tiering, durable=True),
-    "lmcache-ram": System(_lmcache, chunk_tokens=128),
-    "lmcache-fs": System(_lmcache, chunk_tokens=128, durable=True),
-    "lmcache-fs-256": System(_lmcache, chunk_tokens=256, durable=True),
-    "kvtier-raw": System(_kvtier("raw", "raw"), durable=True),
-    "kvtier-q8": System(_kvtier("q8", "q8"), durable=True),
-    "kvtier-q4": System(_kvtier("q8", "q4"), durable=True),
-}
-"""By name: vLLM alone; the same with room for everything; its own tiers; LMCache's server; kvtier with (host, disk) formats."""
+    new_tokens: int
 
 
 @dataclass(frozen=True)
 class EngineSetUp:
-    """The engine itself: arguments of `vllm.LLM`, GiB that its cache may take, compute threads."""
+    """The engine itself: arguments of `vllm.LLM`, GiB that its cache may take, the processor cores of its compute threads."""
 
     arguments: dict[str, Any]
     cache_gib: int
-    threads: int
+    cores: Sequence[int]
 
 
 class Process:
@@ -169,12 +101,19 @@ class Process:
 class Server(Process):
     """An LMCache server on a free port, up when this returns. With `store`, its files are there."""
 
-    def __init__(self, chunk_tokens: int, store: Path | None, memory_gib: int, log: Path) -> None:
+    def __init__(self, chunk_tokens: int, store: Path | None, memory_pages: int, log: Path) -> None:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             self.port = int(free.getsockname()[1])
         command = [sys.executable, "-m", "lmcache.v1.multiprocess.server", "--host", "localhost", "--port", str(self.port)]
-        command += ["--chunk-size", str(chunk_tokens), "--l1-size-gb", str(memory_gib), "--eviction-policy", "LRU"]
+        command += [
+            "--chunk-size",
+            str(chunk_tokens),
+            "--l1-size-gb",
+            str(memory_pages * LAYOUT.page_bytes / GIB),
+            "--eviction-policy",
+            "LRU",
+        ]
         command += ["--disable-observability", "--supported-transfer-mode", "engine_driven", "--shm-name", f"kvtier-bench-{os.getpid()}"]
         if store is not None:
             command += ["--l2-adapter", json.dumps({"type": "fs", "base_path": str(store)})]
@@ -201,8 +140,7 @@ class Engine(Process):
 
     def __init__(self, name: str, set_up: EngineSetUp, connector: dict[str, Any] | None, log: Path) -> None:
         variables = {
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(set_up.threads),
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(str(core) for core in set_up.cores),
             "VLLM_CPU_KVCACHE_SPACE": str(set_up.cache_gib),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
             "VLLM_NO_USAGE_STATS": "1",
@@ -223,7 +161,7 @@ class Engine(Process):
         assert self.child.stdin is not None
         self.child.stdin.write(json.dumps({"prompt": list(prompt), "new_tokens": new_tokens}).encode() + b"\n")
         self.child.stdin.flush()
-        return Answer(**self._hear(ANSWER_S))
+        return Answer(**self._hear(ANSWER_S), new_tokens=new_tokens)
 
     def _hear(self, seconds: float) -> dict[str, Any]:
         assert self.child.stdout is not None
@@ -249,8 +187,8 @@ class Serving:
 
 
 @contextlib.contextmanager
-def serving(name: str, set_up: EngineSetUp, memory_gib: int, room: Path) -> Iterator[Serving]:
-    """System `name` with `memory_gib` beside the engine's own cache and its files in `room/name`, stopped at the end.
+def serving(name: str, set_up: EngineSetUp, memory_pages: int, disk_pages: int, room: Path) -> Iterator[Serving]:
+    """System `name` with memory for so many pages beside the engine's own cache and its files in `room/name`, stopped at the end.
 
     KVTierError if something does not start, answer or stop.
     """
@@ -259,10 +197,10 @@ def serving(name: str, set_up: EngineSetUp, memory_gib: int, room: Path) -> Iter
     with contextlib.ExitStack() as stack:
         server, connector = None, None
         if system.chunk_tokens:
-            server = Server(system.chunk_tokens, store if system.durable else None, memory_gib, room / f"{name}-server.log")
+            server = Server(system.chunk_tokens, store if system.durable else None, memory_pages, room / f"{name}-server.log")
             stack.callback(server.stop)
         if system.connector is not None:
-            connector = system.connector(Place(store, server.port if server is not None else 0, memory_gib))
+            connector = system.connector(Place(store, server.port if server is not None else 0, memory_pages, disk_pages))
         engine = Engine(name, set_up, connector, log)
         stack.callback(engine.stop)
         yield Serving(engine, server)

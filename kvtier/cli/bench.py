@@ -46,7 +46,7 @@ def measured(
     write_json({"machine": machine, "bench": name.replace("_", "-"), "rows": [row.as_json() for row in rows]}, json)
     if plot is not None:
         try:
-            kit.plot(rows, plot)
+            getattr(program, "plot", kit.plot)(rows, plot)
         except OSError as error:
             raise KVTierError(f"--plot {plot}: {error.strerror}; the rows are above") from None
 
@@ -279,13 +279,15 @@ def attend(
 
 @app.command()
 def engines(
-    systems: Annotated[str, typer.Option(metavar="NAME,...", help="Some of the systems it knows. Default: all.")] = "",
-    cases: Annotated[str, typer.Option(metavar="NAME,...", help="documents, no-reuse or both.")] = "documents,no-reuse",
-    documents: Annotated[int, typer.Option(help="Documents that are asked about in turn; at least 4.")] = 6,
-    document_tokens: Annotated[int, typer.Option(help="Tokens of each document.")] = 3000,
-    rounds: Annotated[int, typer.Option(help="Questions about each document before the restart; at least 2.")] = 3,
+    systems: Annotated[str, typer.Option(metavar="NAME,...", help="Some of the systems it knows. Default: those of docs/vllm.md.")] = "",
+    workload: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Some of documents, chat, agent and no-reuse.")
+    ] = "documents,chat,agent,no-reuse",
+    contexts: Annotated[int, typer.Option(help="Documents, chats or agents that take turns; at least 4.")] = 4,
+    document_tokens: Annotated[int, typer.Option(help="Tokens of each document; the other workloads' sizes follow from it.")] = 3000,
+    rounds: Annotated[int, typer.Option(help="How often each comes back from memory; at least once.")] = 2,
     path: PathOption = None,
-    repeats: RepeatsOption = 7,
+    repeats: RepeatsOption = 5,
     tiny: TinyOption = False,
     json: JsonOption = None,
     plot: PlotOption = None,
@@ -293,9 +295,9 @@ def engines(
 ) -> None:
     """Time to first token inside vLLM: kvtier beside vLLM's own tiers and LMCache, cold, from memory and from disk after a restart."""
     program = importlib.import_module("kvtier.bench.engines")
-    options: dict[str, Any] = {"cases": cases.split(","), "documents": documents, "document_tokens": document_tokens, "rounds": rounds}
-    options |= {"systems": systems.split(",") if systems else tuple(program.SYSTEMS), "path": _directory(path)}
-    note = "s: to the first token; ceiling: a plain engine whose own cache holds everything"
+    options: dict[str, Any] = {"workloads": workload.split(","), "contexts": contexts, "document_tokens": document_tokens, "rounds": rounds}
+    options |= {"systems": systems.split(",") if systems else program.USUAL, "path": _directory(path)}
+    note = "s: to the first token; ceiling: documents in a plain engine's own cache; repeats are those of no-reuse"
     measured("engines", repeats, tiny, json, plot, profile, note, **options)
 
 

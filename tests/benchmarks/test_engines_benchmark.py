@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from benchmarks import engines
-from benchmarks.engines import Seen
+from benchmarks.contestants import LAYOUT, SYSTEMS, Place
+from benchmarks.engines_report import Seen, plot, rows
 from benchmarks.measure import Run
 from benchmarks.serving import Answer, drop_from_page_cache
+from benchmarks.workloads import WORKLOADS, Sizes
 from kvtier.cli import main
 from kvtier.errors import KVTierError
 
@@ -29,9 +35,10 @@ def test_without_vllm_it_is_one_line_that_names_the_environment(capsys):
     ("options", "says"),
     [
         ({"systems": ["kvtier-q9"]}, "--systems kvtier-q9: expected some of plain"),
-        ({"cases": ["chat"]}, "--cases chat: expected some of documents"),
-        ({"documents": 3}, "--documents 3"),
-        ({"rounds": 1}, "--rounds 1"),
+        ({"workloads": ["chats"]}, "--workload chats: expected some of documents, chat, agent, no-reuse"),
+        ({"systems": ["kvtier-q8"]}, "name plain among --systems too"),
+        ({"contexts": 3}, "--contexts 3"),
+        ({"rounds": 0}, "--rounds 0"),
         ({"document_tokens": 100}, "--document-tokens 100"),
     ],
 )
@@ -41,24 +48,131 @@ def test_options_that_make_no_sense_are_refused(monkeypatch, options, says):
         engines.measure(Run(1), **options)
 
 
+@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("sizes", [Sizes(4, 400, 1), Sizes(5, 3000, 3)])
+def test_what_a_request_says_was_sent_before_was_and_what_comes_back_was_pushed_out_meanwhile(name, sizes):
+    workload = WORKLOADS[name](sizes)
+    own_blocks = blocks_of(max(make(sizes).longest for make in WORKLOADS.values())) + 2
+    sent: list[list[int]] = []
+    for request in (request for each in (*workload.rounds, *workload.after_restart) for request in each):
+        known = request.prompt[: request.known_tokens]
+        assert (request.case == "cold") >= (not known)
+        assert request.prompt not in sent
+        if known:
+            place = max(number for number, prompt in enumerate(sent) if prompt[: len(known)] == known)
+            assert request.case != "own" or place == len(sent) - 1
+            if request.case != "own" and name != "agent":
+                assert sum(blocks_of(len(prompt)) for prompt in sent[place + 1 :]) + blocks_of(len(request.prompt)) > own_blocks
+        sent.append(request.prompt)
+
+
+def blocks_of(tokens: int) -> int:
+    return -(-(tokens + engines.NEW_TOKENS) // 128)
+
+
+def test_agents_together_are_more_than_the_engines_own_cache_and_share_their_beginning():
+    workload = WORKLOADS["agent"](Sizes(4, 3000, 1))
+    own_blocks = blocks_of(WORKLOADS["documents"](Sizes(4, 3000, 1)).longest) + 2
+    assert sum(len(request.prompt) - request.known_tokens for request in workload.rounds[0]) // 128 > own_blocks
+    firsts = [request.prompt for request in workload.rounds[0] if request.case == "cold"]
+    assert len(firsts) == 4
+    assert len({tuple(prompt[:1000]) for prompt in firsts}) == 1
+    assert len({tuple(prompt[:1100]) for prompt in firsts}) == 4
+
+
+def test_all_get_memory_for_the_same_number_of_pages(tmp_path):
+    place = Place(tmp_path, 1, memory_pages=40, disk_pages=90)
+
+    def told(name: str) -> dict[str, Any]:
+        connector = SYSTEMS[name].connector
+        assert connector is not None
+        extra: dict[str, Any] = connector(place)["kv_connector_extra_config"]
+        return extra
+
+    vllm, q8, raw = told("vllm-fs"), told("kvtier-q8"), told("kvtier-raw")
+    assert vllm["cpu_bytes_to_use"] == 40 * LAYOUT.page_bytes
+    assert 40 * LAYOUT.page_bytes <= raw["host.capacity_bytes"] < 41 * LAYOUT.page_bytes
+    assert 0.5 < q8["host.capacity_bytes"] / vllm["cpu_bytes_to_use"] < 0.55
+    assert 0.5 < q8["disk.capacity_bytes"] / (90 * LAYOUT.page_bytes) < 0.55
+
+
+class Stub:
+    """Stands for an engine: takes a second, or a tenth where something is behind it, which finds everything."""
+
+    def __init__(self, asked, name):
+        self.asked, self.name, self.engine = asked, name, self
+
+    def cpu_s(self):
+        return float(len(self.asked))
+
+    def ask(self, prompt, new_tokens):
+        self.asked.append((self.name, prompt))
+        found = 0 if self.name == "plain" else len(prompt)
+        return Answer(0.1 if found else 1.0, 2.0, found, new_tokens)
+
+
+def test_every_request_is_asked_of_all_in_turn_and_of_the_durable_ones_after_a_restart(monkeypatch, tmp_path):
+    asked: list[tuple[str, list[int]]] = []
+    starts: list[tuple[str, int]] = []
+
+    @contextlib.contextmanager
+    def serving(name, set_up, memory_pages, disk_pages, room):
+        starts.append((name, memory_pages))
+        yield Stub(asked, name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(engines, "serving", serving)
+    monkeypatch.setattr(engines, "bytes_on_disk", lambda store: 1000)
+    monkeypatch.setitem(sys.modules, "kvtier.engines.models", SimpleNamespace(packaged_model=lambda: tmp_path))
+    systems = ["plain", "lmcache-ram", "kvtier-q8"]
+    made = {row.name.removeprefix("engines."): row.value for row in engines.measure(Run(1, tiny=True), systems, path=tmp_path)}
+    assert [name for name, _ in starts] == [*systems, "kvtier-q8"]
+    assert starts[3][1] < starts[2][1], "little memory after the restart"
+    documents = [(name, tuple(prompt)) for name, prompt in asked if len(prompt) == 440]
+    assert len(documents) == 4 * (3 * 3 + 2)
+    for turn in range(12):
+        names, prompts = zip(*documents[3 * turn : 3 * turn + 3], strict=True)
+        assert sorted(names) == sorted(systems)
+        assert len(set(prompts)) == 1
+    assert {documents[3 * turn][0] for turn in range(8)} == set(systems), "each comes first at times"
+    assert made["kvtier-q8.documents.restart"] == 0.1
+    assert made["plain.chat.ram"] == 1.0
+    assert made["kvtier-q8.no_reuse"] == 0
+    assert "plain.no_reuse" not in made
+    assert list(tmp_path.iterdir()) == []
+
+
+def answers(seconds: float) -> list[Answer]:
+    return [Answer(seconds * factor, 2 * seconds, 256, 8) for factor in (0.5, 1, 9)]
+
+
 def seen(ram: float, disk: float, disk_bytes: int) -> Seen:
-    def answers(seconds: float) -> list[Answer]:
-        return [Answer(seconds * factor, 2 * seconds, 256) for factor in (0.5, 1, 9)]
+    cases = {"cold": answers(1.0), "ram": answers(ram), "disk": answers(disk)}
+    found = Seen({("documents", case): given for case, given in cases.items()}, {"documents": 3.0}, {"documents": 600}, {"documents": 4.0})
+    found.disk_bytes, found.no_reuse = disk_bytes, [(1.02, 1.1), (1.04, 1.3), (1.03, 1.2)]
+    return found
 
-    return Seen(answers(1.0), answers(ram), answers(disk), 3.0, disk_bytes, [(1.02, 1.1), (1.04, 1.3), (1.03, 1.2)])
 
-
-def test_kvtier_is_compared_with_the_better_peer_of_each_case_and_with_the_floor():
+def test_kvtier_is_compared_with_the_better_peer_of_each_case_and_with_a_plain_engines_own_cache():
+    plain = Seen({("documents", "own"): answers(0.04), ("documents", "ram"): answers(0.01)})
     found = {"vllm-fs": seen(0.2, 0.3, 100), "lmcache-fs": seen(0.1, 0.4, 80), "kvtier-q8": seen(0.05, 0.6, 40)}
-    rows = {row.name.removeprefix("engines."): row for row in engines.rows({"floor": Seen(ram=[Answer(0.04, 0.1, 256)])} | found)}
-    assert rows["kvtier-q8.ram"].value == 0.05
-    assert rows["kvtier-q8.ram"].ceiling == 0.04
-    assert rows["kvtier-q8.ram.to_peer"].value == pytest.approx(0.05 / 0.1)
-    assert rows["kvtier-q8.disk.to_peer"].value == pytest.approx(0.6 / 0.3)
-    assert rows["kvtier-q8.disk_bytes"].ratio == pytest.approx(40 / 80)
-    assert rows["kvtier-q8.no_reuse"].value == pytest.approx(0.03)
-    assert rows["kvtier-q8.no_reuse.cpu"].value == pytest.approx(0.2)
-    assert "vllm-fs.ram.to_peer" not in rows
+    made = {row.name.removeprefix("engines."): row for row in rows({"plain": plain} | found)}
+    assert made["kvtier-q8.documents.ram"].value == 0.05
+    assert made["kvtier-q8.documents.ram"].ceiling == 0.04
+    assert made["kvtier-q8.documents.ram.p95"].value == pytest.approx(0.45)
+    assert made["kvtier-q8.documents.ram.to_peer"].value == pytest.approx(0.05 / 0.1)
+    assert made["kvtier-q8.documents.disk.to_peer"].value == pytest.approx(0.6 / 0.3)
+    assert made["kvtier-q8.documents.tokens"].value == 150
+    assert made["kvtier-q8.disk_bytes"].ratio == pytest.approx(40 / 80)
+    assert made["kvtier-q8.no_reuse"].value == pytest.approx(0.03)
+    assert made["kvtier-q8.no_reuse.cpu"].value == pytest.approx(0.2)
+    assert "vllm-fs.documents.ram.to_peer" not in made
+
+
+def test_the_drawing_has_a_panel_per_workload(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot(rows({"vllm-fs": seen(0.2, 0.3, 100), "kvtier-q8": seen(0.05, 0.6, 40)}), tmp_path / "engines.svg")
+    assert "documents" in (tmp_path / "engines.svg").read_text()
 
 
 def test_dropping_files_from_the_page_cache_keeps_their_contents(tmp_path):

@@ -1,0 +1,103 @@
+"""What `engines.py` saw of each system, and the rows and the drawing made of it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvtier.errors import MissingExtra
+
+from .contestants import SYSTEMS
+from .measure import Row, percentile
+from .serving import Answer
+from .workloads import CASES, WORKLOADS, Request
+
+ANSWERS = {"cold": "cold", "own": "own cache", "ram": "memory", "restart": "restarted", "disk": "disk"}
+"""Cases as people read them."""
+
+
+@dataclass
+class Seen:
+    """What one system showed: answers by workload and case; CPU seconds, tokens and seconds by workload, before the restart."""
+
+    answers: dict[tuple[str, str], list[Answer]] = field(default_factory=dict)
+    cpu_s: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    disk_bytes: int = 0
+    no_reuse: list[tuple[float, float]] = field(default_factory=list)
+    """Per pair: wall and CPU seconds over the plain engine's."""
+
+    def timed(self, workload: str, played: Sequence[tuple[Request, Answer]]) -> None:
+        """Count a round for the throughput."""
+        self.tokens[workload] = self.tokens.get(workload, 0) + sum(len(each.prompt) + answer.new_tokens for each, answer in played)
+        self.seconds[workload] = self.seconds.get(workload, 0.0) + sum(answer.total_s for _, answer in played)
+
+
+def first_s(answers: Sequence[Answer]) -> float:
+    """Median seconds to the first token."""
+    return statistics.median(answer.first_s for answer in answers)
+
+
+def outcome(found: Seen) -> str:
+    """What a system showed, for those who wait for the rest."""
+    said = []
+    for workload in WORKLOADS:
+        cases = [f"{ANSWERS[case]} {first_s(found.answers[workload, case]):.3f}" for case in CASES if (workload, case) in found.answers]
+        said += [f"{workload}: {', '.join(cases)} s"] if cases else []
+    if found.no_reuse:
+        said.append(f"without reuse {statistics.median(wall for wall, _ in found.no_reuse) - 1:+.1%}")
+    return "; ".join(said)
+
+
+def rows(seen: dict[str, Seen]) -> list[Row]:
+    """Rows of what was seen."""
+    peers = [found for name, found in seen.items() if SYSTEMS[name].connector is not None and not name.startswith("kvtier")]
+    own = seen["plain"].answers.get(("documents", "own")) if "plain" in seen else None
+    smallest = min((peer.disk_bytes for peer in peers if peer.disk_bytes), default=None)
+    made = []
+    for name, found in seen.items():
+        title = f"engines.{name}"
+        for (workload, case), answers in found.answers.items():
+            row = f"{title}.{workload}.{case}"
+            made.append(Row(row, first_s(answers), "s", first_s(own) if own and workload == "documents" else None))
+            made.append(Row(f"{row}.p95", percentile([answer.first_s for answer in answers], 0.95), "s"))
+            if case != "cold":
+                made.append(Row(f"{row}.hit_tokens", min(answer.cached_tokens for answer in answers), "tokens"))
+            fastest = min((first_s(peer.answers[workload, case]) for peer in peers if (workload, case) in peer.answers), default=None)
+            if name.startswith("kvtier") and fastest is not None:
+                made.append(Row(f"{row}.to_peer", first_s(answers) / fastest, "ratio"))
+        for workload, tokens in found.tokens.items():
+            made.append(Row(f"{title}.{workload}.tokens", tokens / found.seconds[workload], "tokens/s"))
+            made.append(Row(f"{title}.{workload}.cpu", found.cpu_s[workload], "s"))
+        if found.disk_bytes:
+            made.append(Row(f"{title}.disk_bytes", found.disk_bytes, "bytes", smallest))
+        if found.no_reuse:
+            wall, cpu = (statistics.median(column) - 1 for column in zip(*found.no_reuse, strict=True))
+            made += [Row(f"{title}.no_reuse", wall, "share"), Row(f"{title}.no_reuse.cpu", cpu, "share")]
+    return made
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Seconds to the first token: a panel per workload, a group of bars per case, a bar per system. MissingExtra without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtra("--plot needs matplotlib; pip install 'kvtier[report]'") from None
+    value = {row.name: row.value for row in rows}
+    workloads = [name for name in WORKLOADS if any(f".{name}." in row for row in value)]
+    systems = [name for name in SYSTEMS if any(row.startswith(f"engines.{name}.") for row in value)]
+    figure = Figure(figsize=(9, 1 + 2.4 * max(1, len(workloads))), layout="constrained")
+    panels = figure.subplots(max(1, len(workloads)), squeeze=False)[:, 0]
+    width = 0.8 / len(systems)
+    for axes, workload in zip(panels, workloads, strict=False):
+        for place, system in enumerate(systems):
+            bars = [(number, value.get(f"engines.{system}.{workload}.{case}")) for number, case in enumerate(CASES)]
+            there = [(number + (place + 0.5) * width - 0.4, seconds) for number, seconds in bars if seconds is not None]
+            axes.bar([x for x, _ in there], [seconds for _, seconds in there], width, label=system)
+        axes.set_xticks(range(len(CASES)), [ANSWERS[case] for case in CASES])
+        axes.set(title=workload, yscale="log", ylabel="s to the first token")
+    panels[0].legend(fontsize="small")
+    figure.savefig(path)
