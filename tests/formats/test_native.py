@@ -28,7 +28,7 @@ CODECS = {"raw": 0, "q8": 1, "q6": 2, "q4": 3, "q3": 4, "q8_0": 5, "q4_0": 6}
 DTYPES = {"bf16": 0, "fp16": 1, "fp32": 2}
 BITS = {"q4": 4, "q3": 3}
 LEVELS = {levels.bits: levels.values for levels in (LEVELS2, LEVELS3, LEVELS4)}
-EXACT = ("raw", "q8_0", "q4_0")
+EXACT = ("raw", "q8", "q8_0", "q4_0")
 """Codecs that give the reference's bytes."""
 
 GUARD = 0xA5

@@ -30,7 +30,7 @@ class NativeCodecs(Protocol):
 
     def encode(self, plan: bytes, source: int, rows: Sequence[int], outs: Sequence[Payload], begins: bytes, /) -> None:
         """Page `rows[i]` of the contiguous pages at address `source` into the writable buffer `outs[i]`; one that begins a sequence if
-        `begins[i]` is not 0."""
+        `begins[i]` is not 0; with no `begins` at all none does."""
 
     def decode(
         self, plan: bytes, payloads: Sequence[Payload], target: int, rows: Sequence[int], first: int, stop: int, row_bytes: int, /

@@ -74,11 +74,11 @@ static int batch_open(Batch *batch, PyObject *plan, PyObject *address, PyObject 
     return -1;
 }
 
-/* One byte for each page. */
+/* One byte for each page, or none at all. */
 static int hold_begins(Batch *batch, PyObject *begins) {
     if (PyObject_GetBuffer(begins, &batch->begins, PyBUF_SIMPLE) == 0) {
-        if (batch->begins.len == batch->count) return 0;
-        PyErr_Format(PyExc_ValueError, "begins has %zd bytes for %zd pages; expected one for each", batch->begins.len, batch->count);
+        if (batch->begins.len == batch->count || batch->begins.len == 0) return 0;
+        PyErr_Format(PyExc_ValueError, "begins has %zd bytes for %zd pages; expected one for each or none", batch->begins.len, batch->count);
     }
     batch_close(batch);
     return -1;
@@ -104,7 +104,7 @@ static PyObject *encode(PyObject *self, PyObject *const *arguments, Py_ssize_t g
         for (int layer = 0; layer < batch.plan.layers; layer++) {
             for (int plane = 0; plane < batch.plan.planes; plane++, numbers += plane_bytes) {
                 Entry entry = plan_entry(&batch.plan, layer, plane);
-                entry.shape.begins = ((const char *)batch.begins.buf)[i] != 0;
+                entry.shape.begins = batch.begins.len > 0 && ((const char *)batch.begins.buf)[i] != 0;
                 kernels->encode[entry.codec](&entry.shape, numbers, (uint8_t *)batch.pages[i].payload.buf + entry.offset);
             }
         }

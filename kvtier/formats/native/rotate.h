@@ -1,5 +1,5 @@
-/* From numbers of a page to rotated vectors: a tile of rows in fp32, with the largest magnitude of each. Within a group the numbers of
-   a row stand in the order that suits the lanes; codes of them are in the usual order.
+/* From numbers of a page to rotated vectors: a tile of rows in fp32, with the largest magnitude of each. Numbers meet in the
+   order of the reference (hadamard.py), so their sums are its sums, bit by bit.
 
    The transform of a vector that holds a NaN or an infinity holds one in every number of the block, and one of its finite numbers is at
    least as large as the vector's largest. So the magnitudes, which scales need anyway, tell which rows to clean, and clean pages pay
