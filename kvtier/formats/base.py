@@ -152,9 +152,9 @@ def room_for(count: int, payload_bytes: int, out: Sequence[Payload] | None) -> l
     if out is None:
         return [np.empty(payload_bytes, np.uint8) for _ in range(count)]
     places = []
-    for place in out[:count]:
+    for place in out if len(out) == count else out[:count]:
         size = place.size
-        if place.dtype != UINT8 or place.ndim != 1 or size < payload_bytes or not place.flags.carray:
+        if size < payload_bytes or place.dtype != UINT8 or place.ndim != 1 or not place.flags.carray:
             break
         places.append(place if size == payload_bytes else place[:payload_bytes])
     if len(places) < count:

@@ -98,7 +98,7 @@ class Place:
 
 @dataclass(frozen=True)
 class _Plan:
-    """All blocks of one format and layout, by layer and plane, and the same for the native kernels, with them (None if they cannot do it)."""
+    """All blocks of one format and layout, by layer and plane; the native kernels and the same for them (None if they cannot do it)."""
 
     places: tuple[tuple[Place, ...], ...]
     payload_bytes: int

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvtier.errors import ConfigError
 from kvtier.format_spec import parse_format
 from kvtier.formats import BLOCK_CODECS, native
 from kvtier.formats.bits import plane_bytes, unpack, unpack_planes
@@ -352,6 +353,45 @@ class TestTheExtension:
             assert codecs.features() == name
         with pytest.raises(ValueError, match="available"):
             codecs.use("mmx")
+
+
+@pytest.fixture
+def loaded_anew():
+    """The choice that loading makes is made again in the test, and behind it."""
+    native._load.cache_clear()
+    yield
+    native._load.cache_clear()
+    if loaded:
+        loaded.use(loaded.available()[0])
+
+
+@needs_native
+class TestTheCPUThatTheEnvironmentNames:
+    @pytest.mark.parametrize("features", INSTRUCTION_SETS)
+    def test_is_the_one_that_is_used(self, loaded_anew, monkeypatch, features):
+        monkeypatch.setenv("KVTIER_CPU", features)
+        chosen = native.codecs()
+        assert chosen is not None
+        assert chosen.features() == features
+
+    def test_is_an_error_where_it_is_not_there(self, loaded_anew, monkeypatch):
+        monkeypatch.setenv("KVTIER_CPU", "mmx")
+        with pytest.raises(ConfigError, match="KVTIER_CPU=mmx: not there; this CPU and build have .*portable"):
+            native.codecs()
+
+    def test_is_an_error_where_nothing_is_compiled(self, loaded_anew, monkeypatch):
+        monkeypatch.setenv("KVTIER_CPU", "portable")
+        monkeypatch.setitem(sys.modules, "kvtier.formats.native._codecs", None)
+        with pytest.raises(ConfigError, match="no compiled kernels"):
+            native.codecs()
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("features", [name for name in INSTRUCTION_SETS if not name.startswith("avx512")])
+    def test_formats_keep_their_contract_on_it(self, features):
+        tests = "TestQ8 or TestQ6 or TestQ4 or TestQ3"
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/formats/test_contract.py", "-k", tests]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"KVTIER_CPU": features}, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
 
 
 class TestWithoutTheExtension:

@@ -153,7 +153,7 @@ static inline void load_met_pairs(Floats met[2], const char *numbers) {
 }
 
 /* How many groups to rotate side by side: the CPU does not see far enough ahead to do that by itself. */
-#define GROUPS_AT_ONCE 2
+#define GROUPS_AT_ONCE 4
 
 /* `count` is a constant; each step is taken for all groups before the next one. Neighbours meet first, then numbers 2, 4, ... apart,
    as in the reference. Each step moves what met in the one before back between the lanes, until all numbers stand in their order. */
