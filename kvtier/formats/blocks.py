@@ -22,7 +22,7 @@ import torch
 from kvtier.errors import LayoutError
 from kvtier.format_spec import FormatSpec
 from kvtier.formats.base import UINT8, Format, Payload, Stream, check_pages, check_rows, room_for, span_of, target_of
-from kvtier.formats.native import NativeCodecs
+from kvtier.formats.native import Expected, NativeCodecs
 from kvtier.formats.native import codecs as native_codecs
 from kvtier.layout import DTYPE_BYTES, PageLayout
 
@@ -103,7 +103,7 @@ class _Plan:
     places: tuple[tuple[Place, ...], ...]
     payload_bytes: int
     streams: tuple[Stream, ...]
-    native: tuple[NativeCodecs, bytes] | None
+    native: tuple[NativeCodecs, bytes, Expected] | None
 
     def blocks(self, payload: Payload, first: int, stop: int, plane: int) -> Payload:
         """The blocks of one plane for layers `first` to `stop`, all coded alike: a view `[layers, block bytes]` of the payload."""
@@ -173,14 +173,18 @@ class BlockFormat(Format):
         out: Sequence[Payload] | None = None,
         first: Collection[int] = (),
     ) -> list[Payload]:
+        plan = self._plan_of(layout)
+        if rows is None and not first and plan.native is not None and out is not None:
+            native, described, expected = plan.native
+            if native.encode_all(described, expected, pages, out):
+                return list(out)
         given = check_pages(pages, layout)
         if layout.dtype != "bf16" and pages.is_neg():  # a part of complex numbers, which there are none of in bf16
             pages = pages.resolve_neg()  # kernels read the memory, which says nothing of a sign that torch has put off
         rows = range(given) if rows is None else check_rows(rows, given, "encode")
-        plan = self._plan_of(layout)
         payloads = room_for(len(rows), plan.payload_bytes, out)
         if plan.native is not None and pages.is_cpu and pages.is_contiguous():
-            native, described = plan.native
+            native, described, _ = plan.native
             begins = bytes(index in first for index in range(len(rows))) if first else b""
             native.encode(described, pages.data_ptr(), rows, payloads, begins)
             return payloads
@@ -211,7 +215,7 @@ class BlockFormat(Format):
         if plan.native is None:
             self._decode_reference(payloads, layout, begin, end, out, rows)
             return out
-        native, described = plan.native
+        native, described, _ = plan.native
         row_values = (end - begin) * layout.strides[0] if out.is_contiguous() else out.stride(0)
         native.decode(described, payloads, out.data_ptr(), rows, begin, end, row_values * DTYPE_BYTES[layout.dtype])
         return out
@@ -287,7 +291,7 @@ def _streams(places: Sequence[Sequence[Place]]) -> tuple[Stream, ...]:
     return tuple(Stream(elements[key], tuple(spans)) for key, spans in alike.items())
 
 
-def _native_plan(places: Sequence[Sequence[Place]], layout: PageLayout, payload_bytes: int) -> tuple[NativeCodecs, bytes] | None:
+def _native_plan(places: Sequence[Sequence[Place]], layout: PageLayout, payload_bytes: int) -> tuple[NativeCodecs, bytes, Expected] | None:
     native = native_codecs()
     if native is None:
         return None
@@ -298,7 +302,8 @@ def _native_plan(places: Sequence[Sequence[Place]], layout: PageLayout, payload_
             return None
     head = struct.pack("<8i", geometry[0], layout.layers, layout.planes, *geometry[1:], len(entries), 0)
     body = b"".join(struct.pack("<iiq", place.codec.native_id, place.shape.keys, place.offset) for place in entries)
-    return native, head + body + struct.pack("<q", payload_bytes)
+    expected = torch.Tensor, torch.strided, layout.torch_dtype, layout.shape
+    return native, head + body + struct.pack("<q", payload_bytes), expected
 
 
 def _chunks(pages: int, layout: PageLayout, runs: Iterator[tuple[int, int]]) -> Iterator[tuple[slice, int, int]]:

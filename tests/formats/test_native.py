@@ -322,6 +322,49 @@ class TestTheExtension:
         assert (room == GUARD).all()
         assert torch.equal(pages, usual_pages(layout, 2))
 
+    def test_the_usual_case_in_one_call_gives_what_the_general_one_gives(self, codecs):
+        pages = usual_pages(self.LAYOUT, 3)
+        plan, size = plan_of("q8", self.LAYOUT)
+        room = list(np.zeros((3, size), np.uint8))
+        assert codecs.encode_all(plan, (torch.Tensor, torch.strided, torch.bfloat16, self.LAYOUT.shape), pages, room)
+        assert np.array_equal(room, encode(codecs, "q8", pages, self.LAYOUT))
+
+    @pytest.mark.parametrize(
+        "spoil",
+        [
+            pytest.param(lambda pages, room: (pages.half(), room), id="dtype"),
+            pytest.param(lambda pages, room: (pages[:, :, :, :8], room), id="tokens"),
+            pytest.param(lambda pages, room: (pages[0], room), id="axes"),
+            pytest.param(lambda pages, room: (pages[:2], room), id="pages"),
+            pytest.param(lambda pages, room: (pages.transpose(0, 1).contiguous().transpose(0, 1), room), id="strides"),
+            pytest.param(lambda pages, room: (torch.nn.Parameter(pages), room), id="subclass"),
+            pytest.param(lambda pages, room: (pages.to("meta"), room), id="device"),
+            pytest.param(lambda pages, room: (pages.to_sparse(), room), id="sparse"),
+            pytest.param(lambda pages, room: ("pages", room), id="no tensor"),
+            pytest.param(lambda pages, room: (pages, tuple(room)), id="no list"),
+            pytest.param(lambda pages, room: (pages, [*room[:2], room[2][:-1]]), id="room"),
+            pytest.param(lambda pages, room: (pages, [*room[:2], room[2].view(np.int8)]), id="signed room"),
+            pytest.param(lambda pages, room: (pages, [*room[:2], room[2][None]]), id="axes of room"),
+            pytest.param(lambda pages, room: (pages, [*room[:2], np.frombuffer(bytes([GUARD]) * room[2].size, np.uint8)]), id="read-only"),
+            pytest.param(lambda pages, room: (pages, [*room[:2], np.repeat(room[2], 2)[::2]]), id="strides of room"),
+        ],
+    )
+    def test_any_other_case_is_left_to_the_general_call_before_anything_is_written(self, codecs, spoil):
+        plan, size = plan_of("q8", self.LAYOUT)
+        room = np.full((3, size), GUARD, np.uint8)
+        pages, places = spoil(usual_pages(self.LAYOUT, 3), list(room))
+        assert not codecs.encode_all(plan, (torch.Tensor, torch.strided, torch.bfloat16, self.LAYOUT.shape), pages, places)
+        assert (room == GUARD).all()
+        assert all((place.view(np.uint8) == GUARD).all() for place in places)
+
+    def test_a_sign_that_torch_has_put_off_is_left_to_the_general_call(self, codecs):
+        layout = replace(self.LAYOUT, dtype="fp32")
+        put_off = torch._neg_view(usual_pages(layout, 1))
+        plan, size = plan_of("q8", layout)
+        room = np.full((1, size), GUARD, np.uint8)
+        assert not codecs.encode_all(plan, (torch.Tensor, torch.strided, torch.float32, layout.shape), put_off, list(room))
+        assert (room == GUARD).all()
+
     def test_no_pages_are_no_work(self, codecs):
         codecs.encode(plan_of("q8", self.LAYOUT)[0], 0, [], [], b"")
         codecs.decode(plan_of("q8", self.LAYOUT)[0], [], 0, [], 0, 2, 0)

@@ -21,6 +21,10 @@ CPU_VARIABLE = "KVTIER_CPU"
 """Names one of `available()`, so that a wide CPU shows what a narrower one would do."""
 
 
+Expected = tuple[type, object, object, tuple[int, ...]]
+"""A tensor's type, its `layout`, its `dtype` and the shape of one page."""
+
+
 class NativeCodecs(Protocol):
     """What the extension offers.
 
@@ -37,6 +41,11 @@ class NativeCodecs(Protocol):
     def encode(self, plan: bytes, source: int, rows: Sequence[int], outs: Sequence[Payload], begins: bytes, /) -> None:
         """Page `rows[i]` of the contiguous pages at address `source` into the writable buffer `outs[i]`; one that begins a sequence if
         `begins[i]` is not 0; with no `begins` at all none does."""
+
+    def encode_all(self, plan: bytes, expected: Expected, pages: object, outs: object, /) -> bool:
+        """All of the usual case in one call: True if `pages` is a contiguous CPU tensor of what is `expected` and `outs` a list of as
+        many writable uint8 arrays of one dimension and a payload's size; they are encoded then, none as the begin of a sequence. Else
+        nothing is written."""
 
     def decode(
         self, plan: bytes, payloads: Sequence[Payload], target: int, rows: Sequence[int], first: int, stop: int, row_bytes: int, /
