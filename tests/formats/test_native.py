@@ -328,6 +328,9 @@ class TestTheExtension:
         room = list(np.zeros((3, size), np.uint8))
         assert codecs.encode_all(plan, (torch.Tensor, torch.strided, torch.bfloat16, self.LAYOUT.shape), pages, room)
         assert np.array_equal(room, encode(codecs, "q8", pages, self.LAYOUT))
+        target = torch.zeros_like(pages)
+        assert codecs.decode_all(plan, (torch.Tensor, torch.strided, torch.bfloat16, self.LAYOUT.shape), room, target)
+        assert torch.equal(target, decode(codecs, "q8", room, self.LAYOUT))
 
     @pytest.mark.parametrize(
         "spoil",
@@ -356,6 +359,14 @@ class TestTheExtension:
         assert not codecs.encode_all(plan, (torch.Tensor, torch.strided, torch.bfloat16, self.LAYOUT.shape), pages, places)
         assert (room == GUARD).all()
         assert all((place.view(np.uint8) == GUARD).all() for place in places)
+
+    @pytest.mark.parametrize("change", ["rows", "dtype", "payload"])
+    def test_decoding_leaves_any_other_case_to_the_general_call_too(self, codecs, change):
+        plan, size = plan_of("q8", self.LAYOUT)
+        target = torch.full((3, *self.LAYOUT.shape), 7.0, dtype=torch.float16 if change == "dtype" else torch.bfloat16)
+        payloads = [np.zeros(size - (change == "payload"), np.uint8)] * (2 if change == "rows" else 3)
+        assert not codecs.decode_all(plan, (torch.Tensor, torch.strided, torch.bfloat16, self.LAYOUT.shape), payloads, target)
+        assert (target == 7).all()
 
     def test_a_sign_that_torch_has_put_off_is_left_to_the_general_call(self, codecs):
         layout = replace(self.LAYOUT, dtype="fp32")

@@ -52,6 +52,9 @@ class NativeCodecs(Protocol):
     ) -> None:
         """Layers `first` to `stop` of `payloads[i]` to address `target + rows[i] * row_bytes`."""
 
+    def decode_all(self, plan: bytes, expected: Expected, payloads: object, pages: object, /) -> bool:
+        """The same the other way: all layers of a list of payloads to as many pages."""
+
     def features(self) -> str:
         """The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable"."""
 
