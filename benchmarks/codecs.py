@@ -3,7 +3,9 @@
 Rows: `q8.encode`, `q8.decode`, ... in GB/s of the page's own bf16 bytes, one thread, over a working set far larger than the caches, through
 the formats as tiers use them (native kernels where they are built). The ceiling is a copy of the same bytes in the same rounds.
 `.2threads`: two threads at once, beside twice one thread; `.2threads.copy`: the same beside the copy of two threads, which is what the
-memory can do. `.1page`: microseconds for one page of 64 KiB that is in the cache, beside its copy; less is better. `.1page.cold`: the same
+memory can do. `threads.compute` and `threads.copy`, once for all formats: how many times as fast as one thread two are at what no memory
+slows down (encoding one page in the cache again and again) and at copying: the most that this machine's CPUs and memory give.
+`.1page`: microseconds for one page of 64 KiB that is in the cache, beside its copy; less is better. `.1page.cold`: the same
 for pages that are not. `.torch`: the torch reference. `q8.encode+checksum`: encoded and hashed (xxh3-64) page by page; `.share`: what the
 hash takes of that time. A format may be mixed, such as `q8/q4`.
 """
@@ -113,10 +115,11 @@ def measure(run: Run, layout: str = "smollm2", formats: Sequence[str] = FORMATS,
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        run.expect(5 * len(formats))
+        run.expect(5 * len(formats) + 1)
         pages = make_pages(chosen, count)
         target = torch.zeros_like(pages)
-        return [row for name in formats for row in _rows_of(run, name, chosen, pages, target)]
+        rows = [row for name in formats for row in _rows_of(run, name, chosen, pages, target)]
+        return rows + _two_threads_at_best(run, _bench(formats[0], chosen, pages, target))
     finally:
         torch.set_num_threads(threads)
 
@@ -180,6 +183,26 @@ def _on_two_threads(bench: Bench, what: str) -> Callable[[], object]:
                 done.result()
 
     return work
+
+
+def _two_threads_at_best(run: Run, bench: Bench) -> list[Row]:
+    """How many times as fast as one thread two are; each codes its own page, which stays in its CPU's cache, in one call without the
+    interpreter's lock."""
+    times = 4 if run.tiny else 2000
+    pages = make_pages(SMALL, 2)
+    small = [_bench("q8", SMALL, pages, pages).part(row, row + 1) for row in range(2)]
+
+    def compute(which: int) -> None:
+        own = small[which]
+        own.format.encode(own.pages, SMALL, [0] * times, [own.payloads[0]] * times)
+
+    def both() -> None:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(compute, range(2)))
+
+    run.step("two threads at best")
+    alone, together, copy, copies = side_by_side([lambda: compute(0), both, bench.copy, _on_two_threads(bench, "copy")], run.repeats)
+    return [Row("threads.compute", 2 * alone / together, "x", 2.0), Row("threads.copy", copy / copies, "x", 2.0)]
 
 
 def _one_page(run: Run, name: str) -> list[Row]:

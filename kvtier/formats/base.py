@@ -22,6 +22,7 @@ Payload = NDArray[np.uint8]
 UINT8 = np.dtype(np.uint8)
 """Comparing with this is several times faster than with `np.uint8`."""
 _ALL = slice(None)
+_STRIDED = torch.strided
 _SEQUENCES = (list, range, tuple, Sequence)
 
 
@@ -114,19 +115,19 @@ class Format(ABC):
         return self.payload_bytes(layout) * 8 / layout.values
 
 
-# A page of 64 KiB is coded in some microseconds, and asking an array or a tensor for anything takes a twentieth of one: what follows asks
-# for as little as it can.
+# A page of 64 KiB is coded in some microseconds, and asking an array or a tensor for anything takes a twentieth of one, or a tenth when the
+# page has just been through the cache: what follows asks for as little as it can.
 
 
 def check_pages(pages: torch.Tensor, layout: PageLayout) -> int:
     """n, of `pages` `[n, *layout.shape]`. LayoutError unless it is a dense tensor of the layout's dtype that has its numbers."""
-    if not isinstance(pages, torch.Tensor) or pages.layout != torch.strided or pages.is_meta:
+    if not isinstance(pages, torch.Tensor) or pages.layout is not _STRIDED or pages.is_meta:
         what = f"a {pages.layout} tensor on {pages.device}" if isinstance(pages, torch.Tensor) else f"{type(pages).__name__}"
         raise LayoutError(f"pages are {what}; expected a dense tensor on a CPU or GPU")
     shape = pages.shape
     if shape != (shape[0] if shape else 0, *layout.shape):
         raise LayoutError(f"pages have shape {tuple(shape)}; expected [n, {', '.join(map(str, layout.shape))}]")
-    if pages.dtype != layout.torch_dtype:
+    if pages.dtype is not layout.torch_dtype:
         raise LayoutError(f"pages are {pages.dtype}; expected {layout.torch_dtype}")
     return shape[0]
 
@@ -151,9 +152,9 @@ def room_for(count: int, payload_bytes: int, out: Sequence[Payload] | None) -> l
     if out is None:
         return [np.empty(payload_bytes, np.uint8) for _ in range(count)]
     places = []
-    for place in out[:count]:
+    for place in out if len(out) == count else out[:count]:
         size = place.size
-        if place.dtype != UINT8 or place.ndim != 1 or size < payload_bytes or not place.flags.carray:
+        if size < payload_bytes or place.dtype != UINT8 or place.ndim != 1 or not place.flags.carray:
             break
         places.append(place if size == payload_bytes else place[:payload_bytes])
     if len(places) < count:
@@ -183,7 +184,7 @@ def target_of(
         return torch.empty((count, *each), dtype=layout.torch_dtype), range(count)
     shape = out.shape
     places = shape[0] if shape else 0
-    if shape != (places, *each) or out.dtype != layout.torch_dtype or not out.is_cpu:
+    if shape != (places, *each) or out.dtype is not layout.torch_dtype or not out.is_cpu:
         expected = f"{layout.torch_dtype} {['m', *each]} on cpu"
         raise LayoutError(f"decode: out is {out.dtype} {tuple(shape)} on {out.device}; expected {expected}")
     if out.is_neg():  # kernels write the memory, which says nothing of a sign that torch has put off

@@ -22,11 +22,14 @@ import torch
 from kvtier.errors import LayoutError
 from kvtier.format_spec import FormatSpec
 from kvtier.formats.base import UINT8, Format, Payload, Stream, check_pages, check_rows, room_for, span_of, target_of
+from kvtier.formats.native import Expected, NativeCodecs
 from kvtier.formats.native import codecs as native_codecs
 from kvtier.layout import DTYPE_BYTES, PageLayout
 
 CHUNK_VALUES = 1 << 19
 """Numbers the reference codes at once: temporaries stay at a few MiB, whatever the number of pages."""
+
+_ALL = slice(None)
 
 NATIVE_DTYPES = {"bf16": 0, "fp16": 1, "fp32": 2}
 
@@ -97,12 +100,12 @@ class Place:
 
 @dataclass(frozen=True)
 class _Plan:
-    """All blocks of one format and layout, by layer and plane, and the same for the native kernels (None if they cannot do it)."""
+    """All blocks of one format and layout, by layer and plane; the native kernels and the same for them (None if they cannot do it)."""
 
     places: tuple[tuple[Place, ...], ...]
     payload_bytes: int
     streams: tuple[Stream, ...]
-    native: bytes | None
+    native: tuple[NativeCodecs, bytes, Expected] | None
 
     def blocks(self, payload: Payload, first: int, stop: int, plane: int) -> Payload:
         """The blocks of one plane for layers `first` to `stop`, all coded alike: a view `[layers, block bytes]` of the payload."""
@@ -172,16 +175,20 @@ class BlockFormat(Format):
         out: Sequence[Payload] | None = None,
         first: Collection[int] = (),
     ) -> list[Payload]:
-        given = check_pages(pages, layout)
-        if pages.is_neg():
-            pages = pages.resolve_neg()  # kernels read the memory, which says nothing of a sign that torch has put off
-        rows = check_rows(rows, given, "encode")
         plan = self._plan_of(layout)
+        if rows is None and not first and plan.native is not None and out is not None:
+            native, described, expected = plan.native
+            if native.encode_all(described, expected, pages, out):
+                return list(out)
+        given = check_pages(pages, layout)
+        if layout.dtype != "bf16" and pages.is_neg():  # a part of complex numbers, which there are none of in bf16
+            pages = pages.resolve_neg()  # kernels read the memory, which says nothing of a sign that torch has put off
+        rows = range(given) if rows is None else check_rows(rows, given, "encode")
         payloads = room_for(len(rows), plan.payload_bytes, out)
-        native = native_codecs() if plan.native is not None and pages.is_cpu and pages.is_contiguous() else None
-        if native is not None and plan.native is not None:
-            begins = bytes(index in first for index in range(len(rows))) if first else bytes(len(rows))
-            native.encode(plan.native, pages.data_ptr(), rows, payloads, begins)
+        if plan.native is not None and pages.is_cpu and pages.is_contiguous():
+            native, described, _ = plan.native
+            begins = bytes(index in first for index in range(len(rows))) if first else b""
+            native.encode(described, pages.data_ptr(), rows, payloads, begins)
             return payloads
         if pages.is_cuda:
             self._encode_on_device(pages, layout, rows, payloads, first)
@@ -200,6 +207,10 @@ class BlockFormat(Format):
         rows: Sequence[int] | None = None,
     ) -> torch.Tensor:
         plan = self._plan_of(layout)
+        if rows is None and plan.native is not None and out is not None and layers == _ALL:
+            native, described, expected = plan.native
+            if native.decode_all(described, expected, payloads, out):
+                return out
         for payload in payloads:
             if payload.dtype != UINT8 or payload.shape != (plan.payload_bytes,):
                 raise ValueError(
@@ -207,11 +218,12 @@ class BlockFormat(Format):
                 )
         begin, end = span_of(layers, layout)
         out, rows = target_of(out, rows, len(payloads), end - begin, layout)
-        native = native_codecs() if plan.native is not None else None
-        if native is None or plan.native is None:
+        if plan.native is None:
             self._decode_reference(payloads, layout, begin, end, out, rows)
             return out
-        native.decode(plan.native, payloads, out.data_ptr(), rows, begin, end, out.stride(0) * DTYPE_BYTES[layout.dtype])
+        native, described, _ = plan.native
+        row_values = (end - begin) * layout.strides[0] if out.is_contiguous() else out.stride(0)
+        native.decode(described, payloads, out.data_ptr(), rows, begin, end, row_values * DTYPE_BYTES[layout.dtype])
         return out
 
     def _encode_on_device(
@@ -285,7 +297,7 @@ def _streams(places: Sequence[Sequence[Place]]) -> tuple[Stream, ...]:
     return tuple(Stream(elements[key], tuple(spans)) for key, spans in alike.items())
 
 
-def _native_plan(places: Sequence[Sequence[Place]], layout: PageLayout, payload_bytes: int) -> bytes | None:
+def _native_plan(places: Sequence[Sequence[Place]], layout: PageLayout, payload_bytes: int) -> tuple[NativeCodecs, bytes, Expected] | None:
     native = native_codecs()
     if native is None:
         return None
@@ -296,7 +308,8 @@ def _native_plan(places: Sequence[Sequence[Place]], layout: PageLayout, payload_
             return None
     head = struct.pack("<8i", geometry[0], layout.layers, layout.planes, *geometry[1:], len(entries), 0)
     body = b"".join(struct.pack("<iiq", place.codec.native_id, place.shape.keys, place.offset) for place in entries)
-    return head + body + struct.pack("<q", payload_bytes)
+    expected = torch.Tensor, torch.strided, layout.torch_dtype, layout.shape
+    return native, head + body + struct.pack("<q", payload_bytes), expected
 
 
 def _chunks(pages: int, layout: PageLayout, runs: Iterator[tuple[int, int]]) -> Iterator[tuple[slice, int, int]]:

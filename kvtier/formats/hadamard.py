@@ -32,18 +32,23 @@ def signs(block: int, device: torch.device) -> torch.Tensor:
     return matrix.to(device)
 
 
-def rotate(vectors: torch.Tensor) -> torch.Tensor:
-    """Rotated copy of fp32 `vectors` `[..., head_dim]`; norms are kept.
+def butterflies(vectors: torch.Tensor) -> torch.Tensor:
+    """fp32 `vectors` `[..., head_dim]` transformed with the +-1 matrix: `rotate` before its factor.
 
-    Sums and differences of neighbours, then of numbers 2, 4, ... apart, then one product: the same bits on every machine and device. Each
-    step leaves the differences behind the sums, so that the next one's numbers are neighbours again.
+    Sums and differences of neighbours, then of numbers 2, 4, ... apart: the same bits on every machine and device. Each step leaves the
+    differences behind the sums, so that the next one's numbers are neighbours again.
     """
     block = block_size(vectors.shape[-1])
     numbers = vectors.reshape(-1, block)
     for _ in range(block.bit_length() - 1):
         left, right = numbers[:, 0::2], numbers[:, 1::2]
         numbers = torch.cat([left + right, left - right], 1)
-    return (numbers * unrotate_factor(block)).view(vectors.shape)
+    return numbers.view(vectors.shape)
+
+
+def rotate(vectors: torch.Tensor) -> torch.Tensor:
+    """Rotated copy of fp32 `vectors` `[..., head_dim]`; norms are kept."""
+    return butterflies(vectors) * unrotate_factor(vectors.shape[-1])
 
 
 def unrotate_whole(codes: torch.Tensor) -> torch.Tensor:

@@ -67,10 +67,11 @@ def as_page_dtype(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return numbers.clamp(-FP16_MAX, FP16_MAX).half() if dtype == torch.float16 else numbers.to(dtype)
 
 
-def symmetric_codes(vectors: torch.Tensor, largest_code: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole numbers -largest_code..largest_code (fp32) for `vectors` `[..., head_dim]` and their fp16 scales `[..., 1]`.
+def symmetric_codes(vectors: torch.Tensor, largest_code: int, unit: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole numbers -largest_code..largest_code (fp32) for `vectors * unit` `[..., head_dim]` and their fp16 scales `[..., 1]`.
 
-    The scale is rounded to fp16 before its inverse is taken, so that encoder and decoder agree.
+    The scale is rounded to fp16 before its inverse is taken, so that encoder and decoder agree. `unit` goes into the scale and into its
+    inverse, so that each number is multiplied only once.
     """
-    scales = fp16_scale(divided(vectors.abs().amax(-1, keepdim=True), largest_code))
-    return (vectors * inverse(scales)).round_().clamp_(-largest_code, largest_code), scales
+    scales = fp16_scale(divided(vectors.abs().amax(-1, keepdim=True) * unit, largest_code))
+    return (vectors * (inverse(scales) * unit)).round_().clamp_(-largest_code, largest_code), scales

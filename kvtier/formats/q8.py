@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from kvtier.formats.blocks import BlockCodec, BlockShape
-from kvtier.formats.hadamard import block_size, rotate, unrotate_factor, unrotate_whole
+from kvtier.formats.hadamard import block_size, butterflies, unrotate_factor, unrotate_whole
 from kvtier.formats.numbers import FP16_MAX, as_page_dtype, finite, numbers_of, symmetric_codes
 
 LARGEST_CODE = 127
@@ -42,7 +42,7 @@ class Q8(BlockCodec):
 
     def encode(self, blocks: torch.Tensor, shape: BlockShape) -> torch.Tensor:
         limit = LARGEST_CODE * FP16_MAX / math.sqrt(block_size(shape.head_dim))
-        codes, scales = symmetric_codes(rotate(finite(blocks, limit)), LARGEST_CODE)
+        codes, scales = symmetric_codes(butterflies(finite(blocks, limit)), LARGEST_CODE, unrotate_factor(shape.head_dim))
         return torch.cat([codes.to(torch.int8).view(torch.uint8).flatten(1), scales.flatten(1).view(torch.uint8)], 1)
 
     def decode(self, coded: torch.Tensor, shape: BlockShape) -> torch.Tensor:

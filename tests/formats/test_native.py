@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvtier.errors import ConfigError
 from kvtier.format_spec import parse_format
 from kvtier.formats import BLOCK_CODECS, native
 from kvtier.formats.bits import plane_bytes, unpack, unpack_planes
@@ -28,7 +29,7 @@ CODECS = {"raw": 0, "q8": 1, "q6": 2, "q4": 3, "q3": 4, "q8_0": 5, "q4_0": 6}
 DTYPES = {"bf16": 0, "fp16": 1, "fp32": 2}
 BITS = {"q4": 4, "q3": 3}
 LEVELS = {levels.bits: levels.values for levels in (LEVELS2, LEVELS3, LEVELS4)}
-EXACT = ("raw", "q8_0", "q4_0")
+EXACT = ("raw", "q8", "q8_0", "q4_0")
 """Codecs that give the reference's bytes."""
 
 GUARD = 0xA5
@@ -321,6 +322,60 @@ class TestTheExtension:
         assert (room == GUARD).all()
         assert torch.equal(pages, usual_pages(layout, 2))
 
+    def test_the_usual_case_in_one_call_gives_what_the_general_one_gives(self, codecs):
+        pages = usual_pages(self.LAYOUT, 3)
+        plan, size = plan_of("q8", self.LAYOUT)
+        room = list(np.zeros((3, size), np.uint8))
+        assert codecs.encode_all(plan, (torch.Tensor, torch.strided, torch.bfloat16, self.LAYOUT.shape), pages, room)
+        assert np.array_equal(room, encode(codecs, "q8", pages, self.LAYOUT))
+        target = torch.zeros_like(pages)
+        assert codecs.decode_all(plan, (torch.Tensor, torch.strided, torch.bfloat16, self.LAYOUT.shape), room, target)
+        assert torch.equal(target, decode(codecs, "q8", room, self.LAYOUT))
+
+    @pytest.mark.parametrize(
+        "spoil",
+        [
+            pytest.param(lambda pages, room: (pages.half(), room), id="dtype"),
+            pytest.param(lambda pages, room: (pages[:, :, :, :8], room), id="tokens"),
+            pytest.param(lambda pages, room: (pages[0], room), id="axes"),
+            pytest.param(lambda pages, room: (pages[:2], room), id="pages"),
+            pytest.param(lambda pages, room: (pages.transpose(0, 1).contiguous().transpose(0, 1), room), id="strides"),
+            pytest.param(lambda pages, room: (torch.nn.Parameter(pages), room), id="subclass"),
+            pytest.param(lambda pages, room: (pages.to("meta"), room), id="device"),
+            pytest.param(lambda pages, room: (pages.to_sparse(), room), id="sparse"),
+            pytest.param(lambda pages, room: ("pages", room), id="no tensor"),
+            pytest.param(lambda pages, room: (pages, tuple(room)), id="no list"),
+            pytest.param(lambda pages, room: (pages, [*room[:2], room[2][:-1]]), id="room"),
+            pytest.param(lambda pages, room: (pages, [*room[:2], room[2].view(np.int8)]), id="signed room"),
+            pytest.param(lambda pages, room: (pages, [*room[:2], room[2][None]]), id="axes of room"),
+            pytest.param(lambda pages, room: (pages, [*room[:2], np.frombuffer(bytes([GUARD]) * room[2].size, np.uint8)]), id="read-only"),
+            pytest.param(lambda pages, room: (pages, [*room[:2], np.repeat(room[2], 2)[::2]]), id="strides of room"),
+        ],
+    )
+    def test_any_other_case_is_left_to_the_general_call_before_anything_is_written(self, codecs, spoil):
+        plan, size = plan_of("q8", self.LAYOUT)
+        room = np.full((3, size), GUARD, np.uint8)
+        pages, places = spoil(usual_pages(self.LAYOUT, 3), list(room))
+        assert not codecs.encode_all(plan, (torch.Tensor, torch.strided, torch.bfloat16, self.LAYOUT.shape), pages, places)
+        assert (room == GUARD).all()
+        assert all((place.view(np.uint8) == GUARD).all() for place in places)
+
+    @pytest.mark.parametrize("change", ["rows", "dtype", "payload"])
+    def test_decoding_leaves_any_other_case_to_the_general_call_too(self, codecs, change):
+        plan, size = plan_of("q8", self.LAYOUT)
+        target = torch.full((3, *self.LAYOUT.shape), 7.0, dtype=torch.float16 if change == "dtype" else torch.bfloat16)
+        payloads = [np.zeros(size - (change == "payload"), np.uint8)] * (2 if change == "rows" else 3)
+        assert not codecs.decode_all(plan, (torch.Tensor, torch.strided, torch.bfloat16, self.LAYOUT.shape), payloads, target)
+        assert (target == 7).all()
+
+    def test_a_sign_that_torch_has_put_off_is_left_to_the_general_call(self, codecs):
+        layout = replace(self.LAYOUT, dtype="fp32")
+        put_off = torch._neg_view(usual_pages(layout, 1))
+        plan, size = plan_of("q8", layout)
+        room = np.full((1, size), GUARD, np.uint8)
+        assert not codecs.encode_all(plan, (torch.Tensor, torch.strided, torch.float32, layout.shape), put_off, list(room))
+        assert (room == GUARD).all()
+
     def test_no_pages_are_no_work(self, codecs):
         codecs.encode(plan_of("q8", self.LAYOUT)[0], 0, [], [], b"")
         codecs.decode(plan_of("q8", self.LAYOUT)[0], [], 0, [], 0, 2, 0)
@@ -352,6 +407,46 @@ class TestTheExtension:
             assert codecs.features() == name
         with pytest.raises(ValueError, match="available"):
             codecs.use("mmx")
+
+
+@pytest.fixture
+def loaded_anew():
+    """The choice that loading makes is made again in the test, and behind it."""
+    native._load.cache_clear()
+    yield
+    native._load.cache_clear()
+    if loaded:
+        loaded.use(loaded.available()[0])
+
+
+@needs_native
+class TestTheCPUThatTheEnvironmentNames:
+    @pytest.mark.parametrize("features", INSTRUCTION_SETS)
+    def test_is_the_one_that_is_used(self, loaded_anew, monkeypatch, features):
+        monkeypatch.setenv("KVTIER_CPU", features)
+        chosen = native.codecs()
+        assert chosen is not None
+        assert chosen.features() == features
+
+    def test_is_an_error_where_it_is_not_there(self, loaded_anew, monkeypatch):
+        monkeypatch.setenv("KVTIER_CPU", "mmx")
+        with pytest.raises(ConfigError, match="KVTIER_CPU=mmx: not there; this CPU and build have .*portable"):
+            native.codecs()
+
+    def test_is_an_error_where_nothing_is_compiled(self, loaded_anew, monkeypatch):
+        monkeypatch.setenv("KVTIER_CPU", "portable")
+        monkeypatch.setitem(sys.modules, "kvtier.formats.native._codecs", None)
+        with pytest.raises(ConfigError, match="no compiled kernels"):
+            native.codecs()
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(600)
+    @pytest.mark.parametrize("features", [name for name in INSTRUCTION_SETS if not name.startswith("avx512")])
+    def test_formats_keep_their_contract_on_it(self, features):
+        tests = [f"tests/formats/test_contract.py::{name}" for name in ("TestQ8", "TestQ4")]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"KVTIER_CPU": features}, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
 
 
 class TestWithoutTheExtension:

@@ -1,18 +1,28 @@
 """Compiled kernels for the block codecs: `codecs()` gives them, or None where the extension was not built or does not load.
 
 They are built with the package (setup.py) from the C sources beside this file, choose the CPU's best instruction set when they are loaded,
-and compute what the torch reference computes: the same bits when decoding, the same codes up to one step when encoding. They hold no
-state but that choice and may be called from several threads at once.
+or the one that the environment variable KVTIER_CPU names, and compute what the torch reference computes: the same bits when decoding,
+the same codes up to one step when encoding (the same bits for raw, q8, q8_0 and q4_0). They hold no state but that choice and may be
+called from several threads at once.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol, cast
 
+from kvtier.errors import ConfigError
 from kvtier.formats.base import Payload
+
+CPU_VARIABLE = "KVTIER_CPU"
+"""Names one of `available()`, so that a wide CPU shows what a narrower one would do."""
+
+
+Expected = tuple[type, object, object, tuple[int, ...]]
+"""A tensor's type, its `layout`, its `dtype` and the shape of one page."""
 
 
 class NativeCodecs(Protocol):
@@ -30,12 +40,20 @@ class NativeCodecs(Protocol):
 
     def encode(self, plan: bytes, source: int, rows: Sequence[int], outs: Sequence[Payload], begins: bytes, /) -> None:
         """Page `rows[i]` of the contiguous pages at address `source` into the writable buffer `outs[i]`; one that begins a sequence if
-        `begins[i]` is not 0."""
+        `begins[i]` is not 0; with no `begins` at all none does."""
+
+    def encode_all(self, plan: bytes, expected: Expected, pages: object, outs: object, /) -> bool:
+        """All of the usual case in one call: True if `pages` is a contiguous CPU tensor of what is `expected` and `outs` a list of as
+        many writable uint8 arrays of one dimension and a payload's size; they are encoded then, none as the begin of a sequence. Else
+        nothing is written."""
 
     def decode(
         self, plan: bytes, payloads: Sequence[Payload], target: int, rows: Sequence[int], first: int, stop: int, row_bytes: int, /
     ) -> None:
         """Layers `first` to `stop` of `payloads[i]` to address `target + rows[i] * row_bytes`."""
+
+    def decode_all(self, plan: bytes, expected: Expected, payloads: object, pages: object, /) -> bool:
+        """The same the other way: all layers of a list of payloads to as many pages."""
 
     def features(self) -> str:
         """The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable"."""
@@ -48,7 +66,7 @@ class NativeCodecs(Protocol):
 
 
 def codecs() -> NativeCodecs | None:
-    """The compiled kernels, or None; `why_missing()` then says why."""
+    """The compiled kernels, or None; `why_missing()` then says why. ConfigError if KVTIER_CPU asks for what is not there."""
     return _load()[0]
 
 
@@ -59,8 +77,16 @@ def why_missing() -> str:
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[NativeCodecs | None, str]:
+    wanted = os.environ.get(CPU_VARIABLE)
     try:
-        return cast(NativeCodecs, importlib.import_module("kvtier.formats.native._codecs")), ""
+        found = cast(NativeCodecs, importlib.import_module("kvtier.formats.native._codecs"))
     except ImportError as error:
         remedy = "install a C compiler (Debian, Ubuntu: apt-get install gcc python3-dev) and install kvtier again"
+        if wanted:
+            raise ConfigError(f"{CPU_VARIABLE}={wanted}: there are no compiled kernels ({error}); unset it, or {remedy}") from None
         return None, f"not built or not loadable ({error}); torch does the work, several times slower; {remedy}"
+    if wanted:
+        if wanted not in found.available():
+            raise ConfigError(f"{CPU_VARIABLE}={wanted}: not there; this CPU and build have {', '.join(found.available())}")
+        found.use(wanted)
+    return found, ""

@@ -102,17 +102,41 @@ static inline void group_store(void *numbers, const Floats group[PARTS], int dty
 /* Lane i meets lane i ^ distance: `signs` is -0.0 where the lane is the upper one and becomes the difference. */
 static inline Floats meet(Floats a, Floats other, Floats signs) { return floats_add(other, _mm256_xor_ps(a, signs)); }
 
+/* Two registers become their sum and difference. */
+static inline void meet_both(Floats *a, Floats *b) {
+    const Floats sum = floats_add(*a, *b);
+    *b = floats_sub(*a, *b), *a = sum;
+}
+
+/* Two registers: adjacent numbers get into different registers, meet, and stay there. */
+static inline void meet_adjacent(Floats *a, Floats *b) {
+    const Floats even = _mm256_shuffle_ps(*a, *b, 0x88);
+    *b = _mm256_shuffle_ps(*a, *b, 0xDD), *a = even;
+    meet_both(a, b);
+}
+
+/* Neighbours meet first, then numbers 2, 4 and 8 apart, as in the reference. bf16 numbers are the halves of 32 bits, so neighbours are in
+   different registers from the start; each step moves what met in the one before back between the lanes. */
 static inline void group_load_rotated(Floats group[PARTS], const void *numbers, int dtype) {
-    group_load(group, numbers, dtype);
-    for (int part = 0; part < PARTS; part++) {
-        Floats a = group[part];
-        a = meet(a, _mm256_permute_ps(a, 0xB1), _mm256_setr_ps(0.f, -0.f, 0.f, -0.f, 0.f, -0.f, 0.f, -0.f));
-        a = meet(a, _mm256_permute_ps(a, 0x4E), _mm256_setr_ps(0.f, 0.f, -0.f, -0.f, 0.f, 0.f, -0.f, -0.f));
-        group[part] = meet(a, _mm256_permute2f128_ps(a, a, 0x01), _mm256_setr_ps(0.f, 0.f, 0.f, 0.f, -0.f, -0.f, -0.f, -0.f));
+    if (dtype == BF16) {
+        const __m256i pairs = _mm256_loadu_si256(numbers);
+        group[0] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+        group[1] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xFFFF0000)));
+        meet_both(&group[0], &group[1]);
+        meet_adjacent(&group[0], &group[1]);
+        meet_adjacent(&group[0], &group[1]);
+        const Floats low = _mm256_permute2f128_ps(group[0], group[1], 0x20);
+        group[1] = _mm256_permute2f128_ps(group[0], group[1], 0x31), group[0] = low;
+    } else {
+        group_load(group, numbers, dtype);
+        for (int part = 0; part < PARTS; part++) {
+            Floats a = group[part];
+            a = meet(a, _mm256_permute_ps(a, 0xB1), _mm256_setr_ps(0.f, -0.f, 0.f, -0.f, 0.f, -0.f, 0.f, -0.f));
+            a = meet(a, _mm256_permute_ps(a, 0x4E), _mm256_setr_ps(0.f, 0.f, -0.f, -0.f, 0.f, 0.f, -0.f, -0.f));
+            group[part] = meet(a, _mm256_permute2f128_ps(a, a, 0x01), _mm256_setr_ps(0.f, 0.f, 0.f, 0.f, -0.f, -0.f, -0.f, -0.f));
+        }
     }
-    const Floats sum = floats_add(group[0], group[1]);
-    group[1] = floats_sub(group[0], group[1]);
-    group[0] = sum;
+    meet_both(&group[0], &group[1]);
 }
 
 #define GROUPS_AT_ONCE 1

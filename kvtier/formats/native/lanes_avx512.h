@@ -119,80 +119,69 @@ static inline Floats meet(Floats a, Floats other, __mmask16 upper) {
     return _mm512_fmadd_ps(a, _mm512_mask_blend_ps(upper, _mm512_set1_ps(1), _mm512_set1_ps(-1)), other);
 }
 
-/* Two registers: what has to meet in adjacent 128-bit lanes gets into different registers, meets, and stays there. */
+/* Two registers become their sum and difference; subtracting the product with 1 is as exact, and done where nothing else waits. */
+static inline void meet_both(Floats *a, Floats *b) {
+    const Floats sum = floats_add(*a, *b);
+    *b = _mm512_fnmadd_ps(*b, _mm512_set1_ps(1), *a), *a = sum;
+}
+
+/* Two registers: what has to meet in adjacent lanes of 32 or 128 bits gets into different registers, meets, and stays there. */
+static inline void meet_adjacent(Floats *a, Floats *b) {
+    const Floats even = _mm512_shuffle_ps(*a, *b, 0x88);
+    *b = _mm512_shuffle_ps(*a, *b, 0xDD), *a = even;
+    meet_both(a, b);
+}
+
 static inline void meet_lanes(Floats *a, Floats *b) {
-    const Floats low = _mm512_shuffle_f32x4(*a, *b, 0x88), high = _mm512_shuffle_f32x4(*a, *b, 0xDD);
-    *a = floats_add(low, high), *b = floats_sub(low, high);
+    const Floats even = _mm512_shuffle_f32x4(*a, *b, 0x88);
+    *b = _mm512_shuffle_f32x4(*a, *b, 0xDD), *a = even;
+    meet_both(a, b);
 }
 
+/* 32 bf16 numbers, which are the halves of 32 bits: the sum and the difference of each two neighbours. */
+static inline void load_met_pairs(Floats met[2], const char *numbers) {
+    const __m512i pairs = _mm512_loadu_si512(numbers);
 #if defined(WITH_AVX512_BF16)
-#define BF16_PAIRS 1
-
-/* `first` numbers +- `second` numbers, 16 of each, both halves of the result at once, where adjacent numbers have met already: their sums,
-   or with `odd` -1 their differences. */
-static inline Floats met_pairs(__m512bh first, __m512bh second, int odd) {
-    const int plus = odd < 0 ? (int)0xBF803F80 : 0x3F803F80, minus = odd < 0 ? 0x3F80BF80 : (int)0xBF80BF80;
-    const __m512i lower = _mm512_set1_epi32(plus), both = _mm512_mask_blend_epi32(0xFF00, lower, _mm512_set1_epi32(minus));
-    return _mm512_dpbf16_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), first, (__m512bh)lower), second, (__m512bh)both);
-}
-
-static inline __m512bh twice(const char *numbers) { return (__m512bh)_mm512_broadcast_i64x4(_mm256_loadu_si256((const void *)numbers)); }
+    const __m512i plus = _mm512_set1_epi32(0x3F803F80), minus = _mm512_set1_epi32((int)0xBF803F80);
+    met[0] = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)pairs, (__m512bh)plus);
+    met[1] = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)pairs, (__m512bh)minus);
 #else
-#define BF16_PAIRS 0
+    met[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    met[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000)));
+    meet_both(&met[0], &met[1]);
 #endif
+}
 
 /* How many groups to rotate side by side: the CPU does not see far enough ahead to do that by itself. */
 #define GROUPS_AT_ONCE 4
 
-/* Rotated numbers stand in another order, so that four registers of them pack to bytes in the usual one: number 16 * a + 4 * b + c of a
-   group is number 4 * a + c of register b. `count` is a constant; each step is taken for all groups before the next one. */
+/* `count` is a constant; each step is taken for all groups before the next one. Neighbours meet first, then numbers 2, 4, ... apart,
+   as in the reference. Each step moves what met in the one before back between the lanes, until all numbers stand in their order. */
 INLINE void groups_load_rotated(Floats (*groups)[PARTS], const char *const *numbers, int count, int dtype) {
-#if defined(WITH_AVX512_BF16)
-    /* Bits 0, 4 and 5 of the index, then 2, 1 and 3. */
-    for (int i = 0; i < count && dtype == BF16; i++) {
-        const __m512bh a = twice(numbers[i]), b = twice(numbers[i] + 32), c = twice(numbers[i] + 64), d = twice(numbers[i] + 96);
-        groups[i][0] = met_pairs(a, b, 1), groups[i][1] = met_pairs(a, b, -1);
-        groups[i][2] = met_pairs(c, d, 1), groups[i][3] = met_pairs(c, d, -1);
-    }
-    for (int i = 0; i < count && dtype == BF16; i++) {
-        Floats *const group = groups[i];
-        const Floats a = floats_add(group[0], group[2]), b = floats_add(group[1], group[3]);
-        const Floats c = floats_sub(group[0], group[2]), d = floats_sub(group[1], group[3]);
-        group[0] = a, group[1] = b, group[2] = c, group[3] = d;
-    }
-    for (int i = 0; i < count && dtype == BF16; i++) {
-        for (int part = 0; part < PARTS; part += 2) {
-            Floats *const pair = groups[i] + part;
-            const Floats low = _mm512_unpacklo_ps(pair[0], pair[1]), high = _mm512_unpackhi_ps(pair[0], pair[1]);
-            pair[0] = floats_add(low, high), pair[1] = floats_sub(low, high);
-        }
-    }
-#endif
-    if (dtype != BF16 || !BF16_PAIRS) {
-        for (int i = 0; i < count; i++) group_load(groups[i], numbers[i], dtype);
+    if (dtype == BF16) {
         for (int i = 0; i < count; i++) {
+            for (int line = 0; line < 2; line++) load_met_pairs(groups[i] + 2 * line, numbers[i] + 64 * line);
+        }
+        for (int step = 0; step < 2; step++) {
+            for (int i = 0; i < count; i++) meet_adjacent(&groups[i][0], &groups[i][1]), meet_adjacent(&groups[i][2], &groups[i][3]);
+        }
+        for (int step = 0; step < 2; step++) {
+            for (int i = 0; i < count; i++) meet_lanes(&groups[i][0], &groups[i][1]), meet_lanes(&groups[i][2], &groups[i][3]);
+        }
+    } else {
+        for (int i = 0; i < count; i++) {
+            group_load(groups[i], numbers[i], dtype);
             for (int part = 0; part < PARTS; part++) {
-                groups[i][part] = meet(groups[i][part], _mm512_permute_ps(groups[i][part], 0xB1), 0xAAAA);
+                Floats a = groups[i][part];
+                a = meet(a, _mm512_permute_ps(a, 0xB1), 0xAAAA);
+                a = meet(a, _mm512_permute_ps(a, 0x4E), 0xCCCC);
+                a = meet(a, _mm512_shuffle_f32x4(a, a, 0xB1), 0xF0F0);
+                groups[i][part] = meet(a, _mm512_shuffle_f32x4(a, a, 0x4E), 0xFF00);
             }
-        }
-        for (int i = 0; i < count; i++) {
-            Floats *const group = groups[i];
-            const Floats a = floats_add(group[0], group[1]), b = floats_sub(group[0], group[1]);
-            const Floats c = floats_add(group[2], group[3]), d = floats_sub(group[2], group[3]);
-            group[0] = floats_add(a, c), group[1] = floats_add(b, d), group[2] = floats_sub(a, c), group[3] = floats_sub(b, d);
-            meet_lanes(&group[0], &group[1]);
-            meet_lanes(&group[2], &group[3]);
+            meet_both(&groups[i][0], &groups[i][1]), meet_both(&groups[i][2], &groups[i][3]);
         }
     }
-    for (int i = 0; i < count; i++) {
-        for (int part = 0; part < PARTS; part++) {
-            groups[i][part] = meet(groups[i][part], _mm512_permute_ps(groups[i][part], 0x4E), 0xCCCC);
-        }
-    }
-    for (int i = 0; i < count; i++) {
-        meet_lanes(&groups[i][0], &groups[i][2]);
-        meet_lanes(&groups[i][1], &groups[i][3]);
-    }
+    for (int i = 0; i < count; i++) meet_both(&groups[i][0], &groups[i][2]), meet_both(&groups[i][1], &groups[i][3]);
 }
 
 /* Sums of a group of numbers of each of `count` rows, in the order of memory; `most` becomes at least as large as each magnitude. */
@@ -277,23 +266,29 @@ static inline void group_widen(Floats group[PARTS], const Shorts whole[SHORT_PAR
 /* Added to a number below 2**15 and rounded, this leaves a whole number in the 16 lowest bits. */
 #define WHOLE 0x1.8p23f
 
-/* Whole numbers that WHOLE was added to, as bytes, saturated. */
+/* Whole numbers that WHOLE was added to, as bytes, saturated. Four numbers of each register follow each other, then the next four of each:
+   that is also the order in which bytes widen to registers with the fewest instructions. */
 static inline __m512i bytes_of(const Floats whole[PARTS]) {
-    const __m512i even = _mm512_set_epi16(62, 60, 58, 56, 30, 28, 26, 24, 54, 52, 50, 48, 22, 20, 18, 16, 46, 44, 42, 40, 14, 12, 10, 8,
+    const __m512i fours = _mm512_set_epi16(62, 60, 58, 56, 30, 28, 26, 24, 54, 52, 50, 48, 22, 20, 18, 16, 46, 44, 42, 40, 14, 12, 10, 8,
         38, 36, 34, 32, 6, 4, 2, 0);
-    const __m512i low = _mm512_permutex2var_epi16(_mm512_castps_si512(whole[0]), even, _mm512_castps_si512(whole[1]));
-    const __m512i high = _mm512_permutex2var_epi16(_mm512_castps_si512(whole[2]), even, _mm512_castps_si512(whole[3]));
+    const __m512i low = _mm512_permutex2var_epi16(_mm512_castps_si512(whole[0]), fours, _mm512_castps_si512(whole[1]));
+    const __m512i high = _mm512_permutex2var_epi16(_mm512_castps_si512(whole[2]), fours, _mm512_castps_si512(whole[3]));
     return _mm512_packs_epi16(low, high);
+}
+
+/* From that order to the usual one and back. */
+static inline __m512i in_order(__m512i fours) {
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), fours);
 }
 
 static inline void group_round(int8_t *codes, const Floats group[PARTS], Floats factor, int largest) {
     Floats whole[PARTS];
-    for (int part = 0; part < PARTS; part++) whole[part] = floats_fused(group[part], factor, floats_all(WHOLE));
-    const __m512i bytes = _mm512_max_epi8(bytes_of(whole), _mm512_set1_epi8((int8_t)-largest));
+    for (int part = 0; part < PARTS; part++) whole[part] = floats_add(floats_mul(group[part], factor), floats_all(WHOLE));
+    const __m512i bytes = _mm512_max_epi8(in_order(bytes_of(whole)), _mm512_set1_epi8((int8_t)-largest));
     _mm512_storeu_si512(codes, largest < 127 ? _mm512_min_epi8(bytes, _mm512_set1_epi8((int8_t)largest)) : bytes);
 }
 
-/* Levels are exact in bf16, the upper halves of floats: their two bytes are looked up and put in place. */
+/* Levels are exact in bf16, the upper halves of floats: their two bytes are looked up and put in place. Codes as bytes_of has them. */
 static inline void values_of(Floats values[PARTS], __m512i code, const LevelTable *levels) {
     const __m512i lower = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)levels->bf16_low)), code);
     const __m512i upper = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)levels->bf16_high)), code);
@@ -306,7 +301,7 @@ static inline void values_of(Floats values[PARTS], __m512i code, const LevelTabl
 }
 
 static inline void group_values(Floats values[PARTS], const uint8_t *codes, const LevelTable *levels) {
-    values_of(values, _mm512_loadu_si512(codes), levels);
+    values_of(values, in_order(_mm512_loadu_si512(codes)), levels);
 }
 
 #define LEVELS_AT_ONCE 2
@@ -331,7 +326,7 @@ INLINE void groups_levels(uint8_t *const *codes, Floats (*values)[PARTS], const 
         code[i] = _mm512_mask_blend_epi8(_mm512_movepi8_mask(code[i]), positive, negative);
     }
     for (int i = 0; i < count; i++) {
-        _mm512_storeu_si512(codes[i], code[i]);
+        _mm512_storeu_si512(codes[i], in_order(code[i]));
         values_of(values[i], code[i], levels);
     }
 }

@@ -1,4 +1,5 @@
-/* q8: int8 codes [tokens, heads, head_dim], then fp16 scales [tokens, heads]; see kvtier/formats/q8.py. */
+/* q8: int8 codes [tokens, heads, head_dim], then fp16 scales [tokens, heads]; see kvtier/formats/q8.py. Bytes are those of
+   the torch reference: each step rounds where it does, and sums are taken in its order. */
 
 /* Scales of up to 16 rows from their largest magnitudes, and what rows are multiplied with. */
 INLINE void q8_scales(uint8_t *coded, float factors[16], const float largest[16], float norm, int count) {
@@ -24,7 +25,7 @@ INLINE void q8_codes(int8_t *codes, const float *rows, const float factors[16], 
 INLINE void encode_q8_of(const Shape *shape, const void *numbers, uint8_t *coded, int head_dim) {
     const int vectors = shape->tokens * shape->heads;
     const size_t vector_bytes = head_dim * value_bytes(shape->dtype);
-    const float norm = norm_of(shape), limit = 127 * FP16_MAX * norm;
+    const float norm = norm_of(shape), limit = (float)(127.0 * FP16_MAX / sqrt(hadamard_block(shape)));
     uint8_t *const scales = coded + block_values(shape);
     Tile tiles[2];
     float factors[2][16];

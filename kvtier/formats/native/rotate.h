@@ -1,5 +1,5 @@
-/* From numbers of a page to rotated vectors: a tile of rows in fp32, with the largest magnitude of each. Within a group the numbers of
-   a row stand in the order that suits the lanes; codes of them are in the usual order.
+/* From numbers of a page to rotated vectors: a tile of rows in fp32, with the largest magnitude of each. Numbers meet in the
+   order of the reference (hadamard.py), so their sums are its sums, bit by bit.
 
    The transform of a vector that holds a NaN or an infinity holds one in every number of the block, and one of its finite numbers is at
    least as large as the vector's largest. So the magnitudes, which scales need anyway, tell which rows to clean, and clean pages pay
@@ -62,7 +62,15 @@ INLINE void rotate_rows_as(float *rows, float largest[16], const char *numbers, 
     }
 }
 
-static void rotate_rows(float *rows, float largest[16], const char *numbers, size_t stride, int count, int head_dim, int dtype) {
+/* Groups side by side hide how long each step takes only if their instructions alternate. GCC does that where registers are scarce, too,
+   but not by default. */
+#if defined(__GNUC__) && !defined(__clang__)
+#define ALTERNATING __attribute__((optimize("schedule-insns", "sched-pressure")))
+#else
+#define ALTERNATING
+#endif
+
+static ALTERNATING void rotate_rows(float *rows, float largest[16], const char *numbers, size_t stride, int count, int head_dim, int dtype) {
     switch (dtype) {
     case BF16: rotate_rows_as(rows, largest, numbers, stride, count, head_dim, BF16); break;
     case FP16: rotate_rows_as(rows, largest, numbers, stride, count, head_dim, FP16); break;

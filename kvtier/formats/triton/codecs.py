@@ -36,10 +36,10 @@ def encode_q8(
     BLOCK: tl.constexpr, LIMIT: tl.constexpr, NORM: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     SCALES_ALIGN: tl.constexpr = 2 if ALIGN % 2 == 0 and COUNT * HEAD_DIM % 2 == 0 else 1
-    rotated = butterflies(finite(numbers, LIMIT), T, D, BLOCK) * NORM
-    word = half_word(divided(tl.max(tl.abs(rotated), 1), LARGEST8))
-    scales = numbers_of_words(word, FP16)
-    codes = rounded(rotated * inverse(scales)[:, None], LARGEST8).to(tl.int32)
+    rotated = butterflies(finite(numbers, LIMIT), T, D, BLOCK)
+    word = half_word(divided(tl.max(tl.abs(rotated), 1) * NORM, LARGEST8))
+    factors = inverse(numbers_of_words(word, FP16)) * NORM
+    codes = rounded(rotated * factors[:, None], LARGEST8).to(tl.int32)
     channel = tl.arange(0, D)
     tl.store(address + (vectors[:, None] * HEAD_DIM + channel[None, :]), codes.to(tl.uint8), inside)
     store_word(address + COUNT * HEAD_DIM, vectors, word, rows, 2, SCALES_ALIGN)
