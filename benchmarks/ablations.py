@@ -20,7 +20,7 @@ from kvtier.policy.reuse import AGES, LEAST_DENSITY, ReuseModel
 class WithoutGhosts(A2CR):
     """Forgets pages when they leave."""
 
-    def _remember(self, pages: Pages, held: int) -> None:
+    def _remember(self, pages: Pages) -> None:
         pass
 
 

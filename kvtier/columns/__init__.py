@@ -134,25 +134,23 @@ class RankingLoops(Protocol):
 
 
 class SpellLoops(Protocol):
-    """Loops over the columns of one A²CR policy, until one of them grows: see `kvtier.policy.a2cr`.
+    """Loops over the columns of one A²CR policy and its ranking, until one of them grows: see `kvtier.policy.a2cr`.
 
-    False or -1: not done, for a kind that is not known yet or a page that is not what it should be.
+    `touch` and `insert` answer with what is due at their end, 0 for nothing; -1: not done, for a kind that is not known yet or a page that is
+    not what it should be. As long as there are such loops, the ranking's loops score pages by them as they begin to queue.
     """
 
-    def use(self, pages: Numbers, time: float, call: int, cohort: int, /) -> bool:
-        """Pages that are here are used: their spells end, new ones begin."""
+    def touch(self, pages: Numbers, now: float, /) -> int:
+        """Pages that are here are used: their spells end, new ones begin, they queue anew."""
 
-    def come(self, pages: Numbers, names: Numbers, time: float, call: int, cohort: int, generation: int, deepest: int, /) -> int:
-        """Pages come, of which some are ghosts: as `use`. How many were none, as a part of the number of a kind."""
+    def insert(self, pages: Numbers, parents: Numbers, depths: Numbers, names: Numbers, now: float, /) -> int:
+        """Pages come, of which some are ghosts, and those that the same request used before are of another kind from now on."""
 
-    def go_on(self, pages: Numbers, new: int, time: float, /) -> bool:
-        """The request that used these pages last brought new ones, so many as part of the number of a kind: they are of another kind."""
+    def remember(self, pages: Numbers, /) -> bool:
+        """Pages become ghosts. False: not done."""
 
-    def leave(self, pages: Numbers, /) -> bool:
-        """Pages become ghosts."""
-
-    def score_all(self, now: float, /) -> bool:
-        """The scores of all pages that are here."""
+    def score_all(self) -> None:
+        """The pages that queue are scored for the last scoring, and all others when they begin to."""
 
 
 class Loops(Protocol):
@@ -167,8 +165,8 @@ class Loops(Protocol):
     def Ranking(self, *columns: Column) -> RankingLoops:
         """Loops over these columns, in the order of `Ranking.attach`. ValueError if their sizes do not fit each other."""
 
-    def Spells(self, *columns: Column) -> SpellLoops:
-        """Loops over these columns, in the order of `A2CR.attach`. ValueError if their sizes do not fit each other."""
+    def Spells(self, ranking: RankingLoops, *columns: Column) -> SpellLoops:
+        """Loops over this ranking and these columns, in the order of `A2CR.attach`. ValueError if their sizes do not fit each other."""
 
     def take_slots(self, free: list[int], taken: bytearray, count: int, /) -> list[int]:
         """The last `count` of `free`, last first, marked as taken. ValueError, and none, if there are fewer."""

@@ -44,6 +44,8 @@ PERIOD_SPELLS, PERIOD_CALLS = 4096, 128
 """Spells begun between two fits, at least, and calls that began them: pages of one request share their fate, and small pages are many."""
 PARTS = 8
 """Cohorts per period."""
+_PERIOD = NOW, BEGUN, CALLS, SPELLS_DUE, CALLS_DUE, STARTED = range(6)
+"""Cells of `period`: the cohort that is beginning spells, spells and calls in it, how many end it; 1 after the first call."""
 COHORTS = 512
 """Cohorts that are told apart: spells older than that are neither exposed nor hit any more."""
 FADE = 0.9
@@ -69,14 +71,15 @@ class ReuseModel:
     """Hazards and worth for kinds of pages with features of these sizes.
 
     A kind is a number that `kinds_of` gives for features in mixed radix; `worth` `[kinds, AGES]` is the logarithm of uses per second.
-    The compiled loops of spells write `hits`, `change` and `alive`, as `begin`, `end` and `move` do.
+    The compiled loops of spells write `hits`, `change`, `alive` and `period`, as `begin`, `end`, `move` and `count` do.
     """
 
     def __init__(self, sizes: tuple[int, ...]) -> None:
         self.sizes = sizes
         self.fits = 0
-        self.cohort = 0
-        """Serial number of the cohort that is beginning spells now."""
+        self.period: Numbers = np.zeros(len(_PERIOD), np.int64)
+        """The cohort of now: see NOW and the others."""
+        self.period[SPELLS_DUE], self.period[CALLS_DUE] = -(-PERIOD_SPELLS // PARTS), -(-PERIOD_CALLS // PARTS)
         self.kind_of: Numbers = np.full(math.prod(sizes), -1)
         """The kind of each combination of features, -1 where there was none yet."""
         self.worth: Reals = np.zeros((0, AGES))
@@ -97,13 +100,16 @@ class ReuseModel:
         """When each cohort began, seconds."""
         self._level: Reals = np.zeros(AGES)
         self._factors: list[Reals] = [np.ones((size, AGES)) for size in sizes]
-        self._spells = self._calls = 0
-        self._started = False
         self._grow(64)
 
     def __len__(self) -> int:
         """Kinds there have been."""
         return self._count
+
+    @property
+    def cohort(self) -> int:
+        """Serial number of the cohort that is beginning spells now."""
+        return int(self.period[NOW])
 
     def kinds_of(self, combined: Numbers) -> Numbers:
         """The kinds of pages with these features, given as numbers in mixed radix, the first feature first."""
@@ -135,24 +141,33 @@ class ReuseModel:
         np.subtract.at(self.alive, (rows, before[known]), 1)
         np.add.at(self.alive, (rows, after[known]), 1)
 
-    def tick(self, spells: int, now: float) -> bool:
-        """So many spells began now. Starts new cohorts and fits where it is time; whether `worth` changed."""
-        if not self._started:
-            self._started, self._began[0] = True, now
-        self._spells += spells
-        self._calls += 1
-        if self._spells * PARTS < PERIOD_SPELLS or self._calls * PARTS < PERIOD_CALLS:
+    def count(self, spells: int) -> bool:
+        """A call began so many spells. Whether it is the first, or the last of its cohort: then `turn`."""
+        period = self.period
+        period[BEGUN] += spells
+        period[CALLS] += 1
+        return not period[STARTED] or self._is_full()
+
+    def turn(self, now: float) -> bool:
+        """After the call that `count` said so of: starts a new cohort and fits where it is time; whether `worth` changed."""
+        if not self.period[STARTED]:
+            self.period[STARTED], self._began[0] = 1, now
+        if not self._is_full():
             return False
-        self._spells = self._calls = 0
-        self.cohort += 1
-        fit = self.cohort % PARTS == 0 or self.fits < PARTS
+        self.period[BEGUN] = self.period[CALLS] = 0
+        self.period[NOW] += 1
+        cohort = self.cohort
+        fit = cohort % PARTS == 0 or self.fits < PARTS
         if fit:
             self._expose(now)
             self._fit()
-        row = self.cohort % COHORTS
+        row = cohort % COHORTS
         self.alive[row] = self.counted[row] = 0
         self._began[row] = now
         return fit
+
+    def _is_full(self) -> bool:
+        return bool(self.period[BEGUN] >= self.period[SPELLS_DUE] and self.period[CALLS] >= self.period[CALLS_DUE])
 
     def _expose(self, now: float) -> None:
         """Living spells have reached the ages that they have now; the period's counts go where they are remembered."""

@@ -70,10 +70,13 @@ def a2cr_state(policy: A2CR) -> dict[str, Any]:
     """Everything A²CR holds, as it is in memory, but for the queue, whose order follows from the scores."""
     ranking, model, memory = policy._ranking, policy._model, policy._memory
     pages = np.flatnonzero(ranking.here)
-    state = {name: getattr(ranking, name)[pages].tobytes() for name in ("parent", "depth", "last", "score")}
+    state = {name: getattr(ranking, name)[pages].tobytes() for name in ("parent", "depth", "last")}
+    leaves = pages[ranking.children[pages] == 0]
+    state["score"] = ranking.score[leaves].tobytes()  # compiled loops score others when they become leaves
     state |= {name: getattr(policy, name)[pages].tobytes() for name in ("_combined", "_facts", "_name")}
+    state |= {name: getattr(policy, name).tobytes() for name in ("_counts", "_recent")}
     state |= {
-        name: getattr(model, name).tobytes() for name in ("kind_of", "worth", "chance", "hits", "change", "alive", "counted", "_exposed")
+        name: getattr(model, name).tobytes() for name in ("kind_of", "worth", "chance", "hits", "change", "alive", "counted", "period", "_exposed")
     }
     state |= {name: getattr(memory, name).tobytes() for name in ("names", "last", "facts")}
     state |= {name: getattr(policy._guard, name).tobytes() for name in ("state", "ring")}
@@ -81,9 +84,6 @@ def a2cr_state(policy: A2CR) -> dict[str, Any]:
         len(ranking),
         policy._latest,
         policy._left,
-        policy._calls,
-        policy._guard.debt,
-        policy._guard.falls,
         model.fits,
         model.cohort,
         len(model),

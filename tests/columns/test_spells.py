@@ -102,18 +102,18 @@ def test_loops_refuse_columns_that_do_not_fit_and_rows_that_are_not_there():
     assert spells is not None
     assert ranked is not None
     for strange in (np.array([-1]), np.array([10**9])):
-        assert not spells.use(strange, 1.0, 0, 0)
-        assert not spells.leave(strange)
-        assert spells.come(strange, strange, 1.0, 0, 0, 1, 0) == -1
-        assert not spells.go_on(strange, 0, 1.0)
+        assert spells.touch(strange, 1.0) == -1
+        assert not spells.remember(strange)
+        assert spells.insert(strange, np.array([0]), np.array([0]), strange, 1.0) == -1
+        assert spells.insert(np.array([0]), strange - 1, np.array([0]), np.array([0]), 1.0) == -1
         assert not ranked.arrive(strange, np.array([0]), np.array([0]))
         for call in (ranked.leave, ranked.restore, ranked.rescored, ranked.withdraw):
             assert not call(strange)
-    assert not spells.use(np.array([0]), 1.0, 0, -1)
-    policy._facts[0] = 10**9
-    assert not spells.use(np.array([0]), 1.0, 0, 0)
-    assert not spells.score_all(2.0)
+    policy._facts[:] = 10**9
+    assert spells.touch(np.array([0]), 1.0) == -1
+    spells.score_all()
     policy._ranking._queued[0] = 10**9
+    spells.score_all()
     ranked.pop(np.zeros(4, np.int64))
     ranked.rescored(np.array([1]))
 
@@ -129,7 +129,8 @@ def test_the_steepest_ways_are_those_that_numpy_finds(monkeypatch):
             kinds = model.kinds_of(chance.integers(0, 32, 200))
             model.begin(kinds)
             model.end(kinds, np.full(200, model.cohort), chance.integers(0, 40, 200))
-            model.tick(200, float(now))
+            if model.count(200):
+                model.turn(float(now))
         assert model.fits > 20
         worths.append((model.worth.tobytes(), model.chance.tobytes()))
     assert worths[0] == worths[1]
