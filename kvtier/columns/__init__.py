@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 Numbers = NDArray[np.int64]
 """Rows, pages or keys `[n]`, of any stride."""
 Column = NDArray[Any]
+Reals = NDArray[np.float64]
 Index = dict[bytes, int]
 """Rows by page key."""
 
@@ -171,9 +172,44 @@ class Loops(Protocol):
     def take_slots(self, free: list[int], taken: bytearray, count: int, /) -> list[int]:
         """The last `count` of `free`, last first, marked as taken. ValueError, and none, if there are fewer."""
 
-    def steepest(self, used: Column, kept: Column, last: int, least_run: float, best: Column, /) -> None:
-        """Into `best` `[kinds, ages]` the steepest of the ways from each age below `last` to a later one, up to `last`, over `used` and
-        `kept` `[kinds, ages + 1]`. ValueError if they do not fit each other."""
+    def expose(
+        self,
+        cohorts: Numbers,
+        reached: Numbers,
+        counted: Numbers,
+        alive: Numbers,
+        change: Numbers,
+        hits: Numbers,
+        all_exposed: Reals,
+        all_hits: Reals,
+        /,
+    ) -> None:
+        """As `ReuseModel._expose` of `cohorts`, whose spells have reached the ages below `reached`. As all below: ValueError for arrays that
+        do not fit each other."""
+
+    def expect(self, exposed: Reals, level: Reals, features: Numbers, factors: Reals, expected: Reals, /) -> None:
+        """Into `expected` `[kinds, ages]` the hits that are due to be seen: exposed times level times the factors of a kind's features."""
+
+    def gather(self, hits: Reals, expected: Reals, features: Numbers, factors: Reals, seen: Reals, due: Reals, feature: int, /) -> None:
+        """Adds hits to `seen`, and to `due` `[values, ages]` what is expected but for this feature's factor, by value of this feature."""
+
+    def rescale(self, expected: Reals, features: Numbers, ratios: Reals, feature: int, /) -> None:
+        """Multiplies `expected` by the ratio of a kind's value of this feature."""
+
+    def appraise(
+        self,
+        level: Reals,
+        features: Numbers,
+        factors: Reals,
+        widths: Reals,
+        best: Reals,
+        chance: Reals,
+        last: int,
+        most_hazard: float,
+        least_run: float,
+        /,
+    ) -> None:
+        """As `ReuseModel._appraise`: uses per second into `best` `[kinds, ages]` for ages below `last`, chances into `chance`."""
 
     def give_slots(self, free: list[int], taken: bytearray, slots: Sequence[int], /) -> bool:
         """Slots back onto `free`; False, and none, if one is not marked as taken."""

@@ -94,12 +94,18 @@ class ReuseModel:
         """The living spells of a cohort have been counted as exposed at ages below this."""
         self._count = 0
         self._features: Numbers = np.zeros((0, len(sizes)), np.int64)
+        """Of each kind and feature the row of `_factors`."""
         self._hits: Reals = np.zeros((0, AGES))
         self._exposed: Reals = np.zeros((0, AGES))
         self._began: Reals = np.zeros(COHORTS)
         """When each cohort began, seconds."""
         self._level: Reals = np.zeros(AGES)
-        self._factors: list[Reals] = [np.ones((size, AGES)) for size in sizes]
+        self._firsts: Numbers = np.cumsum((0, *sizes))
+        """Where the values of each feature begin among those of all."""
+        self._factors: Reals = np.ones((sum(sizes), AGES))
+        """By value of a feature and age, one feature after the other."""
+        self._ratios: Reals = np.ones_like(self._factors)
+        """What the factors of a fit are to those of the one before."""
         self._grow(64)
 
     def __len__(self) -> int:
@@ -174,6 +180,9 @@ class ReuseModel:
         rows = np.arange(max(0, self.cohort - COHORTS), self.cohort) % COHORTS
         ends = np.append(self._began[rows[1:]], now)
         reached = age_bins(np.maximum(now - (self._began[rows] + ends) / 2, 0.0)) + 1
+        if (loops := columns.loops()) is not None:
+            loops.expose(rows, reached, self.counted, self.alive, self.change, self.hits, self._exposed, self._hits)
+            return
         for row, until in zip(rows.tolist(), reached.tolist(), strict=True):
             start = int(self.counted[row])
             if until > start:
@@ -192,29 +201,55 @@ class ReuseModel:
         hits, exposed = self._hits[: self._count], self._exposed[: self._count]
         level = (hits.sum(0) @ SMOOTHING) / (exposed.sum(0) @ SMOOTHING + LEAST_EXPOSURE)
         self._level = np.clip(level, LEAST_HAZARD, MOST_HAZARD)
-        features = self._features[: self._count]
-        expected = exposed * self._level
-        for feature, factors in enumerate(self._factors):
-            expected *= factors[features[:, feature]]
-        for feature, factors in enumerate(self._factors):
-            which = features[:, feature]
-            seen, due = np.zeros(factors.shape), np.zeros(factors.shape)
-            foreseen = expected / factors[which]
-            for value in range(len(factors)):
-                own = which == value
-                seen[value], due[value] = hits[own].sum(0), foreseen[own].sum(0)
-            after = (seen @ SMOOTHING + PRIOR_HITS) / (due @ SMOOTHING + PRIOR_HITS)
-            expected *= (after / factors)[which]
-            self._factors[feature] = after
+        expected = self._expect(exposed)
+        for feature, first in enumerate(self._firsts[:-1].tolist()):
+            own = slice(first, int(self._firsts[feature + 1]))
+            seen, due = self._gather(hits, expected, feature)
+            after = (seen[own] @ SMOOTHING + PRIOR_HITS) / (due[own] @ SMOOTHING + PRIOR_HITS)
+            self._ratios[own] = after / self._factors[own]
+            self._rescale(expected, feature)
+            self._factors[own] = after
         self._appraise(np.arange(self._count))
         hits *= FADE
         exposed *= FADE
 
+    def _expect(self, exposed: Reals) -> Reals:
+        """The hits that would be seen by the level of now and the factors of the last fit, `[kinds, AGES]`."""
+        features = self._features[: self._count]
+        if (loops := columns.loops()) is not None:
+            loops.expect(exposed, self._level, features, self._factors, expected := np.empty_like(exposed))
+            return expected
+        expected = exposed * self._level
+        for of_kind in features.T:
+            expected *= self._factors[of_kind]
+        return expected
+
+    def _gather(self, hits: Reals, expected: Reals, feature: int) -> tuple[Reals, Reals]:
+        """By value of this feature, in its rows of `[values, AGES]`: the hits that were seen, and those expected but for its factor."""
+        seen, due = np.zeros((2, *self._factors.shape))
+        features = self._features[: self._count]
+        if (loops := columns.loops()) is not None:
+            loops.gather(hits, expected, features, self._factors, seen, due, feature)
+            return seen, due
+        of_kind = features[:, feature]
+        foreseen = expected / self._factors[of_kind]
+        for value in range(int(self._firsts[feature]), int(self._firsts[feature + 1])):
+            own = of_kind == value
+            seen[value], due[value] = hits[own].sum(0), foreseen[own].sum(0)
+        return seen, due
+
+    def _rescale(self, expected: Reals, feature: int) -> None:
+        features = self._features[: self._count]
+        if (loops := columns.loops()) is not None:
+            loops.rescale(expected, features, self._ratios, feature)
+        else:
+            expected *= self._ratios[features[:, feature]]
+
     def _hazards(self, features: Numbers) -> Reals:
         """Of the spells of kinds with these features that get as old, the share that ends at that age, `[kinds, AGES]`."""
         hazard: Reals = np.repeat(self._level[None, :], len(features), axis=0)
-        for feature, factors in enumerate(self._factors):
-            hazard *= factors[features[:, feature]]
+        for of_kind in features.T:
+            hazard *= self._factors[of_kind]
         np.minimum(hazard, MOST_HAZARD, out=hazard)
         return hazard
 
@@ -224,6 +259,17 @@ class ReuseModel:
         Worth is the log of the largest (chance of a use) / (seconds until then or until giving up), over all ages at which to give up.
         """
         features = self._features[kinds]
+        best, chance = np.full((len(features), AGES), LEAST_DENSITY), np.empty((len(features), AGES))
+        last = int(np.flatnonzero(self._level > LEAST_HAZARD).max(initial=0)) + 1  # nobody was used again at a greater age
+        if (loops := columns.loops()) is not None:
+            loops.appraise(self._level, features, self._factors, _WIDTHS, best, chance, last, MOST_HAZARD, LEAST_RUN)
+        else:
+            self._promise(features, best, chance, last)
+        self.worth[kinds] = np.log(np.maximum(best, LEAST_DENSITY))
+        self.chance[kinds] = chance
+
+    def _promise(self, features: Numbers, best: Reals, chance: Reals, last: int) -> None:
+        """Into `best` the most uses per second from each age below `last`, into `chance` the chance of a use at all."""
         hazard = self._hazards(features)
         hazard[:, -1] = 0.0
         survival = np.ones((len(features), AGES + 1))
@@ -231,17 +277,11 @@ class ReuseModel:
         used, kept = np.zeros((2, len(features), AGES + 1))
         np.cumsum(survival[:, :-1] * hazard, axis=1, out=used[:, 1:])
         np.cumsum(survival[:, :-1] * _WIDTHS * (1.0 - hazard / 2), axis=1, out=kept[:, 1:])
-        # The steepest way up from each age is a side of the upper hull of (kept, used); found from the right, all kinds at once.
-        best = np.full((len(features), AGES), LEAST_DENSITY)
-        last = int(np.flatnonzero(self._level > LEAST_HAZARD).max(initial=0)) + 1  # nobody was used again at a greater age
-        if (compiled := columns.loops()) is not None:
-            compiled.steepest(used, kept, last, LEAST_RUN, best)
-        else:
-            for age in range(min(last, AGES - 1)):
-                rise, run = used[:, age + 1 : last + 1] - used[:, age, None], kept[:, age + 1 : last + 1] - kept[:, age, None]
-                best[:, age] = (rise / np.maximum(run, LEAST_RUN)).max(axis=1)
-        self.worth[kinds] = np.log(np.maximum(best, LEAST_DENSITY))
-        self.chance[kinds] = 1.0 - survival[:, -1:] / survival[:, :-1]
+        # The steepest way up from each age is a side of the upper hull of (kept, used); found by looking at all ways.
+        for age in range(min(last, AGES - 1)):
+            rise, run = used[:, age + 1 : last + 1] - used[:, age, None], kept[:, age + 1 : last + 1] - kept[:, age, None]
+            best[:, age] = (rise / np.maximum(run, LEAST_RUN)).max(axis=1)
+        chance[:] = 1.0 - survival[:, -1:] / survival[:, :-1]
 
     # -- kinds -----------------------------------------------------------------------------------------------------------------
 
@@ -252,7 +292,8 @@ class ReuseModel:
         added = np.arange(first, self._count)
         self.kind_of[numbers] = added
         for feature in range(len(self.sizes) - 1, -1, -1):
-            numbers, self._features[added, feature] = np.divmod(numbers, self.sizes[feature])
+            numbers, values = np.divmod(numbers, self.sizes[feature])
+            self._features[added, feature] = self._firsts[feature] + values
         # Before the first fit, the older the less: the order of LRU.
         if self.fits:
             self._appraise(added)
