@@ -34,8 +34,8 @@ class TableLoops(Protocol):
     def find(self, row_of: Index, keys: Sequence[bytes], out: Numbers, /) -> int:
         """Rows of the visible prefix of `keys` into `out`; how many."""
 
-    def known(self, row_of: Index, keys: Sequence[bytes], out: Numbers, /) -> int:
-        """Rows of the first keys into `out`; how many. -1 unless all those have a parent and no other key has a row."""
+    def names(self, rows: Numbers, out: Numbers, /) -> bool:
+        """The first 8 bytes of the keys of `rows` into `out`."""
 
     def links(self, rows: Numbers, parents: Numbers, depths: Numbers, /) -> int:
         """Parents and depths of `rows` into the other two; whether attention was reported for any (-1: not done)."""
@@ -44,7 +44,6 @@ class TableLoops(Protocol):
         self,
         row_of: Index,
         keys: Sequence[bytes],
-        first: int,
         before: bytes,
         depth: int,
         parent: int,
@@ -53,8 +52,11 @@ class TableLoops(Protocol):
         free_count: int,
         out: Numbers,
         /,
-    ) -> None:
-        """Rows for `keys[first:]`, from the free list and then from `size` up, into `out[first:]`. ValueError if there are not so many."""
+    ) -> int:
+        """Rows of all keys into `out`, of those after the known ones from the free list and then from `size` up; how many were known.
+
+        -1, and nothing done, where links have to be made, a known key follows an unknown one, or there is no room.
+        """
 
     def begin(self, rows: Numbers, tier: int, slots: Sequence[int], /) -> bool:
         """Absent copies become WRITING ones."""
@@ -137,8 +139,8 @@ class RankingLoops(Protocol):
 class SpellLoops(Protocol):
     """Loops over the columns of one A²CR policy and its ranking, until one of them grows: see `kvtier.policy.a2cr`.
 
-    `touch` and `insert` answer with what is due at their end, 0 for nothing; -1: not done, for a kind that is not known yet or a page that is
-    not what it should be. As long as there are such loops, the ranking's loops score pages by them as they begin to queue.
+    `touch` and `insert` answer with what is due at their end, 0 for nothing; -1: not done, for a page that is not what it should be; -2: not
+    done, for kinds that are not known yet, named in the column for that. As long as there are such loops, the ranking's loops score pages by them as they begin to queue.
     """
 
     def touch(self, pages: Numbers, now: float, /) -> int:

@@ -13,6 +13,22 @@ static int64_t kind_of(const Spells *s, int64_t combined) {
     return kind < s->kinds ? kind : -1;
 }
 
+/* Whether features are those of a kind, known or noted as missing. */
+static bool know(const Spells *s, int64_t combined) {
+    if ((uint64_t)combined >= (uint64_t)s->numbers) return false;
+    if (kind_of(s, combined) >= 0) return true;
+    const int64_t count = s->missing[0];
+    for (int64_t i = 1; i <= count; i++) {
+        if (s->missing[i] == combined) return true;
+    }
+    if (count >= s->most_missing) return false;
+    s->missing[++s->missing[0]] = combined;
+    return true;
+}
+
+/* What looking at all pages comes to, once `missing` was emptied before. */
+static long verdict(const Spells *s, bool usual) { return !usual ? UNUSUAL : s->missing[0] ? UNKNOWN_KINDS : 0; }
+
 static bool is_sound(const Spells *s, const int64_t *facts) {
     return (uint64_t)facts[KIND] < (uint64_t)s->kinds && facts[COHORT] >= 0 && (uint64_t)facts[GENERATION] < (uint64_t)s->generations &&
            facts[USES] >= 0;
@@ -63,14 +79,15 @@ static double later_of(const Spells *s, double time) { return time > s->clock[LA
 
 /* -- touch -- */
 
-static bool may_be_touched(const Spells *s, const Rows *pages) {
+/* Whether these pages can be used: 0, or why not. */
+static long look_at(const Spells *s, const Rows *pages) {
+    s->missing[0] = 0;
     bool usual = is_in_order(s) && rows_within(pages, s->pages);
     for (Py_ssize_t i = 0; usual && i < pages->count; i++) {
         const int64_t page = *row_at(pages, i);
-        usual = s->ranking->here[page] && is_sound(s, s->facts + page * FACTS) && s->combined[page] >= 0 &&
-                kind_of(s, features_if_used(s, page)) >= 0;
+        usual = s->ranking->here[page] && is_sound(s, s->facts + page * FACTS) && s->combined[page] >= 0 && know(s, features_if_used(s, page));
     }
-    return usual;
+    return verdict(s, usual);
 }
 
 static void use(Spells *s, int64_t page, double time) {
@@ -89,8 +106,8 @@ PyObject *touch(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     const double time = later_of(s, real_of(arguments[1], &failed));
     Rows pages;
     if (failed || !rows_open(&pages, arguments[0], false)) return NULL;
-    long due = -1;
-    if (may_be_touched(s, &pages)) {
+    long due = look_at(s, &pages);
+    if (!due) {
         /* No page is compared with others while some scores are old and some new. */
         for (Py_ssize_t i = 0; i < pages.count; i++) ranking_unqueue(s->ranking, *row_at(&pages, i));
         for (Py_ssize_t i = 0; i < pages.count; i++) use(s, *row_at(&pages, i), time);
@@ -167,12 +184,12 @@ static bool is_continued(const Spells *s, const Coming *coming, int64_t page) {
     return (uint64_t)page < (uint64_t)s->pages && s->ranking->here[page] && s->facts[page * FACTS + CALL] == coming->continued;
 }
 
-/* Whether all of these pages that are used together with those that come can become what they turn out to be. */
+/* Whether the pages that are continued, used together before, can become what they turn out to be. */
 static bool can_go_on(const Spells *s, const Coming *coming) {
     int64_t page = coming->before;
     Py_ssize_t steps = 0;
     for (; coming->continued >= 0 && is_continued(s, coming, page); page = s->ranking->parent[page]) {
-        const bool known = s->combined[page] >= 0 && kind_of(s, features_if_continued(s, page, coming->new)) >= 0;
+        const bool known = s->combined[page] >= 0 && know(s, features_if_continued(s, page, coming->new));
         if (!known || !is_sound(s, s->facts + page * FACTS) || ++steps > s->pages) return false;
     }
     return true;
@@ -201,31 +218,42 @@ static bool may_come(const Spells *s, const Links *links, const Rows *names) {
     return usual;
 }
 
-/* Finds out what is known of pages that come; whether that is nothing unusual. */
-static bool look_up(const Spells *s, Coming *coming) {
-    const Links *links = &coming->links;
-    const Py_ssize_t count = links->pages.count;
+/* Finds the ghosts among pages that come, and which page is the deepest; whether that is nothing unusual. */
+static bool find_ghosts(const Spells *s, Coming *coming) {
+    const Rows *names = &coming->names, *depths = &coming->links.depths;
     int64_t unknown = 0;
-    for (Py_ssize_t i = 0; i < count; i++) __builtin_prefetch(s->cell_name + first_cell(s, *row_at(&coming->names, i)));
-    for (Py_ssize_t i = 0; i < count; i++) {
-        const Py_ssize_t cell = coming->ghosts[i] = find(s, *row_at(&coming->names, i));
+    for (Py_ssize_t i = 0; i < names->count; i++) __builtin_prefetch(s->cell_name + first_cell(s, *row_at(names, i)));
+    for (Py_ssize_t i = 0; i < names->count; i++) {
+        const Py_ssize_t cell = coming->ghosts[i] = find(s, *row_at(names, i));
         if (cell >= 0 && !is_sound(s, s->cell_facts + cell * FACTS)) return false;
         unknown += cell < 0;
-        if (*row_at(&links->depths, i) > *row_at(&links->depths, coming->deepest)) coming->deepest = i;
+        if (*row_at(depths, i) > *row_at(depths, coming->deepest)) coming->deepest = i;
     }
     for (; coming->new < s->steps[NEW_VALUES] - 1 && unknown >> coming->new; coming->new++) continue;
     coming->new *= s->steps[NEW_STEP];
-    coming->before = parent_of_all(s, links);
-    if (coming->before != ROOT && s->ranking->here[coming->before]) {
-        const int64_t *facts = s->facts + coming->before * FACTS, call = facts[CALL];
-        if (facts[GENERATION] < 0) return false;
-        coming->generation = facts[GENERATION] + 1 < s->generations ? facts[GENERATION] + 1 : s->generations - 1;
-        if (call >= 0 && s->recent[call & (s->recent_calls - 1)] == call) coming->continued = call;
-    }
-    for (Py_ssize_t i = 0; i < count; i++) {
-        if (kind_of(s, features_if_new(s, coming, i)) < 0) return false;
-    }
-    return can_go_on(s, coming);
+    return true;
+}
+
+/* Finds out what pages that come continue; whether that is nothing unusual. */
+static bool find_before(const Spells *s, Coming *coming) {
+    coming->before = parent_of_all(s, &coming->links);
+    if (coming->before == ROOT || !s->ranking->here[coming->before]) return true;
+    const int64_t *facts = s->facts + coming->before * FACTS, call = facts[CALL];
+    if (facts[GENERATION] < 0 || facts[GENERATION] >= s->generations) return false;
+    coming->generation = facts[GENERATION] + 1 < s->generations ? facts[GENERATION] + 1 : s->generations - 1;
+    if (call >= 0 && s->recent[call & (s->recent_calls - 1)] == call) coming->continued = call;
+    return true;
+}
+
+/* Whether these pages can come: 0, or why not. Kinds are numbered as they appear: those of the pages come first. */
+static long look_up(const Spells *s, Coming *coming) {
+    s->missing[0] = 0;
+    if (!coming->ghosts || !may_come(s, &coming->links, &coming->names)) return UNUSUAL;
+    if (!find_ghosts(s, coming) || !find_before(s, coming)) return UNUSUAL;
+    bool usual = true;
+    for (Py_ssize_t i = 0; usual && i < coming->names.count; i++) usual = know(s, features_if_new(s, coming, i));
+    const long answer = verdict(s, usual);
+    return answer ? answer : verdict(s, can_go_on(s, coming));
 }
 
 static void come(Spells *s, const Coming *coming, Py_ssize_t i, double time) {
@@ -269,8 +297,8 @@ PyObject *insert(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
         return NULL;
     }
     coming.ghosts = malloc(sizeof *coming.ghosts * (size_t)(coming.names.count + 1));
-    long due = -1;
-    if (coming.ghosts && may_come(s, &coming.links, &coming.names) && look_up(s, &coming)) due = let_in(s, &coming, time);
+    long due = look_up(s, &coming);
+    if (!due) due = let_in(s, &coming, time);
     free(coming.ghosts);
     rows_close(&coming.names);
     links_close(&coming.links);

@@ -7,7 +7,7 @@
 enum {
     COLUMN_COMBINED, COLUMN_FACTS, COLUMN_NAME, COLUMN_SCORED, COLUMN_KIND_OF, COLUMN_WORTH, COLUMN_HITS, COLUMN_CHANGE, COLUMN_ALIVE,
     COLUMN_COUNTED, COLUMN_PERIOD, COLUMN_EDGES, COLUMN_CELL_NAME, COLUMN_CELL_LAST, COLUMN_CELL_FACTS, COLUMN_COUNT_OF,
-    COLUMN_GENERATION_OF, COLUMN_STEPS, COLUMN_GUARD, COLUMN_RING, COLUMN_COUNTS, COLUMN_CLOCK, COLUMN_RECENT, COLUMNS
+    COLUMN_GENERATION_OF, COLUMN_STEPS, COLUMN_GUARD, COLUMN_RING, COLUMN_COUNTS, COLUMN_CLOCK, COLUMN_RECENT, COLUMN_MISSING, COLUMNS
 };
 
 static void spells_dealloc(PyObject *self) {
@@ -41,7 +41,7 @@ static bool fits(const Spells *s) {
         if (cells_of(s, wanted[i].column) != wanted[i].cells) return false;
     }
     if (!cells_of(s, COLUMN_KIND_OF) || !cells_of(s, COLUMN_COUNT_OF) || !cells_of(s, COLUMN_GENERATION_OF)) return false;
-    return kinds > 0 && is_power_of_two(cells) && is_power_of_two(cohorts) && is_power_of_two(cells_of(s, COLUMN_RING)) &&
+    return kinds > 0 && cells_of(s, COLUMN_MISSING) > 0 && is_power_of_two(cells) && is_power_of_two(cohorts) && is_power_of_two(cells_of(s, COLUMN_RING)) &&
            is_power_of_two(cells_of(s, COLUMN_RECENT));
 }
 
@@ -54,11 +54,11 @@ static void name_columns(Spells *s) {
     s->cell_name = at(s, COLUMN_CELL_NAME), s->cell_last = at(s, COLUMN_CELL_LAST), s->cell_facts = at(s, COLUMN_CELL_FACTS);
     s->count_of = at(s, COLUMN_COUNT_OF), s->generation_of = at(s, COLUMN_GENERATION_OF), s->steps = at(s, COLUMN_STEPS);
     s->guard = at(s, COLUMN_GUARD), s->ring = at(s, COLUMN_RING), s->counts = at(s, COLUMN_COUNTS), s->clock = at(s, COLUMN_CLOCK);
-    s->recent = at(s, COLUMN_RECENT);
+    s->recent = at(s, COLUMN_RECENT), s->missing = at(s, COLUMN_MISSING);
     s->pages = s->ranking->pages, s->numbers = cells_of(s, COLUMN_KIND_OF), s->kinds = cells_of(s, COLUMN_HITS) / AGES;
     s->cohorts = cells_of(s, COLUMN_COUNTED), s->cells = cells_of(s, COLUMN_CELL_NAME), s->calls = cells_of(s, COLUMN_RING);
     s->uses_told_apart = cells_of(s, COLUMN_COUNT_OF), s->generations = cells_of(s, COLUMN_GENERATION_OF);
-    s->recent_calls = cells_of(s, COLUMN_RECENT);
+    s->recent_calls = cells_of(s, COLUMN_RECENT), s->most_missing = cells_of(s, COLUMN_MISSING) - 1;
     for (s->shift = 64; (Py_ssize_t)1 << (64 - s->shift) < s->cells; s->shift--) continue;
 }
 
@@ -82,7 +82,7 @@ static bool open_columns(Spells *s, PyObject *arguments) {
 
 static PyObject *spells_new(PyTypeObject *type, PyObject *arguments, PyObject *named) {
     (void)named;
-    if (expect_arguments("Spells(ranking, combined, ..., recent)", PyTuple_Size(arguments), COLUMNS + 1)) return NULL;
+    if (expect_arguments("Spells(ranking, combined, ..., missing)", PyTuple_Size(arguments), COLUMNS + 1)) return NULL;
     Spells *s = (Spells *)PyType_GenericAlloc(type, 0);
     if (!s) return NULL;
     if (!open_columns(s, arguments)) {

@@ -13,8 +13,8 @@ enum { LATEST, SCORED_AT, CLOCK_CELLS };
 enum { END_STEP, NEW_STEP, ATTENTION, NEW_VALUES, BASE_USES, MOST_DOUBLINGS, STEPS };
 enum { AGES = 56 };
 
-/* Answers of calls that did something, beside 0; -1 says that nothing was done. */
-enum { COHORT_DUE = 1, ORDER_CHANGED = 2 };
+/* Answers of calls: nothing was done, as something is unusual, or as kinds are unknown that `missing` names; or, beside 0, what is due. */
+enum { UNUSUAL = -1, UNKNOWN_KINDS = -2, COHORT_DUE = 1, ORDER_CHANGED = 2 };
 
 typedef struct {
     PyObject_HEAD
@@ -23,13 +23,14 @@ typedef struct {
     int64_t *kind_of, *hits, *change, *alive, *counted;         /* by kind, by age, by cohort */
     int64_t *cell_name, *cell_facts;                            /* by ghost */
     int64_t *guard, *ring, *period, *counts, *recent;           /* by the names above; by call */
+    int64_t *missing;                                           /* how many kinds are unknown, and the features of each */
     const int64_t *count_of, *generation_of, *steps;
     double *clock, *worth, *cell_last;
     const double *edges;
-    Py_ssize_t pages, numbers, kinds, cohorts, cells, uses_told_apart, generations, calls, recent_calls;
+    Py_ssize_t pages, numbers, kinds, cohorts, cells, uses_told_apart, generations, calls, recent_calls, most_missing;
     unsigned shift; /* of a name's hash, so that it is a cell */
     int held;
-    Py_buffer columns[23];
+    Py_buffer columns[24];
 } Spells;
 
 /* -- scoring.c -- */

@@ -58,8 +58,11 @@ _COUNTS = CALL_NUMBER, SCORING = range(2)
 """Cells of `_counts`: the number of the next call that uses pages, and how often all pages were scored."""
 _CLOCK = LATEST, SCORED_AT = range(2)
 """Cells of `_clock`, seconds: the latest time seen, and when all pages were scored last."""
-COHORT_DUE, ORDER_CHANGED = 1, 2
-"""What may be due at the end of a call, as the compiled loops say it: a new cohort, scores that follow the guard's other order."""
+UNUSUAL, UNKNOWN_KINDS, COHORT_DUE, ORDER_CHANGED = -1, -2, 1, 2
+"""Answers of compiled loops: nothing was done, for other pages than usual or kinds to be met; or what is due at the end of a call: a new
+cohort, scores in the guard's other order."""
+MOST_MISSING = 1024
+"""More kinds than the pages of one call can be of."""
 
 
 class A2CR(EvictionPolicy):
@@ -95,6 +98,8 @@ class A2CR(EvictionPolicy):
         self._clock: NDArray[np.float64] = np.full(len(_CLOCK), -math.inf)
         self._recent: Pages = np.full(RECENT_CALLS, -1)
         """Numbers of calls that used pages and may yet go on, each at its place modulo RECENT_CALLS."""
+        self._missing: Pages = np.zeros(1 + MOST_MISSING, np.int64)
+        """How many kinds compiled loops did not know, and the features of each."""
         self._loops: columns.SpellLoops | None = None
         self._loops_over: tuple[object, ...] = ()
 
@@ -106,8 +111,8 @@ class A2CR(EvictionPolicy):
         pages = (self._combined, self._facts, self._name, self._scored)
         kinds = (model.kind_of, model.worth, model.hits, model.change, model.alive, model.counted, model.period, EDGES)
         ghosts = (memory.names, memory.last, memory.facts)
-        rest = (_COUNT_OF, _GENERATION_OF, _STEPS, self._guard.state, self._guard.ring, self._counts, self._clock, self._recent)
-        return loops.Spells(ranking.loops, *pages, *kinds, *ghosts, *rest)
+        rest = (_COUNT_OF, _GENERATION_OF, _STEPS, self._guard.state, self._guard.ring, self._counts, self._clock)
+        return loops.Spells(ranking.loops, *pages, *kinds, *ghosts, *rest, self._recent, self._missing)
 
     def _fit_loops(self) -> columns.SpellLoops | None:
         """The compiled loops, over columns that may have grown: after anything but the loops themselves."""
@@ -118,11 +123,18 @@ class A2CR(EvictionPolicy):
             self._loops_over = over
         return self._loops
 
+    def _meet_kinds(self) -> columns.SpellLoops | None:
+        """The compiled loops, with the kinds that they did not know."""
+        self._model.kinds_of(self._missing[1 : 1 + self._missing[0]])
+        return self._fit_loops()
+
     def insert(self, pages: Pages, parents: Pages, depths: Pages, now: float) -> None:
         if not len(pages):
             return
         names = self.names(pages)
-        due = -1 if self._loops is None else self._loops.insert(pages, parents, depths, names, now)
+        due = UNUSUAL if self._loops is None else self._loops.insert(pages, parents, depths, names, now)
+        while due == UNKNOWN_KINDS and (loops := self._meet_kinds()) is not None:
+            due = loops.insert(pages, parents, depths, names, now)
         if due < 0:
             due = self._insert(pages, parents, depths, names, now)
         else:
@@ -131,7 +143,9 @@ class A2CR(EvictionPolicy):
             self._turn(due)
 
     def touch(self, pages: Pages, now: float) -> None:
-        due = -1 if self._loops is None else self._loops.touch(pages, now)
+        due = UNUSUAL if self._loops is None else self._loops.touch(pages, now)
+        while due == UNKNOWN_KINDS and (loops := self._meet_kinds()) is not None:
+            due = loops.touch(pages, now)
         if due < 0:
             due = self._touch(pages, now)
         if due:
