@@ -409,7 +409,7 @@ class PageTable:
         return rows
 
     def _add_chain(self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int) -> Rows | None:
-        """As `add_chain` where no known key follows an unknown one, no link has to be made and there is room; else None, and nothing done."""
+        """As `add_chain` where no known key follows an unknown one, there is room and no link has to be made; else None."""
         loops, rows = self._loops, np.empty(len(keys), np.int64)
         if loops is None:
             return None

@@ -139,8 +139,9 @@ class RankingLoops(Protocol):
 class SpellLoops(Protocol):
     """Loops over the columns of one A²CR policy and its ranking, until one of them grows: see `kvtier.policy.a2cr`.
 
-    `touch` and `insert` answer with what is due at their end, 0 for nothing; -1: not done, for a page that is not what it should be; -2: not
-    done, for kinds that are not known yet, named in the column for that. As long as there are such loops, the ranking's loops score pages by them as they begin to queue.
+    `touch` and `insert` answer with what is due at their end, 0 for nothing; -1: not done, for a page that is not what it should be; -2:
+    not done, for kinds that are not known yet, named in the column for that. As long as there are such loops, the ranking's loops score
+    pages by them as they begin to queue.
     """
 
     def touch(self, pages: Numbers, now: float, /) -> int:
@@ -186,8 +187,10 @@ class Loops(Protocol):
         all_hits: Reals,
         /,
     ) -> None:
-        """As `ReuseModel._expose` of `cohorts`, whose spells have reached the ages below `reached`. As all below: ValueError for arrays that
-        do not fit each other."""
+        """As `ReuseModel._expose` of `cohorts`, whose spells have reached the ages below `reached`.
+
+        This and what follows raise ValueError for arrays that do not fit each other.
+        """
 
     def expect(self, exposed: Reals, level: Reals, features: Numbers, factors: Reals, expected: Reals, /) -> None:
         """Into `expected` `[kinds, ages]` the hits that are due to be seen: exposed times level times the factors of a kind's features."""

@@ -200,15 +200,17 @@ static void follow(Curves *curves, const double *widths) {
 
 static inline double larger(double one, double other) { return one > other ? one : other; }
 
-/* The steepest of the ways from an age to a later one, up to `last`. */
+/* The steepest of the ways from an age to a later one, up to `last`. Four ways at a time: each maximum waits for the one before it. */
 static double steepest_from(const Curves *curves, Py_ssize_t age, Py_ssize_t last, double least_run) {
-    double slopes[AGES + 1], most = -INFINITY;
-    const double used = curves->used[age], kept = curves->kept[age];
-    for (Py_ssize_t later = age + 1; later <= last; later++) {
-        slopes[later] = (curves->used[later] - used) / larger(curves->kept[later] - kept, least_run);
+    double slopes[AGES + 4], most[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+    const double *used = curves->used + age, *kept = curves->kept + age;
+    const Py_ssize_t ways = last - age;
+    for (Py_ssize_t way = 0; way < ways; way++) slopes[way] = (used[way + 1] - used[0]) / larger(kept[way + 1] - kept[0], least_run);
+    for (Py_ssize_t way = ways; way < ways + 3; way++) slopes[way] = -INFINITY;
+    for (Py_ssize_t way = 0; way < ways; way += 4) {
+        for (int lane = 0; lane < 4; lane++) most[lane] = larger(slopes[way + lane], most[lane]);
     }
-    for (Py_ssize_t later = age + 1; later <= last; later++) most = larger(slopes[later], most);
-    return most;
+    return larger(larger(most[0], most[1]), larger(most[2], most[3]));
 }
 
 PyObject *appraise(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {

@@ -32,9 +32,9 @@ MOST_DOUBLINGS = 24
 """After so many falls in a row LRU is followed no longer than before."""
 
 STATE = FIRST, HELD, OWED, SETTLED, ROOM, FOLLOWS, DEBT, GAIN, LEFT, DOUBLINGS, FALLS = range(11)
-"""Cells of `state`: oldest call whose pages LRU holds; pages that LRU holds; pages that LRU would have found and the tier did not, less those
-that only the tier did; as many at the last `settle`; room; 1 while LRU is followed; the debt; pages found beyond LRU since the last return;
-uses until the next return; falls since the last gain; falls in all."""
+"""Cells of `state`: oldest call whose pages LRU holds; pages that LRU holds; pages that LRU would have found and the tier did not, less
+those that only the tier did; as many at the last `settle`; room; 1 while LRU is followed; the debt; pages found beyond LRU since the last
+return; uses until the next return; falls since the last gain; falls in all."""
 _BOUNDLESS = 1 << 61
 
 

@@ -165,7 +165,7 @@ class Ranking:
         """Up to so many pages leave, each the first that may."""
         answers: dict[int, bool] = {}
         chosen, stays = self._first_run(wanted, protected, answers)
-        if stays is None:
+        if stays is None:  # the usual case
             return chosen
         left, withdrawn = [chosen], [stays]
         try:
@@ -207,10 +207,10 @@ class Ranking:
 
     def _pop(self, count: int) -> Pages:
         out = np.empty(count, np.int64)
-        found = 0
         if self._loops is not None:
             found = self._loops.pop(out)
         else:
+            found = 0
             while found < count and self._entries:
                 entry = heappop(self._entries)
                 page = entry[3]

@@ -97,6 +97,8 @@ class ReuseModel:
         """Of each kind and feature the row of `_factors`."""
         self._hits: Reals = np.zeros((0, AGES))
         self._exposed: Reals = np.zeros((0, AGES))
+        self._expected: Reals = np.zeros((0, AGES))
+        """Room for a fit: new memory of this size costs more than what is done in it."""
         self._began: Reals = np.zeros(COHORTS)
         """When each cohort began, seconds."""
         self._level: Reals = np.zeros(AGES)
@@ -209,7 +211,7 @@ class ReuseModel:
             self._ratios[own] = after / self._factors[own]
             self._rescale(expected, feature)
             self._factors[own] = after
-        self._appraise(np.arange(self._count))
+        self._appraise(slice(self._count))
         hits *= FADE
         exposed *= FADE
 
@@ -217,7 +219,7 @@ class ReuseModel:
         """The hits that would be seen by the level of now and the factors of the last fit, `[kinds, AGES]`."""
         features = self._features[: self._count]
         if (loops := columns.loops()) is not None:
-            loops.expect(exposed, self._level, features, self._factors, expected := np.empty_like(exposed))
+            loops.expect(exposed, self._level, features, self._factors, expected := self._expected[: self._count])
             return expected
         expected = exposed * self._level
         for of_kind in features.T:
@@ -253,20 +255,19 @@ class ReuseModel:
         np.minimum(hazard, MOST_HAZARD, out=hazard)
         return hazard
 
-    def _appraise(self, kinds: Numbers) -> None:
+    def _appraise(self, kinds: slice) -> None:
         """Worth and chance of these kinds by the factors of now.
 
         Worth is the log of the largest (chance of a use) / (seconds until then or until giving up), over all ages at which to give up.
         """
-        features = self._features[kinds]
-        best, chance = np.full((len(features), AGES), LEAST_DENSITY), np.empty((len(features), AGES))
+        features, best, chance = self._features[kinds], self.worth[kinds], self.chance[kinds]
+        best[:] = LEAST_DENSITY
         last = int(np.flatnonzero(self._level > LEAST_HAZARD).max(initial=0)) + 1  # nobody was used again at a greater age
         if (loops := columns.loops()) is not None:
             loops.appraise(self._level, features, self._factors, _WIDTHS, best, chance, last, MOST_HAZARD, LEAST_RUN)
         else:
             self._promise(features, best, chance, last)
-        self.worth[kinds] = np.log(np.maximum(best, LEAST_DENSITY))
-        self.chance[kinds] = chance
+        np.log(np.maximum(best, LEAST_DENSITY, out=best), out=best)
 
     def _promise(self, features: Numbers, best: Reals, chance: Reals, last: int) -> None:
         """Into `best` the most uses per second from each age below `last`, into `chance` the chance of a use at all."""
@@ -289,8 +290,8 @@ class ReuseModel:
         first, self._count = self._count, self._count + len(numbers)
         if self._count > len(self.worth):
             self._grow(max(self._count, 2 * len(self.worth)))
-        added = np.arange(first, self._count)
-        self.kind_of[numbers] = added
+        added = slice(first, self._count)
+        self.kind_of[numbers] = np.arange(first, self._count)
         for feature in range(len(self.sizes) - 1, -1, -1):
             numbers, values = np.divmod(numbers, self.sizes[feature])
             self._features[added, feature] = self._firsts[feature] + values
@@ -302,7 +303,7 @@ class ReuseModel:
 
     def _grow(self, kinds: int) -> None:
         held = len(self.worth)
-        for name in ("worth", "chance", "hits", "change", "_features", "_hits", "_exposed"):
+        for name in ("worth", "chance", "hits", "change", "_features", "_hits", "_exposed", "_expected"):
             column = getattr(self, name)
             larger = np.zeros((kinds, *column.shape[1:]), column.dtype)
             larger[:held] = column

@@ -75,9 +75,8 @@ def a2cr_state(policy: A2CR) -> dict[str, Any]:
     state["score"] = ranking.score[leaves].tobytes()  # compiled loops score others when they become leaves
     state |= {name: getattr(policy, name)[pages].tobytes() for name in ("_combined", "_facts", "_name")}
     state |= {name: getattr(policy, name).tobytes() for name in ("_counts", "_recent")}
-    state |= {
-        name: getattr(model, name).tobytes() for name in ("kind_of", "worth", "chance", "hits", "change", "alive", "counted", "period", "_exposed")
-    }
+    learned = ("kind_of", "worth", "chance", "hits", "change", "alive", "counted", "period", "_exposed", "_factors")
+    state |= {name: getattr(model, name).tobytes() for name in learned}
     state |= {name: getattr(memory, name).tobytes() for name in ("names", "last", "facts")}
     state |= {name: getattr(policy._guard, name).tobytes() for name in ("state", "ring")}
     numbers = (

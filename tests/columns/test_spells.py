@@ -95,7 +95,7 @@ def test_loops_refuse_columns_that_do_not_fit_and_rows_that_are_not_there():
     with pytest.raises(ValueError, match="cells"):
         loops.Ranking(ranking.here, *others)
     with pytest.raises(TypeError, match="arguments"):
-        loops.Spells(np.zeros(1, np.bool_))
+        loops.Spells(np.zeros(1, np.bool_))  # type: ignore[arg-type]
     policy = A2CR()
     policy.insert(np.array([0, 1]), np.array([ROOT, 0]), np.array([0, 1]), 1.0)
     spells, ranked = policy.attach(), policy._ranking.attach()
@@ -132,7 +132,9 @@ def test_what_is_learned_is_what_numpy_learns(monkeypatch):
             if model.count(200):
                 model.turn(float(now))
         assert model.fits > 20
-        learned.append([getattr(model, name).tobytes() for name in ("worth", "chance", "_factors", "_hits", "_exposed", "change", "counted")])
+        learned.append(
+            [getattr(model, name).tobytes() for name in ("worth", "chance", "_factors", "_hits", "_exposed", "change", "counted")]
+        )
     assert learned[0] == learned[1]
 
 
@@ -154,7 +156,9 @@ def test_nothing_is_fitted_to_arrays_that_do_not_fit():
     for name, given in fitting:
         call = getattr(loops, name)
         call(*given)
-        wrong = [(place, array.astype(np.float32)) for place, array in enumerate(given) if isinstance(array, np.ndarray)]
+        wrong: list[tuple[int, Any]] = [
+            (place, array.astype(np.float32)) for place, array in enumerate(given) if isinstance(array, np.ndarray)
+        ]
         for place, array in enumerate(given):
             if array is features:
                 wrong += [(place, other) for other in (features[:-1], features + values, features - 1)]
