@@ -99,6 +99,21 @@ static void use(Spells *s, int64_t page, double time) {
     begin_spell(s, page, combined, time);
 }
 
+/* Whether it could be noted that this call used these pages (an array), and the oldest such note be forgotten; else an exception. */
+static bool note_call(const Spells *s, PyObject *pages, int64_t call) {
+    PyObject *number = PyLong_FromLongLong(call), *copy = PyObject_CallMethod(pages, "copy", NULL), *oldest, *unused;
+    bool good = number && copy && !PyDict_SetItem(s->recent, number, copy);
+    Py_ssize_t first = 0;
+    if (good && PyDict_Size(s->recent) > RECENT_REQUESTS && PyDict_Next(s->recent, &first, &oldest, &unused)) {
+        Py_INCREF(oldest);
+        good = !PyDict_DelItem(s->recent, oldest);
+        Py_DECREF(oldest);
+    }
+    Py_XDECREF(copy);
+    Py_XDECREF(number);
+    return good;
+}
+
 PyObject *touch(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     if (expect_arguments("touch(pages, now)", given, 2)) return NULL;
     Spells *s = (Spells *)self;
@@ -115,13 +130,13 @@ PyObject *touch(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
             if (!s->ranking->children[*row_at(&pages, i)]) ranking_enqueue(s->ranking, *row_at(&pages, i));
         }
         const int64_t call = s->counts[CALL_NUMBER];
-        s->recent[call & (s->recent_calls - 1)] = call;
+        failed = !note_call(s, arguments[0], call);
         s->clock[LATEST] = time;
         count_held(s, pages.count, call);
         due = end_call(s, pages.count);
     }
     rows_close(&pages);
-    return PyLong_FromLong(due);
+    return failed ? NULL : PyLong_FromLong(due);
 }
 
 /* -- ghosts: a name has two cells beside each other -- */
@@ -145,7 +160,8 @@ typedef struct {
     Links links;
     Rows names;
     Py_ssize_t *ghosts;                       /* the cell of each, -1 where nothing is remembered */
-    int64_t before, continued, generation;    /* the page that they continue; its last use if that may go on (else -1); theirs */
+    int64_t continued, generation;            /* the call that used the page which they continue, if that may go on (else -1); theirs */
+    Rows used;                                /* the pages that it used */
     int64_t new;                              /* how many were no ghosts, as a part of the number of a kind */
     Py_ssize_t deepest;                       /* which of them is */
 } Coming;
@@ -184,32 +200,65 @@ static bool is_continued(const Spells *s, const Coming *coming, int64_t page) {
     return (uint64_t)page < (uint64_t)s->pages && s->ranking->here[page] && s->facts[page * FACTS + CALL] == coming->continued;
 }
 
-/* Whether the pages that are continued, used together before, can become what they turn out to be. */
+static bool is_leaf(const Spells *s, int64_t page) { return !s->ranking->children[page]; }
+
+/* Whether the pages that are continued can become what they turn out to be. */
 static bool can_go_on(const Spells *s, const Coming *coming) {
-    int64_t page = coming->before;
-    Py_ssize_t steps = 0;
-    for (; coming->continued >= 0 && is_continued(s, coming, page); page = s->ranking->parent[page]) {
-        const bool known = s->combined[page] >= 0 && know(s, features_if_continued(s, page, coming->new));
-        if (!known || !is_sound(s, s->facts + page * FACTS) || ++steps > s->pages) return false;
+    bool usual = true;
+    for (Py_ssize_t i = 0; usual && coming->continued >= 0 && i < coming->used.count; i++) {
+        const int64_t page = *row_at(&coming->used, i);
+        if (!is_continued(s, coming, page)) continue;
+        usual = s->combined[page] >= 0 && is_sound(s, s->facts + page * FACTS) && know(s, features_if_continued(s, page, coming->new));
     }
-    return true;
+    return usual;
+}
+
+/* A page in its spell turns out to be of another kind. */
+static void change_kind(Spells *s, int64_t page, int64_t combined, double time) {
+    int64_t *facts = s->facts + page * FACTS;
+    const int64_t kind = kind_of(s, combined);
+    if (kind < 0) return; /* only if a page is named twice, which nobody does */
+    if (facts[COHORT] > s->period[NOW] - s->cohorts) {
+        int64_t *alive = s->alive + (facts[COHORT] & (s->cohorts - 1)) * s->kinds;
+        alive[facts[KIND]]--;
+        alive[kind]++;
+    }
+    s->combined[page] = combined;
+    facts[KIND] = kind;
+    score_at(s, page, time);
 }
 
 static void go_on(Spells *s, const Coming *coming, double time) {
-    if (coming->continued < 0) return;
-    s->recent[coming->continued & (s->recent_calls - 1)] = -1;
-    for (int64_t page = coming->before; is_continued(s, coming, page); page = s->ranking->parent[page]) {
-        const int64_t combined = features_if_continued(s, page, coming->new), kind = s->kind_of[combined];
-        int64_t *facts = s->facts + page * FACTS;
-        if (facts[COHORT] > s->period[NOW] - s->cohorts) {
-            int64_t *alive = s->alive + (facts[COHORT] & (s->cohorts - 1)) * s->kinds;
-            alive[facts[KIND]]--;
-            alive[kind]++;
-        }
-        s->combined[page] = combined;
-        facts[KIND] = kind;
-        score_at(s, page, time); /* it has a child now, so it does not queue */
+    const Rows *used = &coming->used;
+    for (Py_ssize_t i = 0; i < used->count; i++) {
+        const int64_t page = *row_at(used, i);
+        if (is_continued(s, coming, page)) ranking_unqueue(s->ranking, page);
     }
+    for (Py_ssize_t i = 0; i < used->count; i++) {
+        const int64_t page = *row_at(used, i);
+        if (is_continued(s, coming, page)) change_kind(s, page, features_if_continued(s, page, coming->new), time);
+    }
+    for (Py_ssize_t i = 0; i < used->count; i++) {
+        const int64_t page = *row_at(used, i);
+        if (is_continued(s, coming, page) && is_leaf(s, page)) ranking_enqueue(s->ranking, page);
+    }
+}
+
+/* Whether it could be looked up which pages a call used, and so noted; else an exception. */
+static bool recall(const Spells *s, int64_t call, Coming *coming) {
+    PyObject *number = PyLong_FromLongLong(call);
+    PyObject *used = number ? PyDict_GetItemWithError(s->recent, number) : NULL;
+    if (used && rows_open(&coming->used, used, false)) coming->continued = call;
+    Py_XDECREF(number);
+    return !PyErr_Occurred();
+}
+
+/* A call that goes on does so once. Whether that could be noted; else an exception. */
+static bool forget_call(const Spells *s, int64_t call) {
+    PyObject *number = PyLong_FromLongLong(call);
+    const bool good = number && !PyDict_DelItem(s->recent, number);
+    Py_XDECREF(number);
+    return good;
 }
 
 static bool may_come(const Spells *s, const Links *links, const Rows *names) {
@@ -236,13 +285,12 @@ static bool find_ghosts(const Spells *s, Coming *coming) {
 
 /* Finds out what pages that come continue; whether that is nothing unusual. */
 static bool find_before(const Spells *s, Coming *coming) {
-    coming->before = parent_of_all(s, &coming->links);
-    if (coming->before == ROOT || !s->ranking->here[coming->before]) return true;
-    const int64_t *facts = s->facts + coming->before * FACTS, call = facts[CALL];
+    const int64_t before = parent_of_all(s, &coming->links);
+    if (before == ROOT || !s->ranking->here[before]) return true;
+    const int64_t *facts = s->facts + before * FACTS;
     if (facts[GENERATION] < 0 || facts[GENERATION] >= s->generations) return false;
     coming->generation = facts[GENERATION] + 1 < s->generations ? facts[GENERATION] + 1 : s->generations - 1;
-    if (call >= 0 && s->recent[call & (s->recent_calls - 1)] == call) coming->continued = call;
-    return true;
+    return facts[CALL] < 0 || recall(s, facts[CALL], coming);
 }
 
 /* Whether these pages can come: 0, or why not. Kinds are numbered as they appear: those of the pages come first. */
@@ -280,7 +328,7 @@ static long let_in(Spells *s, const Coming *coming, double time) {
     for (Py_ssize_t i = 0; i < pages->count; i++) come(s, coming, i, time);
     for (Py_ssize_t i = pages->count - 1; i >= 0; i--) ranking_come(s->ranking, *row_at(pages, i)); /* so only leaves ever queue */
     s->clock[LATEST] = time;
-    go_on(s, coming, time);
+    if (coming->continued >= 0) go_on(s, coming, time);
     count_held(s, pages->count, call);
     return end_call(s, pages->count);
 }
@@ -298,11 +346,13 @@ PyObject *insert(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     }
     coming.ghosts = malloc(sizeof *coming.ghosts * (size_t)(coming.names.count + 1));
     long due = look_up(s, &coming);
-    if (!due) due = let_in(s, &coming, time);
+    if (!due && coming.continued >= 0) failed = !forget_call(s, coming.continued);
+    if (!due && !failed) due = let_in(s, &coming, time);
+    if (coming.continued >= 0) rows_close(&coming.used);
     free(coming.ghosts);
     rows_close(&coming.names);
     links_close(&coming.links);
-    return PyLong_FromLong(due);
+    return PyErr_Occurred() ? NULL : PyLong_FromLong(due);
 }
 
 /* -- leaving -- */

@@ -7,7 +7,7 @@
 enum {
     COLUMN_COMBINED, COLUMN_FACTS, COLUMN_NAME, COLUMN_SCORED, COLUMN_KIND_OF, COLUMN_WORTH, COLUMN_HITS, COLUMN_CHANGE, COLUMN_ALIVE,
     COLUMN_COUNTED, COLUMN_PERIOD, COLUMN_EDGES, COLUMN_CELL_NAME, COLUMN_CELL_LAST, COLUMN_CELL_FACTS, COLUMN_COUNT_OF,
-    COLUMN_GENERATION_OF, COLUMN_STEPS, COLUMN_GUARD, COLUMN_RING, COLUMN_COUNTS, COLUMN_CLOCK, COLUMN_RECENT, COLUMN_MISSING, COLUMNS
+    COLUMN_GENERATION_OF, COLUMN_STEPS, COLUMN_GUARD, COLUMN_RING, COLUMN_COUNTS, COLUMN_CLOCK, COLUMN_MISSING, COLUMNS
 };
 
 static void spells_dealloc(PyObject *self) {
@@ -16,6 +16,7 @@ static void spells_dealloc(PyObject *self) {
     while (s->held > 0) PyBuffer_Release(&s->columns[--s->held]);
     if (s->ranking && s->ranking->scorer == s) s->ranking->refresh = NULL, s->ranking->scorer = NULL;
     Py_XDECREF((PyObject *)s->ranking);
+    Py_XDECREF(s->recent);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
 }
@@ -41,8 +42,7 @@ static bool fits(const Spells *s) {
         if (cells_of(s, wanted[i].column) != wanted[i].cells) return false;
     }
     if (!cells_of(s, COLUMN_KIND_OF) || !cells_of(s, COLUMN_COUNT_OF) || !cells_of(s, COLUMN_GENERATION_OF)) return false;
-    return kinds > 0 && cells_of(s, COLUMN_MISSING) > 0 && is_power_of_two(cells) && is_power_of_two(cohorts) && is_power_of_two(cells_of(s, COLUMN_RING)) &&
-           is_power_of_two(cells_of(s, COLUMN_RECENT));
+    return kinds > 0 && cells_of(s, COLUMN_MISSING) > 0 && is_power_of_two(cells) && is_power_of_two(cohorts) && is_power_of_two(cells_of(s, COLUMN_RING));
 }
 
 static void *at(const Spells *s, int column) { return s->columns[column].buf; }
@@ -54,11 +54,11 @@ static void name_columns(Spells *s) {
     s->cell_name = at(s, COLUMN_CELL_NAME), s->cell_last = at(s, COLUMN_CELL_LAST), s->cell_facts = at(s, COLUMN_CELL_FACTS);
     s->count_of = at(s, COLUMN_COUNT_OF), s->generation_of = at(s, COLUMN_GENERATION_OF), s->steps = at(s, COLUMN_STEPS);
     s->guard = at(s, COLUMN_GUARD), s->ring = at(s, COLUMN_RING), s->counts = at(s, COLUMN_COUNTS), s->clock = at(s, COLUMN_CLOCK);
-    s->recent = at(s, COLUMN_RECENT), s->missing = at(s, COLUMN_MISSING);
+    s->missing = at(s, COLUMN_MISSING);
     s->pages = s->ranking->pages, s->numbers = cells_of(s, COLUMN_KIND_OF), s->kinds = cells_of(s, COLUMN_HITS) / AGES;
     s->cohorts = cells_of(s, COLUMN_COUNTED), s->cells = cells_of(s, COLUMN_CELL_NAME), s->calls = cells_of(s, COLUMN_RING);
     s->uses_told_apart = cells_of(s, COLUMN_COUNT_OF), s->generations = cells_of(s, COLUMN_GENERATION_OF);
-    s->recent_calls = cells_of(s, COLUMN_RECENT), s->most_missing = cells_of(s, COLUMN_MISSING) - 1;
+    s->most_missing = cells_of(s, COLUMN_MISSING) - 1;
     for (s->shift = 64; (Py_ssize_t)1 << (64 - s->shift) < s->cells; s->shift--) continue;
 }
 
@@ -66,8 +66,15 @@ static bool open_columns(Spells *s, PyObject *arguments) {
     PyObject *ranking = PyTuple_GetItem(arguments, 0);
     if (!ranking || !(s->ranking = ranking_of(ranking))) return false;
     Py_INCREF(ranking);
+    PyObject *recent = PyTuple_GetItem(arguments, 1);
+    if (!recent || !PyDict_Check(recent)) {
+        PyErr_SetString(PyExc_TypeError, "recent calls are a dict");
+        return false;
+    }
+    Py_INCREF(recent);
+    s->recent = recent;
     for (; s->held < COLUMNS; s->held++) {
-        PyObject *array = PyTuple_GetItem(arguments, s->held + 1);
+        PyObject *array = PyTuple_GetItem(arguments, s->held + 2);
         if (!array || PyObject_GetBuffer(array, &s->columns[s->held], PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE)) return false;
         if (s->columns[s->held].itemsize == 8 && (uintptr_t)s->columns[s->held].buf % 8 == 0) continue;
         PyErr_SetString(PyExc_ValueError, "a column of spells has cells of 8 bytes");
@@ -82,7 +89,7 @@ static bool open_columns(Spells *s, PyObject *arguments) {
 
 static PyObject *spells_new(PyTypeObject *type, PyObject *arguments, PyObject *named) {
     (void)named;
-    if (expect_arguments("Spells(ranking, combined, ..., missing)", PyTuple_Size(arguments), COLUMNS + 1)) return NULL;
+    if (expect_arguments("Spells(ranking, recent, combined, ..., missing)", PyTuple_Size(arguments), COLUMNS + 2)) return NULL;
     Spells *s = (Spells *)PyType_GenericAlloc(type, 0);
     if (!s) return NULL;
     if (!open_columns(s, arguments)) {

@@ -11,7 +11,7 @@ enum { NOW, BEGUN, CALLS, SPELLS_DUE, CALLS_DUE, STARTED, PERIOD_CELLS }; /* NOW
 enum { CALL_NUMBER, SCORING, COUNT_CELLS }; /* SCORING: how often all pages were scored */
 enum { LATEST, SCORED_AT, CLOCK_CELLS };
 enum { END_STEP, NEW_STEP, ATTENTION, NEW_VALUES, BASE_USES, MOST_DOUBLINGS, STEPS };
-enum { AGES = 56 };
+enum { AGES = 56, RECENT_REQUESTS = 64 };
 
 /* Answers of calls: nothing was done, as something is unusual, or as kinds are unknown that `missing` names; or, beside 0, what is due. */
 enum { UNUSUAL = -1, UNKNOWN_KINDS = -2, COHORT_DUE = 1, ORDER_CHANGED = 2 };
@@ -19,18 +19,19 @@ enum { UNUSUAL = -1, UNKNOWN_KINDS = -2, COHORT_DUE = 1, ORDER_CHANGED = 2 };
 typedef struct {
     PyObject_HEAD
     Ranking *ranking;
+    PyObject *recent; /* dict: number of a call that used pages and may go on with new ones, to these pages */
     int64_t *combined, *facts, *name, *scored;                  /* by page; `scored`: the scoring that its score is of */
     int64_t *kind_of, *hits, *change, *alive, *counted;         /* by kind, by age, by cohort */
     int64_t *cell_name, *cell_facts;                            /* by ghost */
-    int64_t *guard, *ring, *period, *counts, *recent;           /* by the names above; by call */
+    int64_t *guard, *ring, *period, *counts;                    /* by the names above; `ring` by call */
     int64_t *missing;                                           /* how many kinds are unknown, and the features of each */
     const int64_t *count_of, *generation_of, *steps;
     double *clock, *worth, *cell_last;
     const double *edges;
-    Py_ssize_t pages, numbers, kinds, cohorts, cells, uses_told_apart, generations, calls, recent_calls, most_missing;
+    Py_ssize_t pages, numbers, kinds, cohorts, cells, uses_told_apart, generations, calls, most_missing;
     unsigned shift; /* of a name's hash, so that it is a cell */
     int held;
-    Py_buffer columns[24];
+    Py_buffer columns[23];
 } Spells;
 
 /* -- scoring.c -- */

@@ -47,8 +47,8 @@ ATTENTION_SMOOTHING = 0.2
 
 RESCORED_SHARE = 8
 """All pages are scored again after an eighth of them left; in between, scores are those of the page's last use or the last time."""
-RECENT_CALLS = 256
-"""A use so many calls ago may still turn out to be the beginning of a request that goes on with new pages."""
+RECENT_REQUESTS = 64
+"""Uses that may still turn out to be the beginning of a request that goes on with new pages."""
 
 _FACTS = KIND, COHORT, USES, GENERATION, CALL = range(5)
 _MOST_USES, _MOST_GENERATIONS = np.array(MOST_USES), np.array(MOST_GENERATIONS)
@@ -96,8 +96,8 @@ class A2CR(EvictionPolicy):
         self._mean_attention = math.nan
         self._counts: Pages = np.zeros(len(_COUNTS), np.int64)
         self._clock: NDArray[np.float64] = np.full(len(_CLOCK), -math.inf)
-        self._recent: Pages = np.full(RECENT_CALLS, -1)
-        """Numbers of calls that used pages and may yet go on, each at its place modulo RECENT_CALLS."""
+        self._recent: dict[int, Pages] = {}
+        """By the number of a call that used pages and may go on with new ones, these pages; the last RECENT_REQUESTS."""
         self._missing: Pages = np.zeros(1 + MOST_MISSING, np.int64)
         """How many kinds compiled loops did not know, and the features of each."""
         self._loops: columns.SpellLoops | None = None
@@ -112,7 +112,7 @@ class A2CR(EvictionPolicy):
         kinds = (model.kind_of, model.worth, model.hits, model.change, model.alive, model.counted, model.period, EDGES)
         ghosts = (memory.names, memory.last, memory.facts)
         rest = (_COUNT_OF, _GENERATION_OF, _STEPS, self._guard.state, self._guard.ring, self._counts, self._clock)
-        return loops.Spells(ranking.loops, *pages, *kinds, *ghosts, *rest, self._recent, self._missing)
+        return loops.Spells(ranking.loops, self._recent, *pages, *kinds, *ghosts, *rest, self._missing)
 
     def _fit_loops(self) -> columns.SpellLoops | None:
         """The compiled loops, over columns that may have grown: after anything but the loops themselves."""
@@ -225,7 +225,9 @@ class A2CR(EvictionPolicy):
         self._note(now)
         self._use(pages)
         ranking.rescored(pages)
-        self._recent[call % RECENT_CALLS] = call
+        self._recent[call] = pages.copy()
+        if len(self._recent) > RECENT_REQUESTS:
+            del self._recent[next(iter(self._recent))]
         return self._end_call(len(pages))
 
     def _insert(self, pages: Pages, parents: Pages, depths: Pages, names: Pages, now: float) -> int:
@@ -299,15 +301,10 @@ class A2CR(EvictionPolicy):
 
     def _go_on(self, before: int, new: int) -> None:
         """If a request used this page last that may go on, it did, with new pages: all that it used are of another kind."""
-        ranking, request = self._ranking, int(self._facts[before, CALL])
-        if request < 0 or self._recent[request % RECENT_CALLS] != request:
+        request = int(self._facts[before, CALL])
+        if (used := self._recent.pop(request, None)) is None:
             return
-        self._recent[request % RECENT_CALLS] = -1
-        used = []
-        while before != ROOT and ranking.here[before] and self._facts[before, CALL] == request:
-            used.append(before)
-            before = int(ranking.parent[before])
-        pages = np.array(used, np.int64)
+        pages = used[(self._facts[used, CALL] == request) & self._ranking.here[used]]
         combined = self._combined[pages]
         self._change(pages, combined + new - combined // _NEW_STEP % NEW * _NEW_STEP)
 

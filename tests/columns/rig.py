@@ -74,7 +74,7 @@ def a2cr_state(policy: A2CR) -> dict[str, Any]:
     leaves = pages[ranking.children[pages] == 0]
     state["score"] = ranking.score[leaves].tobytes()  # compiled loops score others when they become leaves
     state |= {name: getattr(policy, name)[pages].tobytes() for name in ("_combined", "_facts", "_name")}
-    state |= {name: getattr(policy, name).tobytes() for name in ("_counts", "_recent")}
+    state |= {"counts": policy._counts.tobytes(), "recent": {call: pages.tolist() for call, pages in policy._recent.items()}}
     learned = ("kind_of", "worth", "chance", "hits", "change", "alive", "counted", "period", "_exposed", "_factors")
     state |= {name: getattr(model, name).tobytes() for name in learned}
     state |= {name: getattr(memory, name).tobytes() for name in ("names", "last", "facts")}

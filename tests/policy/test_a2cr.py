@@ -171,6 +171,7 @@ def test_what_it_remembers_is_bounded_by_what_it_holds():
     assert policy._memory.cells <= 64 * 1024
     assert policy._ranking.room <= 2400
     assert policy._model.alive.shape == (COHORTS, 64)
+    assert len(policy._recent) <= 64
     policy.check_integrity()
 
 
