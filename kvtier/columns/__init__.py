@@ -170,7 +170,7 @@ class Loops(Protocol):
         """Loops over these columns, in the order of `Ranking.attach`. ValueError if their sizes do not fit each other."""
 
     def Spells(self, ranking: RankingLoops, recent: dict[int, Numbers], *columns: Column) -> SpellLoops:
-        """Loops over this ranking, these calls and columns, in the order of `A2CR.attach`. ValueError if their sizes do not fit each other."""
+        """Loops over these, in the order of `A2CR.attach`. ValueError if their sizes do not fit each other."""
 
     def take_slots(self, free: list[int], taken: bytearray, count: int, /) -> list[int]:
         """The last `count` of `free`, last first, marked as taken. ValueError, and none, if there are fewer."""

@@ -1,13 +1,14 @@
 """A²CR: what leaves is what promises the least reuse per second of residence, as learned from this tier's own traffic.
 
 A page's kind is what is known about it without looking inside: how often it was used (this outlives eviction), whether it was the end of
-its request, how many requests its prefix was built by, how much of the request that used it last was new, and how much attention the
-engine paid to it, where the engine says so. `kvtier.policy.reuse` learns for every kind how the chance of reuse changes with age and
-turns that into worth; the page of least worth leaves, always a leaf. No time constant, weight or threshold is set by hand, and pages are
-never let go while there is room.
+its request (in a colder tier: the deepest of those that came down together, which finds more than handing down where requests ended), how
+many requests its prefix was built by, how much of the request that used it last was new, and how much attention the engine paid to it,
+where the engine says so. `kvtier.policy.reuse` learns for every kind how the chance of reuse changes with age and turns that into worth;
+the page of least worth leaves, always a leaf. No time constant, weight or threshold is set by hand, and pages are never let go while there
+is room.
 
 Not for tiers so small that a request or two fill them, where there is nothing to choose from, nor where calls per page (rather than per
-request) leave no time for it: LRU costs a third.
+request) leave no time for it (`kvtier bench table` compares).
 """
 
 from __future__ import annotations
