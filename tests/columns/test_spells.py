@@ -95,7 +95,7 @@ def test_loops_refuse_columns_that_do_not_fit_and_rows_that_are_not_there():
     with pytest.raises(ValueError, match="cells"):
         loops.Ranking(ranking.here, *others)
     with pytest.raises(TypeError, match="arguments"):
-        loops.Spells(np.zeros(1, np.bool_))  # type: ignore[arg-type]
+        loops.Spells(np.zeros(1, np.bool_))  # type: ignore[arg-type, call-arg]
     policy = A2CR()
     policy.insert(np.array([0, 1]), np.array([ROOT, 0]), np.array([0, 1]), 1.0)
     spells, ranked = policy.attach(), policy._ranking.attach()
