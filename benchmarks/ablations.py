@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvtier.policy import A2CR, Pages, a2cr, reuse
 from kvtier.policy.reuse import AGES, LEAST_DENSITY, ReuseModel
@@ -20,7 +19,7 @@ from kvtier.policy.reuse import AGES, LEAST_DENSITY, ReuseModel
 class WithoutGhosts(A2CR):
     """Forgets pages when they leave."""
 
-    def _remember(self, pages: Pages, held: int) -> None:
+    def _remember(self, pages: Pages) -> None:
         pass
 
 
@@ -37,7 +36,7 @@ class WithoutEnds(A2CR):
 class HazardNow(ReuseModel):
     """Worth is the chance of a use within the age a page is at, per second: no looking ahead."""
 
-    def _appraise(self, kinds: NDArray[np.int64]) -> None:
+    def _appraise(self, kinds: slice) -> None:
         super()._appraise(kinds)
         hazard = self._hazards(self._features[kinds])
         hazard[:, -1] = 0.0
@@ -47,7 +46,7 @@ class HazardNow(ReuseModel):
 class ChanceOfReuse(ReuseModel):
     """Worth is the chance of any use still to come: how long that takes does not count."""
 
-    def _appraise(self, kinds: NDArray[np.int64]) -> None:
+    def _appraise(self, kinds: slice) -> None:
         super()._appraise(kinds)
         self.worth[kinds] = np.log(np.maximum(self.chance[kinds], LEAST_DENSITY))
 

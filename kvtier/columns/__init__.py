@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 Numbers = NDArray[np.int64]
 """Rows, pages or keys `[n]`, of any stride."""
 Column = NDArray[Any]
+Reals = NDArray[np.float64]
 Index = dict[bytes, int]
 """Rows by page key."""
 
@@ -33,8 +34,8 @@ class TableLoops(Protocol):
     def find(self, row_of: Index, keys: Sequence[bytes], out: Numbers, /) -> int:
         """Rows of the visible prefix of `keys` into `out`; how many."""
 
-    def known(self, row_of: Index, keys: Sequence[bytes], out: Numbers, /) -> int:
-        """Rows of the first keys into `out`; how many. -1 unless all those have a parent and no other key has a row."""
+    def names(self, rows: Numbers, out: Numbers, /) -> bool:
+        """The first 8 bytes of the keys of `rows` into `out`."""
 
     def links(self, rows: Numbers, parents: Numbers, depths: Numbers, /) -> int:
         """Parents and depths of `rows` into the other two; whether attention was reported for any (-1: not done)."""
@@ -43,7 +44,6 @@ class TableLoops(Protocol):
         self,
         row_of: Index,
         keys: Sequence[bytes],
-        first: int,
         before: bytes,
         depth: int,
         parent: int,
@@ -52,8 +52,11 @@ class TableLoops(Protocol):
         free_count: int,
         out: Numbers,
         /,
-    ) -> None:
-        """Rows for `keys[first:]`, from the free list and then from `size` up, into `out[first:]`. ValueError if there are not so many."""
+    ) -> int:
+        """Rows of all keys into `out`, of those after the known ones from the free list and then from `size` up; how many were known.
+
+        -1, and nothing done, where links have to be made, a known key follows an unknown one, or there is no room.
+        """
 
     def begin(self, rows: Numbers, tier: int, slots: Sequence[int], /) -> bool:
         """Absent copies become WRITING ones."""
@@ -134,25 +137,24 @@ class RankingLoops(Protocol):
 
 
 class SpellLoops(Protocol):
-    """Loops over the columns of one A²CR policy, until one of them grows: see `kvtier.policy.a2cr`.
+    """Loops over the columns of one A²CR policy and its ranking, until one of them grows: see `kvtier.policy.a2cr`.
 
-    False or -1: not done, for a kind that is not known yet or a page that is not what it should be.
+    `touch` and `insert` answer with what is due at their end, 0 for nothing; -1: not done, for a page that is not what it should be; -2:
+    not done, for kinds that are not known yet, named in the column for that. As long as there are such loops, the ranking's loops score
+    pages by them as they begin to queue.
     """
 
-    def use(self, pages: Numbers, time: float, call: int, cohort: int, /) -> bool:
-        """Pages that are here are used: their spells end, new ones begin."""
+    def touch(self, pages: Numbers, now: float, /) -> int:
+        """Pages that are here are used: their spells end, new ones begin, they queue anew."""
 
-    def come(self, pages: Numbers, names: Numbers, time: float, call: int, cohort: int, generation: int, deepest: int, /) -> int:
-        """Pages come, of which some are ghosts: as `use`. How many were none, as a part of the number of a kind."""
+    def insert(self, pages: Numbers, parents: Numbers, depths: Numbers, names: Numbers, now: float, /) -> int:
+        """Pages come, of which some are ghosts, and those that the same request used before are of another kind from now on."""
 
-    def go_on(self, pages: Numbers, new: int, time: float, /) -> bool:
-        """The request that used these pages last brought new ones, so many as part of the number of a kind: they are of another kind."""
+    def remember(self, pages: Numbers, /) -> bool:
+        """Pages become ghosts. False: not done."""
 
-    def leave(self, pages: Numbers, /) -> bool:
-        """Pages become ghosts."""
-
-    def score_all(self, now: float, /) -> bool:
-        """The scores of all pages that are here."""
+    def score_all(self) -> None:
+        """The pages that queue are scored for the last scoring, and all others when they begin to."""
 
 
 class Loops(Protocol):
@@ -167,15 +169,52 @@ class Loops(Protocol):
     def Ranking(self, *columns: Column) -> RankingLoops:
         """Loops over these columns, in the order of `Ranking.attach`. ValueError if their sizes do not fit each other."""
 
-    def Spells(self, *columns: Column) -> SpellLoops:
-        """Loops over these columns, in the order of `A2CR.attach`. ValueError if their sizes do not fit each other."""
+    def Spells(self, ranking: RankingLoops, recent: dict[int, Numbers], *columns: Column) -> SpellLoops:
+        """Loops over these, in the order of `A2CR.attach`. ValueError if their sizes do not fit each other."""
 
     def take_slots(self, free: list[int], taken: bytearray, count: int, /) -> list[int]:
         """The last `count` of `free`, last first, marked as taken. ValueError, and none, if there are fewer."""
 
-    def steepest(self, used: Column, kept: Column, last: int, least_run: float, best: Column, /) -> None:
-        """Into `best` `[kinds, ages]` the steepest of the ways from each age below `last` to a later one, up to `last`, over `used` and
-        `kept` `[kinds, ages + 1]`. ValueError if they do not fit each other."""
+    def expose(
+        self,
+        cohorts: Numbers,
+        reached: Numbers,
+        counted: Numbers,
+        alive: Numbers,
+        change: Numbers,
+        hits: Numbers,
+        all_exposed: Reals,
+        all_hits: Reals,
+        /,
+    ) -> None:
+        """As `ReuseModel._expose` of `cohorts`, whose spells have reached the ages below `reached`.
+
+        This and what follows raise ValueError for arrays that do not fit each other.
+        """
+
+    def expect(self, exposed: Reals, level: Reals, features: Numbers, factors: Reals, expected: Reals, /) -> None:
+        """Into `expected` `[kinds, ages]` the hits that are due to be seen: exposed times level times the factors of a kind's features."""
+
+    def gather(self, hits: Reals, expected: Reals, features: Numbers, factors: Reals, seen: Reals, due: Reals, feature: int, /) -> None:
+        """Adds hits to `seen`, and to `due` `[values, ages]` what is expected but for this feature's factor, by value of this feature."""
+
+    def rescale(self, expected: Reals, features: Numbers, ratios: Reals, feature: int, /) -> None:
+        """Multiplies `expected` by the ratio of a kind's value of this feature."""
+
+    def appraise(
+        self,
+        level: Reals,
+        features: Numbers,
+        factors: Reals,
+        widths: Reals,
+        best: Reals,
+        chance: Reals,
+        last: int,
+        most_hazard: float,
+        least_run: float,
+        /,
+    ) -> None:
+        """As `ReuseModel._appraise`: uses per second into `best` `[kinds, ages]` for ages below `last`, chances into `chance`."""
 
     def give_slots(self, free: list[int], taken: bytearray, slots: Sequence[int], /) -> bool:
         """Slots back onto `free`; False, and none, if one is not marked as taken."""

@@ -1,5 +1,5 @@
 /* What Python sees of the loops. They keep the interpreter's lock: a call takes microseconds, and the objects it works on belong to
-   whoever calls. Nothing is allocated but what is answered, and a note of one call (spells.c). */
+   whoever calls. Nothing is allocated but what is answered, and a note of one call (serving.c). */
 #include "rows.h"
 
 static int prepare(PyObject *module) {
@@ -17,7 +17,11 @@ static int prepare(PyObject *module) {
 static PyMethodDef methods[] = {
     {"take_slots", FAST(take_slots), NULL},
     {"give_slots", FAST(give_slots), NULL},
-    {"steepest", FAST(steepest), NULL},
+    {"expose", FAST(expose), NULL},
+    {"expect", FAST(expect), NULL},
+    {"gather", FAST(gather), NULL},
+    {"rescale", FAST(rescale), NULL},
+    {"appraise", FAST(appraise), NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -4,7 +4,7 @@
    A journal entry is a key (depth above page id) and a time; it is alive while its page has this key and this last touch. */
 #include "rows.h"
 
-enum { PAGE_BITS = 40, ABSENT = -1, ROOT = -1 };
+enum { PAGE_BITS = 40, ABSENT = -1 };
 static const int64_t PAGE_MASK = ((int64_t)1 << PAGE_BITS) - 1, DEEPEST = ((int64_t)1 << (63 - PAGE_BITS)) - 1;
 
 typedef struct {
@@ -65,35 +65,21 @@ static int64_t place_of(const Order *order, PyObject *object, bool *failed) {
     return place;
 }
 
-static double time_of(PyObject *object, bool *failed) {
-    const double time = PyFloat_AsDouble(object);
-    if (time == -1 && PyErr_Occurred()) *failed = true;
-    return time;
-}
-
 static PyObject *arrive(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    if (expect_arguments("arrive(pages, parents, depths)", given, 3)) return NULL;
+    Links links;
+    if (expect_arguments("arrive(pages, parents, depths)", given, 3) || !links_open(&links, arguments)) return NULL;
     Order *order = (Order *)self;
-    Rows rows[3];
-    int opened = 0;
-    while (opened < 3 && rows_open(&rows[opened], arguments[opened], false)) opened++;
-    bool usual = false;
-    if (opened == 3) {
-        const Rows *pages = &rows[0], *parents = &rows[1], *depths = &rows[2];
-        usual = parents->count == pages->count && depths->count == pages->count && rows_within(pages, order->pages);
-        for (Py_ssize_t i = 0; usual && i < pages->count; i++) {
-            const int64_t depth = *row_at(depths, i), parent = *row_at(parents, i);
-            usual = order->key[*row_at(pages, i)] == ABSENT && depth >= 0 && depth <= DEEPEST && parent >= -1 && parent < order->pages;
-        }
-        for (Py_ssize_t i = 0; usual && i < pages->count; i++) {
-            const int64_t page = *row_at(pages, i);
-            order->parent[page] = *row_at(parents, i);
-            order->key[page] = (DEEPEST - *row_at(depths, i)) << PAGE_BITS | page;
-            order->children[cell(order, *row_at(parents, i))]++;
-        }
+    const Py_ssize_t count = links.pages.count;
+    bool usual = links_possible(&links, order->pages, DEEPEST);
+    for (Py_ssize_t i = 0; usual && i < count; i++) usual = order->key[*row_at(&links.pages, i)] == ABSENT;
+    for (Py_ssize_t i = 0; usual && i < count; i++) {
+        const int64_t page = *row_at(&links.pages, i), parent = *row_at(&links.parents, i);
+        order->parent[page] = parent;
+        order->key[page] = (DEEPEST - *row_at(&links.depths, i)) << PAGE_BITS | page;
+        order->children[cell(order, parent)]++;
     }
-    for (int i = 0; i < opened; i++) rows_close(&rows[i]);
-    return opened < 3 ? NULL : PyBool_FromLong(usual);
+    links_close(&links);
+    return PyBool_FromLong(usual);
 }
 
 static PyObject *queue(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
@@ -101,7 +87,7 @@ static PyObject *queue(PyObject *self, PyObject *const *arguments, Py_ssize_t gi
     Order *order = (Order *)self;
     bool failed = false;
     const int64_t tail = place_of(order, arguments[1], &failed);
-    const double time = time_of(arguments[2], &failed);
+    const double time = real_of(arguments[2], &failed);
     Rows pages;
     if (failed || !rows_open(&pages, arguments[0], false)) return NULL;
     bool usual = pages.count <= order->room - tail && rows_within(&pages, order->pages);
@@ -181,7 +167,7 @@ static PyObject *leaving(PyObject *self, PyObject *const *arguments, Py_ssize_t 
     Order *order = (Order *)self;
     bool failed = false;
     const int64_t head = place_of(order, arguments[0], &failed), stop = place_of(order, arguments[1], &failed);
-    const double time = time_of(arguments[2], &failed);
+    const double time = real_of(arguments[2], &failed);
     Rows keys, pages;
     if (failed || !rows_open(&keys, arguments[3], true)) return NULL;
     if (!rows_open(&pages, arguments[4], true)) {
@@ -230,7 +216,7 @@ static PyObject *chain(PyObject *self, PyObject *const *arguments, Py_ssize_t gi
     const Order *order = (Order *)self;
     bool failed = false;
     int64_t page = number_of(arguments[0], &failed);
-    const double before_time = time_of(arguments[1], &failed);
+    const double before_time = real_of(arguments[1], &failed);
     const int64_t before_key = number_of(arguments[2], &failed);
     Rows keys;
     Py_buffer times;

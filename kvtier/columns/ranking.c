@@ -1,19 +1,7 @@
 /* The loops of a ranking: what `kvtier.policy.ranking` does with its columns. Leaves are in a heap of page ids, each of which knows its
    place; what comes first is told by the columns alone (score, last touch, deepest first, id), so the order of leaving does not depend on
    how the heap happens to lie. As in table.c, False says that nothing has changed and that the method in Python is to do it. */
-#include "rows.h"
-
-enum { COLUMNS = 9, UNQUEUED = -1 };
-
-typedef struct {
-    PyObject_HEAD
-    uint8_t *here;
-    int64_t *parent, *children, *depth, *place, *heap, *queued;
-    double *last, *score;
-    Py_ssize_t pages; /* one less than there are cells: the last cell is ROOT's */
-    int held;
-    Py_buffer columns[COLUMNS];
-} Ranking;
+#include "ranking.h"
 
 static void ranking_dealloc(PyObject *self) {
     Ranking *ranking = (Ranking *)self;
@@ -23,17 +11,24 @@ static void ranking_dealloc(PyObject *self) {
     Py_DECREF(type);
 }
 
+Ranking *ranking_of(PyObject *object) {
+    if (PyType_GetSlot(Py_TYPE(object), Py_tp_dealloc) == (void *)ranking_dealloc) return (Ranking *)object;
+    PyErr_Format(PyExc_TypeError, "%R where a ranking's loops were expected", (PyObject *)Py_TYPE(object));
+    return NULL;
+}
+
 static PyObject *ranking_new(PyTypeObject *type, PyObject *columns, PyObject *named) {
     (void)named;
-    if (expect_arguments("Ranking(here, parent, children, depth, last, score, place, heap, queued)", PyTuple_Size(columns), COLUMNS)) return NULL;
+    const char *method = "Ranking(here, parent, children, depth, last, score, place, heap, queued)";
+    if (expect_arguments(method, PyTuple_Size(columns), RANKING_COLUMNS)) return NULL;
     Ranking *ranking = (Ranking *)PyType_GenericAlloc(type, 0);
     if (!ranking) return NULL;
-    void *cells[COLUMNS];
+    void *cells[RANKING_COLUMNS];
     Py_ssize_t count = -1;
-    for (int i = 0; i < COLUMNS; i++) {
+    for (int i = 0; i < RANKING_COLUMNS; i++) {
         PyObject *array = PyTuple_GetItem(columns, i);
         Py_buffer *column = &ranking->columns[i];
-        const int failed = !array || column_open(column, array, i ? 8 : 1, i == COLUMNS - 1 ? 1 : count);
+        const int failed = !array || column_open(column, array, i ? 8 : 1, i == RANKING_COLUMNS - 1 ? 1 : count);
         if (array && column->obj) ranking->held++;
         if (failed || (!i && column->len < 1)) {
             if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a ranking needs a cell for ROOT");
@@ -51,16 +46,14 @@ static PyObject *ranking_new(PyTypeObject *type, PyObject *columns, PyObject *na
     return (PyObject *)ranking;
 }
 
-static inline Py_ssize_t cell(const Ranking *ranking, int64_t page) {
-    return (uint64_t)page < (uint64_t)ranking->pages ? page : ranking->pages;
-}
+/* -- the heap -- */
 
 /* The number of queued pages and their places come from Python: out of range, they count as none. */
-static inline int64_t size_of(const Ranking *ranking) { return cell(ranking, *ranking->queued); }
+static inline int64_t size_of(const Ranking *r) { return ranking_cell(r, *r->queued); }
 
-static inline bool is_queued(const Ranking *ranking, int64_t page) {
-    const int64_t place = ranking->place[page];
-    return place >= 0 && place < size_of(ranking) && ranking->heap[place] == page;
+static inline bool is_queued(const Ranking *r, int64_t page) {
+    const int64_t place = r->place[page];
+    return place >= 0 && place < size_of(r) && r->heap[place] == page;
 }
 
 static inline bool sooner(const Ranking *r, int64_t one, int64_t other) {
@@ -77,7 +70,7 @@ static inline void lay(Ranking *r, int64_t place, int64_t page) {
 
 static void rise(Ranking *r, int64_t place, int64_t page) {
     while (place > 0) {
-        const int64_t above = (place - 1) / 2, other = cell(r, r->heap[above]);
+        const int64_t above = (place - 1) / 2, other = ranking_cell(r, r->heap[above]);
         if (!sooner(r, page, other)) break;
         lay(r, place, other);
         place = above;
@@ -88,8 +81,8 @@ static void rise(Ranking *r, int64_t place, int64_t page) {
 static void sink(Ranking *r, int64_t place, int64_t page) {
     const int64_t size = size_of(r);
     for (int64_t below = 2 * place + 1; below < size; below = 2 * place + 1) {
-        int64_t other = cell(r, r->heap[below]);
-        if (below + 1 < size && sooner(r, cell(r, r->heap[below + 1]), other)) other = cell(r, r->heap[++below]);
+        int64_t other = ranking_cell(r, r->heap[below]);
+        if (below + 1 < size && sooner(r, ranking_cell(r, r->heap[below + 1]), other)) other = ranking_cell(r, r->heap[++below]);
         if (!sooner(r, other, page)) break;
         lay(r, place, other);
         place = below;
@@ -97,9 +90,9 @@ static void sink(Ranking *r, int64_t place, int64_t page) {
     lay(r, place, page);
 }
 
-static void unqueue(Ranking *r, int64_t page) {
+void ranking_unqueue(Ranking *r, int64_t page) {
     if (!is_queued(r, page)) return;
-    const int64_t place = r->place[page], last = cell(r, r->heap[size_of(r) - 1]);
+    const int64_t place = r->place[page], last = ranking_cell(r, r->heap[size_of(r) - 1]);
     *r->queued = size_of(r) - 1;
     r->place[page] = UNQUEUED;
     if (last == page) return;
@@ -107,7 +100,12 @@ static void unqueue(Ranking *r, int64_t page) {
     sink(r, r->place[last], last);
 }
 
-static void enqueue(Ranking *r, int64_t page) { /* or find its place anew */
+static inline void refresh(Ranking *r, int64_t page) {
+    if (r->refresh) r->refresh(r->scorer, page);
+}
+
+void ranking_enqueue(Ranking *r, int64_t page) { /* or find its place anew */
+    refresh(r, page);
     if (is_queued(r, page)) {
         rise(r, r->place[page], page);
         sink(r, r->place[page], page);
@@ -117,43 +115,61 @@ static void enqueue(Ranking *r, int64_t page) { /* or find its place anew */
     }
 }
 
-static void go(Ranking *r, int64_t page) {
-    unqueue(r, page);
-    r->here[page] = 0;
-    const Py_ssize_t parent = cell(r, r->parent[page]);
-    if (--r->children[parent] == 0 && parent != r->pages && r->here[parent]) enqueue(r, parent);
+void ranking_reorder(Ranking *r) {
+    for (int64_t place = size_of(r) / 2 - 1; place >= 0; place--) sink(r, place, ranking_cell(r, r->heap[place]));
 }
 
-static void come(Ranking *r, int64_t page) {
+/* -- pages -- */
+
+/* A page goes; its parent if that is here and so becomes a leaf, else -1. */
+static int64_t unlink_page(Ranking *r, int64_t page) {
+    r->here[page] = 0;
+    const Py_ssize_t parent = ranking_cell(r, r->parent[page]);
+    return --r->children[parent] == 0 && parent != r->pages && r->here[parent] ? parent : -1;
+}
+
+static void go(Ranking *r, int64_t page) {
+    ranking_unqueue(r, page);
+    const int64_t freed = unlink_page(r, page);
+    if (freed >= 0) ranking_enqueue(r, freed);
+}
+
+/* As `go` for the first of the queue. Its parent takes its place: pages of one request mostly follow each other out. */
+static void go_first(Ranking *r, int64_t page) {
+    const int64_t freed = unlink_page(r, page);
+    r->place[page] = UNQUEUED;
+    if (freed >= 0 && !is_queued(r, freed)) {
+        refresh(r, freed);
+        sink(r, 0, freed);
+        return;
+    }
+    const int64_t size = size_of(r) - 1, last = ranking_cell(r, r->heap[size]);
+    *r->queued = size;
+    if (size) sink(r, 0, last);
+}
+
+void ranking_come(Ranking *r, int64_t page) {
     r->here[page] = 1;
-    const Py_ssize_t parent = cell(r, r->parent[page]);
-    if (r->children[parent]++ == 0 && parent != r->pages) unqueue(r, parent);
-    if (!r->children[page]) enqueue(r, page);
+    const Py_ssize_t parent = ranking_cell(r, r->parent[page]);
+    if (r->children[parent]++ == 0 && parent != r->pages) ranking_unqueue(r, parent);
+    if (!r->children[page]) ranking_enqueue(r, page);
 }
 
 static PyObject *arrive(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    if (expect_arguments("arrive(pages, parents, depths)", given, 3)) return NULL;
+    Links links;
+    if (expect_arguments("arrive(pages, parents, depths)", given, 3) || !links_open(&links, arguments)) return NULL;
     Ranking *r = (Ranking *)self;
-    Rows rows[3];
-    int opened = 0;
-    while (opened < 3 && rows_open(&rows[opened], arguments[opened], false)) opened++;
-    bool usual = false;
-    if (opened == 3) {
-        const Rows *pages = &rows[0], *parents = &rows[1], *depths = &rows[2];
-        usual = parents->count == pages->count && depths->count == pages->count && rows_within(pages, r->pages);
-        for (Py_ssize_t i = 0; usual && i < pages->count; i++) {
-            const int64_t page = *row_at(pages, i), parent = *row_at(parents, i);
-            usual = !r->here[page] && *row_at(depths, i) >= 0 && parent >= -1 && parent < r->pages && parent != page;
-        }
-        for (Py_ssize_t i = pages->count - 1; usual && i >= 0; i--) { /* the last first: then its parent is never queued on the way */
-            const int64_t page = *row_at(pages, i);
-            r->parent[page] = *row_at(parents, i);
-            r->depth[page] = *row_at(depths, i);
-            come(r, page);
-        }
+    const Py_ssize_t count = links.pages.count;
+    bool usual = links_possible(&links, r->pages, INT64_MAX);
+    for (Py_ssize_t i = 0; usual && i < count; i++) usual = !r->here[*row_at(&links.pages, i)];
+    for (Py_ssize_t i = count - 1; usual && i >= 0; i--) { /* the last first: then its parent is never queued on the way */
+        const int64_t page = *row_at(&links.pages, i);
+        r->parent[page] = *row_at(&links.parents, i);
+        r->depth[page] = *row_at(&links.depths, i);
+        ranking_come(r, page);
     }
-    for (int i = 0; i < opened; i++) rows_close(&rows[i]);
-    return opened < 3 ? NULL : PyBool_FromLong(usual);
+    links_close(&links);
+    return PyBool_FromLong(usual);
 }
 
 /* Runs `step` on pages that are all here (or all absent), backwards if asked to; False, and nothing done, if one is not. */
@@ -169,13 +185,13 @@ static PyObject *each(PyObject *self, PyObject *array, bool here, bool backwards
 }
 
 static void place_anew(Ranking *r, int64_t page) {
-    if (!r->children[page]) enqueue(r, page);
+    if (!r->children[page]) ranking_enqueue(r, page);
 }
 
 static PyObject *leave(PyObject *self, PyObject *pages) { return each(self, pages, true, false, go); }
-static PyObject *restore(PyObject *self, PyObject *pages) { return each(self, pages, false, true, come); }
+static PyObject *restore(PyObject *self, PyObject *pages) { return each(self, pages, false, true, ranking_come); }
 static PyObject *rescored(PyObject *self, PyObject *pages) { return each(self, pages, true, false, place_anew); }
-static PyObject *withdraw(PyObject *self, PyObject *pages) { return each(self, pages, true, false, unqueue); }
+static PyObject *withdraw(PyObject *self, PyObject *pages) { return each(self, pages, true, false, ranking_unqueue); }
 
 static PyObject *pop(PyObject *self, PyObject *array) {
     Ranking *r = (Ranking *)self;
@@ -183,10 +199,10 @@ static PyObject *pop(PyObject *self, PyObject *array) {
     if (!rows_open(&out, array, true)) return NULL;
     Py_ssize_t count = 0;
     while (count < out.count && size_of(r)) {
-        const Py_ssize_t page = cell(r, r->heap[0]);
+        const Py_ssize_t page = ranking_cell(r, r->heap[0]);
         if (page == r->pages || !is_queued(r, page)) break;
         *row_at(&out, count++) = page;
-        go(r, page);
+        go_first(r, page);
     }
     rows_close(&out);
     return PyLong_FromSsize_t(count);
@@ -200,7 +216,7 @@ static PyObject *rebuild(PyObject *self, PyObject *ignored) {
         r->place[page] = UNQUEUED;
         if (!r->children[page]) lay(r, (*r->queued)++, page);
     }
-    for (int64_t place = *r->queued / 2 - 1; place >= 0; place--) sink(r, place, r->heap[place]);
+    ranking_reorder(r);
     Py_RETURN_NONE;
 }
 

@@ -24,6 +24,31 @@ bool rows_within(const Rows *rows, Py_ssize_t limit) {
     return within;
 }
 
+bool links_open(Links *links, PyObject *const *arguments) {
+    Rows *const rows[] = {&links->pages, &links->parents, &links->depths};
+    int opened = 0;
+    while (opened < 3 && rows_open(rows[opened], arguments[opened], false)) opened++;
+    if (opened == 3) return true;
+    while (opened > 0) rows_close(rows[--opened]);
+    return false;
+}
+
+void links_close(Links *links) {
+    rows_close(&links->pages);
+    rows_close(&links->parents);
+    rows_close(&links->depths);
+}
+
+bool links_possible(const Links *links, Py_ssize_t limit, int64_t deepest) {
+    const Py_ssize_t count = links->pages.count;
+    bool possible = links->parents.count == count && links->depths.count == count && rows_within(&links->pages, limit);
+    for (Py_ssize_t i = 0; possible && i < count; i++) {
+        const int64_t parent = *row_at(&links->parents, i), depth = *row_at(&links->depths, i);
+        possible = parent >= ROOT && parent < limit && parent != *row_at(&links->pages, i) && depth >= 0 && depth <= deepest;
+    }
+    return possible;
+}
+
 Py_ssize_t next_set(const uint8_t *flags, Py_ssize_t index, Py_ssize_t count) {
     while (index < count && !flags[index]) {
         uint64_t words[8] = {0}, any = 0;
@@ -57,6 +82,12 @@ int expect_arguments(const char *method, Py_ssize_t given, Py_ssize_t expected) 
 
 int64_t number_of(PyObject *object, bool *failed) {
     const long long number = PyLong_AsLongLong(object);
+    if (number == -1 && PyErr_Occurred()) *failed = true;
+    return number;
+}
+
+double real_of(PyObject *object, bool *failed) {
+    const double number = PyFloat_AsDouble(object);
     if (number == -1 && PyErr_Occurred()) *failed = true;
     return number;
 }

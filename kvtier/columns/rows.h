@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 #define NO_ROW (-1)
+#define ROOT (-1) /* the parent of a page that has none */
 
 /* A one-dimensional int64 array of any stride. */
 typedef struct {
@@ -30,6 +31,19 @@ static inline int64_t *row_at(const Rows *rows, Py_ssize_t index) {
 /* Whether all rows are below `limit` and none is negative. */
 bool rows_within(const Rows *rows, Py_ssize_t limit);
 
+/* The arguments (pages, parents, depths) of pages that come into a tier. */
+typedef struct {
+    Rows pages, parents, depths;
+} Links;
+
+/* False with an exception if one of them is no array of rows; else `links_close` it. */
+bool links_open(Links *links, PyObject *const *arguments);
+
+void links_close(Links *links);
+
+/* Whether they are as many, all pages and parents have a cell below `limit` (a parent may be ROOT), and depths are 0 to `deepest`. */
+bool links_possible(const Links *links, Py_ssize_t limit, int64_t deepest);
+
 /* The first set flag from `index` on, `count` if there is none: few may be set, so up to 64 are looked at in one step. */
 Py_ssize_t next_set(const uint8_t *flags, Py_ssize_t index, Py_ssize_t count);
 
@@ -43,6 +57,9 @@ int expect_arguments(const char *method, Py_ssize_t given, Py_ssize_t expected);
 /* A whole number, `*failed` set and an exception where it is none; `*failed` stays as it was otherwise. */
 int64_t number_of(PyObject *object, bool *failed);
 
+/* A number, likewise. */
+double real_of(PyObject *object, bool *failed);
+
 /* Number of items of a list or tuple; -1 with an exception for anything else. */
 Py_ssize_t item_count(PyObject *sequence);
 
@@ -55,4 +72,8 @@ PyObject *item(PyObject *sequence, Py_ssize_t index);
 extern PyType_Spec table_spec, order_spec, ranking_spec, spells_spec;
 PyObject *take_slots(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 PyObject *give_slots(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
-PyObject *steepest(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *expose(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *expect(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *gather(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *rescale(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *appraise(PyObject *self, PyObject *const *arguments, Py_ssize_t given);

@@ -5,6 +5,8 @@
    last cell, which belongs to no row. */
 #include "rows.h"
 
+#include <string.h>
+
 enum { ABSENT, WRITING, READY, MOST_TIERS = 8 };
 static const uint64_t READY_ANYWHERE = 0x0202020202020202;
 
@@ -126,24 +128,6 @@ static PyObject *find(PyObject *self, PyObject *const *arguments, Py_ssize_t giv
     return found < 0 ? NULL : PyLong_FromSsize_t(found);
 }
 
-static PyObject *known(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    Rows out;
-    if (expect_arguments("known(row_of, keys, out)", given, 3) || !rows_open(&out, arguments[2], true)) return NULL;
-    const Table *table = (Table *)self;
-    Py_ssize_t first = walk(table, arguments[0], arguments[1], &out, false);
-    bool failed = first < 0;
-    for (Py_ssize_t i = 0; i < first; i++) {
-        if (table->parent[*row_at(&out, i)] == NO_ROW) first = NO_ROW;
-    }
-    const Py_ssize_t count = failed ? 0 : item_count(arguments[1]);
-    for (Py_ssize_t i = first; first >= 0 && i < count && !failed; i++) {
-        fetch_ahead(arguments[1], i, count);
-        if (row_of(arguments[0], item(arguments[1], i), &failed) != NO_ROW) first = NO_ROW;
-    }
-    rows_close(&out);
-    return failed ? NULL : PyLong_FromSsize_t(first);
-}
-
 static PyObject *links(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     if (expect_arguments("links(rows, parents, depths)", given, 3)) return NULL;
     const Table *table = (Table *)self;
@@ -163,6 +147,27 @@ static PyObject *links(PyObject *self, PyObject *const *arguments, Py_ssize_t gi
     return opened < 3 ? NULL : PyLong_FromLong(usual ? attended : -1);
 }
 
+/* What pages are called: the first 8 bytes of their keys. */
+static PyObject *names(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    if (expect_arguments("names(rows, out)", given, 2)) return NULL;
+    const Table *table = (Table *)self;
+    Rows rows, out;
+    if (!rows_open(&rows, arguments[0], false)) return NULL;
+    if (!rows_open(&out, arguments[1], true)) {
+        rows_close(&rows);
+        return NULL;
+    }
+    bool usual = rows_within(&rows, table->rows) && out.count == rows.count;
+    for (Py_ssize_t i = 0; usual && i < rows.count; i++) {
+        PyObject *key = table->key[*row_at(&rows, i)];
+        usual = key && PyBytes_Check(key) && PyBytes_Size(key) >= 8;
+        if (usual) memcpy(row_at(&out, i), PyBytes_AsString(key), 8);
+    }
+    rows_close(&out);
+    rows_close(&rows);
+    return PyBool_FromLong(usual);
+}
+
 /* -- rows -- */
 
 static void wake(Table *table, int64_t row, PyObject *key, PyObject *parent_key) {
@@ -175,43 +180,91 @@ static void wake(Table *table, int64_t row, PyObject *key, PyObject *parent_key)
     set_object(&table->parent_key[row], parent_key);
 }
 
-static PyObject *add_chain(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    if (expect_arguments("add_chain(row_of, keys, first, before, depth, parent, fill, size, free_count, out)", given, 10)) return NULL;
-    Table *table = (Table *)self;
-    PyObject *index = arguments[0], *keys = arguments[1], *before = arguments[3];
-    const Py_ssize_t count = item_count(keys);
-    bool failed = count < 0;
-    const int64_t first = number_of(arguments[2], &failed), depth = number_of(arguments[4], &failed), fill = number_of(arguments[6], &failed);
-    int64_t parent = number_of(arguments[5], &failed), size = number_of(arguments[7], &failed), unused = number_of(arguments[8], &failed);
-    Rows out;
-    if (failed || !rows_open(&out, arguments[9], true)) return NULL;
-    const int64_t wanted = count - first, fresh = wanted > unused ? wanted - unused : 0;
-    bool fits = first >= 0 && wanted > 0 && out.count == count && unused >= 0 && unused <= table->rows && size >= 0;
-    fits = fits && size <= table->rows && fresh <= table->rows - size;
-    for (int64_t i = unused - (wanted - fresh); fits && i < unused; i++) fits = (uint64_t)table->free[i] < (uint64_t)table->rows;
-    if (!fits) {
-        rows_close(&out);
-        PyErr_SetString(PyExc_ValueError, "a chain needs keys, as many rows for the answer, and as many free ones in the table");
-        return NULL;
+/* How many of the first keys have a row, which goes into `out`; NO_ROW if one of those has no parent, or another key has a row, too. */
+static Py_ssize_t known(const Table *table, PyObject *index, PyObject *keys, const Rows *out, bool *failed) {
+    const Py_ssize_t first = walk(table, index, keys, out, false), count = item_count(keys);
+    *failed = first < 0;
+    bool usual = !*failed;
+    for (Py_ssize_t i = 0; usual && i < first; i++) usual = table->parent[*row_at(out, i)] != NO_ROW;
+    for (Py_ssize_t i = first; usual && i < count; i++) {
+        fetch_ahead(keys, i, count);
+        usual = row_of(index, item(keys, i), failed) == NO_ROW && !*failed;
     }
+    return usual ? first : NO_ROW;
+}
+
+/* Rows that follow each other, and where to find free ones: `unused` on the free list, then from `size` up. */
+typedef struct {
+    PyObject *index, *keys, *before;
+    int64_t depth, parent, fill, size, unused;
+} Chain;
+
+static bool has_room(const Table *table, const Chain *chain, int64_t wanted) {
+    const int64_t fresh = wanted > chain->unused ? wanted - chain->unused : 0;
+    return chain->unused >= 0 && chain->unused <= table->rows && chain->size >= 0 && chain->size <= table->rows &&
+           fresh <= table->rows - chain->size;
+}
+
+/* Whether the last of the free list, as many as will be taken, are rows; false with an exception if not. */
+static bool are_free_rows(const Table *table, const Chain *chain, int64_t wanted) {
+    for (int64_t i = wanted < chain->unused ? chain->unused - wanted : 0; i < chain->unused; i++) {
+        if ((uint64_t)table->free[i] < (uint64_t)table->rows) continue;
+        PyErr_SetString(PyExc_ValueError, "the free list names what is no row of the table");
+        return false;
+    }
+    return true;
+}
+
+/* A row for this key, after the one before. -1 with an exception. */
+static int append(Table *table, Chain *chain, PyObject *key, bool first) {
+    const int64_t row = chain->unused > 0 ? table->free[--chain->unused] : chain->size++;
+    PyObject *number = PyLong_FromLongLong(row);
+    const int failed = !number || PyDict_SetItem(chain->index, key, number);
+    Py_XDECREF(number);
+    if (failed) return -1;
+    wake(table, row, key, chain->before);
+    table->fill[row] = chain->fill;
+    table->depth[row] = chain->depth++;
+    table->parent[row] = chain->parent;
+    const Py_ssize_t above = cell(table, chain->parent);
+    table->children[above] = first ? table->children[above] + 1 : 1;
+    chain->parent = row;
+    chain->before = key;
+    return 0;
+}
+
+/* As add_chain with its arguments opened: how many keys were known, -1 if anything is unusual, -2 with an exception. */
+static Py_ssize_t extend(Table *table, Chain *chain, const Rows *out) {
+    bool failed = false;
+    const Py_ssize_t count = item_count(chain->keys), first = known(table, chain->index, chain->keys, out, &failed);
+    if (failed) return -2;
+    if (first < 0 || first == count) return first;
+    if (first) {
+        chain->before = item(chain->keys, first - 1);
+        chain->depth += first;
+        chain->parent = *row_at(out, first - 1);
+    }
+    if ((!first && chain->depth > 0 && chain->parent == NO_ROW) || !has_room(table, chain, count - first)) return -1;
+    if (!are_free_rows(table, chain, count - first)) return -2;
     for (Py_ssize_t i = first; i < count; i++) {
-        const int64_t row = unused > 0 ? table->free[--unused] : size++;
-        PyObject *key = item(keys, i), *number = PyLong_FromLongLong(row);
-        failed = !number || PyDict_SetItem(index, key, number);
-        Py_XDECREF(number);
-        if (failed) break;
-        wake(table, row, key, before);
-        table->fill[row] = fill;
-        table->depth[row] = depth + (i - first);
-        table->parent[row] = parent;
-        const Py_ssize_t above = cell(table, parent);
-        table->children[above] = i == first ? table->children[above] + 1 : 1;
-        *row_at(&out, i) = parent = row;
-        before = key;
+        if (append(table, chain, item(chain->keys, i), i == first)) return -2;
+        *row_at(out, i) = chain->parent;
     }
+    return first;
+}
+
+static PyObject *add_chain(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    if (expect_arguments("add_chain(row_of, keys, before, depth, parent, fill, size, free_count, out)", given, 9)) return NULL;
+    bool failed = false;
+    Chain chain = {.index = arguments[0], .keys = arguments[1], .before = arguments[2]};
+    chain.depth = number_of(arguments[3], &failed), chain.parent = number_of(arguments[4], &failed);
+    chain.fill = number_of(arguments[5], &failed), chain.size = number_of(arguments[6], &failed);
+    chain.unused = number_of(arguments[7], &failed);
+    Rows out;
+    if (failed || !rows_open(&out, arguments[8], true)) return NULL;
+    const Py_ssize_t known_keys = extend((Table *)self, &chain, &out);
     rows_close(&out);
-    if (failed) return NULL;
-    Py_RETURN_NONE;
+    return known_keys == -2 ? NULL : PyLong_FromSsize_t(known_keys);
 }
 
 /* What goes while rows are given up. */
@@ -446,7 +499,7 @@ static PyObject *protect(PyObject *self, PyObject *const *arguments, Py_ssize_t 
 }
 
 static PyMethodDef methods[] = {
-    {"find", FAST(find), NULL},       {"known", FAST(known), NULL},     {"add_chain", FAST(add_chain), NULL},
+    {"find", FAST(find), NULL},       {"names", FAST(names), NULL},     {"add_chain", FAST(add_chain), NULL},
     {"begin", FAST(begin), NULL},     {"commit", FAST(commit), NULL},   {"drop", FAST(drop), NULL},
     {"lease", lease, METH_O, NULL},   {"use", use, METH_O, NULL},       {"release", FAST(release), NULL},
     {"protect", FAST(protect), NULL}, {"settle", FAST(settle), NULL},   {"links", FAST(links), NULL},

@@ -118,6 +118,8 @@ class PageTable(PageColumns):
 
     def names(self, rows: Rows) -> Rows:
         """What the pages of these rows, which have keys, are called whatever row they are in: the first 8 bytes of each key, `[n]`."""
+        if self._loops is not None and self._loops.names(rows, names := np.empty(len(rows), np.int64)):
+            return names
         return np.frombuffer(b"".join([key[:8] for key in self.key[rows].tolist()]), np.int64)
 
     def pinned(self, row: int, now: float) -> int:
@@ -341,23 +343,16 @@ class PageTable(PageColumns):
         return rows
 
     def _add_chain(self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int) -> Rows | None:
-        """As `add_chain` where no known key is followed by an unknown one and no link has to be made; else None, and nothing done."""
+        """As `add_chain` where no known key follows an unknown one, there is room and no link has to be made; else None."""
         loops, rows = self._loops, np.empty(len(keys), np.int64)
-        if loops is None or (count := loops.known(self._row_of, keys, rows)) < 0:
+        if loops is None:
             return None
-        if (missing := len(keys) - count) == 0:
-            return rows
-        if count:
-            before, depth, parent = keys[count - 1], depth + count, int(rows[count - 1])
-        elif depth > 0 and parent == NO_ROW:
+        known = loops.add_chain(self._row_of, keys, before, depth, parent, self.page_tokens, self._size, self._free_count, rows)
+        if known < 0:
             return None
-        fresh = max(0, missing - self._free_count)
-        if self._size + fresh >= len(self.parent):
-            self._grow(max(self._size + fresh, 2 * self._size))
-            return self._add_chain(keys, before, depth, parent)
-        loops.add_chain(self._row_of, keys, count, before, depth, parent, self.page_tokens, self._size, self._free_count, rows)
+        missing = len(keys) - known
+        self._size += max(0, missing - self._free_count)
         self._free_count = max(0, self._free_count - missing)
-        self._size += fresh
         return rows
 
     def _new_chain(self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int) -> Rows:

@@ -1,13 +1,14 @@
 """A²CR: what leaves is what promises the least reuse per second of residence, as learned from this tier's own traffic.
 
 A page's kind is what is known about it without looking inside: how often it was used (this outlives eviction), whether it was the end of
-its request, how many requests its prefix was built by, how much of the request that used it last was new, and how much attention the
-engine paid to it, where the engine says so. `kvtier.policy.reuse` learns for every kind how the chance of reuse changes with age and
-turns that into worth; the page of least worth leaves, always a leaf. No time constant, weight or threshold is set by hand, and pages are
-never let go while there is room.
+its request (in a colder tier: the deepest of those that came down together, which finds more than handing down where requests ended), how
+many requests its prefix was built by, how much of the request that used it last was new, and how much attention the engine paid to it,
+where the engine says so. `kvtier.policy.reuse` learns for every kind how the chance of reuse changes with age and turns that into worth;
+the page of least worth leaves, always a leaf. No time constant, weight or threshold is set by hand, and pages are never let go while there
+is room.
 
 Not for tiers so small that a request or two fill them, where there is nothing to choose from, nor where calls per page (rather than per
-request) leave no time for it: LRU costs a third.
+request) leave no time for it (`kvtier bench table` compares).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from kvtier import columns
 from kvtier.errors import IntegrityError
 from kvtier.policy.base import ROOT, EvictionPolicy, Mask, Pages, Protection
-from kvtier.policy.guard import UNKNOWN_CALL, Guard
+from kvtier.policy.guard import BASE_USES, MOST_DOUBLINGS, ROOM, UNKNOWN_CALL, Guard
 from kvtier.policy.memory import Facts, Memory
 from kvtier.policy.ranking import Ranking
 from kvtier.policy.reuse import EDGES, ReuseModel, age_bins
@@ -52,8 +53,17 @@ RECENT_REQUESTS = 64
 
 _FACTS = KIND, COHORT, USES, GENERATION, CALL = range(5)
 _MOST_USES, _MOST_GENERATIONS = np.array(MOST_USES), np.array(MOST_GENERATIONS)
-_UNKNOWN = np.array(math.nan)
-_STEPS = np.array([_END_STEP, _NEW_STEP, ATTENTION, NEW])
+_STEPS = np.array([_END_STEP, _NEW_STEP, ATTENTION, NEW, BASE_USES, MOST_DOUBLINGS])
+
+_COUNTS = CALL_NUMBER, SCORING = range(2)
+"""Cells of `_counts`: the number of the next call that uses pages, and how often all pages were scored."""
+_CLOCK = LATEST, SCORED_AT = range(2)
+"""Cells of `_clock`, seconds: the latest time seen, and when all pages were scored last."""
+UNUSUAL, UNKNOWN_KINDS, COHORT_DUE, ORDER_CHANGED = -1, -2, 1, 2
+"""Answers of compiled loops: nothing was done, for other pages than usual or kinds to be met; or what is due at the end of a call: a new
+cohort, scores in the guard's other order."""
+MOST_MISSING = 1024
+"""More kinds than the pages of one call can be of."""
 
 
 class A2CR(EvictionPolicy):
@@ -70,97 +80,100 @@ class A2CR(EvictionPolicy):
         self._model = ReuseModel(_KINDS)
         self._memory = Memory(len(_FACTS))
         self._guard = Guard()
-        self._latest = -math.inf
         self._left = 0
         """Pages that left since all were scored."""
+        self._most_held = 0
+        """The most pages there were when some had to leave."""
         # One row a page, by id, and one more at the end for ROOT, as in the ranking.
         self._combined: Pages = np.zeros(1, np.int64)
         """The features of a page as one number in mixed radix."""
         self._facts: Facts = np.zeros((1, len(_FACTS)), np.int64)
         """What outlives eviction, `[pages, 5]`: kind, cohort, uses, generation, number of the call that used the page last."""
         self._name: Pages = np.zeros(1, np.int64)
-        self._attention: NDArray[np.float64] = np.full(1, math.nan)
+        self._scored: Pages = np.zeros(1, np.int64)
+        """The scoring that a page's score is of. Compiled loops score a page only when it queues, but as if it had been scored with all."""
+        self._attention: NDArray[np.float64] = np.zeros(1)
+        """The moving average of a page's attention, where its kind says that there is one."""
         self._mean_attention = math.nan
-        self._calls = 0
+        self._counts: Pages = np.zeros(len(_COUNTS), np.int64)
+        self._clock: NDArray[np.float64] = np.full(len(_CLOCK), -math.inf)
         self._recent: dict[int, Pages] = {}
+        """By the number of a call that used pages and may go on with new ones, these pages; the last RECENT_REQUESTS."""
+        self._missing: Pages = np.zeros(1 + MOST_MISSING, np.int64)
+        """How many kinds compiled loops did not know, and the features of each."""
         self._loops: columns.SpellLoops | None = None
-        self._loops_over: tuple[object, object, object, object] = (None, None, None, None)
+        self._loops_over: tuple[object, ...] = ()
 
     def attach(self) -> columns.SpellLoops | None:
         """The compiled loops over all columns as they are now; None where there are none."""
-        loops = columns.loops()
-        if loops is None:
+        loops, ranking, model, memory = columns.loops(), self._ranking, self._model, self._memory
+        if loops is None or ranking.loops is None:
             return None
-        ranking, model, memory = self._ranking, self._model, self._memory
-        pages = (ranking.here, ranking.last, ranking.score, self._combined, self._facts, self._name)
-        kinds = (model.kind_of, model.worth, model.hits, model.change, model.alive, model.counted, EDGES)
-        rest = (_COUNT_OF, _GENERATION_OF, _STEPS, self._guard.state, self._guard.ring)
-        return loops.Spells(*pages, *kinds, memory.names, memory.last, memory.facts, *rest)
+        pages = (self._combined, self._facts, self._name, self._scored)
+        kinds = (model.kind_of, model.worth, model.hits, model.change, model.alive, model.counted, model.period, EDGES)
+        ghosts = (memory.names, memory.last, memory.facts)
+        rest = (_COUNT_OF, _GENERATION_OF, _STEPS, self._guard.state, self._guard.ring, self._counts, self._clock)
+        return loops.Spells(ranking.loops, self._recent, *pages, *kinds, *ghosts, *rest, self._missing)
 
-    def _attached(self) -> columns.SpellLoops | None:
-        pages, kinds, ghosts, ring = self._loops_over
-        here, worth, names = self._ranking.here, self._model.worth, self._memory.names
-        if pages is not here or kinds is not worth or ghosts is not names or ring is not self._guard.ring:
+    def _fit_loops(self) -> columns.SpellLoops | None:
+        """The compiled loops, over columns that may have grown: after anything but the loops themselves."""
+        over = (self._ranking.here, self._model.worth, self._memory.names, self._guard.ring)
+        if len(self._loops_over) != len(over) or any(held is not now for held, now in zip(self._loops_over, over, strict=True)):
             self._fit_columns()
             self._loops = self.attach()
-            self._loops_over = (here, worth, names, self._guard.ring)
+            self._loops_over = over
         return self._loops
+
+    def _meet_kinds(self) -> columns.SpellLoops | None:
+        """The compiled loops, with the kinds that they did not know."""
+        self._model.kinds_of(self._missing[1 : 1 + self._missing[0]])
+        return self._fit_loops()
 
     def insert(self, pages: Pages, parents: Pages, depths: Pages, now: float) -> None:
         if not len(pages):
             return
-        ranking = self._ranking
         names = self.names(pages)
-        ranking.arrive(pages, parents, depths)
-        self._fit_columns()
-        self._note(now)
-        before = self._parent_of_all(pages, parents)
-        here = before != ROOT and bool(ranking.here[before])
-        generation = min(int(self._facts[before, GENERATION]) + 1, MOST_GENERATIONS) if here else 1
-        self._attention[pages] = _UNKNOWN
-        deepest = int(depths.argmax())
-        new = -1
-        if (loops := self._attached()) is not None:
-            new = loops.come(pages, names, self._latest, self._calls, self._model.cohort, generation, deepest)
-        if new < 0:
-            new = self._come(pages, names, generation, deepest)
-        ranking.rescored(pages)
-        if here and (begun := self._recent.pop(int(self._facts[before, CALL]), None)) is not None:
-            self._goes_on(begun, int(self._facts[before, CALL]), new)
-        self._calls += 1
-        self._tick(len(pages))
+        due = UNUSUAL if self._loops is None else self._loops.insert(pages, parents, depths, names, now)
+        while due == UNKNOWN_KINDS and (loops := self._meet_kinds()) is not None:
+            due = loops.insert(pages, parents, depths, names, now)
+        if due < 0:
+            due = self._insert(pages, parents, depths, names, now)
+        else:
+            self._ranking.count += len(pages)
+        if due:
+            self._turn(due)
 
     def touch(self, pages: Pages, now: float) -> None:
-        self._ranking.withdraw(pages)
-        loops = self._attached()
-        if loops is None or not loops.use(pages, max(now, self._latest), self._calls, self._model.cohort):
-            self._note(now)
-            self._use(pages)
-        self._note(now)
-        self._ranking.rescored(pages)
-        self._recent[self._calls] = pages.copy()
-        if len(self._recent) > RECENT_REQUESTS:
-            del self._recent[next(iter(self._recent))]
-        self._calls += 1
-        self._tick(len(pages))
+        due = UNUSUAL if self._loops is None else self._loops.touch(pages, now)
+        while due == UNKNOWN_KINDS and (loops := self._meet_kinds()) is not None:
+            due = loops.touch(pages, now)
+        if due < 0:
+            due = self._touch(pages, now)
+        if due:
+            self._turn(due)
 
     def remove(self, pages: Pages) -> None:
         self._ranking.require(pages)
-        held = len(self._ranking)
+        self._memory.fit(len(self._ranking))
+        self._fit_loops()
         self._ranking.leave(pages)
         self._guard.removed(self._facts[pages, CALL])
         self._facts[pages, CALL] = UNKNOWN_CALL
-        self._remember(pages, held)
+        self._remember(pages)
 
     def evict(self, count: int, protected: Protection, now: float, pressure: float) -> Pages | None:
         self._score_if_due(now)
-        held = len(self._ranking)
-        self._guard.fit(held, self._calls)
+        if (held := self._ranking.count) > self._most_held:
+            self._most_held = held
+            self._memory.fit(held)
+            self._guard.fit(held, int(self._counts[CALL_NUMBER]))
+            self._fit_loops()
+        self._guard.state[ROOM] = held
         victims = self._ranking.take(count, protected)
         if victims is None:
             return None
         self._note(now)
-        self._remember(victims, held)
+        self._remember(victims)
         self._left += len(victims)
         return victims
 
@@ -174,7 +187,8 @@ class A2CR(EvictionPolicy):
         one = np.array([page], np.int64)
         self._ranking.require(one)
         before = float(self._attention[page])
-        after = mass if math.isnan(before) else before + ATTENTION_SMOOTHING * (mass - before)
+        unknown = self._combined[page] % ATTENTION == UNATTENDED
+        after = mass if unknown else before + ATTENTION_SMOOTHING * (mass - before)
         self._attention[page] = after
         mean = self._mean_attention
         self._mean_attention = mean = mass if math.isnan(mean) else mean + ATTENTION_SMOOTHING / 100 * (mass - mean)
@@ -200,7 +214,43 @@ class A2CR(EvictionPolicy):
     def __len__(self) -> int:
         return len(self._ranking)
 
-    # -- a page's kind ---------------------------------------------------------------------------------------------------------
+    # -- a page's kind: as the compiled loops do it, where there are none or a kind is new -----------------------------------------
+
+    @property
+    def _latest(self) -> float:
+        return float(self._clock[LATEST])
+
+    def _touch(self, pages: Pages, now: float) -> int:
+        ranking, call = self._ranking, int(self._counts[CALL_NUMBER])
+        ranking.withdraw(pages)
+        self._note(now)
+        self._use(pages)
+        ranking.rescored(pages)
+        self._recent[call] = pages.copy()
+        if len(self._recent) > RECENT_REQUESTS:
+            del self._recent[next(iter(self._recent))]
+        return self._end_call(len(pages))
+
+    def _insert(self, pages: Pages, parents: Pages, depths: Pages, names: Pages, now: float) -> int:
+        ranking = self._ranking
+        ranking.arrive(pages, parents, depths)
+        self._fit_columns()
+        self._note(now)
+        before = self._parent_of_all(pages, parents)
+        here = before != ROOT and bool(ranking.here[before])
+        generation = min(int(self._facts[before, GENERATION]) + 1, MOST_GENERATIONS) if here else 1
+        new = self._come(pages, names, generation, int(depths.argmax()))
+        ranking.rescored(pages)
+        if here:
+            self._go_on(before, new)
+        return self._end_call(len(pages))
+
+    def _end_call(self, spells: int) -> int:
+        """A call that began so many spells is over: what is due now."""
+        self._counts[CALL_NUMBER] += 1
+        full, changed = self._model.count(spells), self._guard.settle(spells)
+        self._fit_loops()
+        return full * COHORT_DUE + changed * ORDER_CHANGED
 
     def _parent_of_all(self, pages: Pages, parents: Pages) -> int:
         """The page that these continue: the parent of the first, or of all that is not among them."""
@@ -239,29 +289,25 @@ class A2CR(EvictionPolicy):
 
     def _begin(self, pages: Pages, combined: Pages) -> None:
         """Spells of these features begin now."""
-        model, ranking = self._model, self._ranking
+        model, ranking, call = self._model, self._ranking, int(self._counts[CALL_NUMBER])
         kinds = model.kinds_of(combined)
         self._combined[pages] = combined
         self._facts[pages, KIND] = kinds
         self._facts[pages, COHORT] = model.cohort
-        self._facts[pages, CALL] = self._calls
+        self._facts[pages, CALL] = call
         ranking.last[pages] = self._latest
-        ranking.score[pages] = 0.0 if self._guard.follows_lru else model.worth[kinds, 0]
+        self._score(pages, model.worth[kinds, 0])
         model.begin(kinds)
-        self._guard.count(len(pages), self._calls)
+        self._guard.count(len(pages), call)
 
-    def _goes_on(self, begun: Pages, request: int, new: int) -> None:
-        """The request that used these pages first went on with new ones."""
-        ranking = self._ranking
-        still = begun[(self._facts[begun, CALL] == request) & ranking.here[begun]]
-        if (loops := self._attached()) is not None:
-            ranking.withdraw(still)
-            done = loops.go_on(still, new, self._latest)
-            ranking.rescored(still)
-            if done:
-                return
-        combined = self._combined[still]
-        self._change(still, combined + new - combined // _NEW_STEP % NEW * _NEW_STEP)
+    def _go_on(self, before: int, new: int) -> None:
+        """If a request used this page last that may go on, it did, with new pages: all that it used are of another kind."""
+        request = int(self._facts[before, CALL])
+        if (used := self._recent.pop(request, None)) is None:
+            return
+        pages = used[(self._facts[used, CALL] == request) & self._ranking.here[used]]
+        combined = self._combined[pages]
+        self._change(pages, combined + new - combined // _NEW_STEP % NEW * _NEW_STEP)
 
     def _change(self, pages: Pages, combined: Pages) -> None:
         """These pages turn out to be of another kind than they were taken for."""
@@ -270,13 +316,12 @@ class A2CR(EvictionPolicy):
         self._model.move(self._facts[pages, KIND], kinds, self._facts[pages, COHORT])
         self._combined[pages] = combined
         self._facts[pages, KIND] = kinds
-        if not self._guard.follows_lru:
-            self._ranking.score[pages] = self._worth(pages, self._latest)
+        self._score(pages, self._worth(pages, self._latest))
         self._ranking.rescored(pages)
+        self._fit_loops()
 
-    def _remember(self, pages: Pages, held: int) -> None:
-        self._memory.fit(held)
-        if (loops := self._attached()) is None or not loops.leave(pages):
+    def _remember(self, pages: Pages) -> None:
+        if self._loops is None or not self._loops.remember(pages):
             self._memory.leave(self._name[pages], self._ranking.last[pages], self._facts[pages])
 
     # -- scores ----------------------------------------------------------------------------------------------------------------
@@ -292,33 +337,42 @@ class A2CR(EvictionPolicy):
         scores: NDArray[np.float64] = worth + (following - worth) * share
         return scores
 
-    def _tick(self, spells: int) -> None:
-        # Both are asked after every call.
-        if self._model.tick(spells, self._latest) | self._guard.settle(spells):
+    def _score(self, pages: Pages, worth: NDArray[np.float64]) -> None:
+        """These pages have this worth. While LRU is followed all score the same: what was used longest ago leaves."""
+        self._ranking.score[pages] = 0.0 if self._guard.follows_lru else worth
+        self._scored[pages] = self._counts[SCORING]
+
+    def _turn(self, due: int) -> None:
+        changed = bool(due & ORDER_CHANGED)
+        if due & COHORT_DUE:
+            changed |= self._model.turn(self._latest)
+        if changed:
             self._score_all(self._latest)
 
     def _score_if_due(self, now: float) -> None:
-        if self._left * RESCORED_SHARE >= len(self._ranking):
+        if self._left * RESCORED_SHARE >= self._ranking.count:
             self._score_all(max(now, self._latest))
 
     def _score_all(self, now: float) -> None:
-        if self._guard.follows_lru:  # at equal scores what was used longest ago leaves
-            self._ranking.score[:] = 0.0
-        elif (loops := self._attached()) is None or not loops.score_all(now):
-            pages = np.flatnonzero(self._ranking.here)
-            self._ranking.score[pages] = self._worth(pages, now)
-        self._ranking.rebuild()
         self._left = 0
+        self._counts[SCORING] += 1
+        self._clock[SCORED_AT] = now
+        if (loops := self._fit_loops()) is not None:
+            loops.score_all()
+            return
+        pages = np.flatnonzero(self._ranking.here)
+        self._score(pages, self._worth(pages, now))
+        self._ranking.rebuild()
 
     def _note(self, now: float) -> None:
-        if now > self._latest:
-            self._latest = now
+        if now > self._clock[LATEST]:
+            self._clock[LATEST] = now
 
     def _fit_columns(self) -> None:
         rows = self._ranking.room + 1
         if rows == len(self._combined):
             return
-        for name in ("_combined", "_facts", "_name", "_attention"):
+        for name in ("_combined", "_facts", "_name", "_scored", "_attention"):
             column = getattr(self, name)
             larger = np.zeros((rows, *column.shape[1:]), column.dtype)
             larger[: len(column)] = column

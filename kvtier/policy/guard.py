@@ -28,9 +28,14 @@ FEWEST_CALLS = 1 << 12
 UNKNOWN_CALL = -1
 """Last use of a page that nobody would hold, whatever the order."""
 
-STATE = FIRST, HELD, OWED, ROOM, FOLLOWS = range(5)
-"""Cells of `state`: oldest call whose pages LRU holds; pages that LRU holds; debt since `settle`; room; 1 while LRU is followed."""
-_BOUNDLESS = 1 << 62
+MOST_DOUBLINGS = 24
+"""After so many falls in a row LRU is followed no longer than before."""
+
+STATE = FIRST, HELD, OWED, SETTLED, ROOM, FOLLOWS, DEBT, GAIN, LEFT, DOUBLINGS, FALLS = range(11)
+"""Cells of `state`: oldest call whose pages LRU holds; pages that LRU holds; pages that LRU would have found and the tier did not, less
+those that only the tier did; as many at the last `settle`; room; 1 while LRU is followed; the debt; pages found beyond LRU since the last
+return; uses until the next return; falls since the last gain; falls in all."""
+_BOUNDLESS = 1 << 61
 
 
 class Guard:
@@ -40,14 +45,16 @@ class Guard:
         self.state: Pages = np.zeros(len(STATE), np.int64)
         self.state[ROOM] = _BOUNDLESS
         self.ring: Pages = np.zeros(FEWEST_CALLS, np.int64)
-        self.falls = 0
+
+    @property
+    def falls(self) -> int:
         """How often LRU was followed."""
-        self.debt = 0
+        return int(self.state[FALLS])
+
+    @property
+    def debt(self) -> int:
         """Pages that LRU would have found and the tier did not, less those that only the tier did; 0 or more."""
-        self._gain = 0
-        """Pages found beyond LRU since the last return, less those not found."""
-        self._doublings = 0
-        self._left = 0
+        return int(self.state[DEBT])
 
     @property
     def follows_lru(self) -> bool:
@@ -95,23 +102,23 @@ class Guard:
 
     def settle(self, uses: int) -> bool:
         """After a call of so many uses: whether it is the other order's turn now."""
-        owed = int(self.state[OWED])
-        self.state[OWED] = 0
-        room = int(self.state[ROOM])
-        if self.state[FOLLOWS]:
-            self._left -= uses
-            if self._left > 0:
+        state = self.state
+        owed, room = int(state[OWED] - state[SETTLED]), int(state[ROOM])
+        state[SETTLED] = state[OWED]
+        if state[FOLLOWS]:
+            state[LEFT] -= uses
+            if state[LEFT] > 0:
                 return False
-            self.state[FOLLOWS] = self.debt = self._gain = 0
+            state[FOLLOWS] = state[DEBT] = state[GAIN] = 0
             return True
-        self.debt = max(0, self.debt + owed)
-        self._gain -= owed
-        if self._gain > 2 * room:
-            self._gain = self._doublings = 0
-        if self.debt <= room:
+        state[DEBT] = max(0, state[DEBT] + owed)
+        state[GAIN] -= owed
+        if state[GAIN] > 2 * room:
+            state[GAIN] = state[DOUBLINGS] = 0
+        if state[DEBT] <= room:
             return False
-        self.state[FOLLOWS] = 1
-        self.falls += 1
-        self._left = BASE_USES * room << self._doublings
-        self._doublings += 1
+        state[FOLLOWS] = 1
+        state[FALLS] += 1
+        state[LEFT] = BASE_USES * room << int(state[DOUBLINGS])
+        state[DOUBLINGS] = min(state[DOUBLINGS] + 1, MOST_DOUBLINGS)
         return True

@@ -25,7 +25,6 @@ Entry = tuple[float, float, int, int]
 
 UNQUEUED = -1
 SPARE_ENTRIES = 1024
-_NO_PAGES = np.empty(0, np.int64)
 _COLUMNS = {"here": False, "parent": ROOT, "children": 0, "depth": 0, "last": 0.0, "score": 0.0, "_place": UNQUEUED, "_heap": 0}
 """The columns in the order of the compiled loops, and what they hold where there is no page."""
 
@@ -48,7 +47,8 @@ class Ranking:
         self._withdrawn: set[int] = set()
         self._entries: list[Entry] = []
         """Without loops: entries whose page is a leaf of this score and time count, others are left over."""
-        self._count = 0
+        self.count = 0
+        """Pages that are here. Whoever lets pages come by compiled loops of its own counts them."""
         self._loops = self.attach()
 
     def attach(self) -> columns.RankingLoops | None:
@@ -56,8 +56,13 @@ class Ranking:
         loops = columns.loops()
         return None if loops is None else loops.Ranking(*(getattr(self, name) for name in _COLUMNS), self._queued)
 
+    @property
+    def loops(self) -> columns.RankingLoops | None:
+        """The compiled loops that are in use, until the columns grow."""
+        return self._loops
+
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     @property
     def room(self) -> int:
@@ -85,7 +90,7 @@ class Ranking:
         ValueError, and nothing changed, naming the first of them that is here, or if numbers are impossible.
         """
         if self._loops is not None and self._loops.arrive(pages, parents, depths):
-            self._count += len(pages)
+            self.count += len(pages)
             self.withdraw(pages)
             return
         if not len(pages):
@@ -104,7 +109,7 @@ class Ranking:
 
     def leave(self, pages: Pages) -> None:
         """Pages that are here go."""
-        self._count -= len(pages)
+        self.count -= len(pages)
         if self._loops is None or not self._loops.leave(pages):
             for page in pages.tolist():
                 self._go(page)
@@ -140,7 +145,7 @@ class Ranking:
         """`count` pages out of the tier, in leaving order; None, and nothing changed, if so many cannot leave or `protected` raises."""
         if count < 0:
             raise ValueError(f"count is {count}; it must be 0 or more")
-        if count > self._count:
+        if count > self.count:
             return None
         left = self._choose(count, protected)
         if len(left) == count:
@@ -152,37 +157,42 @@ class Ranking:
         """Up to `count` pages that `take` would take out, in that order. They stay."""
         if count < 0:
             raise ValueError(f"count is {count}; it must be 0 or more")
-        chosen = self._choose(min(count, self._count), protected)
+        chosen = self._choose(min(count, self.count), protected)
         self._restore(chosen)
         return chosen
 
     def _choose(self, wanted: int, protected: Protection) -> Pages:
-        left: list[Pages] = []
-        withdrawn: list[int] = []
+        """Up to so many pages leave, each the first that may."""
         answers: dict[int, bool] = {}
+        chosen, stays = self._first_run(wanted, protected, answers)
+        if stays is None:  # the usual case
+            return chosen
+        left, withdrawn = [chosen], [stays]
         try:
-            while wanted:
-                chosen = self._pop(wanted)
-                if not len(chosen):
-                    break
-                leave = 0
-                try:
-                    leave = self._leading(chosen, protected, answers)
-                finally:
-                    self._restore(chosen[leave:])
-                left.append(chosen[:leave])
-                wanted -= leave
-                if leave < len(chosen):
-                    withdrawn.append(int(chosen[leave]))
-                    self.withdraw(chosen[leave : leave + 1])
+            while stays is not None:
+                self.withdraw(np.array([stays]))
+                wanted -= len(chosen)
+                chosen, stays = self._first_run(wanted, protected, answers)
+                left.append(chosen)
+                if stays is not None:
+                    withdrawn.append(stays)
         except BaseException:
             for part in reversed(left):
                 self._restore(part)
             raise
         finally:
-            if withdrawn:
-                self.rescored(np.array(withdrawn))
-        return left[0] if len(left) == 1 else np.concatenate([_NO_PAGES, *left])
+            self.rescored(np.array(withdrawn))
+        return np.concatenate(left)
+
+    def _first_run(self, wanted: int, protected: Protection, answers: dict[int, bool]) -> tuple[Pages, int | None]:
+        """The first pages leave, up to one that may not; that page, None if there were `wanted` or there is no other."""
+        chosen, leave = self._pop(wanted), 0
+        try:
+            leave = self._leading(chosen, protected, answers)
+        finally:
+            if leave < len(chosen):
+                self._restore(chosen[leave:])
+        return (chosen, None) if leave == len(chosen) else (chosen[:leave], int(chosen[leave]))
 
     def _leading(self, chosen: Pages, protected: Protection, answers: dict[int, bool]) -> int:
         """How many of `chosen` leave before the first that may not. Nobody is asked about a page twice."""
@@ -190,17 +200,17 @@ class Ranking:
         if answers:
             unknown = np.array([page for page in chosen.tolist() if page not in answers], np.int64)
         stays = protected(unknown) if len(unknown) else np.zeros(0, np.bool_)
-        if not answers and not np.count_nonzero(stays):
+        if not answers and 1 not in stays.tobytes():
             return len(chosen)
         answers.update(zip(unknown.tolist(), stays.tolist(), strict=True))
         return next((place for place, page in enumerate(chosen.tolist()) if answers[page]), len(chosen))
 
     def _pop(self, count: int) -> Pages:
         out = np.empty(count, np.int64)
-        found = 0
         if self._loops is not None:
             found = self._loops.pop(out)
         else:
+            found = 0
             while found < count and self._entries:
                 entry = heappop(self._entries)
                 page = entry[3]
@@ -208,11 +218,11 @@ class Ranking:
                     out[found] = page
                     found += 1
                     self._go(page)
-        self._count -= found
+        self.count -= found
         return out if found == count else out[:found]
 
     def _restore(self, pages: Pages) -> None:
-        self._count += len(pages)
+        self.count += len(pages)
         if self._loops is None or not self._loops.restore(pages):
             self._come(pages)
 
@@ -235,7 +245,7 @@ class Ranking:
         return (float(self.score[page]), float(self.last[page]), -int(self.depth[page]), page)
 
     def _sweep_if_wasteful(self) -> None:
-        if len(self._entries) > 2 * self._count + SPARE_ENTRIES:
+        if len(self._entries) > 2 * self.count + SPARE_ENTRIES:
             self.rebuild()
 
     def _grow(self, pages: int) -> None:
@@ -252,8 +262,8 @@ class Ranking:
     def check_integrity(self) -> None:
         """IntegrityError if columns and queue disagree. Looks at everything; for tests."""
         pages = np.flatnonzero(self.here[: self.room])
-        if len(pages) != self._count:
-            raise IntegrityError(f"{len(pages)} pages are here, {self._count} were counted")
+        if len(pages) != self.count:
+            raise IntegrityError(f"{len(pages)} pages are here, {self.count} were counted")
         children = np.zeros(self.room + 1, np.int64)
         np.add.at(children, self.parent[pages], 1)
         if not np.array_equal(children[: self.room], self.children[: self.room]):

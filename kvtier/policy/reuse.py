@@ -44,6 +44,8 @@ PERIOD_SPELLS, PERIOD_CALLS = 4096, 128
 """Spells begun between two fits, at least, and calls that began them: pages of one request share their fate, and small pages are many."""
 PARTS = 8
 """Cohorts per period."""
+_PERIOD = NOW, BEGUN, CALLS, SPELLS_DUE, CALLS_DUE, STARTED = range(6)
+"""Cells of `period`: the cohort that is beginning spells, spells and calls in it, how many end it; 1 after the first call."""
 COHORTS = 512
 """Cohorts that are told apart: spells older than that are neither exposed nor hit any more."""
 FADE = 0.9
@@ -69,14 +71,15 @@ class ReuseModel:
     """Hazards and worth for kinds of pages with features of these sizes.
 
     A kind is a number that `kinds_of` gives for features in mixed radix; `worth` `[kinds, AGES]` is the logarithm of uses per second.
-    The compiled loops of spells write `hits`, `change` and `alive`, as `begin`, `end` and `move` do.
+    The compiled loops of spells write `hits`, `change`, `alive` and `period`, as `begin`, `end`, `move` and `count` do.
     """
 
     def __init__(self, sizes: tuple[int, ...]) -> None:
         self.sizes = sizes
         self.fits = 0
-        self.cohort = 0
-        """Serial number of the cohort that is beginning spells now."""
+        self.period: Numbers = np.zeros(len(_PERIOD), np.int64)
+        """The cohort of now: see NOW and the others."""
+        self.period[SPELLS_DUE], self.period[CALLS_DUE] = -(-PERIOD_SPELLS // PARTS), -(-PERIOD_CALLS // PARTS)
         self.kind_of: Numbers = np.full(math.prod(sizes), -1)
         """The kind of each combination of features, -1 where there was none yet."""
         self.worth: Reals = np.zeros((0, AGES))
@@ -91,19 +94,30 @@ class ReuseModel:
         """The living spells of a cohort have been counted as exposed at ages below this."""
         self._count = 0
         self._features: Numbers = np.zeros((0, len(sizes)), np.int64)
+        """Of each kind and feature the row of `_factors`."""
         self._hits: Reals = np.zeros((0, AGES))
         self._exposed: Reals = np.zeros((0, AGES))
+        self._expected: Reals = np.zeros((0, AGES))
+        """Room for a fit: new memory of this size costs more than what is done in it."""
         self._began: Reals = np.zeros(COHORTS)
         """When each cohort began, seconds."""
         self._level: Reals = np.zeros(AGES)
-        self._factors: list[Reals] = [np.ones((size, AGES)) for size in sizes]
-        self._spells = self._calls = 0
-        self._started = False
+        self._firsts: Numbers = np.cumsum((0, *sizes))
+        """Where the values of each feature begin among those of all."""
+        self._factors: Reals = np.ones((sum(sizes), AGES))
+        """By value of a feature and age, one feature after the other."""
+        self._ratios: Reals = np.ones_like(self._factors)
+        """What the factors of a fit are to those of the one before."""
         self._grow(64)
 
     def __len__(self) -> int:
         """Kinds there have been."""
         return self._count
+
+    @property
+    def cohort(self) -> int:
+        """Serial number of the cohort that is beginning spells now."""
+        return int(self.period[NOW])
 
     def kinds_of(self, combined: Numbers) -> Numbers:
         """The kinds of pages with these features, given as numbers in mixed radix, the first feature first."""
@@ -135,30 +149,42 @@ class ReuseModel:
         np.subtract.at(self.alive, (rows, before[known]), 1)
         np.add.at(self.alive, (rows, after[known]), 1)
 
-    def tick(self, spells: int, now: float) -> bool:
-        """So many spells began now. Starts new cohorts and fits where it is time; whether `worth` changed."""
-        if not self._started:
-            self._started, self._began[0] = True, now
-        self._spells += spells
-        self._calls += 1
-        if self._spells * PARTS < PERIOD_SPELLS or self._calls * PARTS < PERIOD_CALLS:
+    def count(self, spells: int) -> bool:
+        """A call began so many spells. Whether it is the first, or the last of its cohort: then `turn`."""
+        period = self.period
+        period[BEGUN] += spells
+        period[CALLS] += 1
+        return not period[STARTED] or self._is_full()
+
+    def turn(self, now: float) -> bool:
+        """After the call that `count` said so of: starts a new cohort and fits where it is time; whether `worth` changed."""
+        if not self.period[STARTED]:
+            self.period[STARTED], self._began[0] = 1, now
+        if not self._is_full():
             return False
-        self._spells = self._calls = 0
-        self.cohort += 1
-        fit = self.cohort % PARTS == 0 or self.fits < PARTS
+        self.period[BEGUN] = self.period[CALLS] = 0
+        self.period[NOW] += 1
+        cohort = self.cohort
+        fit = cohort % PARTS == 0 or self.fits < PARTS
         if fit:
             self._expose(now)
             self._fit()
-        row = self.cohort % COHORTS
+        row = cohort % COHORTS
         self.alive[row] = self.counted[row] = 0
         self._began[row] = now
         return fit
+
+    def _is_full(self) -> bool:
+        return bool(self.period[BEGUN] >= self.period[SPELLS_DUE] and self.period[CALLS] >= self.period[CALLS_DUE])
 
     def _expose(self, now: float) -> None:
         """Living spells have reached the ages that they have now; the period's counts go where they are remembered."""
         rows = np.arange(max(0, self.cohort - COHORTS), self.cohort) % COHORTS
         ends = np.append(self._began[rows[1:]], now)
         reached = age_bins(np.maximum(now - (self._began[rows] + ends) / 2, 0.0)) + 1
+        if (loops := columns.loops()) is not None:
+            loops.expose(rows, reached, self.counted, self.alive, self.change, self.hits, self._exposed, self._hits)
+            return
         for row, until in zip(rows.tolist(), reached.tolist(), strict=True):
             start = int(self.counted[row])
             if until > start:
@@ -177,38 +203,74 @@ class ReuseModel:
         hits, exposed = self._hits[: self._count], self._exposed[: self._count]
         level = (hits.sum(0) @ SMOOTHING) / (exposed.sum(0) @ SMOOTHING + LEAST_EXPOSURE)
         self._level = np.clip(level, LEAST_HAZARD, MOST_HAZARD)
-        features = self._features[: self._count]
-        expected = exposed * self._level
-        for feature, factors in enumerate(self._factors):
-            expected *= factors[features[:, feature]]
-        for feature, factors in enumerate(self._factors):
-            which = features[:, feature]
-            seen, due = np.zeros(factors.shape), np.zeros(factors.shape)
-            foreseen = expected / factors[which]
-            for value in range(len(factors)):
-                own = which == value
-                seen[value], due[value] = hits[own].sum(0), foreseen[own].sum(0)
-            after = (seen @ SMOOTHING + PRIOR_HITS) / (due @ SMOOTHING + PRIOR_HITS)
-            expected *= (after / factors)[which]
-            self._factors[feature] = after
-        self._appraise(np.arange(self._count))
+        expected = self._expect(exposed)
+        for feature, first in enumerate(self._firsts[:-1].tolist()):
+            own = slice(first, int(self._firsts[feature + 1]))
+            seen, due = self._gather(hits, expected, feature)
+            after = (seen[own] @ SMOOTHING + PRIOR_HITS) / (due[own] @ SMOOTHING + PRIOR_HITS)
+            self._ratios[own] = after / self._factors[own]
+            self._rescale(expected, feature)
+            self._factors[own] = after
+        self._appraise(slice(self._count))
         hits *= FADE
         exposed *= FADE
+
+    def _expect(self, exposed: Reals) -> Reals:
+        """The hits that would be seen by the level of now and the factors of the last fit, `[kinds, AGES]`."""
+        features = self._features[: self._count]
+        if (loops := columns.loops()) is not None:
+            loops.expect(exposed, self._level, features, self._factors, expected := self._expected[: self._count])
+            return expected
+        expected = exposed * self._level
+        for of_kind in features.T:
+            expected *= self._factors[of_kind]
+        return expected
+
+    def _gather(self, hits: Reals, expected: Reals, feature: int) -> tuple[Reals, Reals]:
+        """By value of this feature, in its rows of `[values, AGES]`: the hits that were seen, and those expected but for its factor."""
+        seen, due = np.zeros((2, *self._factors.shape))
+        features = self._features[: self._count]
+        if (loops := columns.loops()) is not None:
+            loops.gather(hits, expected, features, self._factors, seen, due, feature)
+            return seen, due
+        of_kind = features[:, feature]
+        foreseen = expected / self._factors[of_kind]
+        for value in range(int(self._firsts[feature]), int(self._firsts[feature + 1])):
+            own = of_kind == value
+            seen[value], due[value] = hits[own].sum(0), foreseen[own].sum(0)
+        return seen, due
+
+    def _rescale(self, expected: Reals, feature: int) -> None:
+        features = self._features[: self._count]
+        if (loops := columns.loops()) is not None:
+            loops.rescale(expected, features, self._ratios, feature)
+        else:
+            expected *= self._ratios[features[:, feature]]
 
     def _hazards(self, features: Numbers) -> Reals:
         """Of the spells of kinds with these features that get as old, the share that ends at that age, `[kinds, AGES]`."""
         hazard: Reals = np.repeat(self._level[None, :], len(features), axis=0)
-        for feature, factors in enumerate(self._factors):
-            hazard *= factors[features[:, feature]]
+        for of_kind in features.T:
+            hazard *= self._factors[of_kind]
         np.minimum(hazard, MOST_HAZARD, out=hazard)
         return hazard
 
-    def _appraise(self, kinds: Numbers) -> None:
+    def _appraise(self, kinds: slice) -> None:
         """Worth and chance of these kinds by the factors of now.
 
         Worth is the log of the largest (chance of a use) / (seconds until then or until giving up), over all ages at which to give up.
         """
-        features = self._features[kinds]
+        features, best, chance = self._features[kinds], self.worth[kinds], self.chance[kinds]
+        best[:] = LEAST_DENSITY
+        last = int(np.flatnonzero(self._level > LEAST_HAZARD).max(initial=0)) + 1  # nobody was used again at a greater age
+        if (loops := columns.loops()) is not None:
+            loops.appraise(self._level, features, self._factors, _WIDTHS, best, chance, last, MOST_HAZARD, LEAST_RUN)
+        else:
+            self._promise(features, best, chance, last)
+        np.log(np.maximum(best, LEAST_DENSITY, out=best), out=best)
+
+    def _promise(self, features: Numbers, best: Reals, chance: Reals, last: int) -> None:
+        """Into `best` the most uses per second from each age below `last`, into `chance` the chance of a use at all."""
         hazard = self._hazards(features)
         hazard[:, -1] = 0.0
         survival = np.ones((len(features), AGES + 1))
@@ -216,17 +278,11 @@ class ReuseModel:
         used, kept = np.zeros((2, len(features), AGES + 1))
         np.cumsum(survival[:, :-1] * hazard, axis=1, out=used[:, 1:])
         np.cumsum(survival[:, :-1] * _WIDTHS * (1.0 - hazard / 2), axis=1, out=kept[:, 1:])
-        # The steepest way up from each age is a side of the upper hull of (kept, used); found from the right, all kinds at once.
-        best = np.full((len(features), AGES), LEAST_DENSITY)
-        last = int(np.flatnonzero(self._level > LEAST_HAZARD).max(initial=0)) + 1  # nobody was used again at a greater age
-        if (compiled := columns.loops()) is not None:
-            compiled.steepest(used, kept, last, LEAST_RUN, best)
-        else:
-            for age in range(min(last, AGES - 1)):
-                rise, run = used[:, age + 1 : last + 1] - used[:, age, None], kept[:, age + 1 : last + 1] - kept[:, age, None]
-                best[:, age] = (rise / np.maximum(run, LEAST_RUN)).max(axis=1)
-        self.worth[kinds] = np.log(np.maximum(best, LEAST_DENSITY))
-        self.chance[kinds] = 1.0 - survival[:, -1:] / survival[:, :-1]
+        # The steepest way up from each age is a side of the upper hull of (kept, used); found by looking at all ways.
+        for age in range(min(last, AGES - 1)):
+            rise, run = used[:, age + 1 : last + 1] - used[:, age, None], kept[:, age + 1 : last + 1] - kept[:, age, None]
+            best[:, age] = (rise / np.maximum(run, LEAST_RUN)).max(axis=1)
+        chance[:] = 1.0 - survival[:, -1:] / survival[:, :-1]
 
     # -- kinds -----------------------------------------------------------------------------------------------------------------
 
@@ -234,10 +290,11 @@ class ReuseModel:
         first, self._count = self._count, self._count + len(numbers)
         if self._count > len(self.worth):
             self._grow(max(self._count, 2 * len(self.worth)))
-        added = np.arange(first, self._count)
-        self.kind_of[numbers] = added
+        added = slice(first, self._count)
+        self.kind_of[numbers] = np.arange(first, self._count)
         for feature in range(len(self.sizes) - 1, -1, -1):
-            numbers, self._features[added, feature] = np.divmod(numbers, self.sizes[feature])
+            numbers, values = np.divmod(numbers, self.sizes[feature])
+            self._features[added, feature] = self._firsts[feature] + values
         # Before the first fit, the older the less: the order of LRU.
         if self.fits:
             self._appraise(added)
@@ -246,7 +303,7 @@ class ReuseModel:
 
     def _grow(self, kinds: int) -> None:
         held = len(self.worth)
-        for name in ("worth", "chance", "hits", "change", "_features", "_hits", "_exposed"):
+        for name in ("worth", "chance", "hits", "change", "_features", "_hits", "_exposed", "_expected"):
             column = getattr(self, name)
             larger = np.zeros((kinds, *column.shape[1:]), column.dtype)
             larger[:held] = column

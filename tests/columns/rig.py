@@ -71,20 +71,19 @@ def a2cr_state(policy: A2CR) -> dict[str, Any]:
     """Everything A²CR holds, as it is in memory, but for the queue, whose order follows from the scores."""
     ranking, model, memory = policy._ranking, policy._model, policy._memory
     pages = np.flatnonzero(ranking.here)
-    state = {name: getattr(ranking, name)[pages].tobytes() for name in ("parent", "depth", "last", "score")}
+    state = {name: getattr(ranking, name)[pages].tobytes() for name in ("parent", "depth", "last")}
+    leaves = pages[ranking.children[pages] == 0]
+    state["score"] = ranking.score[leaves].tobytes()  # compiled loops score others when they become leaves
     state |= {name: getattr(policy, name)[pages].tobytes() for name in ("_combined", "_facts", "_name")}
-    state |= {
-        name: getattr(model, name).tobytes() for name in ("kind_of", "worth", "chance", "hits", "change", "alive", "counted", "_exposed")
-    }
+    state |= {"counts": policy._counts.tobytes(), "recent": {call: pages.tolist() for call, pages in policy._recent.items()}}
+    learned = ("kind_of", "worth", "chance", "hits", "change", "alive", "counted", "period", "_exposed", "_factors")
+    state |= {name: getattr(model, name).tobytes() for name in learned}
     state |= {name: getattr(memory, name).tobytes() for name in ("names", "last", "facts")}
     state |= {name: getattr(policy._guard, name).tobytes() for name in ("state", "ring")}
     numbers = (
         len(ranking),
         policy._latest,
         policy._left,
-        policy._calls,
-        policy._guard.debt,
-        policy._guard.falls,
         model.fits,
         model.cohort,
         len(model),
@@ -108,7 +107,9 @@ class Twins:
         return int(self._both("__len__", (), {}))
 
     def __contains__(self, page: object) -> bool:
-        return bool(self._both("__contains__", (page,), {}))
+        answers = [page in self._native, page in self._plain]  # asked for every page after every step: too often to look at everything
+        assert answers[0] == answers[1]
+        return answers[0]
 
     def _both(self, name: str, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         again = copy.deepcopy(given)

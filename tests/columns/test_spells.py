@@ -12,7 +12,7 @@ from kvtier.policy import A2CR, ROOT, nothing_protected
 from kvtier.policy import memory as memory_module
 from kvtier.policy import reuse as reuse_module
 from kvtier.policy.ranking import Ranking
-from kvtier.policy.reuse import ReuseModel
+from kvtier.policy.reuse import AGES, ReuseModel
 from kvtier.testing.policy import PolicyContract
 from tests.columns.rig import PlainA2CR, PlainRanking, Twins, a2cr_state, needs_loops
 
@@ -95,61 +95,82 @@ def test_loops_refuse_columns_that_do_not_fit_and_rows_that_are_not_there():
     with pytest.raises(ValueError, match="cells"):
         loops.Ranking(ranking.here, *others)
     with pytest.raises(TypeError, match="arguments"):
-        loops.Spells(np.zeros(1, np.bool_))
+        loops.Spells(np.zeros(1, np.bool_))  # type: ignore[arg-type, call-arg]
     policy = A2CR()
     policy.insert(np.array([0, 1]), np.array([ROOT, 0]), np.array([0, 1]), 1.0)
     spells, ranked = policy.attach(), policy._ranking.attach()
     assert spells is not None
     assert ranked is not None
     for strange in (np.array([-1]), np.array([10**9])):
-        assert not spells.use(strange, 1.0, 0, 0)
-        assert not spells.leave(strange)
-        assert spells.come(strange, strange, 1.0, 0, 0, 1, 0) == -1
-        assert not spells.go_on(strange, 0, 1.0)
+        assert spells.touch(strange, 1.0) == -1
+        assert not spells.remember(strange)
+        assert spells.insert(strange, np.array([0]), np.array([0]), strange, 1.0) == -1
+        assert spells.insert(np.array([0]), strange - 1, np.array([0]), np.array([0]), 1.0) == -1
         assert not ranked.arrive(strange, np.array([0]), np.array([0]))
         for call in (ranked.leave, ranked.restore, ranked.rescored, ranked.withdraw):
             assert not call(strange)
-    assert not spells.use(np.array([0]), 1.0, 0, -1)
-    policy._facts[0] = 10**9
-    assert not spells.use(np.array([0]), 1.0, 0, 0)
-    assert not spells.score_all(2.0)
+    policy._facts[:] = 10**9
+    assert spells.touch(np.array([0]), 1.0) == -1
+    spells.score_all()
     policy._ranking._queued[0] = 10**9
+    spells.score_all()
     ranked.pop(np.zeros(4, np.int64))
     ranked.rescored(np.array([1]))
 
 
 @needs_loops
-def test_the_steepest_ways_are_those_that_numpy_finds(monkeypatch):
-    worths = []
+def test_what_is_learned_is_what_numpy_learns(monkeypatch):
+    learned = []
     for compiled in (True, False):
         if not compiled:
             monkeypatch.setattr(columns, "loops", lambda: None)
-        model, chance = ReuseModel((4, 8)), np.random.default_rng(3)
+        model, chance = ReuseModel((4, 8, 3)), np.random.default_rng(3)
         for now in range(3000):
-            kinds = model.kinds_of(chance.integers(0, 32, 200))
+            kinds = model.kinds_of(chance.integers(0, 96, 200))
             model.begin(kinds)
             model.end(kinds, np.full(200, model.cohort), chance.integers(0, 40, 200))
-            model.tick(200, float(now))
+            if model.count(200):
+                model.turn(float(now))
         assert model.fits > 20
-        worths.append((model.worth.tobytes(), model.chance.tobytes()))
-    assert worths[0] == worths[1]
+        learned.append(
+            [getattr(model, name).tobytes() for name in ("worth", "chance", "_factors", "_hits", "_exposed", "change", "counted")]
+        )
+    assert learned[0] == learned[1]
 
 
 @needs_loops
-def test_the_steepest_ways_are_not_looked_for_in_arrays_that_do_not_fit():
+def test_nothing_is_fitted_to_arrays_that_do_not_fit():
     loops = columns.loops()
     assert loops is not None
-    used, best = np.zeros((3, 6)), np.zeros((3, 5))
-    for last, arrays in (
-        (6, (used, used, best)),
-        (-1, (used, used, best)),
-        (2, (used, used[:2], best)),
-        (2, (used, used, used)),
-        (2, (best, best, best[0])),
-    ):
-        with pytest.raises(ValueError, match="fit"):
-            loops.steepest(arrays[0], arrays[1], last, 1e-9, arrays[2])
-    loops.steepest(used, used, 5, 1e-9, best)
+    kinds, values = 5, 7
+    by_kind, by_value, change = np.zeros((kinds, AGES)), np.ones((values, AGES)), np.zeros((kinds, AGES + 1), np.int64)
+    hits, alive, features = np.zeros((kinds, AGES), np.int64), np.zeros((4, kinds), np.int64), np.zeros((kinds, 2), np.int64)
+    level, cohorts = np.full(AGES, 0.1), np.arange(4)
+    fitting: list[tuple[str, tuple[Any, ...]]] = [
+        ("expose", (cohorts, cohorts, cohorts * 0, alive, change, hits, by_kind, by_kind.copy())),
+        ("expect", (by_kind, level, features, by_value, by_kind.copy())),
+        ("gather", (by_kind, by_kind, features, by_value, by_value.copy(), by_value.copy(), 1)),
+        ("rescale", (by_kind, features, by_value, 1)),
+        ("appraise", (level, features, by_value, level, by_kind, by_kind.copy(), 9, 0.9, 1e-9)),
+    ]
+    for name, given in fitting:
+        call = getattr(loops, name)
+        call(*given)
+        wrong: list[tuple[int, Any]] = [
+            (place, array.astype(np.float32)) for place, array in enumerate(given) if isinstance(array, np.ndarray)
+        ]
+        for place, array in enumerate(given):
+            if array is features:
+                wrong += [(place, other) for other in (features[:-1], features + values, features - 1)]
+            elif array is cohorts:
+                wrong += [(place, other) for other in (cohorts[:-1], cohorts + AGES, cohorts - 1)]
+            elif isinstance(array, np.ndarray):
+                wrong.append((place, array[..., :-1].copy()))
+            elif isinstance(array, int):
+                wrong += [(place, np.int64(other)) for other in (-1, AGES + 1)]
+        for place, other in wrong:
+            with pytest.raises(ValueError, match="fit"):
+                call(*given[:place], other, *given[place + 1 :])
 
 
 @pytest.mark.parametrize("kind", [Ranking, PlainRanking])

@@ -163,17 +163,13 @@ def test_loops_refuse_what_is_no_column_and_no_rows():
         native.find({}, [b"", b""], np.zeros(1, np.int64))
     with pytest.raises(TypeError, match="list"):
         native.find({}, iter([b""]), np.zeros(1, np.int64))  # type: ignore[arg-type]
-    for first, size, free_count, room in (
-        (-1, 0, 0, 1),
-        (1, 0, 0, 1),
-        (0, 10**6, 0, 1),
-        (0, -1, 0, 1),
-        (0, 0, 10**6, 1),
-        (0, 0, -1, 1),
-        (0, 0, 0, 2),
-    ):
-        with pytest.raises(ValueError, match="chain"):
-            native.add_chain({}, [b"k"], first, b"", 0, NO_ROW, 4, size, free_count, np.zeros(room, np.int64))
+    for size, free_count in ((10**6, 0), (-1, 0), (0, 10**6), (0, -1)):
+        assert native.add_chain({}, [b"k"], b"", 0, NO_ROW, 4, size, free_count, np.zeros(1, np.int64)) == -1
+    assert native.add_chain({}, [b"k"], b"", 1, NO_ROW, 4, 0, 0, np.zeros(1, np.int64)) == -1, "the page before has no row"
+    with pytest.raises(ValueError, match="room"):
+        native.add_chain({}, [b"k", b"l"], b"", 0, NO_ROW, 4, 0, 0, np.zeros(1, np.int64))
+    for strange in (np.array([-1]), np.array([10**9]), np.array([0])):
+        assert not native.names(strange, np.zeros(1, np.int64)), "no such row, or one without a key"
     assert len(table) == 0
 
 

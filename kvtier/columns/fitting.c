@@ -1,0 +1,242 @@
+/* The loops of `kvtier.policy.reuse` when it fits: over all kinds and ages, and within a kind from every age to all later ones. Sums are
+   taken in the order in which NumPy takes them: the numbers are the same to the last bit. */
+#include "rows.h"
+
+#include <string.h>
+
+enum { AGES = 56, MOST_GRIDS = 8 };
+
+/* Arrays of one call: C-contiguous, [rows, columns] of float64 ('d') or int64 ('q'). */
+typedef struct {
+    double *d;
+    int64_t *q;
+    Py_ssize_t rows, columns;
+} Grid;
+
+typedef struct {
+    Py_buffer buffers[MOST_GRIDS];
+    int opened;
+} Grids;
+
+static void grids_close(Grids *grids) {
+    while (grids->opened > 0) PyBuffer_Release(&grids->buffers[--grids->opened]);
+}
+
+static bool grid_open(Grids *grids, Grid *grid, PyObject *array, char type) {
+    Py_buffer *buffer = &grids->buffers[grids->opened];
+    if (PyObject_GetBuffer(array, buffer, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | PyBUF_WRITABLE)) return false;
+    grids->opened++;
+    const char *format = buffer->format ? buffer->format : "B";
+    const bool real = !strcmp(format, "d"), whole = !strcmp(format, "l") || !strcmp(format, "q");
+    if ((type == 'd' ? !real : !whole) || buffer->ndim < 1 || buffer->ndim > 2 || (uintptr_t)buffer->buf % 8) {
+        PyErr_Format(PyExc_ValueError, "an array of format %s with %d dimensions does not fit; expected %s", format, buffer->ndim,
+                     type == 'd' ? "float64" : "int64");
+        return false;
+    }
+    grid->d = buffer->buf, grid->q = buffer->buf;
+    grid->columns = buffer->shape[buffer->ndim - 1];
+    grid->rows = buffer->ndim == 2 ? buffer->shape[0] : 1;
+    return true;
+}
+
+/* Opens as many arrays as `types` has letters; closed again, with an exception, if one is of another type. */
+static bool grids_open(Grids *grids, Grid *grid, PyObject *const *arrays, const char *types) {
+    grids->opened = 0;
+    for (int i = 0; types[i]; i++) {
+        if (grid_open(grids, &grid[i], arrays[i], types[i])) continue;
+        grids_close(grids);
+        return false;
+    }
+    return true;
+}
+
+static bool is_of(const Grid *grid, Py_ssize_t rows, Py_ssize_t columns) { return grid->rows == rows && grid->columns == columns; }
+
+/* Whether every number is an index below `limit`. */
+static bool are_below(const Grid *grid, Py_ssize_t limit) {
+    bool below = true;
+    for (Py_ssize_t i = 0; i < grid->rows * grid->columns; i++) below &= (uint64_t)grid->q[i] < (uint64_t)limit;
+    return below;
+}
+
+/* The end of every call: None, or ValueError where the arrays did not fit each other. */
+static PyObject *done(Grids *grids, bool good) {
+    grids_close(grids);
+    if (good) Py_RETURN_NONE;
+    PyErr_SetString(PyExc_ValueError, "arrays of a fit do not fit each other");
+    return NULL;
+}
+
+/* -- exposure -- */
+
+/* The living spells of a cohort [kinds] have been exposed at the ages from `start` on, up to below `until`. */
+static void reach(const int64_t *alive, int64_t *change, Py_ssize_t kinds, int64_t start, int64_t until) {
+    for (Py_ssize_t kind = 0; kind < kinds; kind++) {
+        change[kind * (AGES + 1) + start] += alive[kind];
+        change[kind * (AGES + 1) + until] -= alive[kind];
+    }
+}
+
+PyObject *expose(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    (void)self;
+    Grids grids;
+    Grid grid[8];
+    const char *method = "expose(cohorts, reached, counted, alive, change, hits, all_exposed, all_hits)";
+    if (expect_arguments(method, given, 8) || !grids_open(&grids, grid, arguments, "qqqqqqdd")) return NULL;
+    const Grid *cohorts = &grid[0], *reached = &grid[1], *counted = &grid[2], *alive = &grid[3];
+    int64_t *change = grid[4].q, *hits = grid[5].q;
+    double *all_exposed = grid[6].d, *all_hits = grid[7].d;
+    const Py_ssize_t kinds = alive->columns, count = cohorts->columns;
+    bool good = cohorts->rows == 1 && is_of(reached, 1, count) && is_of(counted, 1, alive->rows) && are_below(cohorts, alive->rows);
+    good = good && are_below(reached, AGES + 1) && is_of(&grid[4], kinds, AGES + 1) && is_of(&grid[5], kinds, AGES);
+    good = good && is_of(&grid[6], kinds, AGES) && is_of(&grid[7], kinds, AGES);
+    for (Py_ssize_t i = 0; good && i < count; i++) {
+        const int64_t cohort = cohorts->q[i], start = counted->q[cohort], until = reached->q[i];
+        if (start < 0 || until <= start) continue;
+        reach(alive->q + cohort * kinds, change, kinds, start, until);
+        counted->q[cohort] = until;
+    }
+    for (Py_ssize_t kind = 0; good && kind < kinds; kind++) {
+        int64_t exposed = 0;
+        for (Py_ssize_t age = 0; age < AGES; age++) {
+            exposed += change[kind * (AGES + 1) + age];
+            all_exposed[kind * AGES + age] += (double)exposed;
+            all_hits[kind * AGES + age] += (double)hits[kind * AGES + age];
+        }
+    }
+    if (good) memset(change, 0, sizeof *change * (size_t)(kinds * (AGES + 1)));
+    if (good) memset(hits, 0, sizeof *hits * (size_t)(kinds * AGES));
+    return done(&grids, good);
+}
+
+/* -- factors: `features` [kinds, features] has, for every kind and feature, a row of `factors` [values, ages] -- */
+
+/* Into `out` [ages] what is expected of a kind by the factors of its features. */
+static void multiply(const Grid *features, const Grid *factors, Py_ssize_t kind, double *out) {
+    for (Py_ssize_t feature = 0; feature < features->columns; feature++) {
+        const double *factor = factors->d + features->q[kind * features->columns + feature] * AGES;
+        for (int age = 0; age < AGES; age++) out[age] *= factor[age];
+    }
+}
+
+PyObject *expect(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    (void)self;
+    Grids grids;
+    Grid grid[5];
+    const char *method = "expect(exposed, level, features, factors, expected)";
+    if (expect_arguments(method, given, 5) || !grids_open(&grids, grid, arguments, "ddqdd")) return NULL;
+    const Grid *features = &grid[2], *factors = &grid[3];
+    const Py_ssize_t kinds = features->rows;
+    bool good = is_of(&grid[0], kinds, AGES) && is_of(&grid[1], 1, AGES) && is_of(&grid[4], kinds, AGES) && factors->columns == AGES;
+    good = good && are_below(features, factors->rows);
+    for (Py_ssize_t kind = 0; good && kind < kinds; kind++) {
+        const double *exposed = grid[0].d + kind * AGES;
+        double *expected = grid[4].d + kind * AGES;
+        for (int age = 0; age < AGES; age++) expected[age] = exposed[age] * grid[1].d[age];
+        multiply(features, factors, kind, expected);
+    }
+    return done(&grids, good);
+}
+
+PyObject *gather(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    (void)self;
+    Grids grids;
+    Grid grid[6];
+    bool failed = false;
+    const char *method = "gather(hits, expected, features, factors, seen, due, feature)";
+    if (expect_arguments(method, given, 7)) return NULL;
+    const int64_t feature = number_of(arguments[6], &failed);
+    if (failed || !grids_open(&grids, grid, arguments, "ddqddd")) return NULL;
+    const Grid *features = &grid[2], *factors = &grid[3];
+    const Py_ssize_t kinds = features->rows;
+    bool good = is_of(&grid[0], kinds, AGES) && is_of(&grid[1], kinds, AGES) && factors->columns == AGES;
+    good = good && is_of(&grid[4], factors->rows, AGES) && is_of(&grid[5], factors->rows, AGES);
+    good = good && are_below(features, factors->rows) && feature >= 0 && feature < features->columns;
+    for (Py_ssize_t kind = 0; good && kind < kinds; kind++) {
+        const Py_ssize_t value = features->q[kind * features->columns + feature] * AGES;
+        const double *hits = grid[0].d + kind * AGES, *expected = grid[1].d + kind * AGES, *factor = factors->d + value;
+        double *seen = grid[4].d + value, *due = grid[5].d + value;
+        for (int age = 0; age < AGES; age++) seen[age] += hits[age];
+        for (int age = 0; age < AGES; age++) due[age] += expected[age] / factor[age];
+    }
+    return done(&grids, good);
+}
+
+PyObject *rescale(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    (void)self;
+    Grids grids;
+    Grid grid[3];
+    bool failed = false;
+    if (expect_arguments("rescale(expected, features, ratios, feature)", given, 4)) return NULL;
+    const int64_t feature = number_of(arguments[3], &failed);
+    if (failed || !grids_open(&grids, grid, arguments, "dqd")) return NULL;
+    const Grid *features = &grid[1], *ratios = &grid[2];
+    bool good = is_of(&grid[0], features->rows, AGES) && ratios->columns == AGES && are_below(features, ratios->rows);
+    good = good && feature >= 0 && feature < features->columns;
+    for (Py_ssize_t kind = 0; good && kind < features->rows; kind++) {
+        const double *ratio = ratios->d + features->q[kind * features->columns + feature] * AGES;
+        double *expected = grid[0].d + kind * AGES;
+        for (int age = 0; age < AGES; age++) expected[age] *= ratio[age];
+    }
+    return done(&grids, good);
+}
+
+/* -- worth -- */
+
+typedef struct {
+    double hazard[AGES], survival[AGES + 1], used[AGES + 1], kept[AGES + 1];
+} Curves;
+
+/* What becomes of spells with these hazards: the share that gets so old, was used by then, and the seconds that it was kept. */
+static void follow(Curves *curves, const double *widths) {
+    curves->survival[0] = 1.0, curves->used[0] = curves->kept[0] = 0.0;
+    for (int age = 0; age < AGES; age++) {
+        const double survival = curves->survival[age], hazard = curves->hazard[age];
+        curves->survival[age + 1] = survival * (1.0 - hazard);
+        curves->used[age + 1] = curves->used[age] + survival * hazard;
+        curves->kept[age + 1] = curves->kept[age] + survival * widths[age] * (1.0 - hazard / 2);
+    }
+}
+
+static inline double larger(double one, double other) { return one > other ? one : other; }
+
+/* The steepest of the ways from an age to a later one, up to `last`. Four ways at a time: each maximum waits for the one before it. */
+static double steepest_from(const Curves *curves, Py_ssize_t age, Py_ssize_t last, double least_run) {
+    double slopes[AGES + 4], most[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+    const double *used = curves->used + age, *kept = curves->kept + age;
+    const Py_ssize_t ways = last - age;
+    for (Py_ssize_t way = 0; way < ways; way++) slopes[way] = (used[way + 1] - used[0]) / larger(kept[way + 1] - kept[0], least_run);
+    for (Py_ssize_t way = ways; way < ways + 3; way++) slopes[way] = -INFINITY;
+    for (Py_ssize_t way = 0; way < ways; way += 4) {
+        for (int lane = 0; lane < 4; lane++) most[lane] = larger(slopes[way + lane], most[lane]);
+    }
+    return larger(larger(most[0], most[1]), larger(most[2], most[3]));
+}
+
+PyObject *appraise(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    (void)self;
+    Grids grids;
+    Grid grid[6];
+    bool failed = false;
+    const char *method = "appraise(level, features, factors, widths, best, chance, last, most_hazard, least_run)";
+    if (expect_arguments(method, given, 9)) return NULL;
+    const int64_t last = number_of(arguments[6], &failed);
+    const double most_hazard = real_of(arguments[7], &failed), least_run = real_of(arguments[8], &failed);
+    if (failed || !grids_open(&grids, grid, arguments, "dqdddd")) return NULL;
+    const Grid *level = &grid[0], *features = &grid[1], *factors = &grid[2], *widths = &grid[3];
+    const Py_ssize_t kinds = features->rows;
+    bool good = is_of(level, 1, AGES) && is_of(widths, 1, AGES) && factors->columns == AGES && are_below(features, factors->rows);
+    good = good && is_of(&grid[4], kinds, AGES) && is_of(&grid[5], kinds, AGES) && last >= 0 && last <= AGES;
+    for (Py_ssize_t kind = 0; good && kind < kinds; kind++) {
+        Curves curves;
+        double *best = grid[4].d + kind * AGES, *chance = grid[5].d + kind * AGES;
+        memcpy(curves.hazard, level->d, sizeof curves.hazard);
+        multiply(features, factors, kind, curves.hazard);
+        for (int age = 0; age < AGES; age++) curves.hazard[age] = curves.hazard[age] < most_hazard ? curves.hazard[age] : most_hazard;
+        curves.hazard[AGES - 1] = 0.0; /* nothing is known of what comes after */
+        follow(&curves, widths->d);
+        for (Py_ssize_t age = 0; age < last && age < AGES - 1; age++) best[age] = steepest_from(&curves, age, last, least_run);
+        for (int age = 0; age < AGES; age++) chance[age] = 1.0 - curves.survival[AGES] / curves.survival[age];
+    }
+    return done(&grids, good);
+}

@@ -1,0 +1,55 @@
+/* The counts of every call: what LRU would have found (`kvtier.policy.guard`), and when the next cohort begins (`kvtier.policy.reuse`). */
+#include "spells.h"
+
+bool was_held(Spells *s, int64_t call) {
+    if (call < 0 || call < s->guard[FIRST]) return false;
+    s->ring[call & (s->calls - 1)]--;
+    s->guard[HELD]--;
+    return true;
+}
+
+void count_held(Spells *s, Py_ssize_t pages, int64_t call) {
+    int64_t *guard = s->guard;
+    s->ring[call & (s->calls - 1)] += pages;
+    guard[HELD] += pages;
+    for (; guard[FIRST] < call && (guard[HELD] > guard[ROOM] || call - guard[FIRST] >= s->calls - 1); guard[FIRST]++) {
+        guard[HELD] -= s->ring[guard[FIRST] & (s->calls - 1)];
+        s->ring[guard[FIRST] & (s->calls - 1)] = 0;
+    }
+}
+
+/* `Guard.settle`: whether it is the other order's turn now. */
+static bool settle(Spells *s, int64_t uses) {
+    int64_t *guard = s->guard;
+    const int64_t owed = guard[OWED] - guard[SETTLED], room = guard[ROOM];
+    guard[SETTLED] = guard[OWED];
+    if (guard[FOLLOWS]) {
+        guard[LEFT] -= uses;
+        if (guard[LEFT] > 0) return false;
+        guard[FOLLOWS] = guard[DEBT] = guard[GAIN] = 0;
+        return true;
+    }
+    guard[DEBT] = guard[DEBT] + owed > 0 ? guard[DEBT] + owed : 0;
+    guard[GAIN] -= owed;
+    if (guard[GAIN] > 2 * room) guard[GAIN] = guard[DOUBLINGS] = 0;
+    if (guard[DEBT] <= room) return false;
+    guard[FOLLOWS] = 1;
+    guard[FALLS]++;
+    guard[LEFT] = (int64_t)((uint64_t)s->steps[BASE_USES] * (uint64_t)room << (guard[DOUBLINGS] & 63));
+    if (guard[DOUBLINGS] < s->steps[MOST_DOUBLINGS]) guard[DOUBLINGS]++;
+    return true;
+}
+
+/* `ReuseModel.count`: whether a cohort has had its spells and calls. */
+static bool is_full(Spells *s, int64_t spells) {
+    int64_t *period = s->period;
+    period[BEGUN] += spells;
+    period[CALLS]++;
+    return !period[STARTED] || (period[BEGUN] >= period[SPELLS_DUE] && period[CALLS] >= period[CALLS_DUE]);
+}
+
+long end_call(Spells *s, int64_t spells) {
+    s->counts[CALL_NUMBER]++;
+    const bool full = is_full(s, spells), changed = settle(s, spells);
+    return full * COHORT_DUE + changed * ORDER_CHANGED;
+}

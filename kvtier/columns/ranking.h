@@ -1,0 +1,41 @@
+/* The queue of a ranking's leaves, for the loops that change scores while pages queue (spells.h).
+
+   What a page is worth changes as it ages, for all pages at once: scoring them all would cost more than anything else here. So only those
+   that queue have a score of today, and `refresh` scores a page when it begins to queue. */
+#pragma once
+
+#include "rows.h"
+
+enum { RANKING_COLUMNS = 9, UNQUEUED = -1 };
+
+typedef struct {
+    PyObject_HEAD
+    uint8_t *here;
+    int64_t *parent, *children, *depth, *place, *heap, *queued;
+    double *last, *score;
+    Py_ssize_t pages; /* one less than there are cells: the last cell is ROOT's */
+    void (*refresh)(void *scorer, int64_t page); /* NULL: scores are what the column says */
+    void *scorer;
+    int held;
+    Py_buffer columns[RANKING_COLUMNS];
+} Ranking;
+
+/* The ranking that this object is, NULL with an exception if it is none. */
+Ranking *ranking_of(PyObject *object);
+
+/* A page's cell; ROOT's for anything out of range. */
+static inline Py_ssize_t ranking_cell(const Ranking *r, int64_t page) {
+    return (uint64_t)page < (uint64_t)r->pages ? page : r->pages;
+}
+
+/* A page queues no more; one that does not queue stays as it is. */
+void ranking_unqueue(Ranking *r, int64_t page);
+
+/* A page that is a leaf queues by the score and the last touch in its columns. */
+void ranking_enqueue(Ranking *r, int64_t page);
+
+/* A page is here from now on, by the links in its columns; it queues if it is a leaf, and its parent does not. */
+void ranking_come(Ranking *r, int64_t page);
+
+/* All that queue have new scores: puts them in order. */
+void ranking_reorder(Ranking *r);

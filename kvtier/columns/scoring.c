@@ -1,0 +1,45 @@
+/* What pages are worth: `kvtier.policy.a2cr` `_worth` and `_score_all`. */
+#include "spells.h"
+
+#include <string.h>
+
+/* A double without these bits is its power of two and the first bit after that; the first age ends at 2^-4 seconds. */
+enum { BITS = 51, BELOW = (1023 - 4) * 2 - 1 };
+
+int age_bin(double age) {
+    int64_t bits;
+    memcpy(&bits, &age, sizeof bits);
+    const int64_t bin = (bits >> BITS) - BELOW;
+    return bin < 0 ? 0 : bin >= AGES ? AGES - 1 : (int)bin;
+}
+
+/* The worth of a page at its age, between two ages in proportion. */
+static double worth(const Spells *s, int64_t page, double now) {
+    const double age = now - s->ranking->last[page];
+    const int bin = age_bin(age), next = bin + 1 < AGES ? bin + 1 : AGES - 1;
+    const double *of_kind = s->worth + s->facts[page * FACTS + KIND] * AGES;
+    const double share = bin ? (age - s->edges[bin]) / (s->edges[bin + 1] - s->edges[bin]) : 0.0;
+    return of_kind[bin] + (of_kind[next] - of_kind[bin]) * share;
+}
+
+void score_at(Spells *s, int64_t page, double time) {
+    s->scored[page] = s->counts[SCORING];
+    if ((uint64_t)s->facts[page * FACTS + KIND] >= (uint64_t)s->kinds) return;
+    /* At equal scores what was used longest ago leaves: the order of LRU. */
+    s->ranking->score[page] = s->guard[FOLLOWS] ? 0.0 : worth(s, page, time);
+}
+
+void spells_refresh(void *spells, int64_t page) {
+    Spells *s = spells;
+    if (s->scored[page] != s->counts[SCORING]) score_at(s, page, s->clock[SCORED_AT]);
+}
+
+PyObject *score_all(PyObject *self, PyObject *ignored) {
+    (void)ignored;
+    Spells *s = (Spells *)self;
+    Ranking *r = s->ranking;
+    const Py_ssize_t queued = ranking_cell(r, *r->queued);
+    for (Py_ssize_t place = 0; place < queued; place++) score_at(s, ranking_cell(r, r->heap[place]), s->clock[SCORED_AT]);
+    ranking_reorder(r);
+    Py_RETURN_NONE;
+}

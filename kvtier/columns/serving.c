@@ -1,0 +1,384 @@
+/* What requests do to pages: `touch`, `insert`, and `remember` for those that leave. Every call looks at all its pages first, changes
+   nothing where one is unusual, and then goes through them once. */
+#include "spells.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* -- kinds -- */
+
+/* -1 for features that make no known kind. */
+static int64_t kind_of(const Spells *s, int64_t combined) {
+    const int64_t kind = (uint64_t)combined < (uint64_t)s->numbers ? s->kind_of[combined] : -1;
+    return kind < s->kinds ? kind : -1;
+}
+
+/* Whether features are those of a kind, known or noted as missing. */
+static bool know(const Spells *s, int64_t combined) {
+    if ((uint64_t)combined >= (uint64_t)s->numbers) return false;
+    if (kind_of(s, combined) >= 0) return true;
+    const int64_t count = s->missing[0];
+    for (int64_t i = 1; i <= count; i++) {
+        if (s->missing[i] == combined) return true;
+    }
+    if (count >= s->most_missing) return false;
+    s->missing[++s->missing[0]] = combined;
+    return true;
+}
+
+/* What looking at all pages comes to, once `missing` was emptied before. */
+static long verdict(const Spells *s, bool usual) { return !usual ? UNUSUAL : s->missing[0] ? UNKNOWN_KINDS : 0; }
+
+static bool is_sound(const Spells *s, const int64_t *facts) {
+    return (uint64_t)facts[KIND] < (uint64_t)s->kinds && facts[COHORT] >= 0 && (uint64_t)facts[GENERATION] < (uint64_t)s->generations &&
+           facts[USES] >= 0;
+}
+
+static int64_t features(const Spells *s, int64_t uses, int64_t generation) {
+    return s->count_of[uses < s->uses_told_apart ? uses : s->uses_told_apart - 1] + s->generation_of[generation];
+}
+
+/* The features of a page once it is used again. */
+static int64_t features_if_used(const Spells *s, int64_t page) {
+    const int64_t *facts = s->facts + page * FACTS;
+    return features(s, facts[USES] + 1, facts[GENERATION]) + s->combined[page] % s->steps[ATTENTION];
+}
+
+/* -- spells -- */
+
+/* The spell of a page or ghost with these facts ends with a use at this age (`age_bin`). */
+static void end_spell(Spells *s, const int64_t *facts, int age) {
+    if (facts[COHORT] <= s->period[NOW] - s->cohorts) return;
+    const Py_ssize_t row = facts[COHORT] & (s->cohorts - 1);
+    const int64_t kind = facts[KIND], start = s->counted[row];
+    s->alive[row * s->kinds + kind]--;
+    s->hits[kind * AGES + age]++;
+    if (start < 0 || start > age) return;
+    s->change[kind * (AGES + 1) + start]++;
+    s->change[kind * (AGES + 1) + age + 1]--;
+}
+
+static void begin_spell(Spells *s, int64_t page, int64_t combined, double time) {
+    const int64_t kind = kind_of(s, combined), cohort = s->period[NOW];
+    int64_t *facts = s->facts + page * FACTS;
+    if (kind < 0) return; /* only if a page is named twice, which nobody does */
+    s->combined[page] = combined;
+    facts[KIND] = kind;
+    facts[COHORT] = cohort;
+    facts[CALL] = s->counts[CALL_NUMBER];
+    s->ranking->last[page] = time;
+    s->ranking->score[page] = s->guard[FOLLOWS] ? 0.0 : s->worth[kind * AGES];
+    s->scored[page] = s->counts[SCORING];
+    s->alive[(cohort & (s->cohorts - 1)) * s->kinds + kind]++;
+}
+
+/* Whether the numbers that Python keeps can be what they say. */
+static bool is_in_order(const Spells *s) { return s->period[NOW] >= 0 && s->counts[CALL_NUMBER] >= 0 && s->guard[FIRST] >= 0; }
+
+static double later_of(const Spells *s, double time) { return time > s->clock[LATEST] ? time : s->clock[LATEST]; }
+
+/* -- touch -- */
+
+/* Whether these pages can be used: 0, or why not. */
+static long look_at(const Spells *s, const Rows *pages) {
+    s->missing[0] = 0;
+    bool usual = is_in_order(s) && rows_within(pages, s->pages);
+    for (Py_ssize_t i = 0; usual && i < pages->count; i++) {
+        const int64_t page = *row_at(pages, i);
+        usual = s->ranking->here[page] && is_sound(s, s->facts + page * FACTS) && s->combined[page] >= 0 && know(s, features_if_used(s, page));
+    }
+    return verdict(s, usual);
+}
+
+static void use(Spells *s, int64_t page, double time) {
+    int64_t *facts = s->facts + page * FACTS;
+    end_spell(s, facts, age_bin(time - s->ranking->last[page]));
+    if (!was_held(s, facts[CALL])) s->guard[OWED]--;
+    const int64_t combined = features_if_used(s, page);
+    facts[USES]++;
+    begin_spell(s, page, combined, time);
+}
+
+/* Whether it could be noted that this call used these pages (an array), and the oldest such note be forgotten; else an exception. */
+static bool note_call(const Spells *s, PyObject *pages, int64_t call) {
+    PyObject *number = PyLong_FromLongLong(call), *copy = PyObject_CallMethod(pages, "copy", NULL), *oldest, *unused;
+    bool good = number && copy && !PyDict_SetItem(s->recent, number, copy);
+    Py_ssize_t first = 0;
+    if (good && PyDict_Size(s->recent) > RECENT_REQUESTS && PyDict_Next(s->recent, &first, &oldest, &unused)) {
+        Py_INCREF(oldest);
+        good = !PyDict_DelItem(s->recent, oldest);
+        Py_DECREF(oldest);
+    }
+    Py_XDECREF(copy);
+    Py_XDECREF(number);
+    return good;
+}
+
+PyObject *touch(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    if (expect_arguments("touch(pages, now)", given, 2)) return NULL;
+    Spells *s = (Spells *)self;
+    bool failed = false;
+    const double time = later_of(s, real_of(arguments[1], &failed));
+    Rows pages;
+    if (failed || !rows_open(&pages, arguments[0], false)) return NULL;
+    long due = look_at(s, &pages);
+    if (!due) {
+        /* No page is compared with others while some scores are old and some new. */
+        for (Py_ssize_t i = 0; i < pages.count; i++) ranking_unqueue(s->ranking, *row_at(&pages, i));
+        for (Py_ssize_t i = 0; i < pages.count; i++) use(s, *row_at(&pages, i), time);
+        for (Py_ssize_t i = 0; i < pages.count; i++) {
+            if (!s->ranking->children[*row_at(&pages, i)]) ranking_enqueue(s->ranking, *row_at(&pages, i));
+        }
+        const int64_t call = s->counts[CALL_NUMBER];
+        failed = !note_call(s, arguments[0], call);
+        s->clock[LATEST] = time;
+        count_held(s, pages.count, call);
+        due = end_call(s, pages.count);
+    }
+    rows_close(&pages);
+    return failed ? NULL : PyLong_FromLong(due);
+}
+
+/* -- ghosts: a name has two cells beside each other -- */
+
+static Py_ssize_t first_cell(const Spells *s, int64_t name) { return (Py_ssize_t)(((uint64_t)name * 0x9E3779B97F4A7C15u) >> s->shift); }
+
+/* The cell in which a name is remembered, -1 if in none. */
+static Py_ssize_t find(const Spells *s, int64_t name) {
+    const Py_ssize_t first = first_cell(s, name);
+    for (int way = 0; way < 2; way++) {
+        const Py_ssize_t cell = first ^ way;
+        if (s->cell_name[cell] == name && s->cell_last[cell] != -INFINITY) return cell;
+    }
+    return -1;
+}
+
+/* -- insert -- */
+
+/* Pages on their way in, and what is known of them before anything changes. */
+typedef struct {
+    Links links;
+    Rows names;
+    Py_ssize_t *ghosts;                       /* the cell of each, -1 where nothing is remembered */
+    int64_t continued, generation;            /* the call that used the page which they continue, if that may go on (else -1); theirs */
+    Rows used;                                /* the pages that it used */
+    int64_t new;                              /* how many were no ghosts, as a part of the number of a kind */
+    Py_ssize_t deepest;                       /* which of them is */
+} Coming;
+
+/* The page that these continue: the parent of the first, or the first parent that is not among them. */
+static int64_t parent_of_all(const Spells *s, const Links *links) {
+    const Rows *pages = &links->pages, *parents = &links->parents;
+    Py_ssize_t i = 1;
+    while (i < pages->count && *row_at(parents, i) == *row_at(pages, i - 1)) i++;
+    if (i == pages->count) return *row_at(parents, 0);
+    int64_t outside = ROOT;
+    for (i = 0; i < pages->count; i++) s->ranking->here[*row_at(pages, i)] = 2; /* a mark: none of them is here */
+    for (i = 0; i < pages->count; i++) {
+        outside = *row_at(parents, i);
+        if (outside == ROOT || s->ranking->here[outside] != 2) break;
+        outside = ROOT;
+    }
+    for (i = 0; i < pages->count; i++) s->ranking->here[*row_at(pages, i)] = 0;
+    return outside;
+}
+
+static int64_t features_if_new(const Spells *s, const Coming *coming, Py_ssize_t i) {
+    const int64_t *ghost = coming->ghosts[i] < 0 ? NULL : s->cell_facts + coming->ghosts[i] * FACTS;
+    const int64_t end = i == coming->deepest ? s->steps[END_STEP] : 0;
+    return features(s, ghost ? ghost[USES] + 1 : 1, ghost ? ghost[GENERATION] : coming->generation) + coming->new + end;
+}
+
+/* The features of a page of a request that turns out to bring new ones, so many. */
+static int64_t features_if_continued(const Spells *s, int64_t page, int64_t new) {
+    const int64_t before = s->combined[page], step = s->steps[NEW_STEP];
+    return before + new - before / step % s->steps[NEW_VALUES] * step;
+}
+
+/* Whether a page is one of those that the call used which is continued. */
+static bool is_continued(const Spells *s, const Coming *coming, int64_t page) {
+    return (uint64_t)page < (uint64_t)s->pages && s->ranking->here[page] && s->facts[page * FACTS + CALL] == coming->continued;
+}
+
+static bool is_leaf(const Spells *s, int64_t page) { return !s->ranking->children[page]; }
+
+/* Whether the pages that are continued can become what they turn out to be. */
+static bool can_go_on(const Spells *s, const Coming *coming) {
+    bool usual = true;
+    for (Py_ssize_t i = 0; usual && coming->continued >= 0 && i < coming->used.count; i++) {
+        const int64_t page = *row_at(&coming->used, i);
+        if (!is_continued(s, coming, page)) continue;
+        usual = s->combined[page] >= 0 && is_sound(s, s->facts + page * FACTS) && know(s, features_if_continued(s, page, coming->new));
+    }
+    return usual;
+}
+
+/* A page in its spell turns out to be of another kind. */
+static void change_kind(Spells *s, int64_t page, int64_t combined, double time) {
+    int64_t *facts = s->facts + page * FACTS;
+    const int64_t kind = kind_of(s, combined);
+    if (kind < 0) return; /* only if a page is named twice, which nobody does */
+    if (facts[COHORT] > s->period[NOW] - s->cohorts) {
+        int64_t *alive = s->alive + (facts[COHORT] & (s->cohorts - 1)) * s->kinds;
+        alive[facts[KIND]]--;
+        alive[kind]++;
+    }
+    s->combined[page] = combined;
+    facts[KIND] = kind;
+    score_at(s, page, time);
+}
+
+static void go_on(Spells *s, const Coming *coming, double time) {
+    const Rows *used = &coming->used;
+    for (Py_ssize_t i = 0; i < used->count; i++) {
+        const int64_t page = *row_at(used, i);
+        if (is_continued(s, coming, page)) ranking_unqueue(s->ranking, page);
+    }
+    for (Py_ssize_t i = 0; i < used->count; i++) {
+        const int64_t page = *row_at(used, i);
+        if (is_continued(s, coming, page)) change_kind(s, page, features_if_continued(s, page, coming->new), time);
+    }
+    for (Py_ssize_t i = 0; i < used->count; i++) {
+        const int64_t page = *row_at(used, i);
+        if (is_continued(s, coming, page) && is_leaf(s, page)) ranking_enqueue(s->ranking, page);
+    }
+}
+
+/* Whether it could be looked up which pages a call used, and so noted; else an exception. */
+static bool recall(const Spells *s, int64_t call, Coming *coming) {
+    PyObject *number = PyLong_FromLongLong(call);
+    PyObject *used = number ? PyDict_GetItemWithError(s->recent, number) : NULL;
+    if (used && rows_open(&coming->used, used, false)) coming->continued = call;
+    Py_XDECREF(number);
+    return !PyErr_Occurred();
+}
+
+/* A call that goes on does so once. Whether that could be noted; else an exception. */
+static bool forget_call(const Spells *s, int64_t call) {
+    PyObject *number = PyLong_FromLongLong(call);
+    const bool good = number && !PyDict_DelItem(s->recent, number);
+    Py_XDECREF(number);
+    return good;
+}
+
+static bool may_come(const Spells *s, const Links *links, const Rows *names) {
+    bool usual = links->pages.count > 0 && names->count == links->pages.count && is_in_order(s) && links_possible(links, s->pages, INT64_MAX);
+    for (Py_ssize_t i = 0; usual && i < names->count; i++) usual = !s->ranking->here[*row_at(&links->pages, i)];
+    return usual;
+}
+
+/* Finds the ghosts among pages that come, and which page is the deepest; whether that is nothing unusual. */
+static bool find_ghosts(const Spells *s, Coming *coming) {
+    const Rows *names = &coming->names, *depths = &coming->links.depths;
+    int64_t unknown = 0;
+    for (Py_ssize_t i = 0; i < names->count; i++) __builtin_prefetch(s->cell_name + first_cell(s, *row_at(names, i)));
+    for (Py_ssize_t i = 0; i < names->count; i++) {
+        const Py_ssize_t cell = coming->ghosts[i] = find(s, *row_at(names, i));
+        if (cell >= 0 && !is_sound(s, s->cell_facts + cell * FACTS)) return false;
+        unknown += cell < 0;
+        if (*row_at(depths, i) > *row_at(depths, coming->deepest)) coming->deepest = i;
+    }
+    for (; coming->new < s->steps[NEW_VALUES] - 1 && unknown >> coming->new; coming->new++) continue;
+    coming->new *= s->steps[NEW_STEP];
+    return true;
+}
+
+/* Finds out what pages that come continue; whether that is nothing unusual. */
+static bool find_before(const Spells *s, Coming *coming) {
+    const int64_t before = parent_of_all(s, &coming->links);
+    if (before == ROOT || !s->ranking->here[before]) return true;
+    const int64_t *facts = s->facts + before * FACTS;
+    if (facts[GENERATION] < 0 || facts[GENERATION] >= s->generations) return false;
+    coming->generation = facts[GENERATION] + 1 < s->generations ? facts[GENERATION] + 1 : s->generations - 1;
+    return facts[CALL] < 0 || recall(s, facts[CALL], coming);
+}
+
+/* Whether these pages can come: 0, or why not. Kinds are numbered as they appear: those of the pages come first. */
+static long look_up(const Spells *s, Coming *coming) {
+    s->missing[0] = 0;
+    if (!coming->ghosts || !may_come(s, &coming->links, &coming->names)) return UNUSUAL;
+    if (!find_ghosts(s, coming) || !find_before(s, coming)) return UNUSUAL;
+    bool usual = true;
+    for (Py_ssize_t i = 0; usual && i < coming->names.count; i++) usual = know(s, features_if_new(s, coming, i));
+    const long answer = verdict(s, usual);
+    return answer ? answer : verdict(s, can_go_on(s, coming));
+}
+
+static void come(Spells *s, const Coming *coming, Py_ssize_t i, double time) {
+    const int64_t page = *row_at(&coming->links.pages, i), combined = features_if_new(s, coming, i);
+    const Py_ssize_t cell = coming->ghosts[i];
+    int64_t *facts = s->facts + page * FACTS;
+    facts[USES] = 1, facts[GENERATION] = coming->generation;
+    if (cell >= 0) {
+        const int64_t *ghost = s->cell_facts + cell * FACTS;
+        end_spell(s, ghost, age_bin(time > s->cell_last[cell] ? time - s->cell_last[cell] : 0.0));
+        if (was_held(s, ghost[CALL])) s->guard[OWED]++;
+        facts[USES] = ghost[USES] + 1, facts[GENERATION] = ghost[GENERATION];
+        s->cell_last[cell] = -INFINITY; /* a ghost no more */
+    }
+    s->name[page] = *row_at(&coming->names, i);
+    s->ranking->parent[page] = *row_at(&coming->links.parents, i);
+    s->ranking->depth[page] = *row_at(&coming->links.depths, i);
+    begin_spell(s, page, combined, time);
+}
+
+static long let_in(Spells *s, const Coming *coming, double time) {
+    const Rows *pages = &coming->links.pages;
+    const int64_t call = s->counts[CALL_NUMBER];
+    for (Py_ssize_t i = 0; i < pages->count; i++) come(s, coming, i, time);
+    for (Py_ssize_t i = pages->count - 1; i >= 0; i--) ranking_come(s->ranking, *row_at(pages, i)); /* so only leaves ever queue */
+    s->clock[LATEST] = time;
+    if (coming->continued >= 0) go_on(s, coming, time);
+    count_held(s, pages->count, call);
+    return end_call(s, pages->count);
+}
+
+PyObject *insert(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    if (expect_arguments("insert(pages, parents, depths, names, now)", given, 5)) return NULL;
+    Spells *s = (Spells *)self;
+    bool failed = false;
+    const double time = later_of(s, real_of(arguments[4], &failed));
+    Coming coming = {.continued = -1, .generation = 1};
+    if (failed || !links_open(&coming.links, arguments)) return NULL;
+    if (!rows_open(&coming.names, arguments[3], false)) {
+        links_close(&coming.links);
+        return NULL;
+    }
+    coming.ghosts = malloc(sizeof *coming.ghosts * (size_t)(coming.names.count + 1));
+    long due = look_up(s, &coming);
+    if (!due && coming.continued >= 0) failed = !forget_call(s, coming.continued);
+    if (!due && !failed) due = let_in(s, &coming, time);
+    if (coming.continued >= 0) rows_close(&coming.used);
+    free(coming.ghosts);
+    rows_close(&coming.names);
+    links_close(&coming.links);
+    return PyErr_Occurred() ? NULL : PyLong_FromLong(due);
+}
+
+/* -- leaving -- */
+
+/* Of the two cells of a page's name the one to write: that of the other page which was used longer ago. */
+static Py_ssize_t cell_to_write(const Spells *s, int64_t page) {
+    const Py_ssize_t cell = first_cell(s, s->name[page]), other = cell ^ 1;
+    return s->cell_last[other] < s->cell_last[cell] ? other : cell;
+}
+
+PyObject *remember(PyObject *self, PyObject *array) {
+    Spells *s = (Spells *)self;
+    Rows pages;
+    if (!rows_open(&pages, array, false)) return NULL;
+    Py_ssize_t *chosen = malloc(sizeof *chosen * (size_t)(pages.count + 1));
+    const bool usual = chosen && rows_within(&pages, s->pages);
+    for (Py_ssize_t i = 0; usual && i < pages.count; i++) __builtin_prefetch(s->cell_last + first_cell(s, s->name[*row_at(&pages, i)]));
+    /* All are chosen by the times as they were before any of these pages left. */
+    for (Py_ssize_t i = 0; usual && i < pages.count; i++) chosen[i] = cell_to_write(s, *row_at(&pages, i));
+    for (Py_ssize_t i = 0; usual && i < pages.count; i++) {
+        const int64_t page = *row_at(&pages, i);
+        s->cell_name[chosen[i]] = s->name[page];
+        s->cell_last[chosen[i]] = s->ranking->last[page];
+        memcpy(s->cell_facts + chosen[i] * FACTS, s->facts + page * FACTS, sizeof(int64_t) * FACTS);
+    }
+    free(chosen);
+    rows_close(&pages);
+    return PyBool_FromLong(usual);
+}

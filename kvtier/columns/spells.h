@@ -1,0 +1,64 @@
+/* Columns of one A²CR policy as its loops see them: of pages (`kvtier.policy.a2cr`), of kinds (`kvtier.policy.reuse`), of ghosts
+   (`kvtier.policy.memory`), of what LRU would do (`kvtier.policy.guard`). spells.c opens them, serving.c is what happens to pages, scoring.c
+   what pages are worth, guarding.c the counts beside. */
+#pragma once
+
+#include "ranking.h"
+
+enum { KIND, COHORT, USES, GENERATION, CALL, FACTS }; /* of a page or ghost */
+enum { FIRST, HELD, OWED, SETTLED, ROOM, FOLLOWS, DEBT, GAIN, LEFT, DOUBLINGS, FALLS, GUARD_CELLS };
+enum { NOW, BEGUN, CALLS, SPELLS_DUE, CALLS_DUE, STARTED, PERIOD_CELLS }; /* NOW: the cohort that begins spells */
+enum { CALL_NUMBER, SCORING, COUNT_CELLS }; /* SCORING: how often all pages were scored */
+enum { LATEST, SCORED_AT, CLOCK_CELLS };
+enum { END_STEP, NEW_STEP, ATTENTION, NEW_VALUES, BASE_USES, MOST_DOUBLINGS, STEPS };
+enum { AGES = 56, RECENT_REQUESTS = 64 };
+
+/* Answers of calls: nothing was done, as something is unusual, or as kinds are unknown that `missing` names; or, beside 0, what is due. */
+enum { UNUSUAL = -1, UNKNOWN_KINDS = -2, COHORT_DUE = 1, ORDER_CHANGED = 2 };
+
+typedef struct {
+    PyObject_HEAD
+    Ranking *ranking;
+    PyObject *recent; /* dict: number of a call that used pages and may go on with new ones, to these pages */
+    int64_t *combined, *facts, *name, *scored;                  /* by page; `scored`: the scoring that its score is of */
+    int64_t *kind_of, *hits, *change, *alive, *counted;         /* by kind, by age, by cohort */
+    int64_t *cell_name, *cell_facts;                            /* by ghost */
+    int64_t *guard, *ring, *period, *counts;                    /* by the names above; `ring` by call */
+    int64_t *missing;                                           /* how many kinds are unknown, and the features of each */
+    const int64_t *count_of, *generation_of, *steps;
+    double *clock, *worth, *cell_last;
+    const double *edges;
+    Py_ssize_t pages, numbers, kinds, cohorts, cells, uses_told_apart, generations, calls, most_missing;
+    unsigned shift; /* of a name's hash, so that it is a cell */
+    int held;
+    Py_buffer columns[23];
+} Spells;
+
+/* -- scoring.c -- */
+
+int age_bin(double age);
+
+/* A page's score is of the latest scoring from now on: what it was worth then, unless it was used or changed since. For `Ranking`. */
+void spells_refresh(void *spells, int64_t page);
+
+/* Scores a page as it is at this time. */
+void score_at(Spells *s, int64_t page, double time);
+
+PyObject *score_all(PyObject *self, PyObject *ignored);
+
+/* -- guarding.c -- */
+
+/* Takes the last use of a page by that call out of the count; whether LRU would hold the page. */
+bool was_held(Spells *s, int64_t call);
+
+/* So many pages were used by this call: LRU holds them, and others no more. */
+void count_held(Spells *s, Py_ssize_t pages, int64_t call);
+
+/* A call that began so many spells is over: what is due now (COHORT_DUE, ORDER_CHANGED). */
+long end_call(Spells *s, int64_t spells);
+
+/* -- serving.c -- */
+
+PyObject *touch(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *insert(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *remember(PyObject *self, PyObject *pages);
