@@ -3,9 +3,9 @@
 Workloads (`workloads.py`): questions about long documents, chats that take turns, agents that share a system prompt. The engine's own cache
 holds about one document, so that what comes back comes from elsewhere or is computed again. Each system is started in processes of its own,
 bound to the same cores; all live side by side (2 to 3 GB each) and are asked each request in turn, so that none has a quieter time than the
-others. Durable ones are started a second time, with memory for about one document and their files dropped from the page cache before each
-round. The first requests after a start are left out. Each request that comes back must find at
-least half of what was sent before, or the run fails.
+others; the next one is asked when the one before is at rest, stores done. Durable ones are started a second time, with memory for about one
+document and their files dropped from the page cache before each round. The first requests after a start are left out. Each request
+that comes back must find at least half of what was sent before, or the run fails.
 
 - `engines.SYSTEM.WORKLOAD.cold`, `.own`, `.ram`, `.restart`, `.disk`: seconds to the first token, medians: never seen; held by the engine's
   own cache; back from memory; after a restart; from disk, later on. The ceiling is `own` of the documents in a plain engine. `.p95`: the
@@ -15,8 +15,9 @@ least half of what was sent before, or the run fails.
 - `engines.SYSTEM.WORKLOAD.tokens`: tokens per second, of prompts and answers, over all requests before the restart. `.cpu`: CPU seconds of
   all processes for these.
 - `engines.SYSTEM.disk_bytes`: what the files occupy after all workloads; the ceiling is the smallest other system's.
-- `engines.SYSTEM.no_reuse`: time of prompts that nobody sends again, over a plain engine's for one in the same turn, less 1; the median
-  of `--repeats` turns. `.no_reuse.cpu`: the same of CPU seconds.
+- `engines.SYSTEM.no_reuse`: time of some prompts that nobody sends again, one right after the other so that what goes on behind one answer
+  slows the next, over a plain engine's for such prompts in the same turn, less 1; the median of `--repeats` turns. `.no_reuse.cpu`: the
+  same of CPU seconds, until the system is at rest.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from .workloads import WORKLOADS, Request, Sizes, Workload, random_tokens
 
 BLOCK_TOKENS = LAYOUT.page_tokens
 NEW_TOKENS = 8
-UNIQUE_TOKENS = 1000
+UNIQUE_TOKENS, UNIQUE_IN_A_ROW = 1000, 4
 NO_REUSE = "no-reuse"
 ALL = (*WORKLOADS, NO_REUSE)
 GREETING_TOKENS = 3 * BLOCK_TOKENS + 10
@@ -76,7 +77,8 @@ class Plan:
     @property
     def pages(self) -> int:
         """Room for all pages that are ever stored."""
-        tokens = sum(each.new_tokens for each in self.workloads.values()) + (self.repeats + 2) * self.unique_tokens + 4 * GREETING_TOKENS
+        asked = sum(each.new_tokens for each in self.workloads.values())
+        tokens = asked + self.repeats * UNIQUE_IN_A_ROW * self.unique_tokens + 4 * GREETING_TOKENS
         return tokens // BLOCK_TOKENS + 2 * self.blocks
 
     def start(self, name: str, scarce: bool = False) -> Any:
@@ -209,6 +211,7 @@ def play(
     for number, request in enumerate(asked):
         for name in turned(list(served), number):
             answer = served[name].engine.ask(request.prompt, NEW_TOKENS)
+            served[name].settle()
             if SYSTEMS[name].connector is not None:
                 check(f"{name}, {title}, {request.case}", request, answer)
             seen[name].answers.setdefault((title, request.case), []).append(answer)
@@ -244,16 +247,17 @@ def check(what: str, request: Request, answer: Answer) -> None:
 
 
 def compare_without_reuse(plan: Plan, served: dict[str, Serving], seen: dict[str, Seen]) -> None:
-    """New prompts, asked of all systems in turn, beside the plain engine's time for one of the same turn."""
+    """New prompts, some right after the other, asked of all systems in turn, beside the plain engine's time in the same turn."""
 
     def ask(served: Serving) -> tuple[float, float]:
-        began = served.cpu_s()
-        wall = served.engine.ask(random_tokens(next(plan.fresh), plan.unique_tokens), NEW_TOKENS).total_s
-        time.sleep(0.3)  # what is on its way after the answer belongs to this system's CPU seconds
-        return wall, served.cpu_s() - began
+        prompts = [random_tokens(next(plan.fresh), plan.unique_tokens) for _ in range(UNIQUE_IN_A_ROW)]
+        began_cpu_s, began = served.cpu_s(), time.perf_counter()
+        for prompt in prompts:
+            served.engine.ask(prompt, NEW_TOKENS)
+        wall_s = time.perf_counter() - began
+        served.settle()
+        return wall_s, served.cpu_s() - began_cpu_s
 
-    for each in served.values():
-        ask(each)  # the first one after a while is slow
     for number in range(plan.repeats):
         took = {name: ask(served[name]) for name in turned(list(served), number)}
         for name in took.keys() - {"plain"}:

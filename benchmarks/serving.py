@@ -26,6 +26,8 @@ from .contestants import GIB, LAYOUT, SYSTEMS, Place
 
 START_S, ANSWER_S, STOP_S = 180.0, 60.0, 60.0
 """How long a process may take to be up, an engine to answer, a process to stop."""
+LOOK_S, AT_REST, SETTLE_S = 0.2, 0.1, 5.0
+"""A system is at rest when it took less than this share of one core for so long; how long that is waited for."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,16 @@ class Serving:
     def cpu_s(self) -> float:
         """CPU seconds of both so far."""
         return self.engine.cpu_s() + (self.server.cpu_s() if self.server is not None else 0.0)
+
+    def settle(self) -> None:
+        """Wait until what goes on behind the last answer (stores, mostly) is done, or for `SETTLE_S`: others are not asked beside it."""
+        until, before = time.monotonic() + SETTLE_S, self.cpu_s()
+        while time.monotonic() < until:
+            time.sleep(LOOK_S)
+            now = self.cpu_s()
+            if now - before <= AT_REST * LOOK_S:
+                return
+            before = now
 
 
 @contextlib.contextmanager
