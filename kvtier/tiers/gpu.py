@@ -102,7 +102,7 @@ class GpuPool(DevicePool):
         self._check_reachable(pages)
 
         def place() -> None:
-            self._pool[self._index(slots), layers] = pages.to(self.place)
+            self._pool[self._index(slots), layers] = pages.detach().to(self.place)
 
         self._write(place)
 
@@ -110,7 +110,7 @@ class GpuPool(DevicePool):
         self._check_reachable(kv)
 
         def place() -> None:
-            self._pool[slot, :, :, start : start + kv.shape[2]] = kv.to(self.place)
+            self._pool[slot, :, :, start : start + kv.shape[2]] = kv.detach().to(self.place)
 
         self._write(place)
 
