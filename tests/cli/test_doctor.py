@@ -83,10 +83,13 @@ def test_direct_storage_is_tried_for_real_in_the_directory_asked_for(monkeypatch
 
     gpu = LateAccelerator()
     monkeypatch.setattr("kvtier.cuda.find.find_accelerator", lambda place: gpu)
+    measured = []
+    monkeypatch.setattr(LateAccelerator, "why_no_kernel_copies", lambda gpu: measured.append(gpu) or "no Triton")
     assert told_of_direct_storage(capsys, "--path", str(tmp_path)).startswith(
         "yes  GPUDirect Storage: disk.io_engine: gds reads pages straight"
     )
     assert gpu.files.begun == 1
+    assert len(measured) == 1, "copies are measured once"
     gpu.files.missing = "kvikio is not installed"
     assert told_of_direct_storage(capsys).startswith("no   GPUDirect Storage: kvikio is not installed; disk pages pass")
     assert not list(tmp_path.iterdir())
