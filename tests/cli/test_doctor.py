@@ -83,8 +83,13 @@ def test_direct_storage_is_tried_for_real_in_the_directory_asked_for(monkeypatch
 
     gpu = LateAccelerator()
     monkeypatch.setattr("kvtier.cuda.find.find_accelerator", lambda place: gpu)
-    measured = []
-    monkeypatch.setattr(LateAccelerator, "why_no_kernel_copies", lambda gpu: measured.append(gpu) or "no Triton")
+    measured: list[LateAccelerator] = []
+
+    def why_no_kernel_copies(gpu: LateAccelerator) -> str:
+        measured.append(gpu)
+        return "no Triton"
+
+    monkeypatch.setattr(LateAccelerator, "why_no_kernel_copies", why_no_kernel_copies)
     assert told_of_direct_storage(capsys, "--path", str(tmp_path)).startswith(
         "yes  GPUDirect Storage: disk.io_engine: gds reads pages straight"
     )

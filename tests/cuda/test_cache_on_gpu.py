@@ -308,7 +308,8 @@ def test_a_cache_whose_gpu_does_nothing_any_more_closes_the_rest_all_the_same(mo
     monkeypatch.undo()
     with gpu_cache(monkeypatch, tmp_path) as again:
         assert again.lookup(run(1, 4)).tokens == 4 * PAGE
-        assert again._residency.tiers[-1]._was_clean
+        disk: Any = again._residency.tiers[-1]
+        assert disk._was_clean
 
 
 @pytest.mark.parametrize("ahead", [True, False])
