@@ -18,12 +18,12 @@ OLDEST_ARCHITECTURE = (8, 0)
 @lru_cache(maxsize=16)
 def why_missing(device: torch.device) -> str:
     """One line: why there are no Triton kernels for that device and what to do; empty if there are."""
-    problem = _triton_problem()
-    if problem:
-        return problem
     if device.type != "cuda" or torch.version.cuda is None:
         what = "torch is built without CUDA" if torch.version.cuda is None else f"this is a device of type {device.type}"
         return f"they run on NVIDIA GPUs, and {what}; what is in CPU memory is worked on there"
+    problem = _triton_problem()
+    if problem:
+        return problem
     found = torch.cuda.get_device_capability(device)
     if found < OLDEST_ARCHITECTURE:
         name = torch.cuda.get_device_name(device)

@@ -214,3 +214,12 @@ def test_whether_kernels_are_there_is_tried_and_what_is_missing_is_said(monkeypa
         assert said == ""
     else:
         assert "cannot launch a kernel on cuda:0: Command '['gcc', 'main.c']' returned non-zero exit status 1.; it needs a C comp" in said
+
+
+def test_where_there_is_no_gpu_nobody_is_told_to_install_triton(monkeypatch):
+    monkeypatch.setattr(kernels, "_triton_problem", lambda: "Triton is not installed; install kvtier[gpu]")
+    said = kernels.why_missing.__wrapped__(torch.device("cpu"))
+    assert said.startswith("they run on NVIDIA GPUs")
+    assert "install" not in said
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "install kvtier[gpu]" in kernels.why_missing.__wrapped__(FIRST)
