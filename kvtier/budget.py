@@ -440,6 +440,7 @@ class BudgetedLease:
 
     # -- digests ---------------------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(mode=False)  # as in `TieredKVCache`: they are written to again, in whatever mode the caller is then
     def _digest(self) -> None:
         """Have the digests of all pages: kept ones, or made from their keys where they are now."""
         residency, lease = self._residency, self._lease
