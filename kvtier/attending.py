@@ -45,7 +45,8 @@ def record_queries(residency: Residency, lease: Lease, layer: int, queries: torc
         raise ConfigError("record_queries needs page digests, and this cache keeps none; set attention.digest_bytes")
     if not 0 <= layer < layout.layers:
         raise LeaseError(f"record_queries: layer {layer}; this model has layers 0 to {layout.layers - 1}")
-    asked = queries[None] if queries.ndim == 2 else queries
+    asked = queries.detach()
+    asked = asked[None] if asked.ndim == 2 else asked
     if asked.ndim != 3 or not len(asked) or not asked.shape[1] or asked.shape[1] % layout.kv_heads or asked.shape[2] != layout.head_dim:
         raise LayoutError(
             f"record_queries: queries have shape {list(queries.shape)}; expected [heads, head_dim] or [tokens, heads, head_dim] with a "

@@ -128,7 +128,7 @@ class BudgetedLease:
             return list(range(self.pages))
         frames, parked = self._take_frames(), self.parked
         self._digest()
-        logits = page_logits(self._digests[: self.pages, layer], queries[None].to(self._digests.device), self._shape, scaling)
+        logits = page_logits(self._digests[: self.pages, layer], queries.detach()[None].to(self._digests.device), self._shape, scaling)
         mass = page_mass(logits)
         self._mass = mass[0] if self._mass is None or len(self._mass) != self.pages else self._mass + mass[0]
         candidates = torch.zeros_like(mass, dtype=torch.bool)
@@ -440,6 +440,7 @@ class BudgetedLease:
 
     # -- digests ---------------------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(mode=False)  # as in `TieredKVCache`: they are written to again, in whatever mode the caller is then
     def _digest(self) -> None:
         """Have the digests of all pages: kept ones, or made from their keys where they are now."""
         residency, lease = self._residency, self._lease

@@ -56,7 +56,8 @@ class TieredKVCache:
         self.config = config
         self.layout = layout
         self._namespace = namespace(config.model.name, config.model.revision, layout)
-        self._residency = Residency(config, layout, self._namespace, clock)
+        with torch.inference_mode(mode=False):  # memory made in it may be written to in no other mode, and threads are in none
+            self._residency = Residency(config, layout, self._namespace, clock)
         self._reader = Reader(self._residency)
         self._writer = Writer(self._residency)
         self._pool: NumaThreadPool | None = None

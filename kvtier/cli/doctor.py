@@ -178,13 +178,14 @@ def _disk(path: Path | None) -> list[Finding]:
 
 
 def _gpu_direct(path: Path | None) -> Finding:
+    from kvtier.cuda.find import find_accelerator
     from kvtier.io.pooled import DEPTH
     from kvtier.tiers.disk.direct import find_reader
 
     what = "GPUDirect Storage"
     try:
-        reader = find_reader(_gpu()[0], path or Path(tempfile.gettempdir()), DEPTH)
-    except DeviceError as error:
+        reader = find_reader(find_accelerator("auto"), path or Path(tempfile.gettempdir()), DEPTH)
+    except (ConfigError, DeviceError) as error:
         return Finding(what, False, f"{error}; disk pages pass through host memory")
     return Finding(what, True, f"disk.io_engine: gds reads pages straight into the GPU's memory and verifies them there: {reader.name}")
 

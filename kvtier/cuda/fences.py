@@ -2,14 +2,20 @@
 
 An engine computes on streams of its own, kvtier copies on side streams. Who writes to memory that an engine may still be reading, or reads
 what it may still be writing, first lets its stream wait for the last use of every other stream. Thread-safe; the lock is never held while
-anything waits.
+anything waits. `drained` is for who may not go on before its own stream is done.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from kvtier.cuda.surface import Event, Stream
+from kvtier.errors import DeviceError
+
+log = logging.getLogger(__name__)
 
 
 class Fences:
@@ -41,3 +47,17 @@ class Fences:
             for key in [key for key, event in self._last.items() if event.done()]:
                 del self._last[key]
             return [event for key, event in self._last.items() if key != own]
+
+
+@contextmanager
+def drained(stream: Stream) -> Iterator[None]:
+    """Whatever is launched inside is over at the end, also if not all of it could be launched. DeviceError if any of it failed."""
+    try:
+        yield
+    except BaseException:
+        try:
+            stream.record().wait()
+        except DeviceError as error:
+            log.warning("what was launched before failed too: %s", error)
+        raise
+    stream.record().wait()

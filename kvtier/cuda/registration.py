@@ -6,13 +6,16 @@ says what may be copied directly. State belongs to the owner of the memory.
 
 from __future__ import annotations
 
+import logging
 from math import lcm
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvtier.cuda.surface import Accelerator, Addresses
+from kvtier.errors import DeviceError
 
+log = logging.getLogger(__name__)
 CHUNK_BYTES = 1 << 30
 _PAGE_BYTES = 4096
 
@@ -57,8 +60,14 @@ class Registration:
         return inside
 
     def undo(self) -> None:
-        """Unregister everything. Safe to call twice; no copy may be using the memory."""
+        """Unregister everything. Safe to call twice; no copy may be using the memory.
+
+        A GPU that failed refuses that too: the log says so, and whoever closes goes on with the rest.
+        """
         starts, self._starts, self.registered_bytes = self._starts, [], 0
         if self._accelerator is not None:
             for start in starts:
-                self._accelerator.unregister(self._address + start)
+                try:
+                    self._accelerator.unregister(self._address + start)
+                except DeviceError as error:
+                    log.warning("host memory stays registered: %s", error)

@@ -14,13 +14,14 @@ from functools import partial
 import numpy as np
 import torch
 
+from kvtier.cuda.fences import drained
 from kvtier.cuda.registration import Registration
 from kvtier.cuda.surface import Accelerator, Stream
 from kvtier.errors import DeviceError
 from kvtier.formats.checksums import digest_bytes, xxh3_128
 from kvtier.formats.on_device import decode_pages
 from kvtier.memory.region import aligned_array
-from kvtier.mover.lane import LaneFormat, drained
+from kvtier.mover.lane import LaneFormat
 from kvtier.mover.transfer import Move
 from kvtier.tiers.disk import DiskTier
 from kvtier.tiers.disk.direct import ROW_ALIGNMENT, DirectBatch
@@ -84,7 +85,7 @@ class DirectRoom:
                         for row, place in enumerate(part)
                         if whole[row] and source.proves(self._headers[row], moves[place].page.key, checksums[row])
                     ]
-                    left += [place for row, place in enumerate(part) if row not in proven]
+                    left += [part[row] for row in sorted({*range(len(part))} - {*proven})]
                     slots = [moves[part[row]].target_slot for row in proven]
                     payloads = self._halves[number % 2][:, HEADER_BYTES:]
                     stream.run(partial(decode_pages, form.inner, payloads, target.paged, slots, proven))

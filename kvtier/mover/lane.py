@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import torch
 
+from kvtier.cuda.fences import drained
 from kvtier.cuda.registration import Registration
 from kvtier.cuda.surface import Accelerator, Addresses, Event, Stream
 from kvtier.errors import ConfigError, DeviceError
@@ -103,7 +103,8 @@ class Lane:
 
     def measure(self) -> Crossover:
         """How long copy engines and the kernel take between this lane's memory and its GPU. Nothing else may use the lane meanwhile."""
-        why = self._accelerator.why_no_kernel_copies()
+        with self._accelerator.beside_captures():
+            why = self._accelerator.why_no_kernel_copies()
         if why:
             return Crossover(why=why)
         device, host = -(-self._device.data_ptr() // UNIT_BYTES) * UNIT_BYTES, self._host.ctypes.data
@@ -114,7 +115,7 @@ class Lane:
             return self.stream.seconds(partial(self._launch, way, device + places, host + scattered, size_bytes, by_kernel))
 
         try:
-            with self._accelerator.beside_captures():
+            with self._accelerator.beside_captures(), drained(self.stream):
                 return measured(seconds, min(self._host.nbytes, self._room_bytes))
         except DeviceError as error:
             log.warning("copies by a kernel were tried and failed; the copy engines do it: %s", error)
@@ -264,17 +265,3 @@ def _kernel_can(device: Addresses, host: Addresses, size: int) -> bool:
 
 def _aligned(size: int) -> int:
     return -(-size // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-
-
-@contextmanager
-def drained(stream: Stream) -> Iterator[None]:
-    """Whatever is launched inside is over at the end, also if not all of it could be launched. DeviceError if any of it failed."""
-    try:
-        yield
-    except BaseException:
-        try:
-            stream.record().wait()
-        except DeviceError as error:
-            log.warning("what was launched before failed too: %s", error)
-        raise
-    stream.record().wait()

@@ -93,8 +93,9 @@ class StagingPool:
                 self.crossover = lane.crossover = self.crossover or lane.measure()
         except (MemoryError, ValueError, OSError, DeviceError) as error:
             self.close()
-            why = f"{error}; lower it" if isinstance(error, DeviceError) else "more than this machine gives; lower it"
-            raise ConfigError(f"mover.staging_bytes is {total_bytes}, {why}") from error
+            why = str(error) if isinstance(error, DeviceError) else "more than this machine gives"
+            on_gpu = ", or mover.workers, or what the device tier takes of the GPU's memory" if isinstance(error, DeviceError) else ""
+            raise ConfigError(f"mover.staging_bytes is {total_bytes}, {why}; lower it{on_gpu}") from error
 
     def pages_in_one(self, source: Slots, target: Slots) -> int:
         """The most pages that go from one tier to another in one round: a transfer to the device is no larger."""

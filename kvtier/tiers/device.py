@@ -129,7 +129,7 @@ class DevicePool(DeviceSlots):
 
     def write_tokens(self, slot: int, start: int, kv: torch.Tensor) -> None:
         """Write `kv` `[layers, planes, tokens, kv_heads, head_dim]` into one page from token `start` on."""
-        self._pool[slot, :, :, start : start + kv.shape[2]] = kv.to(self.place)
+        self._pool[slot, :, :, start : start + kv.shape[2]] = kv.detach().to(self.place)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` tokens of one page to another (copy-on-write)."""

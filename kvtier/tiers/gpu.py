@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from kvtier.cuda.fences import Fences
+from kvtier.cuda.fences import Fences, drained
 from kvtier.cuda.find import find_accelerator
 from kvtier.cuda.surface import Accelerator, Addresses, Event, Span, Stream
 from kvtier.errors import ConfigError, DeviceError, IntegrityError, LayoutError
@@ -102,7 +102,7 @@ class GpuPool(DevicePool):
         self._check_reachable(pages)
 
         def place() -> None:
-            self._pool[self._index(slots), layers] = pages.to(self.place)
+            self._pool[self._index(slots), layers] = pages.detach().to(self.place)
 
         self._write(place)
 
@@ -110,7 +110,7 @@ class GpuPool(DevicePool):
         self._check_reachable(kv)
 
         def place() -> None:
-            self._pool[slot, :, :, start : start + kv.shape[2]] = kv.to(self.place)
+            self._pool[slot, :, :, start : start + kv.shape[2]] = kv.detach().to(self.place)
 
         self._write(place)
 
@@ -138,8 +138,8 @@ class GpuPool(DevicePool):
             stream = self.accelerator.new_stream()
             for pool in {self, other}:
                 pool.fences.before(stream)
-            stream.copy(other.addresses(other_slots), self.addresses(slots), self.slot_bytes)
-            stream.record().wait()
+            with drained(stream):  # also when it fails half way: the slots are somebody else's then
+                stream.copy(other.addresses(other_slots), self.addresses(slots), self.slot_bytes)
 
     # -- size ------------------------------------------------------------------------------------------------------------------
 
@@ -231,9 +231,12 @@ class GpuPool(DevicePool):
             log.warning("work on the pool failed before it was closed: %s", error)
         self._pool = torch.empty((0, *self.layout.shape), dtype=self.layout.torch_dtype)
         vars(self).pop("paged", None)
-        if self._span is not None:
-            self._span.close()
-            self._span = None
+        span, self._span = self._span, None
+        if span is not None:
+            try:
+                span.close()
+            except DeviceError as error:
+                log.warning("memory of %s cannot be given back: %s", self.accelerator.name, error)
 
     def read(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What `work` makes of pages, launched on the calling thread's stream after what others do with them, to be used on that stream."""

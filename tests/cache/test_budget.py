@@ -92,6 +92,17 @@ def test_a_page_that_is_still_wanted_is_not_read_again():
         assert lease.recalled == before == shares(BUDGET)[1]
 
 
+def test_a_sequence_that_was_begun_in_inference_mode_goes_on_outside_of_it_and_with_queries_that_want_gradients():
+    kv, half = kv_of(TOKENS, "", LAYOUT), len(TOKENS) // 2
+    with open_cache(device_pages=BUDGET - 1) as cache, cache.acquire_within(cache.lookup([]), BUDGET) as lease:
+        with torch.inference_mode():
+            lease.append(TOKENS[:half], kv[:, :, :half])
+            lease.choose(0, kv[0, 0, 5])
+        lease.append(TOKENS[half:], kv[:, :, half:])
+        chosen = lease.choose(0, kv[0, 0, 50].clone().requires_grad_())
+        assert torch.equal(lease.gather(0, chosen), pages_of(TOKENS, 0)[chosen])
+
+
 def test_another_request_shares_the_pages_and_pushes_nothing_out():
     with open_cache(device_pages=40, host_pages=40) as cache, cache.acquire_within(cache.lookup([]), BUDGET) as lease:
         lease.append(TOKENS, kv_of(TOKENS, "", LAYOUT))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 
 import pytest
+import torch
 
 from kvtier.errors import LeaseError
 from tests.cache.rig import (
@@ -191,3 +192,29 @@ def test_nothing_is_written_behind_a_prefix_whose_length_is_not_known_yet(tmp_pa
         lease.wait()
         assert cache.append(lease, more, kv_of(run(1, 5))[:, :, 16:]) == 4
         lease.release()
+
+
+def test_kv_that_wants_gradients_is_kept_without_them():
+    """Else the pool would keep all that the engine's model computed alive, append by append."""
+    with make_cache() as cache, cache.begin() as lease:
+        tokens = run(1, 2)
+        kv = kv_of(tokens).requires_grad_() * 1
+        for start, stop in ((0, 3), (3, 4), (4, 8)):
+            assert cache.append(lease, tokens[start:stop], kv[:, :, start:stop]) == stop - start
+            assert not lease.layer(0).requires_grad
+        assert_right(lease, tokens)
+
+
+def test_a_cache_that_was_made_in_inference_mode_works_outside_of_it_and_on_its_threads():
+    with torch.inference_mode():
+        cache = make_cache(attention__digest_bytes=1 << 16, host__format="q8")
+    with cache:
+        with cache.begin() as lease:
+            assert grow(cache, lease, run(1, 2)[:6]) == 6
+            assert grow(cache, lease, run(1, 2)[6:]) == 2
+            cache.record_queries(lease, 0, kv_of([5])[0, 0].requires_grad_())
+        push_out(cache)
+        with hold(cache, run(1, 2)) as lease, torch.inference_mode():
+            assert lease.tokens == 8
+            assert grow(cache, lease, [7]) == 1
+        cache.check_integrity()

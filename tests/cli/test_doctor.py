@@ -83,10 +83,18 @@ def test_direct_storage_is_tried_for_real_in_the_directory_asked_for(monkeypatch
 
     gpu = LateAccelerator()
     monkeypatch.setattr("kvtier.cuda.find.find_accelerator", lambda place: gpu)
+    measured: list[LateAccelerator] = []
+
+    def why_no_kernel_copies(gpu: LateAccelerator) -> str:
+        measured.append(gpu)
+        return "no Triton"
+
+    monkeypatch.setattr(LateAccelerator, "why_no_kernel_copies", why_no_kernel_copies)
     assert told_of_direct_storage(capsys, "--path", str(tmp_path)).startswith(
         "yes  GPUDirect Storage: disk.io_engine: gds reads pages straight"
     )
     assert gpu.files.begun == 1
+    assert len(measured) == 1, "copies are measured once"
     gpu.files.missing = "kvikio is not installed"
     assert told_of_direct_storage(capsys).startswith("no   GPUDirect Storage: kvikio is not installed; disk pages pass")
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from kvtier.cuda.kernels import triton_version
 from kvtier.errors import DeviceError, TransferFailed
 from kvtier.mover import lane
 from kvtier.mover.lane import LaneFormat
-from kvtier.testing.accelerator import LateAccelerator, LateStream
+from kvtier.testing.accelerator import LateAccelerator, LateSpan, LateStream
 from tests.cache.rig import DEEP, LAYOUT, PAGE, grow, hold, kv_of, make_cache, push_out, put, run, tiers_of
 from tests.cuda.rig import Engine, gpu_cache, gpu_of
 
@@ -290,6 +290,26 @@ def test_bytes_are_under_way_while_they_are_verified_but_of_one_that_is_wrong_no
                 wanted[damaged] = kv_of(run(1, 4), layout=DEEP).view(*DEEP.shape[:2], 4, *DEEP.shape[2:])[:, :, damaged]
                 assert torch.equal(found, wanted.permute(1, 2, 0, 3, 4, 5).reshape(found.shape))
         cache.check_integrity()
+
+
+def test_a_cache_whose_gpu_does_nothing_any_more_closes_the_rest_all_the_same(monkeypatch, tmp_path, caplog):
+    """As after an error that CUDA calls sticky: every call says so, also those that give something back."""
+    cache = gpu_cache(monkeypatch, tmp_path)
+    put(cache, run(1, 4))
+    cache.flush()
+
+    def fail(*_: object) -> None:
+        raise DeviceError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(LateAccelerator, "unregister", fail)
+    monkeypatch.setattr(LateSpan, "close", fail)
+    cache.close()
+    assert "host memory stays registered: an illegal memory access" in caplog.text
+    monkeypatch.undo()
+    with gpu_cache(monkeypatch, tmp_path) as again:
+        assert again.lookup(run(1, 4)).tokens == 4 * PAGE
+        disk: Any = again._residency.tiers[-1]
+        assert disk._was_clean
 
 
 @pytest.mark.parametrize("ahead", [True, False])

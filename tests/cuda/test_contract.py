@@ -135,6 +135,22 @@ def test_memory_grows_and_shrinks_and_keeps_what_is_in_front(gpu):
     span.close()
 
 
+@pytest.mark.parametrize("copies", [1, 3])
+def test_copies_cross_from_one_piece_of_memory_that_grew_into_the_next(gpu, host, copies):
+    """Pages of a pool do: its memory is mapped in steps that no page divides. Alone and as a batch, which are different calls."""
+    span, stream = gpu.span(1, 1 << 28), gpu.new_stream()
+    span.resize(copies * span.step_bytes + 1)
+    host[:] = np.random.default_rng(0).integers(0, 256, SIZE, np.uint8)
+    rows = np.arange(copies) * 65536
+    borders = span.tensor.data_ptr() + (1 + np.arange(copies)) * span.step_bytes - 16384
+    stream.copy(borders, host.ctypes.data + rows, 49152)
+    stream.copy(host.ctypes.data + SIZE // 2 + rows, borders, 49152)
+    stream.record().wait()
+    down, up = host.reshape(2, -1, 65536)[:, :copies, :49152]
+    assert np.array_equal(down, up)
+    span.close()
+
+
 def test_what_does_not_fit_is_refused(gpu):
     free, total = gpu.memory()
     assert 0 < free <= total

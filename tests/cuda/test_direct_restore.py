@@ -10,6 +10,7 @@ import errno
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ from kvtier.errors import ConfigError, DeviceError
 from kvtier.formats import checksums
 from kvtier.formats.triton import triton_version
 from kvtier.testing.accelerator import LateAccelerator
-from kvtier.testing.direct import LateReading
+from kvtier.testing.direct import LateFile, LateReader, LateReading
+from kvtier.tiers.disk.direct import DirectRecords
 from kvtier.tiers.disk.record import HEADER_BYTES
 from tests.cache.rig import LAYOUT, PAGE, flip_on_disk, hold, kv_of, make_cache, put, run
 from tests.cuda.rig import Engine, gpu_cache, gpu_of, on_gpu
@@ -387,3 +389,25 @@ def test_whatever_happens_to_records_no_page_is_wrong_and_only_damaged_ones_are_
     assert told["read directly"] + told.get("not proven directly", 0) == PAGES
     assert told["read directly"] <= PAGES - len(lost)
     all_is_given_back(cache)
+
+
+def test_a_read_that_cannot_even_be_asked_for_leaves_none_that_was_begun_before_on_its_way(monkeypatch, tmp_path):
+    """Whatever is raised: the memory is given to somebody else next."""
+    (tmp_path / "segment").write_bytes(bytes(3 * 4096))
+    directory: Any = SimpleNamespace(segment_path=lambda segment: tmp_path / "segment")
+    reader = LateReader()
+    records = DirectRecords(reader, directory, 8, 4096, 1)
+    memory = torch.zeros(4 * 4096, dtype=torch.uint8)
+    rows = memory[-memory.data_ptr() % 4096 :][: 3 * 4096].view(3, 4096)
+    begin, slots = LateFile.begin, iter([0, 2])
+
+    def second_fails(file, offset, place):
+        if next(slots):
+            raise ValueError("no such thing")
+        return begin(file, offset, place)
+
+    monkeypatch.setattr(LateFile, "begin", second_fails)
+    with pytest.raises(ValueError, match="no such thing"):
+        records.begin([0, 2], [4096, 4096], rows)
+    assert reader.under_way == 0
+    records.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from subprocess import CalledProcessError
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvtier.cuda import kernels
 from kvtier.cuda.copies import RegisteredMemory
 from kvtier.cuda.nvidia import Nvidia, NvidiaEvent, NvidiaStream
 from kvtier.errors import DeviceError
@@ -167,11 +169,18 @@ def test_a_gpu_without_kernels_that_copy_says_why(gpu):
 
 
 @pytest.mark.parametrize("current", [True, False])
-@pytest.mark.parametrize("whose", ["torch", "triton"])
+@pytest.mark.parametrize("whose", ["torch", "triton", "compiler", "folder", "loader", "libcuda"])
 def test_a_kernel_that_cannot_be_launched_is_an_error_of_the_device(monkeypatch, whose, current):
     error: Exception = RuntimeError("CUDA error: misaligned address\nmore")
-    if whose == "triton":
-        error = pytest.importorskip("triton", reason="Triton is not installed").runtime.errors.PTXASError("too many registers")
+    if whose != "torch":
+        triton = pytest.importorskip("triton", reason="Triton is not installed")
+        error = {
+            "triton": triton.runtime.errors.PTXASError("too many registers"),
+            "compiler": CalledProcessError(1, ["gcc", "main.c"]),
+            "folder": PermissionError(13, "Permission denied", "/.triton"),
+            "loader": ImportError("cuda_utils.so: failed to map segment"),
+            "libcuda": AssertionError("libcuda.so cannot found!"),
+        }[whose]
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     driver: Any = Driver()
     made: Any = SimpleNamespace(cuda_stream=7, device=FIRST)
@@ -181,5 +190,36 @@ def test_a_kernel_that_cannot_be_launched_is_an_error_of_the_device(monkeypatch,
         raise error
 
     for call in (stream.run, stream.result):
-        with pytest.raises(DeviceError, match="^a launch on the GPU failed: .*(misaligned address|too many registers)"):
+        with pytest.raises(DeviceError, match="^a launch on the GPU failed: ") as caught:
             call(fail)
+        assert str(caught.value).endswith((str(error).splitlines()[0], "too many registers"))
+
+
+@pytest.mark.parametrize("error", [CalledProcessError(1, ["gcc", "main.c"]), None])
+def test_whether_kernels_are_there_is_tried_and_what_is_missing_is_said(monkeypatch, error):
+    pytest.importorskip("triton", reason="Triton is not installed: there is nothing to try")
+    from kvtier.cuda import copy_kernel
+
+    def copy_all(targets: Any, sources: Any, size_bytes: int, device: torch.device) -> None:
+        assert (targets - sources).tolist() == [size_bytes]
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(copy_kernel, "copy_all", copy_all)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch, "zeros", lambda size, dtype, device: torch.empty(size, dtype=dtype))
+    said = kernels.why_missing.__wrapped__(FIRST)
+    if error is None:
+        assert said == ""
+    else:
+        assert "cannot launch a kernel on cuda:0: Command '['gcc', 'main.c']' returned non-zero exit status 1.; it needs a C comp" in said
+
+
+def test_where_there_is_no_gpu_nobody_is_told_to_install_triton(monkeypatch):
+    monkeypatch.setattr(kernels, "_triton_problem", lambda: "Triton is not installed; install kvtier[gpu]")
+    said = kernels.why_missing.__wrapped__(torch.device("cpu"))
+    assert said.startswith("they run on NVIDIA GPUs")
+    assert "install" not in said
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "install kvtier[gpu]" in kernels.why_missing.__wrapped__(FIRST)

@@ -14,7 +14,7 @@ from kvtier.cuda import find
 from kvtier.cuda.registration import Registration
 from kvtier.errors import ConfigError, DeviceError, LayoutError
 from kvtier.layout import PageLayout
-from kvtier.testing.accelerator import UNMAPPED, LateAccelerator
+from kvtier.testing.accelerator import UNMAPPED, LateAccelerator, LateStream
 from kvtier.tiers.gpu import GpuPool, open_pool
 from tests.cache.rig import LAYOUT, PAGE, grow, hold, push_out, put, run, tiers_of
 from tests.cuda.rig import Engine, gpu_cache, gpu_of, on_gpu
@@ -48,6 +48,32 @@ def test_writes_and_reads_of_several_streams_keep_their_order():
     second.record().wait()
     first.record().wait()
     assert torch.equal(found[0], page(1)[0, 0]), "a write waits for another stream's read"
+
+
+def test_kv_that_wants_gradients_is_kept_without_them():
+    pool = pool_of()
+    given = page(1).requires_grad_() * 1
+    pool.scatter([3], given)
+    pool.write_tokens(4, 1, given[0, :, :, :2])
+    assert torch.equal(pool.gather([3]), page(1))
+    assert torch.equal(pool.gather([4])[0, :, :, 1:3], page(1)[0, :, :, :2])
+    assert not pool.layer(0).requires_grad
+
+
+def test_a_copy_between_pools_that_fails_half_way_is_over_before_anybody_else_gets_its_slots(monkeypatch):
+    source, target = pool_of(), pool_of()
+    source.accelerator.friends.append(target.accelerator)
+    source.scatter([1, 3], page(1).repeat_interleave(2, 0))
+    copy = LateStream.copy
+
+    def fails_half_way(stream, targets, sources, size_bytes):
+        copy(stream, targets[:1], sources[:1], size_bytes)
+        raise DeviceError("a cosmic ray")
+
+    monkeypatch.setattr(LateStream, "copy", fails_half_way)
+    with pytest.raises(DeviceError, match="a cosmic ray"):
+        source.copy_to([1, 3], target, [5, 7])
+    assert torch.equal(target._pool[5], page(1)[0]), "what was launched is over"
 
 
 def test_a_write_waits_for_keys_that_another_stream_has_yet_to_read():

@@ -101,14 +101,18 @@ class DirectRecords:
         exception: what it does not give is not whole.
         """
         batch, memory = DirectBatch(len(slots)), rows.view(-1)
-        for run in plan(slots, lengths, self._slot_bytes, self._segment_slots, chunk_bytes(sum(lengths), self._depth)):
-            start = run.first * self._slot_bytes
-            try:
-                reading = self._file(run.segment).begin(run.offset, memory[start : start + run.length])
-            except OSError as error:
-                _log.warning("direct read of segment %d cannot begin: %s", run.segment, error)
-            else:
-                batch.readings.append((run, reading))
+        try:
+            for run in plan(slots, lengths, self._slot_bytes, self._segment_slots, chunk_bytes(sum(lengths), self._depth)):
+                start = run.first * self._slot_bytes
+                try:
+                    reading = self._file(run.segment).begin(run.offset, memory[start : start + run.length])
+                except OSError as error:
+                    _log.warning("direct read of segment %d cannot begin: %s", run.segment, error)
+                else:
+                    batch.readings.append((run, reading))
+        except BaseException:
+            batch.finish()  # nobody else will, and `rows` is given to the next
+            raise
         return batch
 
     def close(self) -> None:
