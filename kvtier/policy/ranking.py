@@ -99,9 +99,10 @@ class Ranking:
         if lowest < 0 or np.count_nonzero(pages == parents):
             told = f"pages {pages} with parents {parents} at depths {depths}"
             raise ValueError(f"{told}: ids and depths are 0 or more, a parent is another page or ROOT ({ROOT})")
-        self._grow(int(max(pages[pages.argmax()], parents[parents.argmax()])) + 1)
-        if np.count_nonzero(held := self.here[pages]):
+        # Refused before the columns grow: loops of others over them (`A2CR`) are fitted to larger ones only after a call that is done.
+        if np.count_nonzero(held := self.which(pages)):
             raise ValueError(f"page {pages[held.argmax()]} is already in this tier")
+        self._grow(int(max(pages[pages.argmax()], parents[parents.argmax()])) + 1)
         self.parent[pages] = parents
         self.depth[pages] = depths
         self._restore(pages)

@@ -78,7 +78,7 @@ def a2cr_state(policy: A2CR) -> dict[str, Any]:
     state |= {"counts": policy._counts.tobytes(), "recent": {call: pages.tolist() for call, pages in policy._recent.items()}}
     learned = ("kind_of", "worth", "chance", "hits", "change", "alive", "counted", "period", "_exposed", "_factors")
     state |= {name: getattr(model, name).tobytes() for name in learned}
-    state |= {name: getattr(memory, name).tobytes() for name in ("names", "last", "facts")}
+    state |= {f"ghosts' {name}": getattr(memory, name).tobytes() for name in ("names", "last", "facts")}
     state |= {name: getattr(policy._guard, name).tobytes() for name in ("state", "ring")}
     numbers = (
         len(ranking),

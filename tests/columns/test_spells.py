@@ -87,6 +87,22 @@ def test_policies_stay_the_same_through_a_long_stream_of_requests(hasty):
 
 
 @needs_loops
+def test_pages_that_are_refused_leave_the_loops_on_the_columns_of_now():
+    """Columns that grew for them were not those of the loops: what was used next was noted in columns that nobody looked at any more."""
+    policy = twins()
+    pages = np.arange(3)
+    policy.insert(pages, np.full(3, ROOT), np.zeros(3, np.int64), 1.0)
+    policy.touch(pages[:1], 2.0)  # so that the kind of a page used twice is known: meeting a kind fits the loops anew
+    for fresh in (25, 10_000):
+        with pytest.raises(ValueError, match="page 1 is already"):
+            policy.insert(np.array([fresh, 1]), np.full(2, ROOT), np.zeros(2, np.int64), 3.0)
+    policy.touch(pages[1:2], 4.0)
+    policy.insert(np.array([3]), np.array([1]), np.array([1]), 5.0)
+    assert policy.peek(4, nothing_protected, 6.0, 0.9).tolist() == [2, 0, 3, 1]
+    policy.check_integrity()
+
+
+@needs_loops
 def test_loops_refuse_columns_that_do_not_fit_and_rows_that_are_not_there():
     loops = columns.loops()
     assert loops is not None
