@@ -161,8 +161,11 @@ class Engine(Process):
     def ask(self, prompt: Sequence[int], new_tokens: int) -> Answer:
         """Have a prompt answered. KVTierError if that takes longer than `ANSWER_S`, or the engine ended."""
         assert self.child.stdin is not None
-        self.child.stdin.write(json.dumps({"prompt": list(prompt), "new_tokens": new_tokens}).encode() + b"\n")
-        self.child.stdin.flush()
+        try:
+            self.child.stdin.write(json.dumps({"prompt": list(prompt), "new_tokens": new_tokens}).encode() + b"\n")
+            self.child.stdin.flush()
+        except BrokenPipeError:
+            raise self.failed("ended") from None
         return Answer(**self._hear(ANSWER_S), new_tokens=new_tokens)
 
     def _hear(self, seconds: float) -> dict[str, Any]:

@@ -55,6 +55,15 @@ def loses_bits(config: Config) -> bool:
     return config.disk is not None and not get_format(config.disk.format).lossless
 
 
+def require_lossless(config: Config) -> None:
+    """ConfigError if the disk's format loses bits: for blocks of which nothing but their size is known."""
+    if config.disk is not None and loses_bits(config):
+        raise ConfigError(
+            f"disk.format is {config.disk.format}, which has to know what the numbers of a block are, and these blocks are opaque bytes; "
+            "use a format without loss: raw, raw+lz4 or raw+zstd"
+        )
+
+
 class Presence(enum.Enum):
     """Whether a store has a block: not, not yet (it is being written), or ready to be read."""
 
@@ -108,11 +117,8 @@ class BlockStore:
         if own is None:
             raise ConfigError("disk.path is missing; name the directory of the store")
         codec = get_format(own.format)
-        if not blocks.known and loses_bits(config):
-            raise ConfigError(
-                f"disk.format is {own.format}, which has to know what the numbers of a block are, and these blocks are opaque bytes; "
-                "use a format without loss: raw, raw+lz4 or raw+zstd"
-            )
+        if not blocks.known:
+            require_lossless(config)
         self.blocks = blocks
         self._clock = clock
         self._lock = threading.RLock()

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from kvtier.blocks import BlockStore
+from kvtier.blocks import BlockStore, require_lossless
 from kvtier.engines.settings import store_config, stored_block_bytes
 from kvtier.engines.versions import require_engine
 from kvtier.errors import Closed, KVTierError, LayoutError
@@ -39,6 +39,7 @@ class KvtierL2:
     def __init__(self, **settings: Any) -> None:
         require_engine("lmcache")
         self._config = store_config(settings)
+        require_lossless(self._config)
         self._lock = threading.Lock()
         self._next = 0
         self._completed: list[Completion] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,8 +23,6 @@ def store_config(settings: Mapping[str, object]) -> Config:
     file = overrides.pop("config", None)
     if file is not None and not isinstance(file, str | Path):
         raise ConfigError(f"config is {file!r}; expected the path of a YAML file of kvtier")
-    if file is None and "disk.path" not in overrides and "KVTIER_DISK__PATH" not in os.environ:
-        raise ConfigError("disk.path is missing; name the directory of the store")
     config = load_config(file, overrides=overrides, base={"disk": {"format": LOSSLESS}})
     if config.disk is None:
         raise ConfigError("disk is null, and there is no store without one; name its directory as disk.path")

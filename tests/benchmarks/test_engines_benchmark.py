@@ -14,7 +14,7 @@ from benchmarks import engines
 from benchmarks.contestants import LAYOUT, SYSTEMS, Place
 from benchmarks.engines_report import Seen, plot, rows
 from benchmarks.measure import Run
-from benchmarks.serving import Answer, drop_from_page_cache
+from benchmarks.serving import Answer, Engine, EngineSetUp, drop_from_page_cache
 from benchmarks.workloads import WORKLOADS, Sizes
 from kvtier.cli import main
 from kvtier.errors import KVTierError
@@ -145,6 +145,18 @@ def test_every_request_is_asked_of_all_in_turn_and_of_the_durable_ones_after_a_r
     assert unique == [name for name in systems for _ in range(engines.UNIQUE_IN_A_ROW)], "one right after the other, then the next system"
     assert "plain.no_reuse" not in made
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_ended_is_an_error_with_what_it_said_last(monkeypatch, tmp_path):
+    program = tmp_path / "engine"
+    program.write_text("#!/bin/sh\necho out of memory >&2\necho '{}'\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("benchmarks.serving.sys", SimpleNamespace(executable=str(program)))
+    engine = Engine("kvtier-q8", EngineSetUp({}, 1, [0]), None, tmp_path / "log")
+    engine.child.wait()
+    with pytest.raises(KVTierError, match="the engine of kvtier-q8 ended.*\n.*out of memory"):
+        engine.ask([1, 2, 3], 1)
+    engine.stop()
 
 
 def answers(seconds: float) -> list[Answer]:

@@ -127,6 +127,7 @@ def test_a_format_that_loses_bits_of_opaque_blocks_is_refused(tmp_path, format):
     ("given", "says"),
     [
         ({}, "disk.path is missing"),
+        ({"disk.pth": "/x"}, "the nearest known key is disk.path"),
         ({"disk.capacity_bytes": "1GiB"}, "disk.path is missing"),
         ({"disk.path": "x", "disk.pth": "y"}, "nearest known key is disk.path"),
         ({"disk.path": "x", "disk": None}, "disk is null"),

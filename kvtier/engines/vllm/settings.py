@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import vllm
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kvtier.config import Config, MiB, load_config
@@ -19,8 +18,6 @@ from kvtier.errors import ConfigError, LayoutError, ModelError
 from kvtier.keys import namespace
 from kvtier.layout import PageLayout
 
-SUPPORTED = ("0.32",)
-"""vLLM releases whose connector interface this is written for and tested with."""
 STAGING_BYTES = 256 * MiB
 FEWEST_STAGED = 16
 """Pages that the staging area must hold at least."""
@@ -43,7 +40,6 @@ class Settings:
 
 def settings_of(vllm_config: Any, kv_cache_config: Any) -> Settings:
     """ConfigError, LayoutError or ModelError for what kvtier cannot serve, naming what to change."""
-    check_version(vllm.__version__)
     parallel = vllm_config.parallel_config
     for feature, degree in {
         "pipeline parallelism": parallel.pipeline_parallel_size,
@@ -60,14 +56,6 @@ def settings_of(vllm_config: Any, kv_cache_config: Any) -> Settings:
     config = _configured(vllm_config, layout, workers)
     identity = f"{config.model.revision}, {workers} workers, vLLM KV {spec.dtype}"
     return Settings(config, layout, namespace(config.model.name, identity, layout), workers)
-
-
-def check_version(version: str) -> None:
-    """ConfigError unless kvtier knows this vLLM."""
-    if ".".join(version.split(".")[:2]) not in SUPPORTED:
-        raise ConfigError(
-            f"the kvtier connector is made for vLLM {' and '.join(SUPPORTED)}; this is vLLM {version}: install a supported one"
-        )
 
 
 def _only_group(kv_cache_config: Any) -> Any:

@@ -24,13 +24,17 @@ def folder_revision(folder: Path) -> str:
         if path.suffix == ".json":
             digest.update(path.name.encode() + path.read_bytes())
         elif path.suffix in _WEIGHTS:
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with path.open("rb") as file:
-                for piece in range(PIECES):
-                    file.seek(piece * max(0, size - PIECE_BYTES) // (PIECES - 1))
-                    digest.update(file.read(PIECE_BYTES))
+            _add_pieces(digest, path)
     return digest.hexdigest()
+
+
+def _add_pieces(digest: xxhash.xxh3_128, path: Path) -> None:
+    size = path.stat().st_size
+    digest.update(f"{path.name} {size}".encode())
+    with path.open("rb") as file:
+        for piece in range(PIECES):
+            file.seek(piece * max(0, size - PIECE_BYTES) // (PIECES - 1))
+            digest.update(file.read(PIECE_BYTES))
 
 
 def adapter_revision(path: str) -> str:
@@ -41,11 +45,23 @@ def adapter_revision(path: str) -> str:
 def model_revision(model: Any) -> str:
     """Of a vLLM `ModelConfig`: its weights, wherever they are, and its configuration with all overrides."""
     digest = xxhash.xxh3_128(json.dumps(model.hf_config.to_dict(), sort_keys=True, default=str).encode())
-    folder = Path(model.model)
-    if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(model.model, "config.json", revision=model.revision)
-        folder = Path(found).parent if isinstance(found, str) else folder
-    digest.update((folder_revision(folder) if folder.is_dir() else f"{model.revision}").encode())
+    digest.update(model.model_weights.encode())  # where they are elsewhere than the configuration
+    place = Path(model.model)
+    if place.is_file():  # GGUF
+        _add_pieces(digest, place)
+        return digest.hexdigest()
+    folder = place if place.is_dir() else _in_hub_cache(model)
+    digest.update((f"{model.revision}" if folder is None else folder_revision(folder)).encode())
     return digest.hexdigest()
+
+
+def _in_hub_cache(model: Any) -> Path | None:
+    """The folder of a model that vLLM is given by its name; None if it is not there, or the name is none of Hugging Face's."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(model.model, "config.json", revision=model.revision)
+    except HFValidationError:  # such as `name:quantization`
+        return None
+    return Path(found).parent if isinstance(found, str) else None

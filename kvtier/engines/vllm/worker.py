@@ -77,7 +77,7 @@ class WorkerSide:
         self._storer = ThreadPoolExecutor(1, "kvtier-store")
         self._loader = ThreadPoolExecutor(1, "kvtier-load")
         self._keeping: dict[int, tuple[Keeping, Future[None]]] = {}
-        self._loads: list[tuple[LoadJob, Future[int], float]] = []
+        self._loads: list[tuple[LoadJob, Future[LoadDone]]] = []
         self._unloaded: set[int] = set()
         self._counting = threading.Lock()
         """Over `counts`, which the threads add to."""
@@ -116,8 +116,7 @@ class WorkerSide:
     def start_loads(self, plan: StepPlan) -> None:
         """Begin to load; never waits."""
         for load in plan.loads:
-            until_s = time.monotonic() + load.within_s
-            self._loads.append((load, self._loader.submit(self._load, load, until_s), time.perf_counter()))
+            self._loads.append((load, self._loader.submit(self._load, load, time.monotonic())))
 
     def start_stores(self, plan: StepPlan) -> None:
         """Begin to store what the step, which is over or queued on the device, computed."""
@@ -151,8 +150,8 @@ class WorkerSide:
                 self.counts.add("store_seconds", time.perf_counter() - began)
                 self.counts.add("skipped_pages", len(job.keys) - kept, "overwritten" if keeping.enough.done() else "no room")
 
-    def _load(self, load: LoadJob, until_s: float) -> int:
-        """Pages that came until then. On the load thread."""
+    def _load(self, load: LoadJob, told_s: float) -> LoadDone:
+        """Carry out a load job. On the load thread, which alone knows how long it took: steps ask seldom while they compute."""
         assert self._blocks is not None
         blocks = self._blocks
 
@@ -162,7 +161,10 @@ class WorkerSide:
             if self._gpu is not None:
                 self._gpu.engine_stream().record().wait()
 
-        return self._pages.restore(load.keys, hand_out, until_s)
+        until_s = told_s + load.within_s
+        came = self._pages.restore(load.keys, hand_out, until_s)
+        ended_s = time.monotonic()
+        return LoadDone(load.request_id, came, ended_s - told_s, came < len(load.keys) and ended_s >= until_s)
 
     # -- what the scheduler hears ----------------------------------------------------------------------------------------------
 
@@ -170,17 +172,17 @@ class WorkerSide:
         """What happened since the last step, and the requests whose loads ended. Once per step."""
         report = RankReport(self._generation)
         running = []
-        for load, future, began in self._loads:
+        for load, future in self._loads:
             if not future.done():
-                running.append((load, future, began))
+                running.append((load, future))
                 continue
-            came, seconds = self._came(load, future), time.perf_counter() - began
-            self._unloaded.update(load.blocks[came:])
-            report.loads.append(LoadDone(load.request_id, came, seconds, came < len(load.keys) and seconds >= load.within_s))
+            done = self._outcome(load, future)
+            self._unloaded.update(load.blocks[done.pages :])
+            report.loads.append(done)
             with self._counting:
-                self.counts.add("loaded_pages", came)
-                self.counts.add("failed_pages", len(load.blocks) - came)
-                self.counts.add("load_seconds", seconds)
+                self.counts.add("loaded_pages", done.pages)
+                self.counts.add("failed_pages", len(load.blocks) - done.pages)
+                self.counts.add("load_seconds", done.seconds)
         self._loads = running
         for number, (_, job) in list(self._keeping.items()):
             if job.done():
@@ -192,11 +194,11 @@ class WorkerSide:
         finished = {done.request_id for done in report.loads}
         return report, finished
 
-    def _came(self, load: LoadJob, future: Future[int]) -> int:
+    def _outcome(self, load: LoadJob, future: Future[LoadDone]) -> LoadDone:
         if (error := future.exception()) is None:
             return future.result()
         log.error("kvtier: the load of request %s failed; vLLM computes its tokens again", load.request_id, exc_info=error)
-        return 0
+        return LoadDone(load.request_id, 0, 0.0)
 
     def unloaded_blocks(self) -> set[int]:
         """The blocks that were to be loaded and do not hold what they should, since the last call."""
