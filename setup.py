@@ -59,11 +59,16 @@ chase = Extension(
 
 
 class BuildOnce(build_ext):
-    """Several environments share one source tree: an editable installation takes what an earlier one compiled from the same sources."""
+    """Several environments share one source tree: an editable installation takes what an earlier one compiled from the same sources.
+
+    What was compiled from others is removed first: sources that do not compile leave no older module in use.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         compiled = self.get_ext_filename(self.get_ext_fullname(ext.name))
         if not self.editable_mode or newer_group([*ext.sources, *ext.depends, __file__], compiled):
+            if self.editable_mode:
+                Path(compiled).unlink(missing_ok=True)
             super().build_extension(ext)
             return
         target = Path(self.get_ext_fullpath(ext.name))

@@ -19,10 +19,9 @@ def blocks(page: str) -> list[str]:
 
 @pytest.fixture
 def names(monkeypatch, tmp_path) -> dict[str, Any]:
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
     for key, value in {"DEVICE__CAPACITY_BYTES": "1MiB", "HOST__CAPACITY_BYTES": "1MiB", "DISK__CAPACITY_BYTES": "4MiB"}.items():
         monkeypatch.setenv(f"KVTIER_{key}", value)
-    monkeypatch.setenv("KVTIER_DISK__PATH", str(tmp_path))
     return {"model": llama(layers=2), "prompt_ids": PROMPT, "more_ids": PROMPT[:40], "other_ids": PROMPT[50:]}
 
 
