@@ -181,7 +181,7 @@ class BlockFormat(Format):
             if native.encode_all(described, expected, pages, out):
                 return list(out)
         given = check_pages(pages, layout)
-        if layout.dtype != "bf16" and pages.is_neg():  # a part of complex numbers, which there are none of in bf16
+        if pages.is_neg():
             pages = pages.resolve_neg()  # kernels read the memory, which says nothing of a sign that torch has put off
         rows = range(given) if rows is None else check_rows(rows, given, "encode")
         payloads = room_for(len(rows), plan.payload_bytes, out)
