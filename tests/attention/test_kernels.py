@@ -5,10 +5,6 @@ On a GPU where there is one, else in Triton's interpreter.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +19,7 @@ from kvtier.errors import LayoutError
 from kvtier.formats.paged import PagedKV
 from kvtier.layout import PageLayout
 from tests.attention.test_digest import exact_logits, make_keys
+from tests.compiled import found_by
 
 CUDA = torch.device("cuda", 0)
 ON_GPU = torch.cuda.is_available() and not why_missing(CUDA)
@@ -150,12 +147,7 @@ def test_a_piece_that_no_program_holds_is_left_to_torch(monkeypatch):
 @pytest.mark.slow
 def test_compiled_for_a_gpu_they_fit_it(tmp_path):
     """Needs no GPU, as in `tests/formats/test_triton.py`."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    program = Path(__file__).with_name("compile_kernels.py")
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = found_by(Path(__file__).with_name("compile_kernels.py"), tmp_path)
     assert len(found) == 6
     for what, sizes in found.items():
         assert sizes["shared_bytes"] <= 99 << 10, f"{what}: more shared memory than an Ampere GPU gives a program"

@@ -5,10 +5,6 @@ On a GPU, which is given only memory that it was told of, `test_contract.py` run
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +16,7 @@ from hypothesis import strategies as st
 from kvtier.cuda.kernels import triton_version
 from kvtier.errors import DeviceError
 from kvtier.memory.region import aligned_array
+from tests.compiled import found_by
 
 pytestmark = pytest.mark.skipif(triton_version() is None, reason="Triton is not installed or too old: its kernel is not tested")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_contract.py runs the kernel there")
@@ -58,11 +55,6 @@ def test_what_is_no_multiple_of_16_is_refused(shift, size):
 @pytest.mark.slow
 def test_compiled_for_a_gpu_each_thread_carries_16_bytes_at_once(tmp_path):
     """Needs no GPU, as in `tests/formats/test_triton.py`."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    program = Path(__file__).with_name("compile_copy_kernel.py")
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    instructions = json.loads(done.stdout)
+    instructions = found_by(Path(__file__).with_name("compile_copy_kernel.py"), tmp_path)
     for way in ("ld", "st"):
         assert [name for name in instructions if name.startswith(f"{way}.global.v4")], f"{way}: words go one by one"

@@ -6,10 +6,6 @@ On a GPU where there is one, else in Triton's interpreter.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +19,7 @@ from kvtier.errors import LayoutError
 from kvtier.formats import checksums
 from kvtier.formats.triton import triton_version, why_missing
 from kvtier.tiers.disk import record
+from tests.compiled import found_by
 
 CUDA = torch.device("cuda", 0)
 DEVICE = CUDA if torch.cuda.is_available() and not why_missing(CUDA) else torch.device("cpu")
@@ -107,13 +104,8 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written():
 @needs_triton
 @pytest.mark.slow
 def test_compiled_for_a_gpu_the_kernels_read_wide_and_spill_nothing(tmp_path):
-    """Needs no GPU: Triton compiles for one all the same. In a process of its own, in which it does not interpret."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    program = Path(__file__).with_name("compile_checksums.py")
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    """Needs no GPU: Triton compiles for one all the same."""
+    found = found_by(Path(__file__).with_name("compile_checksums.py"), tmp_path)
     assert set(found) == {"block_sums", "digest"}
     assert "ld.global.v2.b64" in found["block_sums"]["instructions"], "16 bytes a load"
     assert "mul.hi.u64" in found["digest"]["instructions"]

@@ -6,10 +6,6 @@ On a GPU where there is one, else in Triton's interpreter, which takes a tenth o
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +20,7 @@ from kvtier.formats.on_device import decode_pages, encode_pages
 from kvtier.formats.paged import PagedKV
 from kvtier.formats.triton import triton_version, why_missing
 from kvtier.layout import PageLayout
+from tests.compiled import found_by
 
 CUDA = torch.device("cuda", 0)
 ON_GPU = torch.cuda.is_available() and not why_missing(CUDA)
@@ -215,13 +212,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written():
 
 @pytest.mark.slow
 def test_compiled_for_gpus_nothing_is_fused_flushed_or_approximated(tmp_path):
-    """Needs no GPU: Triton compiles for one all the same. In a process of its own, in which it does not interpret."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    program = Path(__file__).with_name("compile_kernels.py")
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    """Needs no GPU: Triton compiles for one all the same."""
+    found = found_by(Path(__file__).with_name("compile_kernels.py"), tmp_path)
     assert len(found) == 2 * 6, "a kernel each way for raw, fp8, q8, sparse24, and q4 with and without a mean"
     for what, instructions in found.items():
         wide = "st.global.v4" if what.startswith("decode") else "ld.global.v4"
