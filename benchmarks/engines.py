@@ -235,6 +235,7 @@ def greet(served: Serving) -> None:
     """The first request after a start, and one that finds something."""
     for _ in range(2):
         served.engine.ask(random_tokens(9999, GREETING_TOKENS), NEW_TOKENS)
+    served.settle()
 
 
 def check(what: str, request: Request, answer: Answer) -> None:

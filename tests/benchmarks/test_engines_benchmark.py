@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from benchmarks import engines
+from benchmarks import engines, serving
 from benchmarks.contestants import LAYOUT, SYSTEMS, Place
 from benchmarks.engines_report import Seen, plot, rows
 from benchmarks.measure import Run
-from benchmarks.serving import Answer, Engine, EngineSetUp, drop_from_page_cache
+from benchmarks.serving import Answer, Engine, EngineSetUp, Serving, drop_from_page_cache
 from benchmarks.workloads import WORKLOADS, Sizes
 from kvtier.cli import main
 from kvtier.errors import KVTierError
@@ -99,32 +100,35 @@ def test_all_get_memory_for_the_same_number_of_pages(tmp_path):
 class Stub:
     """Stands for an engine: takes a second, or a tenth where something is behind it, which finds everything."""
 
-    def __init__(self, asked, name):
-        self.asked, self.name, self.engine = asked, name, self
+    def __init__(self, asked, name, restless):
+        self.asked, self.name, self.engine, self.restless = asked, name, self, restless
 
     def cpu_s(self):
         return float(len(self.asked))
 
     def ask(self, prompt, new_tokens):
+        assert self.restless <= {self.name}, "nobody is asked beside what another one has not done yet"
+        self.restless.add(self.name)
         self.asked.append((self.name, prompt))
         found = 0 if self.name == "plain" else len(prompt)
         return Answer(0.1 if found else 1.0, 2.0, found, new_tokens)
 
     def settle(self):
-        """It is at rest at once."""
+        self.restless.discard(self.name)
 
 
 def test_every_request_is_asked_of_all_in_turn_and_of_the_durable_ones_after_a_restart(monkeypatch, tmp_path):
     asked: list[tuple[str, list[int]]] = []
     starts: list[tuple[str, int]] = []
+    restless: set[str] = set()
 
     @contextlib.contextmanager
-    def serving(name, set_up, memory_pages, disk_pages, room):
+    def stubbed(name, set_up, memory_pages, disk_pages, room):
         starts.append((name, memory_pages))
-        yield Stub(asked, name)
+        yield Stub(asked, name, restless)
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
-    monkeypatch.setattr(engines, "serving", serving)
+    monkeypatch.setattr(engines, "serving", stubbed)
     monkeypatch.setattr(engines, "bytes_on_disk", lambda store: 1000)
     monkeypatch.setitem(sys.modules, "kvtier.engines.models", SimpleNamespace(packaged_model=lambda: tmp_path))
     systems = ["plain", "lmcache-ram", "kvtier-q8"]
@@ -197,3 +201,14 @@ def test_dropping_files_from_the_page_cache_keeps_their_contents(tmp_path):
     (tmp_path / "a" / "file").write_bytes(b"x" * 10000)
     drop_from_page_cache(tmp_path)
     assert (tmp_path / "a" / "file").read_bytes() == b"x" * 10000
+
+
+def test_a_system_is_at_rest_when_it_takes_no_more_processor_time(monkeypatch, tmp_path):
+    took = itertools.chain([1.0, 1.5, 1.9, 1.9], itertools.count(2.0))
+    monkeypatch.setattr(serving, "LOOK_S", 0.001)
+    monkeypatch.setattr(Serving, "cpu_s", lambda _: next(took))
+    Serving(cast(Any, None), None).settle()
+    assert next(took) == 2.0, "it looked until nothing was added, and no longer"
+    monkeypatch.setattr(serving, "SETTLE_S", 0.05)
+    Serving(cast(Any, None), None).settle()
+    assert next(took) > 3.0, "one that never rests is not waited for without end"
