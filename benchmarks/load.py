@@ -101,6 +101,8 @@ def measure(
     if a page came back wrong; IntegrityError if the bookkeeping contradicts itself at the end.
     """
     pages_of = layout_named(layout, run.tiny)
+    if duration_s <= 0:
+        raise KVTierError(f"--duration {duration_s:g}: expected seconds above 0")
     if not 0 <= ramp_up_s < duration_s:
         raise KVTierError(f"--ramp-up {ramp_up_s:g}: expected at least 0 and less than --duration, {duration_s:g} seconds")
     shapes = [Shape(*values) for values in itertools.product(batches, sequence_tokens, concurrency, rates)]

@@ -94,6 +94,7 @@ def test_arrivals_are_the_same_every_time_and_climb_to_their_rate():
         ("--concurrency", "0"),
         ("--sequence-tokens", "8"),
         ("--ramp-up", "99"),
+        ("--duration", "-1"),
         ("--layout", "gpt"),
     ],
 )
