@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from kvtier.cache import TieredKVCache
 from kvtier.errors import IntegrityError, KVTierError
 from kvtier.layout import PageLayout
-from kvtier.lease import Lease
+from kvtier.leases.lease import Lease
 
 from .measure import Row, Run, percentile
 from .rig import Ids, Room, check_room, device, layout_named, open_cache, store_bytes, token_ids

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kvtier.config import Config, load_config
     from kvtier.errors import KVTierError
     from kvtier.layout import PageLayout
-    from kvtier.lease import Lease, Match
+    from kvtier.leases.lease import Lease, Match
 
 __version__ = version("kvtier")
 __all__ = ["Config", "KVTierError", "Lease", "Match", "PageLayout", "TieredKVCache", "__version__", "load_config"]
@@ -26,8 +26,8 @@ _ROOMS = {
     "load_config": "config",
     "KVTierError": "errors",
     "PageLayout": "layout",
-    "Lease": "lease",
-    "Match": "lease",
+    "Lease": "leases.lease",
+    "Match": "leases.lease",
 }
 
 

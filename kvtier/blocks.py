@@ -31,10 +31,10 @@ from kvtier.formats import get_format
 from kvtier.keys import KEY_BYTES, PageKey
 from kvtier.mover.mover import Mover
 from kvtier.mover.transfer import Move, Outcome, Priority, Transfer
-from kvtier.opening import policy_parameters
 from kvtier.pages import ABSENT, NO_ROW, READY, WRITING, PageTable, Rows
 from kvtier.policy import SmoothedPressure, make_policy
-from kvtier.protection import Protected
+from kvtier.residency.opening import policy_parameters
+from kvtier.residency.protection import Protected
 from kvtier.tiers.base import PageId
 from kvtier.tiers.disk import DiskTier
 from kvtier.tiers.lent import BlockLayout, LentBlocks, Parts, parts_of

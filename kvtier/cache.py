@@ -19,27 +19,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvtier.attending import record_attention, record_queries
 from kvtier.attention.in_place import make_pool
 from kvtier.attention.learned import LearnedCosts
 from kvtier.attention.router import Router
-from kvtier.budget import BudgetedLease, check_budget
 from kvtier.config import Config, load_config
 from kvtier.errors import Closed, LayoutError, LeaseError
-from kvtier.in_place import InPlaceLease
-from kvtier.keyed import KeyedPages
 from kvtier.keys import PageKey, TokenIds, namespace, page_keys, root_key, token_array
 from kvtier.layout import PageLayout
-from kvtier.lease import Lease, Match
+from kvtier.leases.attending import record_attention, record_queries
+from kvtier.leases.budget import BudgetedLease, check_budget
+from kvtier.leases.in_place import InPlaceLease
+from kvtier.leases.keyed import KeyedPages
+from kvtier.leases.lease import Lease, Match
+from kvtier.leases.reading import Reader
+from kvtier.leases.writing import Writer
 from kvtier.numa.executor import NumaThreadPool
 from kvtier.pages import ABSENT, DEVICE, NO_ROW, READY
-from kvtier.prefetch import Prefetch
-from kvtier.reading import Reader
 from kvtier.residency import Residency
-from kvtier.resizing import resize
+from kvtier.residency.prefetch import Prefetch
+from kvtier.residency.resizing import resize
 from kvtier.stats import stats
 from kvtier.tiers.base import Tier
-from kvtier.writing import Writer
 
 CLEARED_AT_ONCE = 16384
 """Pages that `clear` drops before it lets others have the lock."""
@@ -222,7 +222,7 @@ class TieredKVCache:
         Returns at once. What is still queued after `deadline` (None: no time is said, as if it were now) is cancelled. Hints never take
         the place of leased pages, of pages brought up for an earlier hint, or of pages that are worth more to the policy than one that is
         used within `deadline`, and give way to demand. What finds no room is tried again, each page once, when requests release their
-        pages; so wait the newest `kvtier.hinted.MOST_WAITING` hints.
+        pages; so wait the newest `kvtier.residency.hinted.MOST_WAITING` hints.
         """
         residency = self._open()
         keys = page_keys(token_ids, self.layout.page_tokens, root_key(self._namespace, salt))

@@ -13,10 +13,10 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from kvtier.budget import BudgetedLease
 from kvtier.cache import TieredKVCache
 from kvtier.engines.models import check_named
 from kvtier.errors import LayoutError, MissingExtra, ModelError
+from kvtier.leases.budget import BudgetedLease
 
 try:
     from transformers import AttentionInterface

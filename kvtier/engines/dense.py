@@ -15,7 +15,7 @@ import torch
 
 from kvtier.engines.stopwatch import Stopwatch
 from kvtier.errors import LayoutError, MissingExtra
-from kvtier.lease import Lease
+from kvtier.leases.lease import Lease
 
 try:
     from transformers.cache_utils import DynamicLayer

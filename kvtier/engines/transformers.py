@@ -20,7 +20,7 @@ from kvtier.engines.models import cache_argument, check_named
 from kvtier.engines.stopwatch import Stopwatch
 from kvtier.errors import LayoutError, MissingExtra, ModelError
 from kvtier.layout import PageLayout
-from kvtier.lease import Lease
+from kvtier.leases.lease import Lease
 
 try:
     from transformers.cache_utils import Cache

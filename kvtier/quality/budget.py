@@ -18,10 +18,10 @@ import torch
 
 from kvtier.attention.digest import DigestLayout, encode, page_logits
 from kvtier.attention.select import best_pages, page_mass
-from kvtier.budget import LEAST_PAGES, SINKS, shares
 from kvtier.engines.models import cache_argument
 from kvtier.errors import ConfigError, MissingExtra, ModelError
 from kvtier.layout import PageLayout
+from kvtier.leases.budget import LEAST_PAGES, SINKS, shares
 from kvtier.quality.attention import is_on_the_interface, replaced
 from kvtier.quality.measure import Progress, check_playable
 from kvtier.quality.protocol import Protocol
@@ -99,7 +99,7 @@ Selection = Callable[[Step], torch.Tensor]
 
 
 def by_attention(step: Step) -> torch.Tensor:
-    """kvtier: the first page, the recent ones, and the parked ones that the digests choose for the query (`kvtier.budget`)."""
+    """kvtier: the first page, the recent ones, and the parked ones that the digests choose for the query (`kvtier.leases.budget`)."""
     digests = encode(step.paged[:, None])[:, 0]
     shape = DigestLayout(step.page_tokens, step.keys.shape[2])
     return _recalled(step, page_logits(digests, step.queries.transpose(0, 1), shape, step.scaling))

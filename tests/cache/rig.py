@@ -18,7 +18,7 @@ from kvtier.config import Config, load_config
 from kvtier.formats import get_format
 from kvtier.keys import page_keys, root_key
 from kvtier.layout import PageLayout
-from kvtier.lease import Lease
+from kvtier.leases.lease import Lease
 from kvtier.pages import READY
 from kvtier.tiers.disk import record
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvtier.budget import SINKS, shares
 from kvtier.errors import ConfigError, LeaseError
 from kvtier.layout import PageLayout
+from kvtier.leases.budget import SINKS, shares
 from kvtier.pages import READY
 from kvtier.tiers.device import DevicePool
 from tests.cache.rig import kv_of, make_cache
@@ -147,7 +147,7 @@ def test_digests_that_the_cache_keeps_are_used(monkeypatch):
     with open_cache(device_pages=40, attention__digest_bytes="1MiB") as cache:
         kv = kv_of(TOKENS, "", LAYOUT)
         cache.put(TOKENS, kv)
-        monkeypatch.setattr("kvtier.budget.encode", lambda *_: pytest.fail("a digest was made anew"))
+        monkeypatch.setattr("kvtier.leases.budget.encode", lambda *_: pytest.fail("a digest was made anew"))
         with cache.acquire_within(cache.lookup(TOKENS), BUDGET) as lease:
             assert 12 in lease.choose(0, looking_at(kv, 0, 50))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvtier import residency
 from kvtier.keys import page_keys, root_key
 from kvtier.policy import LRU, Ghosts
+from kvtier.residency import residency
 from tests.cache.rig import PAGE, make_cache, put, run
 
 

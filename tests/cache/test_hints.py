@@ -193,7 +193,7 @@ def test_a_hint_that_finds_no_room_goes_on_when_a_request_lets_go_of_its_pages()
 
 
 def test_a_waiting_hint_gives_up_when_it_is_cancelled_at_its_deadline_or_for_newer_ones(monkeypatch):
-    monkeypatch.setattr("kvtier.hinted.MOST_WAITING", 2)
+    monkeypatch.setattr("kvtier.residency.hinted.MOST_WAITING", 2)
     with make_cache(device_pages=8, host_pages=40) as cache:
         for start in (1, 2, 3, 4):
             put(cache, run(start, 2))

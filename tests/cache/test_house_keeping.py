@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from kvtier import housekeeping
-from kvtier.housekeeping import MOST_REST_ROUNDS, RecurringJob
+from kvtier.residency import housekeeping
+from kvtier.residency.housekeeping import MOST_REST_ROUNDS, RecurringJob
 from tests.cache.rig import make_cache, put, run
 
 

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvtier.cache import TieredKVCache
 from kvtier.errors import LeaseError
 from kvtier.keys import page_keys, root_key
-from kvtier.lease import Lease
+from kvtier.leases.lease import Lease
 from kvtier.pages import NO_ROW, READY
 from tests.cache.rig import (
     DEVICE,

@@ -11,7 +11,7 @@ import torch
 
 from kvtier.cache import TieredKVCache
 from kvtier.layout import PageLayout
-from kvtier.lease import Lease
+from kvtier.leases.lease import Lease
 from kvtier.testing.accelerator import LateAccelerator, LateStream
 from kvtier.tiers import gpu as gpu_module
 from tests.cache.rig import LAYOUT, kv_of, make_cache

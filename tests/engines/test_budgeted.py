@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from kvtier.budget import BudgetedLease
 from kvtier.cache import TieredKVCache
 from kvtier.config import load_config
 from kvtier.engines.budgeted import BudgetedCache
 from kvtier.engines.models import cache_argument
 from kvtier.engines.transformers import Session, layout_of
 from kvtier.errors import ConfigError, LayoutError, LeaseError, ModelError, TransferFailed
+from kvtier.leases.budget import BudgetedLease
 from kvtier.tiers.device import DevicePool
 
 PAGE = 4

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvtier.budget import shares
 from kvtier.cache import TieredKVCache
 from kvtier.config import load_config
 from kvtier.engines.budgeted import BudgetedCache
 from kvtier.engines.models import cache_argument
 from kvtier.engines.transformers import layout_of
 from kvtier.errors import ConfigError
+from kvtier.leases.budget import shares
 from kvtier.quality import budget
 from kvtier.quality.budget import SELECTIONS, budget_pages, by_attention, by_cumulative_attention, by_window, measure_budget
 from kvtier.quality.measure import check_playable

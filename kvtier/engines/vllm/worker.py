@@ -27,7 +27,7 @@ from kvtier.engines.vllm.metrics import Counts
 from kvtier.engines.vllm.resets import carried_out, pending
 from kvtier.engines.vllm.settings import Settings, for_rank
 from kvtier.errors import LayoutError
-from kvtier.keyed import KeyedPages
+from kvtier.leases.keyed import KeyedPages
 
 log = init_logger(__name__)
 

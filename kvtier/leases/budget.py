@@ -21,17 +21,17 @@ from numpy.typing import NDArray
 from kvtier.attention.digest import DigestLayout, encode
 from kvtier.attention.on_device import page_logits
 from kvtier.attention.select import best_pages, page_mass
-from kvtier.digesting import pool_digests
 from kvtier.errors import ConfigError, LeaseError, TransferFailed
 from kvtier.formats import Payload
 from kvtier.keys import TokenIds
-from kvtier.lease import Lease
+from kvtier.leases.digesting import pool_digests
+from kvtier.leases.lease import Lease
+from kvtier.leases.writing import Writer
 from kvtier.memory.region import aligned_array
 from kvtier.mover.transfer import Priority, ended
 from kvtier.pages import ABSENT, DEVICE, READY, WRITING, Rows
 from kvtier.residency import Residency
 from kvtier.tiers.base import Refused, Tier
-from kvtier.writing import Writer
 
 SINKS = 1
 """Pages from the start that always stay: attention rests on the first tokens (Xiao et al. 2023)."""

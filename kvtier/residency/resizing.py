@@ -16,7 +16,7 @@ import numpy as np
 from kvtier.errors import ConfigError, DeviceError
 from kvtier.mover.transfer import Priority
 from kvtier.pages import DEVICE, READY, Rows
-from kvtier.residency import Residency
+from kvtier.residency.residency import Residency
 from kvtier.tiers.gpu import GpuPool
 
 _one_at_a_time: WeakKeyDictionary[Residency, asyncio.Lock] = WeakKeyDictionary()

@@ -21,7 +21,7 @@ from kvtier.pages import ABSENT, DEVICE, NO_TIER, READY, Rows
 from kvtier.tiers.host import HostTier
 
 if TYPE_CHECKING:
-    from kvtier.residency import Residency
+    from kvtier.residency.residency import Residency
 
 log = logging.getLogger(__name__)
 

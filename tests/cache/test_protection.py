@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from kvtier.pages import PageTable
-from kvtier.protection import Protected
+from kvtier.residency.protection import Protected
 from tests.pages.test_pages import key, page, ready
 
 DEVICE, HOST, LAST = 0, 1, 2

@@ -15,12 +15,12 @@ import numpy as np
 
 from kvtier.errors import IntegrityError
 from kvtier.mover.transfer import Priority
-from kvtier.opening import SELECTIVE, WRITE_BACK
 from kvtier.pages import DEVICE, READY, Rows
 from kvtier.policy import Mask
+from kvtier.residency.opening import SELECTIVE, WRITE_BACK
 
 if TYPE_CHECKING:
-    from kvtier.residency import Residency
+    from kvtier.residency.residency import Residency
 
 _NO_ROWS = np.empty(0, np.int64)
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from kvtier.attention.digest import key_logits
 from kvtier.attention.on_device import page_logits
 from kvtier.attention.select import page_mass
-from kvtier.digesting import pool_digests
 from kvtier.errors import ConfigError, IntegrityError, LayoutError, LeaseError
-from kvtier.lease import Lease
+from kvtier.leases.digesting import pool_digests
+from kvtier.leases.lease import Lease
 from kvtier.pages import DEVICE, READY
 from kvtier.residency import Residency
 

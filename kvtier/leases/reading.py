@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtier.keys import PageKey, page_keys
-from kvtier.lease import Lease, Match
+from kvtier.leases.lease import Lease, Match
 from kvtier.mover.transfer import Transfer
 from kvtier.pages import ABSENT, DEVICE, READY, WRITING, Rows
 from kvtier.residency import Residency

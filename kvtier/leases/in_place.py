@@ -19,7 +19,7 @@ from kvtier.attention.partial import Partial, attend, merge, nothing
 from kvtier.attention.router import Decision, Expected, Router, Side
 from kvtier.errors import LayoutError, LeaseError
 from kvtier.formats import Payload
-from kvtier.lease import Lease
+from kvtier.leases.lease import Lease
 from kvtier.mover.transfer import ended
 from kvtier.numa.executor import NumaThreadPool
 from kvtier.pages import ABSENT, DEVICE, READY, WRITING, Rows

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvtier.digesting import pool_digests
 from kvtier.errors import LayoutError, LeaseError
-from kvtier.fresh import Computed, FreshPages, Held
 from kvtier.keys import PageKey, TokenIds, page_keys, token_array
-from kvtier.lease import Lease
+from kvtier.leases.digesting import pool_digests
+from kvtier.leases.fresh import Computed, FreshPages, Held
+from kvtier.leases.lease import Lease
 from kvtier.mover.transfer import Transfer
 from kvtier.pages import DEVICE, NO_ROW, READY, WRITING, Rows
 from kvtier.residency import Residency

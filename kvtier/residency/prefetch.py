@@ -1,7 +1,8 @@
 """One hint on its way: the cold pages of a prefix, brought up at low priority, given up without harm.
 
-The budget (bytes prefetched and not yet used) is kept by `kvtier.hinted`; a page counts until it is claimed, evicted or given up. What
-finds no room is tried again when requests let go of pages, each page once. State: which pages are still wanted, under the cache's lock.
+The budget (bytes prefetched and not yet used) is kept by `kvtier.residency.hinted`; a page counts until it is claimed, evicted or given up.
+What finds no room is tried again when requests let go of pages, each page once. State: which pages are still wanted, under the cache's
+lock.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from kvtier.keys import PageKey
 from kvtier.mover.transfer import Priority, Transfer
 
 if TYPE_CHECKING:
-    from kvtier.copying import Shortfall
     from kvtier.pages import Rows
-    from kvtier.residency import Residency
+    from kvtier.residency.copying import Shortfall
+    from kvtier.residency.residency import Residency
 
 
 class Prefetch:

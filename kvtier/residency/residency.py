@@ -21,20 +21,20 @@ import numpy as np
 
 from kvtier.attention.store import DigestStore
 from kvtier.config import Config
-from kvtier.copying import Copying
-from kvtier.eviction import Eviction
-from kvtier.hinted import Hinted
-from kvtier.housekeeping import Housekeeping
 from kvtier.keys import PageKey
 from kvtier.layout import PageLayout
-from kvtier.metrics import Metrics, TierMetrics
 from kvtier.mover.mover import Mover
-from kvtier.opening import close_tiers, open_tiers, policy_parameters, recover, worker_nodes, write_policies
 from kvtier.pages import DEVICE, NO_TIER, READY, PageTable, Rows
 from kvtier.policy import EvictionPolicy, SmoothedPressure, make_policy
 from kvtier.policy.admission import Admission
 from kvtier.pricing import Prices
-from kvtier.protection import Protected
+from kvtier.residency.copying import Copying
+from kvtier.residency.eviction import Eviction
+from kvtier.residency.hinted import Hinted
+from kvtier.residency.housekeeping import Housekeeping
+from kvtier.residency.metrics import Metrics, TierMetrics
+from kvtier.residency.opening import close_tiers, open_tiers, policy_parameters, recover, worker_nodes, write_policies
+from kvtier.residency.protection import Protected
 from kvtier.tiers.base import Tier
 from kvtier.tiers.disk import DiskTier
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from kvtier.keys import PageKey
-from kvtier.lease import Lease, Match
+from kvtier.leases.lease import Lease, Match
 from kvtier.pages import ABSENT, DEVICE, NO_ROW, NO_TIER, READY, Rows
 from kvtier.residency import Residency
 

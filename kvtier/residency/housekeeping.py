@@ -19,7 +19,7 @@ from kvtier.tiers.base import Tier
 from kvtier.tiers.host import HostTier
 
 if TYPE_CHECKING:
-    from kvtier.residency import Residency
+    from kvtier.residency.residency import Residency
 
 log = logging.getLogger(__name__)
 
