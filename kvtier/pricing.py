@@ -1,8 +1,9 @@
 """Restore or recompute: what bringing pages back takes, what computing them again would, and where to cut a prefix between the two.
 
 Both are learned from what they took so far: seconds as sums of a few non-negative terms, fitted to the relative error of recent
-observations (exponential forgetting, so that a busier disk or a faster model is noticed). Plain numbers, no clock; state belongs to the
-cache's lock.
+observations (exponential forgetting, so that a busier disk or a faster model is noticed). How little observations say counts against
+giving up a restore: from short prefills alone nobody knows what a long one takes. Plain numbers, no clock; state belongs to the cache's
+lock.
 """
 
 from __future__ import annotations
@@ -23,12 +24,18 @@ EXPLORE_SHARE = 0.02
 """This much of the time that declined restores take to compute is spent on restores that do not seem to pay: links change, and only
 restores show how."""
 
+GUESSED_ERROR, GUESSES = 0.1, 4.0
+"""Relative error expected of observations before there are any, and how many observed ones that weighs."""
+LESSER_SHARE = 0.5
+"""What any term but the first is believed to make of a piece of work, at most, as one standard deviation, until observations tell."""
+
 MOST_SWEEPS = 200
 FITTED = 1e-5
 """Relative change of what is foreseen below which a fit has settled."""
 
 Amounts = Sequence[float] | NDArray[np.int64]
 """Encoded bytes by tier."""
+Floats = NDArray[np.float64]
 
 
 class CostModel:
@@ -40,6 +47,8 @@ class CostModel:
     def __init__(self, terms: int) -> None:
         self.observations = 0
         self.weights = [0.0] * terms
+        self._remembered = 0.0
+        """Observations, each as far as it is not forgotten."""
         self._seen = [False] * terms
         self._gram = [[0.0] * terms for _ in range(terms)]
         self._moment = [0.0] * terms
@@ -62,8 +71,25 @@ class CostModel:
             self._moment[i] = FORGET * self._moment[i] + term / seconds
             for j, other in enumerate(terms):
                 self._gram[i][j] = FORGET * self._gram[i][j] + term / seconds * other / seconds
+        self._remembered = FORGET * self._remembered + 1.0
         self.observations += 1
         self._fit()
+
+    def covariance(self) -> Floats:
+        """How far the weights may be off, `[terms, terms]`, from how well they explain what was seen and what that tells apart.
+
+        A standard error of foreseen seconds is the root of `terms @ covariance @ terms`. Needs an observation with every term.
+        """
+        gram, moment, weights = np.array(self._gram), np.array(self._moment), np.array(self.weights)
+        squares = max(0.0, self._remembered - 2 * weights @ moment + weights @ gram @ weights)
+        freedom = max(0.0, self._remembered - len(weights))
+        variance = (squares + GUESSES * GUESSED_ERROR**2) / (freedom + GUESSES)
+        scale = np.sqrt(np.diag(gram))
+        believed = np.full(len(weights), variance / LESSER_SHARE**2 / self._remembered)
+        believed[0] = 0.0
+        scales: Floats = np.outer(scale, scale)
+        found: Floats = variance * np.linalg.inv(gram / scales + np.diag(believed)) / scales
+        return found
 
     def _fit(self) -> None:
         """One weight after the other to its best beside the others, or 0, until none moves: the least squares of non-negative weights.
@@ -116,8 +142,16 @@ class Prices:
             return None
         return self.computing.seconds([*_prefill_terms(start, tokens)[:2], 0.0])
 
+    def recompute_doubt_s(self, starts: Sequence[float] | Floats, tokens: Sequence[float] | Floats) -> Floats:
+        """The standard error of `recompute_s`, for pieces `[n]` of work. Needs an observation."""
+        counts = np.asarray(tokens, np.float64)
+        terms = np.stack((counts, counts * (np.asarray(starts, np.float64) + counts / 2)), axis=1)
+        squares: Floats = np.einsum("ni,ij,nj->n", terms, self.computing.covariance()[:2, :2], terms)
+        return np.sqrt(np.maximum(squares, 0.0))
+
     def pages_to_restore(self, homes: NDArray[np.intp], page_bytes: NDArray[np.int64]) -> int:
-        """How many of a prefix's first pages to bring up so that restoring them and computing the rest of the prefix is fastest.
+        """How many of a prefix's first pages to bring up so that restoring them and computing the rest of the prefix is fastest, if
+        computing takes what it may take at most.
 
         `homes[i]`: the warmest tier of page i; `page_bytes[tier]`: encoded bytes of a page there. All of them while one side was measured
         too little, and now and then to measure again. More rather than fewer where it makes no difference.
@@ -130,11 +164,12 @@ class Prices:
         *per_byte, fixed = self.restoring.weights
         seconds = np.array([0.0, *per_byte])[homes] * page_bytes[homes]
         restore = np.concatenate(([0.0], np.cumsum(seconds) + fixed * (np.cumsum(homes > 0) > 0)))
-        starts = np.arange(pages + 1) * float(self.page_tokens)
-        left = pages * self.page_tokens - starts
+        starts: Floats = np.arange(pages + 1, dtype=np.float64) * self.page_tokens
+        left: Floats = pages * self.page_tokens - starts
         recompute = self.computing.weights[0] * left + self.computing.weights[1] * left * (starts + left / 2)
-        total = restore + recompute
-        cut = pages - int(np.argmin(total[::-1]))
+        total: Floats = restore + recompute
+        at_most = total + self.recompute_doubt_s(starts, left)
+        cut = pages - int(np.argmin(at_most[::-1]))
         if cut == pages or not homes[cut:].any():
             return pages
         self._explore_s += EXPLORE_SHARE * float(total[cut])

@@ -89,7 +89,7 @@ def test_impossible_observations_are_refused_and_change_nothing(terms, seconds):
     linear=st.floats(1e-7, 1e-3),
     square=st.floats(1e-12, 1e-6),
 )
-def test_the_cut_is_the_cheapest_and_the_longest_of_equals(homes, fixed, host, disk, linear, square):
+def test_the_cut_is_the_cheapest_in_doubt_and_the_longest_of_equals(homes, fixed, host, disk, linear, square):
     prices, page_bytes = taught((fixed, host, disk), (1e-3, linear, square)), np.array([0, 1000, 500])
     cut = prices.pages_to_restore(np.array(homes, np.intp), page_bytes)
 
@@ -100,8 +100,11 @@ def test_the_cut_is_the_cheapest_and_the_longest_of_equals(homes, fixed, host, d
         assert recompute is not None
         return restore + recompute
 
-    costs = [total(pages) for pages in range(len(homes) + 1)]
-    explored = cut == len(homes) and costs[-1] <= (1 + EXPLORE_SHARE) * min(costs)
+    def at_most(pages: int) -> float:
+        return total(pages) + float(prices.recompute_doubt_s([pages * PAGE], [(len(homes) - pages) * PAGE])[0])
+
+    costs = [at_most(pages) for pages in range(len(homes) + 1)]
+    explored = cut == len(homes) and total(cut) <= (1 + EXPLORE_SHARE) * total(int(np.argmin(costs)))
     assert costs[cut] == pytest.approx(min(costs), rel=1e-9) or explored
     assert all(costs[cut] < longer or math.isclose(costs[cut], longer) for longer in costs[cut + 1 :])
 
@@ -116,6 +119,37 @@ def test_until_both_ways_were_measured_everything_is_restored():
         prices.restored([0, 1000], 1.0)
     assert prices.pages_to_restore(homes, page_bytes) == 0
     assert taught((1.0, 1.0), (1e-9, 1e-9, 1e-9)).pages_to_restore(np.full(8, 0), page_bytes) == 8, "what is on the device costs nothing"
+
+
+def test_short_prefills_alone_do_not_make_a_long_one_look_free():
+    """As an engine saw them while others used its cores: they take the same whatever their length, so all of it seems fixed."""
+    prices, homes, page_bytes = Prices(2, 128), np.ones(11, np.intp), np.array([0, 1_500_000])
+    for tokens, seconds in ((170, 0.63), (170, 0.72), (170, 0.25), (170, 0.25), (192, 0.28), (192, 0.31), (192, 0.28)):
+        prices.computed(1450 - tokens, tokens, seconds)
+        prices.restored(homes @ page_bytes[homes] * np.array([0, 1]), 0.02)
+    restore, recompute = prices.restore_s([0, 11 * page_bytes[1]]), prices.recompute_s(0, 1408)
+    assert restore is not None
+    assert recompute is not None
+    assert recompute < restore / 5, "what this is about"
+    assert prices.pages_to_restore(homes, page_bytes) == 11
+    for _ in range(10):
+        prices.computed(0, 1408, 0.005)
+    assert prices.pages_to_restore(homes, page_bytes) == 0, "once long ones were seen, they are believed"
+
+
+@pytest.mark.parametrize("error", [0.0, 0.05, 0.2])
+def test_one_standard_error_covers_what_is_true_most_of_the_time(error):
+    chance, truth, covered = np.random.default_rng(1), np.array([1e-3, 2e-7]), 0
+    for _ in range(100):
+        prices = Prices(2, PAGE)
+        for start, tokens in zip(chance.integers(0, 4000, 12).tolist(), chance.integers(16, 2000, 12).tolist(), strict=True):
+            exact = 0.03 + truth @ (tokens, tokens * (start + tokens / 2))
+            prices.computed(start, tokens, exact * math.exp(error * chance.standard_normal()))
+        foreseen, doubt = prices.recompute_s(0, 3000), prices.recompute_doubt_s([0], [3000])
+        assert foreseen is not None
+        assert doubt[0] < 0.5 * foreseen, "it would never be believed"
+        covered += foreseen + doubt[0] >= truth @ (3000, 3000 * 1500)
+    assert covered > 70
 
 
 def test_exploring_costs_a_small_share_and_happens():

@@ -235,7 +235,8 @@ class MoverConfig(_Section):
     restore: Literal["auto", "always"] = Field(
         default="auto",
         description="Which cached pages are brought up. `auto`: as many of a prefix's first ones as are faster to restore than to compute "
-        "again, once the engine tells what computing takes (`record_prefill`). `always`: all of them.",
+        "again, once the engine tells what computing takes (`record_prefill`); what that says too little about counts for restoring. "
+        "`always`: all of them.",
     )
     prefetch_budget_bytes: Bytes | None = Field(
         default=None,
