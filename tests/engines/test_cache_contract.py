@@ -37,6 +37,7 @@ from tests.engines.rig import GENERATE, PROMPT, SIZES, evict_everything, llama, 
 SHORT = PROMPT[::-1][:60]
 LOUD: dict[str, Any] = {"initializer_range": 0.15, "num_hidden_layers": 2, **SIZES}
 """Weights so large that predictions hang on the context."""
+ENDLESS: dict[str, Any] = {"eos_token_id": None, "bos_token_id": None, "initializer_range": 0.15}
 MANY: dict[str, Any] = {key: value for key, value in LOUD.items() if key != "num_key_value_heads"}
 
 
@@ -137,9 +138,6 @@ def test_kinds_of_models(tmp_path, foreign):
             assert session.generate(PROMPT, **GENERATE) == theirs
             assert session.restored == restored
             evict_everything(cache)
-
-
-ENDLESS = {"eos_token_id": None, "bos_token_id": None, "initializer_range": 0.15}
 
 
 @pytest.mark.parametrize("extra", [1, 16, 37])
