@@ -80,7 +80,9 @@ def test_what_torch_raises_after_a_sticky_error_is_a_device_error(gpu, monkeypat
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
     for ask in (gpu.memory, gpu.report):
-        with pytest.raises(DeviceError, match="the GPU does not say what memory it has: CUDA error: an illegal memory access was encountered$"):
+        with pytest.raises(
+            DeviceError, match="the GPU does not say what memory it has: CUDA error: an illegal memory access was encountered$"
+        ):
             ask()
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1, 2))
     monkeypatch.setattr(torch.cuda, "get_device_capability", fail)
