@@ -1,7 +1,8 @@
 """Serving engines and cache servers as processes: how they are started, asked, measured and stopped. What `engines.py` compares.
 
-Each is the leader of a session of its own, so that its children are counted and stopped with it, and nobody else's. All engines get the
-same number of threads, given: left to itself, vLLM takes one fewer in some configurations than in others. State: the processes.
+Each has a session of its own, so that its children are counted and stopped with it, and nobody else's; all of them end when the benchmark
+is killed (`leash.py`). All engines get the same number of threads, given: left to itself, vLLM takes one fewer in some configurations than
+in others. State: the processes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import contextlib
 import json
 import os
 import select
-import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +23,7 @@ from typing import Any
 from kvtier.errors import KVTierError
 
 from .contestants import GIB, LAYOUT, SYSTEMS, Place
+from .leash import leashed
 
 START_S, ANSWER_S, STOP_S = 180.0, 60.0, 60.0
 """How long a process may take to be up, an engine to answer, a process to stop."""
@@ -50,19 +51,27 @@ class EngineSetUp:
 
 
 class Process:
-    """A process that leads a session; `log` gets what it says on standard error."""
+    """A process with a session of its own; `log` gets what it says on standard error, in the folder of all files of this run."""
 
     def __init__(self, name: str, command: Sequence[str], variables: dict[str, str], log: Path) -> None:
         self.name, self.log = name, log
-        with log.open("ab") as errors:
-            self.child = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=os.environ | variables,
-                start_new_session=True,
-            )
+        held, self._leash = os.pipe()
+        try:
+            with log.open("ab") as errors:
+                self.child = subprocess.Popen(
+                    leashed(held, log.parent, command),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    env=os.environ | variables,
+                    start_new_session=True,
+                    pass_fds=(held,),
+                )
+        except BaseException:
+            os.close(self._leash)
+            raise
+        finally:
+            os.close(held)
 
     def cpu_s(self) -> float:
         """CPU seconds that the living processes of this session took so far."""
@@ -91,10 +100,15 @@ class Process:
         except subprocess.TimeoutExpired:
             raise self.failed(f"did not stop within {STOP_S:.0f} s") from None
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.child.pid, signal.SIGKILL)
-            self.child.wait()
+            self.end()
             self.child.stdout.close()
+
+    def end(self) -> None:
+        """End it and all that it started, now."""
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._leash, b".")
+        os.close(self._leash)
+        self.child.wait()
 
     def ask_to_end(self) -> None:
         """Beyond the end of its standard input."""
@@ -154,8 +168,7 @@ class Engine(Process):
         try:
             self._hear(START_S)
         except BaseException:
-            os.killpg(self.child.pid, signal.SIGKILL)
-            self.child.wait()
+            self.end()
             raise
 
     def ask(self, prompt: Sequence[int], new_tokens: int) -> Answer:

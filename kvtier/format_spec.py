@@ -20,6 +20,8 @@ NOT_FOR_KEYS = {"sparse24": "0.43 nats of KL, 30 to 50 times the damage of 4-bit
 """Codecs that are refused for keys unless written with `FORCE` behind the name, and what they cost there."""
 
 FORCE = "!"
+_LIKE = 0.5
+"""How like a codec's name an unknown one must be to be taken for it: these names are so short that one letter of two is much."""
 
 STAGES = ("lz4", "zstd")
 """Lossless byte stages over the whole payload."""
@@ -117,8 +119,8 @@ def _codecs(text: str, given: str) -> tuple[str, str]:
         if not name:
             raise ConfigError(f"page format {given!r}: {'it is empty' if not given else 'a codec is missing'}; known: {', '.join(CODECS)}")
         if name not in CODECS:
-            nearest = difflib.get_close_matches(name, CODECS, n=1, cutoff=0.0)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ";"
+            nearest = difflib.get_close_matches(name, CODECS, n=1, cutoff=_LIKE)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
             raise ConfigError(f"unknown page format {given!r}: {name!r} is no codec{hint} Known: {', '.join(CODECS)}")
     if plain_keys in NOT_FOR_KEYS and keys == plain_keys:
         raise ConfigError(

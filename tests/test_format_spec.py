@@ -66,6 +66,7 @@ def test_layers_in_a_mapping_may_be_texts_and_numbers() -> None:
         ("q8/q9", "'q9' is no codec; did you mean 'q"),
         ("q4;0:sparse", "'sparse' is no codec; did you mean 'sparse24'"),
         ("Q8_0", "did you mean 'q8_0'"),
+        ("nope", "'nope' is no codec. Known: raw, fp8, q8"),
         ("raw+lz5", "no byte stage is called 'lz5'; known: lz4, zstd"),
         ("raw+", "no byte stage is called ''"),
         ("raw+lz4+zstd", "no byte stage is called 'lz4+zstd'"),

@@ -53,12 +53,14 @@ def tune(
     from kvtier.config import load_config
     from kvtier.replay.runs import check_policies
     from kvtier.replay.show import check_plot_target
-    from kvtier.tune.evidence import Evidence, commented_yaml, plot_trials, print_evidence, write_whole
+    from kvtier.tune.annotated import commented_yaml, require_ruamel
+    from kvtier.tune.evidence import Evidence, heading, plot_trials, print_evidence, write_whole
     from kvtier.tune.judge import Judge, check_replayable, mean_first
     from kvtier.tune.search import StudyFile, require_optuna
     from kvtier.tune.space import Space
 
     require_optuna()
+    require_ruamel()
     target = _target(out, config)
     limit_s = _seconds(time_limit)
     names = check_policies(policy.split(","))
@@ -130,7 +132,7 @@ def tune(
     if plot is not None:
         plot_trials([trial.ratio for trial in found.trials], compared, plot)
     if evidence.refusal is None:
-        write_whole(target, commented_yaml(config, evidence))
+        write_whole(target, commented_yaml(config, evidence.values, evidence.before, heading(evidence)))
         console.print(f"{target}: written")
     write_json(evidence.as_json(str(target)), json)
     if evidence.refusal is not None:

@@ -31,6 +31,8 @@ class Origin:
 
 
 DEFAULT = Origin("default")
+_LIKE = 0.6
+"""How like another key an unknown one must be to be taken for it: difflib's own measure of a close match."""
 
 
 @dataclass(frozen=True)
@@ -196,13 +198,23 @@ def _check_underscores(variable: str) -> None:
 
 
 def _unknown(key: str, where: str) -> ConfigError:
+    """The error names the nearest known key or, where none is near, those that are known in this place."""
     given = re.sub(r"\[[0-9]+\]", "[]", key)
+    known = list(_known_keys())
 
-    def likeness(known: str) -> float:
-        names = given.rpartition(".")[2], known.rpartition(".")[2]
-        return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in ((given, known), names))
+    def likeness(other: str) -> float:
+        names = given.rpartition(".")[2], other.rpartition(".")[2]
+        return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in ((given, other), names)) / 2
 
-    return ConfigError(f"{where}: unknown key {key!r}; the nearest known key is {max(_known_keys(), key=likeness)}")
+    nearest, above = max(known, key=likeness), given.rpartition(".")[0]
+    siblings = [other for other in known if other.rpartition(".")[0] == above]
+    if likeness(nearest) >= _LIKE:
+        hint = f"the nearest known key is {nearest}"
+    elif siblings:
+        hint = f"the keys of {above} are {', '.join(siblings)}" if above else f"the sections and keys are {', '.join(siblings)}"
+    else:
+        hint = f"{above} is a key without keys of its own" if above in known else "`kvtier config show` lists all keys"
+    return ConfigError(f"{where}: unknown key {key!r}; {hint}")
 
 
 def _known_field(key: str, where: str) -> FieldInfo:

@@ -205,7 +205,8 @@ class Nvidia(Accelerator):
         return self._driver.relaxed()
 
     def memory(self) -> tuple[int, int]:
-        free, total = torch.cuda.mem_get_info(self.device)
+        with _failures("the GPU does not say what memory it has"):
+            free, total = torch.cuda.mem_get_info(self.device)
         return int(free), int(total)
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
@@ -245,7 +246,8 @@ class Nvidia(Accelerator):
 
     def report(self) -> dict[str, object]:
         free, total = self.memory()
-        major, minor = torch.cuda.get_device_capability(self.device)
+        with _failures("the GPU does not say what it is"):
+            (major, minor), peers = torch.cuda.get_device_capability(self.device), self._peers()
         return {
             "gpu": self.name,
             "compute_capability": f"{major}.{minor}",
@@ -253,7 +255,7 @@ class Nvidia(Accelerator):
             "gpu_memory_free_bytes": free,
             "batch_copies": self._driver.has_batch_copies,
             "memory_can_grow": self._driver.has_virtual_memory,
-            "peers": [f"cuda:{peer}" for peer in self._peers()],
+            "peers": [f"cuda:{peer}" for peer in peers],
         }
 
     def _peers(self) -> list[int]:

@@ -123,7 +123,7 @@ class Accelerator(ABC):
 
     @abstractmethod
     def memory(self) -> tuple[int, int]:
-        """Bytes that are free on this device, and bytes that it has."""
+        """Bytes that are free on this device, and bytes that it has. DeviceError from a device that answers nothing any more."""
 
     @abstractmethod
     def allocate(self, size_bytes: int) -> torch.Tensor:
@@ -157,4 +157,4 @@ class Accelerator(ABC):
 
     @abstractmethod
     def report(self) -> dict[str, object]:
-        """What this device is and can, for `stats()` and `kvtier doctor`."""
+        """What this device is and can, for `stats()` and `kvtier doctor`. DeviceError as `memory`."""

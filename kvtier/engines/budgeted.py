@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from kvtier.cache import TieredKVCache
+from kvtier.engines.fed import check_mask
 from kvtier.engines.models import check_named
 from kvtier.errors import LayoutError, MissingExtra, ModelError
 from kvtier.leases.budget import BudgetedLease
@@ -96,6 +97,7 @@ class BudgetedCache(Cache):  # type: ignore[misc]
         ids = named.get("input_ids", inputs[0] if inputs else None)
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or len(ids) != 1:
             raise LayoutError("on a device budget a forward pass needs the input_ids of one sequence, [1, tokens]: pages are named by them")
+        check_mask(named.get("attention_mask"), [0], len(ids))
         self._keep_full_pages()
         self._fed += ids[0].tolist()
 

@@ -35,7 +35,7 @@ class Prefix:
         """K and V of one layer, each `[prompts, kv_heads, columns, head_dim]`; zeros where there is padding."""
         pool = self.leases[0].layer(layer)
         device = device or pool.device
-        if len(self.leases) == 1:
+        if self.columns == self.tokens[0] and len(self.leases) == 1:
             planes = _planes(self.leases[0], layer, self.tokens[0]).to(device)
             return planes[0][None], planes[1][None]
         _, _, _, kv_heads, head_dim = pool.shape

@@ -64,6 +64,35 @@ class Fed:
         return [Row(row.prompt, row.token_ids[self._padding[row.prompt] :]) for row in rows]
 
 
+def check_mask(mask: object, padding: Sequence[int], rows: int) -> None:
+    """LayoutError unless a model's attention mask, None or `[rows, columns]`, hides the left padding of each prompt and nothing else.
+
+    What stands behind a hidden token is not the KV of the tokens it would be named by. Waits for a GPU that has the mask. A mask of
+    another form is not looked at.
+    """
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and len(mask) == rows and rows % len(padding) == 0:
+        left = torch.tensor(padding, device=mask.device).repeat_interleave(rows // len(padding))
+        good = torch.equal(mask != 0, torch.arange(mask.shape[1], device=mask.device) >= left[:, None])
+    else:
+        good = mask is not None or not any(padding)
+    if not good:
+        raise LayoutError(
+            f"the attention mask hides something else than this cache's padding ({', '.join(map(str, padding))} columns at the left); give "
+            "the model what left_padded makes of these sequences, or this cache the mask too: TieredCache(..., attention_mask=mask)"
+        )
+
+
+def unpadded(token_ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    """The sequences of a batch `[sequences, tokens]` that is padded on the left, as its mask says. LayoutError for any other mask."""
+    shown = mask != 0
+    if token_ids.shape != mask.shape or mask.ndim != 2 or not bool(shown[:, -1].all()) or bool((shown[:, :-1] & ~shown[:, 1:]).any()):
+        raise LayoutError(
+            f"an attention mask of shape {list(mask.shape)} for tokens of shape {list(token_ids.shape)}: expected [sequences, tokens] for "
+            "both, zeros at the left of each sequence (its padding) and ones from there on"
+        )
+    return [row[kept].tolist() for row, kept in zip(token_ids, shown, strict=True)]
+
+
 def _fed(rows: list[Row], ids: list[list[int]]) -> list[Row]:
     times, left = divmod(len(ids), len(rows))
     if left or not times:

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from kvtier.blocks import BlockStore, require_lossless
-from kvtier.engines.settings import store_config, stored_block_bytes
+from kvtier.engines.settings import check_new_store, store_config, stored_block_bytes
 from kvtier.engines.versions import require_engine
 from kvtier.errors import Closed, KVTierError, LayoutError
 from kvtier.tiers.lent import BlockLayout
@@ -32,8 +32,9 @@ Completion = tuple[int, bool, str, list[bool] | None]
 class KvtierL2:
     """LMCache's six methods, and `submit_batch_delete`, over a `kvtier.blocks.BlockStore`. `settings`: kvtier's dotted keys, and `config`.
 
-    LMCache does not say beforehand how large a chunk is: a store that is there already is opened at once, a new one with the first chunk.
-    Chunks of another size than the store's are refused; give each model and chunk size a server and a directory of its own.
+    LMCache does not say beforehand how large a chunk is: a store that is there already is opened at once, a new one with the first chunk;
+    but whether there can be one is known at once (ConfigError, StoreError, StoreLocked). Chunks of another size than the store's are
+    refused; give each model and chunk size a server and a directory of its own.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -45,6 +46,8 @@ class KvtierL2:
         self._completed: list[Completion] = []
         self._closed = False
         known = stored_block_bytes(self._config)
+        if known is None:
+            check_new_store(self._config)
         self._store = None if known is None else self._open(known)
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 

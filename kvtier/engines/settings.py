@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kvtier.config import Config, load_config
 from kvtier.errors import ConfigError
-from kvtier.tiers.disk.directory import read_description
+from kvtier.tiers.disk.directory import StoreDirectory, read_description
 
 LOSSLESS = "raw+lz4"
 """The format of stores unless the configuration names another: most engines do not say what is inside their blocks."""
@@ -36,3 +36,16 @@ def stored_block_bytes(config: Config) -> int | None:
     """
     found = read_description(Path(config.disk.path)) if config.disk is not None else None
     return None if found is None else found.layout.page_bytes
+
+
+def check_new_store(config: Config) -> None:
+    """Errors as of opening the store that `config` names, as far as they hang on its directory; leaves there what was there before.
+
+    For doors that open theirs with the first block, long after whoever configured them stopped looking.
+    """
+    if config.disk is not None:
+        directory = StoreDirectory(Path(config.disk.path))
+        try:
+            directory.check_space(config.disk.capacity_bytes)
+        finally:
+            directory.give_up()

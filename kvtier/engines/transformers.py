@@ -15,7 +15,7 @@ import torch
 from kvtier.cache import TieredKVCache
 from kvtier.engines.budgeted import BudgetedCache, Select
 from kvtier.engines.dense import Prefix, TieredLayer
-from kvtier.engines.fed import Fed, Row
+from kvtier.engines.fed import Fed, Row, check_mask, unpadded
 from kvtier.engines.models import cache_argument, check_named
 from kvtier.engines.stopwatch import Stopwatch
 from kvtier.errors import LayoutError, MissingExtra, ModelError
@@ -81,23 +81,35 @@ class TieredCache(Cache):  # type: ignore[misc]
             output = model.generate(input_ids=torch.tensor([ids]), cache=past, ...)
             past.commit(output)
 
-    or, for a batch (`token_ids` a list of sequences), all of them as `left_padded(...)`. `salt` is one for all or one per sequence.
+    or, for a batch (`token_ids` a list of sequences), all of them as `left_padded(...)`. `salt` is one for all or one per sequence. What a
+    tokenizer padded, on the left, is given with its mask: `TieredCache(cache, ids, attention_mask=mask, model=model)`.
 
     At most all but one token are restored, because a model needs one to predict the next. `restored` counts them, over the batch;
     `restored_each` by sequence: the rows of a batch end in the same column, so each computes as many tokens as the row that needs most.
-    `model` lets kvtier see what each row of the cache was fed (`commit`); without it a batch that grew (beams) cannot be committed.
+    `model` lets kvtier see what each row of the cache was fed (`commit`), and whether its mask hides this padding and nothing else, which
+    is a LayoutError before anything is computed; without it a batch that grew (beams) cannot be committed. Not to be copied: a second
+    cache of the same sequence shares its pages.
     """
 
-    def __init__(self, cache: TieredKVCache, token_ids: Sequences, salt: str | Sequence[str] = "", model: Any = None) -> None:
+    def __init__(
+        self,
+        cache: TieredKVCache,
+        token_ids: Sequences,
+        salt: str | Sequence[str] = "",
+        model: Any = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> None:
         check_named(cache)
-        sequences = _sequences(token_ids)
+        sequences = _sequences(token_ids if attention_mask is None else unpadded(torch.as_tensor(token_ids), attention_mask))
+        width = max(map(len, sequences)) if attention_mask is None else attention_mask.shape[1]
         salts = [salt] * len(sequences) if isinstance(salt, str) else list(salt)
         if len(salts) != len(sequences):
             raise LayoutError(f"TieredCache: {len(salts)} salts for {len(sequences)} sequences; give one for all, or one for each")
         self.tiered = cache
         self._hook: Any = None
         self._fed: Fed | None = None
-        self._padding = [max(map(len, sequences)) - len(sequence) for sequence in sequences]
+        self._mask: Any = None
+        self._padding = [width - len(sequence) for sequence in sequences]
         self._leases: list[Lease] = []
         try:
             for sequence, tenant in zip(sequences, salts, strict=True):
@@ -117,6 +129,7 @@ class TieredCache(Cache):  # type: ignore[misc]
             held = [list(sequence[:tokens]) for sequence, tokens in zip(sequences, self.restored_each, strict=True)]
             self._fed = Fed(held, self._padding, prefix.columns)
             self._again = held[0] if len(held) == 1 else []
+            self._unseen = True
             self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def _before_forward(self, _: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -129,10 +142,15 @@ class TieredCache(Cache):  # type: ignore[misc]
             raise LayoutError(
                 f"the forward pass has {len(ids)} sequences and its cache {len(self._leases)}; expected as many, or so many of each"
             )
+        self._mask = named.get("attention_mask")
+        if self._unseen:
+            check_mask(self._mask, self._padding, len(ids))
+            self._unseen = False
         again, self._again = self._again, []
-        if again and ids.shape[0] == 1 and ids[0, : len(again)].tolist() == again:
+        restored = slice(self._padding[0], self._padding[0] + len(again))
+        if again and ids.shape[0] == 1 and ids[0, restored].tolist() == again:
             # Assisted decoding (transformers 5.24) feeds the whole prompt in its first pass, whatever its cache holds already.
-            ids = ids[:, len(again) :]
+            ids = ids[:, restored.stop :]
             inputs, named = ((ids, *inputs[1:]), dict(named)) if "input_ids" not in named else (inputs, {**named, "input_ids": ids})
             if (positions := named.get("position_ids")) is not None:
                 named["position_ids"] = positions[..., -ids.shape[1] :]
@@ -183,6 +201,8 @@ class TieredCache(Cache):  # type: ignore[misc]
         if len(self._leases) == 1 and (prefill := self._stopwatch.result()):
             self.tiered.record_prefill(prefill.start, prefill.tokens, prefill.seconds)
         rows = self._rows(sequences)
+        if self._fed is not None and not self._unseen:
+            check_mask(self._mask, self._padding, len(rows))
         for lease in self._leases:
             lease.wait()
         total = 0
@@ -233,6 +253,9 @@ class TieredCache(Cache):  # type: ignore[misc]
             self._hook.remove()
         for lease in self._leases:
             lease.release()
+
+    def __reduce_ex__(self, _: object) -> Any:
+        raise TypeError("a TieredCache holds leases and cannot be copied; make another one of the same sequence, which shares its pages")
 
     def __enter__(self) -> TieredCache:
         return self

@@ -79,8 +79,9 @@ def load_plan_config(path: Path) -> PlanConfig:
         raise NumaError(f"{path}: expected keys such as group_patterns, with values")
     for key in values:
         if key not in PlanConfig.model_fields:
-            (nearest, *_) = difflib.get_close_matches(str(key), PlanConfig.model_fields, n=1, cutoff=0.0)
-            raise NumaError(f"{path}: unknown key {key!r}; the nearest known key is {nearest}")
+            nearest = difflib.get_close_matches(str(key), PlanConfig.model_fields, n=1)
+            hint = f"the nearest known key is {nearest[0]}" if nearest else f"the known keys are {', '.join(PlanConfig.model_fields)}"
+            raise NumaError(f"{path}: unknown key {key!r}; {hint}")
     try:
         return PlanConfig.model_validate(values)
     except ValidationError as error:

@@ -194,6 +194,8 @@ class LateAccelerator(Accelerator):
     can_grow: bool = True
     fail_at_launch: Exception | None = None
     fail_in_stream: Exception | None = None
+    broken: str = ""
+    """Why it answers nothing any more and launches no copies, as after an error that CUDA calls sticky."""
     fail_after: int = 0
     """How many launches of copies still succeed before `fail_at_launch`."""
     engine: LateStream | None = None
@@ -247,6 +249,7 @@ class LateAccelerator(Accelerator):
             self._own.beside = before
 
     def memory(self) -> tuple[int, int]:
+        self.check_alive()
         return self.total_bytes - self.used_bytes, self.total_bytes
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
@@ -283,6 +286,7 @@ class LateAccelerator(Accelerator):
         return self.files
 
     def report(self) -> dict[str, object]:
+        self.check_alive()
         return {
             "gpu": self.name,
             "compute_capability": "none",
@@ -292,6 +296,11 @@ class LateAccelerator(Accelerator):
         }
 
     # -- for the parts above ---------------------------------------------------------------------------------------------------
+
+    def check_alive(self) -> None:
+        """DeviceError if it is broken."""
+        if self.broken:
+            raise DeviceError(self.broken)
 
     def take(self, size_bytes: int) -> None:
         """Count memory as used (or given back). DeviceError if there is too little."""
@@ -317,6 +326,7 @@ class LateAccelerator(Accelerator):
         """A launch of `count` copies; raises what the test wants it to raise. Lock held."""
         own = threading.current_thread().name.startswith("kvtier")
         assert not own or getattr(self._own, "beside", False), "kvtier's own threads work beside captures only"
+        self.check_alive()
         if self.fail_at_launch is not None:
             if self.fail_after == 0:
                 failure, self.fail_at_launch = self.fail_at_launch, None

@@ -206,14 +206,18 @@ class GpuPool(DevicePool):
     # -- the whole -------------------------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, object]:
+        """What was achieved, and `gpu_failed`: why the GPU says nothing of itself any more, as after an error that CUDA calls sticky."""
         mapped = self._span.mapped_bytes if self._span else self.capacity_bytes
-        return {
+        known: dict[str, object] = {
             **super().report(),
             "memory_bytes": mapped,
             "can_resize": self._span is not None,
             "why_fixed": self._why_fixed,
-            **self.accelerator.report(),
         }
+        try:
+            return {**known, **self.accelerator.report(), "gpu_failed": ""}
+        except DeviceError as error:
+            return {**known, "gpu": self.accelerator.name, "gpu_failed": str(error)}
 
     def check_integrity(self) -> None:
         retired = self.capacity_slots - self._retired_from

@@ -1,20 +1,19 @@
-"""What a search is worth, and how it is told: the verdict on the second half, the commented configuration, table, plot and JSON."""
+"""What a search is worth, and how it is told: the verdict on the second half, a configuration's heading, table, plot and JSON."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from kvtier.errors import KVTierError
+from kvtier.tune.annotated import HEAD, one_line
 from kvtier.tune.judge import Cell, mean_first, mean_second
 from kvtier.tune.space import Values
 
@@ -74,26 +73,6 @@ class Evidence:
         return plain | means | {"written": None if self.refusal else out, "refusal": self.refusal, "cells": cells}
 
 
-def commented_yaml(source: Path | None, evidence: Evidence) -> str:
-    """The keys of the file `source` (None: there is none) with the tuned values in their places; every changed one says what it was."""
-    values: dict[str, Any] = {} if source is None else yaml.safe_load(source.read_text(encoding="utf-8")) or {}
-    for key, value in evidence.values.items():
-        section, _, name = key.partition(".")
-        values[section] = {**(values.get(section) or {}), name: value}
-    lines = [*_heading(evidence)]
-    for section, keys in values.items():
-        lines.append("")
-        if not isinstance(keys, Mapping):
-            lines.append(f"{section}: {_one_line(keys)}")
-            continue
-        lines.append(f"{section}:")
-        for name, value in keys.items():
-            key = f"{section}.{name}"
-            was = evidence.before.get(key, value)
-            lines.append(f"  {name}: {_one_line(value)}" + (f" # tuned; was {_one_line(was)}" if was != value else ""))
-    return "\n".join(lines) + "\n"
-
-
 def write_whole(path: Path, text: str) -> None:
     """Write the file, or leave what is there as it is. KVTierError if it cannot be written."""
     try:
@@ -125,7 +104,7 @@ def print_evidence(console: Console, evidence: Evidence) -> None:
     console.print(table)
     for key, value in evidence.values.items():
         if evidence.before[key] != value:
-            console.print(f"{key}: {_one_line(evidence.before[key])} -> {_one_line(value)}")
+            console.print(f"{key}: {one_line(evidence.before[key])} -> {one_line(value)}")
 
 
 def plot_trials(ratios: Sequence[float], given: float, path: Path) -> None:
@@ -143,9 +122,10 @@ def plot_trials(ratios: Sequence[float], given: float, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _heading(evidence: Evidence) -> list[str]:
+def heading(evidence: Evidence) -> list[str]:
+    """How a configuration was found, as the comment at its head."""
     lines = [
-        f"# Tuned by kvtier {evidence.version}: {evidence.command}",
+        f"{HEAD} {evidence.version}: {evidence.command}",
         *textwrap.wrap(
             f"From {evidence.config}, by {evidence.trials} trials (seed {evidence.seed}; ended by: {evidence.ended}) on the first half of "
             "each trace, checked on the second. Token hit ratios:",
@@ -164,11 +144,6 @@ def _heading(evidence: Evidence) -> list[str]:
         moved = [sum(cell.moved_pages for cell in cells) for cells in (evidence.given, evidence.tuned)]
         lines += ["#", f"# Pages that travelled between tiers: {moved[0]:,} as given, {moved[1]:,} tuned."]
     return lines
-
-
-def _one_line(value: object) -> str:
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=2**31, sort_keys=False, allow_unicode=True)
-    return text.removesuffix("...\n").strip()
 
 
 def _figures(cell: Cell) -> dict[str, float]:

@@ -112,7 +112,6 @@ def test_values_from_text_are_yaml_but_text_keys_take_text_as_it_is():
         ("mover.page_tokens", "pages.page_tokens"),
         ("polcy", "policy"),
         ("disk.pth", "disk.path"),
-        ("host.format.x", "host.format"),
         ("policy.treshold", "policy.eviction_threshold"),
     ],
 )
@@ -129,6 +128,21 @@ def test_an_unknown_key_anywhere_names_the_place_the_key_and_the_nearest_one(key
             assert refusal(path) == f"{path}: {end}"
     with pytest.raises(ConfigError, match=f"nearest known key is {nearest}"):
         parse_assignments([f"{key}=1"])
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("foo", "the sections and keys are model, pages, device, host, disk, policy, mover"),
+        ("model.xyzzy", "the keys of model are model.name, model.revision"),
+        ("host.format.x", "host.format is a key without keys of its own"),
+        ("gpu.banana", "`kvtier config show` lists all keys"),
+    ],
+)
+def test_where_no_key_is_near_none_is_named_as_if_it_were(key, hint):
+    said = refusal(overrides={key: 1})
+    assert said.startswith(f"argument {key}: unknown key {key!r}; {hint}")
+    assert "nearest" not in said
 
 
 def test_an_unknown_key_in_a_band_is_found():

@@ -312,6 +312,22 @@ def test_a_cache_whose_gpu_does_nothing_any_more_closes_the_rest_all_the_same(mo
         assert disk._was_clean
 
 
+def test_of_a_gpu_that_answers_nothing_any_more_all_that_is_known_is_told_and_why_there_is_no_more(monkeypatch):
+    with gpu_cache(monkeypatch) as cache:
+        put(cache, run(1, 4))
+        push_out(cache)
+        cache.flush()
+        before = cache.stats()
+        assert before["tiers"]["device"]["achieved"]["gpu_failed"] == ""
+        gpu_of(cache).broken = "an illegal memory access was encountered"
+        after = cache.stats()
+        achieved = after["tiers"]["device"].pop("achieved")
+        assert achieved["gpu_failed"] == "an illegal memory access was encountered"
+        assert (achieved["gpu"], achieved["slots"]) == ("a stand-in", before["tiers"]["device"].pop("achieved")["slots"])
+        assert (after["tiers"]["device"], after["pages"]) == (before["tiers"]["device"], before["pages"])
+        gpu_of(cache).broken = ""
+
+
 @pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("host_format", ["raw", "q8"])
 def test_of_a_restore_without_a_single_good_page_nothing_comes(monkeypatch, host_format, ahead):

@@ -74,6 +74,22 @@ def test_memory_is_given_out_only_when_what_was_launched_on_it_is_over(gpu, monk
     assert waited == [gpu.device]
 
 
+def test_what_torch_raises_after_a_sticky_error_is_a_device_error(gpu, monkeypatch):
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be ...")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+    for ask in (gpu.memory, gpu.report):
+        with pytest.raises(
+            DeviceError, match="the GPU does not say what memory it has: CUDA error: an illegal memory access was encountered$"
+        ):
+            ask()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1, 2))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", fail)
+    with pytest.raises(DeviceError, match="the GPU does not say what it is: CUDA error"):
+        gpu.report()
+
+
 @pytest.fixture
 def capturing(monkeypatch):
     """The second device's current stream captures a graph, the first one's does not."""

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +17,7 @@ from benchmarks.serving import Answer
 from benchmarks.workloads import Request
 from kvtier.cli import main
 from kvtier.errors import KVTierError
+from tests.benchmarks.test_leash import MARK, marked, soon
 
 
 @pytest.mark.timeout(900)  # three engines start, one after the other
@@ -36,3 +42,17 @@ def test_a_prompt_that_is_not_found_stops_the_measurement():
     engines.check("kvtier-q8", Request("cold", [7] * 400, 0), Answer(1.9, 2.0, 0, 8))
     with pytest.raises(KVTierError, match="0 tokens of a prompt were found, of 390"):
         engines.check("kvtier-q8", back, Answer(1.9, 2.0, 0, 8))
+
+
+@pytest.mark.timeout(600)  # two engines and a server start
+def test_a_run_that_is_killed_while_it_starts_its_systems_leaves_nothing(tmp_path):
+    options = ["--tiny", "--systems", "plain,lmcache-fs", "--workload", "documents", "--path", str(tmp_path)]
+    with subprocess.Popen([sys.executable, "-m", "kvtier", "bench", "engines", *options], env=os.environ | {MARK: str(tmp_path)}) as run:
+        while not list(tmp_path.glob("*/lmcache-fs.log")):
+            assert run.poll() is None
+            time.sleep(0.1)
+        assert any("lmcache" in Path(f"/proc/{number}/cmdline").read_text() for number in marked(tmp_path)), "its server runs"
+        run.kill()
+    assert soon(lambda: not marked(tmp_path))
+    assert soon(lambda: not list(tmp_path.iterdir()))
+    assert not list(Path("/dev/shm").glob(f"*kvtier-bench-{run.pid}*"))

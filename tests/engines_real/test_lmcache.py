@@ -83,6 +83,30 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path):
     adapter.close()
 
 
+def test_a_store_that_cannot_be_is_told_at_once_and_nothing_is_left_there(tmp_path):
+    (tmp_path / "file").write_text("somebody's")
+    for path, wrong, says in (
+        (tmp_path / "file" / "store", ConfigError, "cannot be created or written: Not a directory; name a writable directory"),
+        (Path("/proc/store"), ConfigError, "disk.path /proc/store cannot be created or written: "),
+        (tmp_path, StoreError, r"no disk store and not empty \(file\)"),
+    ):
+        with pytest.raises(wrong, match=says):
+            KvtierL2(**settings(path))
+    with pytest.raises(ConfigError, match=r"disk.capacity_bytes is .* lower it"):
+        KvtierL2(**settings(tmp_path / "new", **{"disk.capacity_bytes": 1 << 60}))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    KvtierL2(**settings(tmp_path / "new")).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_server_does_not_start_on_a_store_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    command, _ = server_command(tmp_path / "file" / "store")
+    done = subprocess.run(command, env=os.environ | {"LMCACHE_TRACK_USAGE": "false"}, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "cannot be created or written: Not a directory; name a writable directory" in (done.stdout + done.stderr).splitlines()[-1]
+
+
 def l2_adapter(path: Path) -> dict[str, Any]:
     # --- docs/lmcache.md: --l2-adapter
     return {
@@ -94,15 +118,20 @@ def l2_adapter(path: Path) -> dict[str, Any]:
     # ---
 
 
-@contextlib.contextmanager
-def server(path: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """An LMCache server with kvtier under it, and its port."""
+def server_command(path: Path) -> tuple[list[str], int]:
+    """That starts an LMCache server with kvtier under it, and the port it will listen to."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     options = ["--host", "localhost", "--port", str(port), "--chunk-size", "256", "--l1-size-gb", "1", "--eviction-policy", "LRU"]
     options += ["--disable-observability", "--supported-transfer-mode", "engine_driven", "--l2-adapter", json.dumps(l2_adapter(path))]
-    command = [sys.executable, "-m", "lmcache.v1.multiprocess.server", *options]
+    return [sys.executable, "-m", "lmcache.v1.multiprocess.server", *options], port
+
+
+@contextlib.contextmanager
+def server(path: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """An LMCache server with kvtier under it, and its port."""
+    command, port = server_command(path)
     with log.open("wb") as out:
         child = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | {"LMCACHE_TRACK_USAGE": "false"})
         try:

@@ -283,27 +283,6 @@ class TestDamaged:
         assert reasons == {"checksum"}
 
 
-class TestQuantized:
-    """8 bits on the host."""
-
-    settings: ClassVar[dict[str, Any]] = {"host__format": "q8", "host__capacity_bytes": "40MiB", "device__capacity_bytes": "50MiB"}
-    options: ClassVar[dict[str, Any]] = {}
-
-    def test_most_tokens_are_the_same(self, talk):
-        prompts = [talk.prompt(4 * BLOCK + 11, 200 * at) for at in range(4)]
-        own = []
-        for prompt in prompts:
-            talk.ask(prompt, tokens=12)
-            own.append(talk.ask(prompt, tokens=12)[1])
-        talk.forget()
-        agreed = 0
-        for prompt, said in zip(prompts, own, strict=True):
-            cached, restored = talk.ask(prompt, tokens=12)
-            assert cached == 4 * BLOCK
-            agreed += sum(ours == theirs for ours, theirs in zip(restored, said, strict=True))
-        assert agreed >= 0.75 * 12 * len(prompts)
-
-
 @pytest.mark.parametrize(
     ("settings", "options", "message"),
     [

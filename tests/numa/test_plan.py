@@ -137,6 +137,7 @@ def test_a_socket_without_memory_cannot_hold_a_groups_memory(tmp_path):
     ("text", "message"),
     [
         ("group_pattern: [a]", "unknown key 'group_pattern'; the nearest known key is group_patterns"),
+        ("foo: [a]", "unknown key 'foo'; the known keys are machine, groups_per_socket, "),
         ("group_patterns: ['(']", "group_patterns.0: '\\(' is not a regular expression"),
         ("group_patterns: ['']", "an empty pattern would match everything"),
         ("group_patterns: []", "group_patterns"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from kvtier.config import load_config
 from kvtier.errors import KVTierError
-from kvtier.tune.evidence import LEAST_GAIN, Evidence, commented_yaml, write_whole
+from kvtier.tune.annotated import commented_yaml
+from kvtier.tune.evidence import LEAST_GAIN, Evidence, heading, write_whole
 from kvtier.tune.judge import Cell
 from kvtier.tune.space import Values
 
@@ -26,14 +29,67 @@ def test_everything_that_was_there_is_there_afterwards(tmp_path: Path, path: Pat
     values: Values = {"policy.name": "arc", "policy.time_decay_factor": 1e-05, "host.write_policy": "write_through"}
     before: Values = {"policy.name": "lru", "policy.time_decay_factor": 0.05, "host.write_policy": "write_through"}
     out = tmp_path / "out.yaml"
-    write_whole(out, commented_yaml(path, evidence(0.1, 0.1, values, before)))
+    write_whole(out, commented_yaml(path, values, before, heading(evidence(0.1, 0.1))))
     assert load_config(out, env={}) == load_config(path, env={}, overrides=values)
-    assert "name: arc # tuned; was lru" in out.read_text()
+    assert re.search(r"  name: arc +# (.* \()?tuned; was lru", out.read_text())
     assert "write_policy: write_through\n" in out.read_text()
+
+    comments = [line.strip() for line in path.read_text().splitlines() if line.strip().startswith("#")]
+    assert comments
+    assert [line for line in out.read_text().splitlines() if line.strip() in comments] == [
+        line for line in path.read_text().splitlines() if line.strip() in comments
+    ]
+
+
+AUTHORS = """\
+# My server.
+
+policy: # ours
+  name: lru
+  # It forgets slowly.
+  time_decay_factor: 0.05 # keep low
+
+host: {write_policy: "write_back", capacity_bytes: 4GiB} # from operations
+mover: null
+# The end.
+"""
+
+
+def test_every_comment_stays_where_it_is_also_when_it_is_tuned_again(tmp_path: Path):
+    values: Values = {"policy.name": "arc", "policy.time_decay_factor": 1e-05, "host.write_policy": "write_through"}
+    before: Values = {"policy.name": "lru", "policy.time_decay_factor": 0.05, "host.write_policy": "write_back"}
+    path = tmp_path / "server.yaml"
+    path.write_text(AUTHORS)
+    tuned = commented_yaml(path, values, before, ["# Tuned by kvtier 0: tune", "# evidence"])
+    assert (
+        tuned
+        == """\
+# Tuned by kvtier 0: tune
+# evidence
+
+# My server.
+
+policy: # ours
+  name: arc # tuned; was lru
+  # It forgets slowly.
+  time_decay_factor: 1.0e-05 # keep low (tuned; was 0.05)
+
+host: # from operations
+  write_policy: "write_through" # tuned; was write_back
+  capacity_bytes: 4GiB
+mover: null
+# The end.
+"""
+    )
+    path.write_text(tuned)
+    again = commented_yaml(path, values, values, ["# Tuned by kvtier 1: tune"])
+    assert "was" not in again
+    assert again.count("# keep low\n") == again.count("# My server.\n") == again.count("Tuned") == 1
+    assert yaml.safe_load(again) == yaml.safe_load(tuned)
 
 
 def test_without_a_file_there_are_only_the_tuned_keys(tmp_path: Path):
-    text = commented_yaml(None, evidence(0.1, 0.1, {"policy.name": "arc"}, {"policy.name": "a2cr"}))
+    text = commented_yaml(None, {"policy.name": "arc"}, {"policy.name": "a2cr"}, ["# head"])
     assert [line for line in text.splitlines() if line and not line.startswith("#")] == ["policy:", "  name: arc # tuned; was a2cr"]
 
 

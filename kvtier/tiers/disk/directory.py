@@ -216,7 +216,7 @@ def read_description(path: Path) -> Description | None:
     where = path / _DESCRIPTION
     try:
         text = where.read_bytes().decode("utf-8", "replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise StoreError(f"{where}: cannot be read: {error.strerror}; {_REMEDY}") from error
