@@ -353,8 +353,9 @@ class FormatContract:
         for kind, stated in (("gaussian", self.gaussian_error), ("outlier channels", self.outlier_error)):
             numbers = make_pages(layout, kind, 2, seed=3).float()
             batch = torch.cat([numbers * scale for scale in (0.01, 1.0, 100.0)]).to(layout.torch_dtype)
-            for decoded, before in zip(self.round_trip(batch, layout).split(2), batch.split(2), strict=True):
-                assert _relative_error(decoded, before) <= stated, kind
+            decoded = self.round_trip(batch, layout)
+            for scaled in (slice(0, 2), slice(2, 4), slice(4, 6)):
+                assert _relative_error(decoded[scaled], batch[scaled]) <= stated, kind
 
     @pytest.mark.parametrize("layout", FULL_SIZE, ids=str)
     def test_coding_twice_adds_no_more_than_coding_once(self, layout: PageLayout) -> None:
