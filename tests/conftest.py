@@ -1,4 +1,5 @@
-"""What holds for all tests, before they import anything: Triton's interpreter where there is no GPU, and no clock in property tests.
+"""What holds for all tests, before they import anything: one thread for torch, Triton's interpreter where there is no GPU, and no
+clock in property tests.
 
 What is decided already, or not needed, is not imported: in an emulated machine that takes half a minute.
 """
@@ -8,6 +9,10 @@ from __future__ import annotations
 import os
 
 import pytest
+
+# Read when torch is imported, also by what tests start. On a busy machine threads that wait for each other, spinning, over tensors as
+# small as these take many times as long as one alone.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if "TRITON_INTERPRET" not in os.environ:
     import torch

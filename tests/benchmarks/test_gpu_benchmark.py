@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import gpu, gpu_check, gpu_direct
+from benchmarks import gpu, gpu_check, gpu_direct, gpu_kernels, gpu_timing
 from benchmarks.measure import Row, Run
 from kvtier.cli.app import app
 from kvtier.errors import KVTierError
@@ -50,7 +50,7 @@ def test_tiny_run_reports_every_row_with_its_ceiling(card):
     assert card.registered == {}, "everything is given back"
 
 
-DIRECT = (gpu.SMALL, 5, 100.0)
+DIRECT = (gpu_timing.SMALL, 5, 100.0)
 
 
 def test_pages_from_disk_are_measured_both_ways_beside_plain_reads(card, tmp_path):
@@ -97,7 +97,7 @@ def test_the_verdict_names_floors_in_both_directions():
 def test_a_sparse_product_that_is_another_one_is_no_figure(card, monkeypatch):
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", torch.zeros_like)
     with pytest.raises(KVTierError, match="semi-structured product is not that of"):
-        gpu._sparse_product(Run(1, tiny=True), card, gpu.TINY)
+        gpu_kernels.sparse_product(Run(1, tiny=True), card, gpu_timing.TINY)
 
 
 @pytest.mark.slow

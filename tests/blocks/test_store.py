@@ -245,12 +245,12 @@ def test_a_corrupted_record_that_is_still_being_read_is_not_taken_for_stored(tmp
     with open_store(tmp_path) as store:
         put(store, 1)
         damage(tmp_path, 1)
-        rows = store._find(store._names(keys(1)))
-        store._table.hold(rows, 0)
+        rows = store._contents.find(keys(1))
+        store._contents.table.hold(rows, 0)
         assert get(store, 1) == [False]
         assert put(store, 1) == [False]
         assert store.exists(keys(1)) == [False]
-        store._unhold(rows)
+        store._contents.unhold(rows)
         assert put(store, 1) == [True]
         assert get(store, 1) == [True]
         store.check_integrity()
@@ -258,8 +258,8 @@ def test_a_corrupted_record_that_is_still_being_read_is_not_taken_for_stored(tmp
 
 def test_other_facts_make_other_keys(tmp_path):
     with open_store(tmp_path / "a") as one, open_store(tmp_path / "b", facts=FACTS | {"rank": 1}) as other:
-        assert set(one._names(keys(*range(9)))).isdisjoint(other._names(keys(*range(9))))
-        assert one._names(keys(1)) == one._names(keys(1))
+        assert set(one._contents._names(keys(*range(9)))).isdisjoint(other._contents._names(keys(*range(9))))
+        assert one._contents._names(keys(1)) == one._contents._names(keys(1))
 
 
 def test_a_full_store_lets_blocks_go_and_never_exceeds_its_room(tmp_path):
@@ -294,7 +294,8 @@ def test_sequences_go_from_their_ends(tmp_path):
 def test_a_chain_may_begin_after_what_is_unknown_or_already_stored_alone(tmp_path):
     with open_store(tmp_path) as store:
         put(store, 5, chain=Chain(key(4), 4))
-        assert sorted(store._table.depth[: store._table.rows].tolist()) == [3, 4]
+        table = store._contents.table
+        assert sorted(table.depth[: table.rows].tolist()) == [3, 4]
         put(store, 4)
         put(store, 3, 4, 5, 6, chain=Chain(key(2), 2))
         assert get(store, 3, 4, 5, 6) == [True] * 4

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from kvtier.cli import main
+
 SMALL = [
     "--sessions=4",
     "--turns=2",
@@ -97,9 +99,9 @@ def test_a_profile_that_damages_the_model_fails_the_run(tmp_path, monkeypatch):
         (["--context-tokens", "20000", "--sessions", "2"], "positions"),
     ],
 )
-def test_bad_input_is_one_line(arguments, said):
-    done = kvtier("run", *arguments)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert len(done.stderr.strip().splitlines()[-1].split("kvtier: error: ")) == 2
-    assert "Traceback" not in done.stderr
+def test_bad_input_is_one_line(capsys, arguments, said):
+    assert main(["run", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.strip().splitlines()[-1].split("kvtier: error: ")) == 2
+    assert "Traceback" not in error
