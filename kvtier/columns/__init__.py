@@ -34,6 +34,9 @@ class TableLoops(Protocol):
     def find(self, row_of: Index, keys: Sequence[bytes], out: Numbers, /) -> int:
         """Rows of the visible prefix of `keys` into `out`; how many."""
 
+    def claim(self, row_of: Index, keys: Sequence[bytes], out: Numbers, /) -> int:
+        """`find`, and one more holder and use of each."""
+
     def names(self, rows: Numbers, out: Numbers, /) -> bool:
         """The first 8 bytes of the keys of `rows` into `out`."""
 
@@ -57,6 +60,25 @@ class TableLoops(Protocol):
 
         -1, and nothing done, where links have to be made, a known key follows an unknown one, or there is no room.
         """
+
+    def settle_chain(
+        self,
+        row_of: Index,
+        keys: Sequence[bytes],
+        before: bytes,
+        depth: int,
+        parent: int,
+        fill: int,
+        size: int,
+        free_count: int,
+        tier: int,
+        slots: Sequence[int],
+        rows: Numbers,
+        parents: Numbers,
+        depths: Numbers,
+        /,
+    ) -> bool:
+        """`add_chain`, `settle` and `links` of pages of which none is known."""
 
     def begin(self, rows: Numbers, tier: int, slots: Sequence[int], /) -> bool:
         """Absent copies become WRITING ones."""

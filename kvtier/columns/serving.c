@@ -1,9 +1,8 @@
-/* What requests do to pages: `touch`, `insert`, and `remember` for those that leave. Every call looks at all its pages first, changes
+/* What requests do to pages: `touch` and `insert`. Every call looks at all its pages first, changes
    nothing where one is unusual, and then goes through them once. */
 #include "spells.h"
 
 #include <stdlib.h>
-#include <string.h>
 
 /* -- kinds -- */
 
@@ -139,20 +138,6 @@ PyObject *touch(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     return failed ? NULL : PyLong_FromLong(due);
 }
 
-/* -- ghosts: a name has two cells beside each other -- */
-
-static Py_ssize_t first_cell(const Spells *s, int64_t name) { return (Py_ssize_t)(((uint64_t)name * 0x9E3779B97F4A7C15u) >> s->shift); }
-
-/* The cell in which a name is remembered, -1 if in none. */
-static Py_ssize_t find(const Spells *s, int64_t name) {
-    const Py_ssize_t first = first_cell(s, name);
-    for (int way = 0; way < 2; way++) {
-        const Py_ssize_t cell = first ^ way;
-        if (s->cell_name[cell] == name && s->cell_last[cell] != -INFINITY) return cell;
-    }
-    return -1;
-}
-
 /* -- insert -- */
 
 /* Pages on their way in, and what is known of them before anything changes. */
@@ -273,7 +258,7 @@ static bool find_ghosts(const Spells *s, Coming *coming) {
     int64_t unknown = 0;
     for (Py_ssize_t i = 0; i < names->count; i++) __builtin_prefetch(s->cell_name + first_cell(s, *row_at(names, i)));
     for (Py_ssize_t i = 0; i < names->count; i++) {
-        const Py_ssize_t cell = coming->ghosts[i] = find(s, *row_at(names, i));
+        const Py_ssize_t cell = coming->ghosts[i] = find_ghost(s, *row_at(names, i));
         if (cell >= 0 && !is_sound(s, s->cell_facts + cell * FACTS)) return false;
         unknown += cell < 0;
         if (*row_at(depths, i) > *row_at(depths, coming->deepest)) coming->deepest = i;
@@ -353,32 +338,4 @@ PyObject *insert(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     rows_close(&coming.names);
     links_close(&coming.links);
     return PyErr_Occurred() ? NULL : PyLong_FromLong(due);
-}
-
-/* -- leaving -- */
-
-/* Of the two cells of a page's name the one to write: that of the other page which was used longer ago. */
-static Py_ssize_t cell_to_write(const Spells *s, int64_t page) {
-    const Py_ssize_t cell = first_cell(s, s->name[page]), other = cell ^ 1;
-    return s->cell_last[other] < s->cell_last[cell] ? other : cell;
-}
-
-PyObject *remember(PyObject *self, PyObject *array) {
-    Spells *s = (Spells *)self;
-    Rows pages;
-    if (!rows_open(&pages, array, false)) return NULL;
-    Py_ssize_t *chosen = malloc(sizeof *chosen * (size_t)(pages.count + 1));
-    const bool usual = chosen && rows_within(&pages, s->pages);
-    for (Py_ssize_t i = 0; usual && i < pages.count; i++) __builtin_prefetch(s->cell_last + first_cell(s, s->name[*row_at(&pages, i)]));
-    /* All are chosen by the times as they were before any of these pages left. */
-    for (Py_ssize_t i = 0; usual && i < pages.count; i++) chosen[i] = cell_to_write(s, *row_at(&pages, i));
-    for (Py_ssize_t i = 0; usual && i < pages.count; i++) {
-        const int64_t page = *row_at(&pages, i);
-        s->cell_name[chosen[i]] = s->name[page];
-        s->cell_last[chosen[i]] = s->ranking->last[page];
-        memcpy(s->cell_facts + chosen[i] * FACTS, s->facts + page * FACTS, sizeof(int64_t) * FACTS);
-    }
-    free(chosen);
-    rows_close(&pages);
-    return PyBool_FromLong(usual);
 }

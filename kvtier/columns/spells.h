@@ -1,6 +1,6 @@
 /* Columns of one A²CR policy as its loops see them: of pages (`kvtier.policy.a2cr`), of kinds (`kvtier.policy.reuse`), of ghosts
-   (`kvtier.policy.memory`), of what LRU would do (`kvtier.policy.guard`). spells.c opens them, serving.c is what happens to pages, scoring.c
-   what pages are worth, guarding.c the counts beside. */
+   (`kvtier.policy.memory`), of what LRU would do (`kvtier.policy.guard`). spells.c opens them, serving.c is what happens to pages, ghosts.c
+   what is remembered of those that left, scoring.c what pages are worth, guarding.c the counts beside. */
 #pragma once
 
 #include "ranking.h"
@@ -61,4 +61,15 @@ long end_call(Spells *s, int64_t spells);
 
 PyObject *touch(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 PyObject *insert(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+
+/* -- ghosts.c -- */
+
+/* The first of the two cells of a name; the other is beside it. */
+static inline Py_ssize_t first_cell(const Spells *s, int64_t name) {
+    return (Py_ssize_t)(((uint64_t)name * 0x9E3779B97F4A7C15u) >> s->shift);
+}
+
+/* The cell in which a name is remembered, -1 if in none. */
+Py_ssize_t find_ghost(const Spells *s, int64_t name);
+
 PyObject *remember(PyObject *self, PyObject *pages);

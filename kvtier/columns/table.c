@@ -128,6 +128,19 @@ static PyObject *find(PyObject *self, PyObject *const *arguments, Py_ssize_t giv
     return found < 0 ? NULL : PyLong_FromSsize_t(found);
 }
 
+static PyObject *claim(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    Rows out;
+    if (expect_arguments("claim(row_of, keys, out)", given, 3) || !rows_open(&out, arguments[2], true)) return NULL;
+    Table *table = (Table *)self;
+    const Py_ssize_t found = walk(table, arguments[0], arguments[1], &out, true);
+    for (Py_ssize_t i = 0; i < found; i++) {
+        table->leases[*row_at(&out, i)]++;
+        table->uses[*row_at(&out, i)]++;
+    }
+    rows_close(&out);
+    return found < 0 ? NULL : PyLong_FromSsize_t(found);
+}
+
 static PyObject *links(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     if (expect_arguments("links(rows, parents, depths)", given, 3)) return NULL;
     const Table *table = (Table *)self;
@@ -253,18 +266,66 @@ static Py_ssize_t extend(Table *table, Chain *chain, const Rows *out) {
     return first;
 }
 
+/* The arguments from row_of to free_count. */
+static Chain chain_of(PyObject *const *arguments, bool *failed) {
+    Chain chain = {.index = arguments[0], .keys = arguments[1], .before = arguments[2]};
+    chain.depth = number_of(arguments[3], failed), chain.parent = number_of(arguments[4], failed);
+    chain.fill = number_of(arguments[5], failed), chain.size = number_of(arguments[6], failed);
+    chain.unused = number_of(arguments[7], failed);
+    return chain;
+}
+
 static PyObject *add_chain(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     if (expect_arguments("add_chain(row_of, keys, before, depth, parent, fill, size, free_count, out)", given, 9)) return NULL;
     bool failed = false;
-    Chain chain = {.index = arguments[0], .keys = arguments[1], .before = arguments[2]};
-    chain.depth = number_of(arguments[3], &failed), chain.parent = number_of(arguments[4], &failed);
-    chain.fill = number_of(arguments[5], &failed), chain.size = number_of(arguments[6], &failed);
-    chain.unused = number_of(arguments[7], &failed);
+    Chain chain = chain_of(arguments, &failed);
     Rows out;
     if (failed || !rows_open(&out, arguments[8], true)) return NULL;
     const Py_ssize_t known_keys = extend((Table *)self, &chain, &out);
     rows_close(&out);
     return known_keys == -2 ? NULL : PyLong_FromSsize_t(known_keys);
+}
+
+/* As `extend` and `settle` where no key is known; parents, depths and, to begin with, the slots go into the other columns. 1 if so, 0 and
+   nothing done if not, -1 with an exception. */
+static int settle_new(Table *table, Chain *chain, int64_t tier, PyObject *slots, const Rows *rows, const Rows *parents, const Rows *depths) {
+    const Py_ssize_t count = item_count(chain->keys);
+    if (count < 0 || item_count(slots) < 0) return -1;
+    const int64_t parent = chain->parent, depth = chain->depth;
+    bool failed = false;
+    bool usual = count && item_count(slots) == count && rows->count == count && parents->count == count && depths->count == count;
+    usual = usual && tier >= 0 && tier < table->tiers && !(depth > 0 && parent == NO_ROW) && has_room(table, chain, count);
+    for (Py_ssize_t i = 0; usual && i < count; i++) {
+        fetch_ahead(chain->keys, i, count);
+        usual = row_of(chain->index, item(chain->keys, i), &failed) == NO_ROW && !failed;
+    }
+    for (Py_ssize_t i = 0; usual && !failed && i < count; i++) *row_at(depths, i) = number_of(item(slots, i), &failed);
+    if (failed || (usual && !are_free_rows(table, chain, count))) return -1;
+    for (Py_ssize_t i = 0; usual && i < count; i++) {
+        *row_at(parents, i) = chain->parent;
+        if (append(table, chain, item(chain->keys, i), !i)) return -1;
+        const int64_t row = *row_at(rows, i) = chain->parent;
+        table->slot[tier * table->cells + row] = *row_at(depths, i);
+        *row_at(depths, i) = depth + i;
+        *((uint8_t *)&table->copies[row] + tier) = READY;
+        table->leases[row]++;
+        table->uses[row]++;
+    }
+    return usual;
+}
+
+static PyObject *settle_chain(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    const char *method = "settle_chain(row_of, keys, before, depth, parent, fill, size, free_count, tier, slots, rows, parents, depths)";
+    if (expect_arguments(method, given, 13)) return NULL;
+    bool failed = false;
+    Chain chain = chain_of(arguments, &failed);
+    const int64_t tier = number_of(arguments[8], &failed);
+    Rows out[3];
+    int opened = 0;
+    while (!failed && opened < 3 && rows_open(&out[opened], arguments[10 + opened], true)) opened++;
+    const int done = opened < 3 ? -1 : settle_new((Table *)self, &chain, tier, arguments[9], &out[0], &out[1], &out[2]);
+    while (opened > 0) rows_close(&out[--opened]);
+    return done < 0 ? NULL : PyBool_FromLong(done);
 }
 
 /* What goes while rows are given up. */
@@ -503,6 +564,7 @@ static PyMethodDef methods[] = {
     {"begin", FAST(begin), NULL},     {"commit", FAST(commit), NULL},   {"drop", FAST(drop), NULL},
     {"lease", lease, METH_O, NULL},   {"use", use, METH_O, NULL},       {"release", FAST(release), NULL},
     {"protect", FAST(protect), NULL}, {"settle", FAST(settle), NULL},   {"links", FAST(links), NULL},
+    {"claim", FAST(claim), NULL},     {"settle_chain", FAST(settle_chain), NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,6 +1,6 @@
 """Pages: the table of which page is where (`table`), and the columns of plain numbers it is made of (`columns`)."""
 
 from kvtier.pages.columns import ABSENT, DEVICE, MOST_TIERS, NO_ROW, NO_TIER, READY, WRITING, Rows
-from kvtier.pages.table import PageTable
+from kvtier.pages.table import Links, PageTable
 
-__all__ = ["ABSENT", "DEVICE", "MOST_TIERS", "NO_ROW", "NO_TIER", "READY", "WRITING", "PageTable", "Rows"]
+__all__ = ["ABSENT", "DEVICE", "MOST_TIERS", "NO_ROW", "NO_TIER", "READY", "WRITING", "Links", "PageTable", "Rows"]

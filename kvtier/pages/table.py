@@ -25,6 +25,9 @@ from kvtier.tiers.base import PageId
 
 _Item = TypeVar("_Item")
 
+Links = tuple[Rows, Rows, NDArray[np.bool_] | None]
+"""What comes before some rows: see `PageTable.links`."""
+
 # Arrays without dimensions: with a Python number, NumPy spends longer on finding the type than on a whole request's rows.
 _ONE = np.array(1)
 _ABSENT, _WRITING, _READY = (np.array(state, np.uint8) for state in (ABSENT, WRITING, READY))
@@ -67,6 +70,16 @@ class PageTable(PageColumns):
         visible = self._copies[rows] & _READY_ANYWHERE
         return rows if np.count_nonzero(visible) == len(rows) else rows[: int((visible != 0).argmin())]
 
+    def claim(self, keys: Sequence[PageKey]) -> Rows:
+        """`find`, `lease` and `use` at once."""
+        if self._loops is not None:
+            rows = np.empty(len(keys), np.int64)
+            return rows[: self._loops.claim(self._row_of, _plain(keys), rows)]
+        rows = self.find(keys)
+        self.lease(rows)
+        self.use(rows)
+        return rows
+
     def ready(self, tier: int) -> Rows:
         """Rows of all pages with a key that have a READY copy in `tier`, prefixes before what follows them. Looks at every row."""
         used = slice(0, self._size)
@@ -94,7 +107,7 @@ class PageTable(PageColumns):
             above |= self.state[warmer][rows] != _ABSENT
         return above
 
-    def links(self, rows: Rows) -> tuple[Rows, Rows, NDArray[np.bool_] | None]:
+    def links(self, rows: Rows) -> Links:
         """The rows before these (NO_ROW where there is none), their depths, and for which attention was reported (None: for none)."""
         if self._loops is not None:
             parents, depths = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
@@ -229,6 +242,21 @@ class PageTable(PageColumns):
             self.lease(rows)
             self.use(rows)
 
+    def settle_chain(
+        self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int, tier: int, slots: Sequence[int]
+    ) -> tuple[Rows, Links]:
+        """`add_chain`, and `settle` and `links` of the rows, which come first. Raises as `settle`: then there are rows, but no copies."""
+        if (loops := self._loops) is not None:
+            count = len(keys)
+            rows, parents, depths = np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.int64)
+            chain = (self._row_of, _plain(keys), before, depth, parent, self.page_tokens, self._size, self._free_count)
+            if loops.settle_chain(*chain, tier, _plain(slots), rows, parents, depths):
+                self._took(count)
+                return rows, (parents, depths, None)
+        rows = self.add_chain(keys, before, depth, parent)
+        self.settle(rows, tier, slots)
+        return rows, self.links(rows)
+
     def commit(self, rows: Rows | Sequence[int], tier: int) -> None:
         """Make WRITING copies visible. IntegrityError, and nothing done, if one of them is not WRITING."""
         rows = np.asarray(rows, np.int64)
@@ -350,10 +378,16 @@ class PageTable(PageColumns):
         known = loops.add_chain(self._row_of, keys, before, depth, parent, self.page_tokens, self._size, self._free_count, rows)
         if known < 0:
             return None
-        missing = len(keys) - known
-        self._size += max(0, missing - self._free_count)
-        self._free_count = max(0, self._free_count - missing)
+        self._took(len(keys) - known)
         return rows
+
+    def _took(self, count: int) -> None:
+        """The loops took so many rows, first from the free list."""
+        left = self._free_count - count
+        if left < 0:
+            self._size -= left
+            left = 0
+        self._free_count = left
 
     def _new_chain(self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int) -> Rows:
         rows = self._take_rows(len(keys))

@@ -187,13 +187,16 @@ class Ranking:
 
     def _first_run(self, wanted: int, protected: Protection, answers: dict[int, bool]) -> tuple[Pages, int | None]:
         """The first pages leave, up to one that may not; that page, None if there were `wanted` or there is no other."""
-        chosen, leave = self._pop(wanted), 0
+        chosen = self._pop(wanted)
         try:
             leave = self._leading(chosen, protected, answers)
-        finally:
-            if leave < len(chosen):
-                self._restore(chosen[leave:])
-        return (chosen, None) if leave == len(chosen) else (chosen[:leave], int(chosen[leave]))
+        except BaseException:
+            self._restore(chosen)
+            raise
+        if leave == len(chosen):
+            return chosen, None
+        self._restore(chosen[leave:])
+        return chosen[:leave], int(chosen[leave])
 
     def _leading(self, chosen: Pages, protected: Protection, answers: dict[int, bool]) -> int:
         """How many of `chosen` leave before the first that may not. Nobody is asked about a page twice."""

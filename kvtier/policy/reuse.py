@@ -102,8 +102,12 @@ class ReuseModel:
         self._began: Reals = np.zeros(COHORTS)
         """When each cohort began, seconds."""
         self._level: Reals = np.zeros(AGES)
+        self._last_age = 0
+        """Nobody was used again at this age or a greater one, by the last fit."""
         self._firsts: Numbers = np.cumsum((0, *sizes))
         """Where the values of each feature begin among those of all."""
+        self._values: Numbers = np.indices(sizes).reshape(len(sizes), -1).T + self._firsts[:-1]
+        """Of each combination and feature the row of `_factors`."""
         self._factors: Reals = np.ones((sum(sizes), AGES))
         """By value of a feature and age, one feature after the other."""
         self._ratios: Reals = np.ones_like(self._factors)
@@ -123,7 +127,8 @@ class ReuseModel:
         """The kinds of pages with these features, given as numbers in mixed radix, the first feature first."""
         kinds = self.kind_of[combined]
         if len(kinds) and kinds[kinds.argmin()] < 0:
-            self._add(np.unique(combined[kinds < 0]))
+            unknown = combined[kinds < 0]
+            self._add(np.unique(unknown) if len(unknown) > 1 else unknown)
             kinds = self.kind_of[combined]
         return kinds
 
@@ -203,6 +208,7 @@ class ReuseModel:
         hits, exposed = self._hits[: self._count], self._exposed[: self._count]
         level = (hits.sum(0) @ SMOOTHING) / (exposed.sum(0) @ SMOOTHING + LEAST_EXPOSURE)
         self._level = np.clip(level, LEAST_HAZARD, MOST_HAZARD)
+        self._last_age = int(np.flatnonzero(self._level > LEAST_HAZARD).max(initial=0)) + 1
         expected = self._expect(exposed)
         for feature, first in enumerate(self._firsts[:-1].tolist()):
             own = slice(first, int(self._firsts[feature + 1]))
@@ -262,7 +268,7 @@ class ReuseModel:
         """
         features, best, chance = self._features[kinds], self.worth[kinds], self.chance[kinds]
         best[:] = LEAST_DENSITY
-        last = int(np.flatnonzero(self._level > LEAST_HAZARD).max(initial=0)) + 1  # nobody was used again at a greater age
+        last = self._last_age
         if (loops := columns.loops()) is not None:
             loops.appraise(self._level, features, self._factors, _WIDTHS, best, chance, last, MOST_HAZARD, LEAST_RUN)
         else:
@@ -292,9 +298,7 @@ class ReuseModel:
             self._grow(max(self._count, 2 * len(self.worth)))
         added = slice(first, self._count)
         self.kind_of[numbers] = np.arange(first, self._count)
-        for feature in range(len(self.sizes) - 1, -1, -1):
-            numbers, values = np.divmod(numbers, self.sizes[feature])
-            self._features[added, feature] = self._firsts[feature] + values
+        self._features[added] = self._values[numbers]
         # Before the first fit, the older the less: the order of LRU.
         if self.fits:
             self._appraise(added)

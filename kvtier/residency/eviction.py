@@ -76,11 +76,11 @@ class Eviction:
         if not len(rows):
             return
         table, heirs = residency.table, rows
-        for below in range(tier + 1, len(residency.tiers)):
+        for below in range(tier + 1, residency.last + 1):
             known = residency.policies[below].here(heirs)
             residency.policies[below].touch(heirs[known], residency.clock())
             heirs = heirs[~known]
-        if tier == DEVICE:
+        if tier == DEVICE and residency.hinted:
             residency.metrics.prefetch.wasted += residency.hinted.unmark(rows)
         residency.metrics.tiers[tier].evicted[reason] += len(rows)
         if residency.watcher is not None:
@@ -128,11 +128,12 @@ class Eviction:
         `hinted`: for pages that a hint is about.
         """
         residency = self._residency
-        slots = residency.tiers[tier].reserve(count)
+        room = residency.tiers[tier]
+        slots = room.reserve(count)
         if slots is not None:
             return slots
         policy, now, pressure = residency.policies[tier], residency.clock(), residency.smoothed_pressure(tier)
-        missing = max(1, count - residency.tiers[tier].free_slots)
+        missing = max(1, count - room.free_slots)
         if tier != residency.last:
             with residency.protecting(tier, hinted) as protected:
                 likely = policy.peek(missing, protected, now, pressure)
@@ -143,7 +144,7 @@ class Eviction:
         if victims is None:
             return None
         self.lose(victims, tier, "room needed")
-        return residency.tiers[tier].reserve(count)
+        return room.reserve(count)
 
     async def reserve(self, tier: int, count: int, priority: Priority = Priority.DEMAND, within_s: float | None = None) -> list[int]:
         """Up to `count` slots of `tier`, evicting and copying down what must leave; fewer when no more can be had.

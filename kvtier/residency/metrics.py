@@ -26,6 +26,11 @@ class TierMetrics:
     refused: Counter[str] = field(default_factory=Counter)
     """Copies that could not be written or did not verify, by reason."""
 
+    def served(self, pages: int, page_tokens: int) -> None:
+        """So many pages more were served."""
+        self.pages_served += pages
+        self.hit_tokens += pages * page_tokens
+
 
 @dataclass
 class LinkMetrics:

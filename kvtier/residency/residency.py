@@ -24,7 +24,7 @@ from kvtier.config import Config
 from kvtier.keys import PageKey
 from kvtier.layout import PageLayout
 from kvtier.mover.mover import Mover
-from kvtier.pages import DEVICE, NO_TIER, READY, PageTable, Rows
+from kvtier.pages import DEVICE, NO_TIER, READY, Links, PageTable, Rows
 from kvtier.policy import EvictionPolicy, SmoothedPressure, make_policy
 from kvtier.policy.admission import Admission
 from kvtier.pricing import Prices
@@ -113,8 +113,11 @@ class Residency:
 
     def admit(self, rows: Rows, tier: int) -> None:
         """READY copies of pages with a key are from now on candidates of the tier's policy. Lock held."""
+        self._admit(rows, tier, self.table.links(rows))
+
+    def _admit(self, rows: Rows, tier: int, links: Links) -> None:
         table, policy = self.table, self.policies[tier]
-        parents, depths, attended = table.links(rows)
+        parents, depths, attended = links
         policy.insert(rows, parents, depths, self.clock())
         if attended is not None:
             for row in rows[attended].tolist():
@@ -135,9 +138,7 @@ class Residency:
     def claim(self, keys: Sequence[PageKey]) -> Rows:
         """Lease the longest visible prefix of `keys` for a request: it counts as used, and for the metrics as served. Lock held."""
         table, metrics = self.table, self.metrics
-        rows = table.find(keys)
-        table.lease(rows)
-        table.use(rows)
+        rows = table.claim(keys)
         metrics.lookups += bool(len(keys))
         metrics.tokens_asked += len(keys) * table.page_tokens
         if not len(rows):
@@ -154,16 +155,15 @@ class Residency:
 
     def _served(self, rows: Rows, tier: int) -> None:
         """Count these pages as served from `tier`, or from where a hint brought them up before. Lock held."""
-        counts = {tier: len(rows)}
-        if self.hinted:
-            origins = self.table.prefetched_from[rows]
-            hinted = self.hinted.unmark(rows)
-            self.metrics.prefetch.in_time += hinted * (tier == DEVICE)
-            self.metrics.prefetch.late += hinted * (tier != DEVICE)
-            counts = Counter(np.where(origins == NO_TIER, tier, origins).tolist())
-        for origin, count in counts.items():
-            self.metrics.tiers[origin].pages_served += count
-            self.metrics.tiers[origin].hit_tokens += count * self.table.page_tokens
+        if not self.hinted:
+            self.metrics.tiers[tier].served(len(rows), self.table.page_tokens)
+            return
+        origins = self.table.prefetched_from[rows]
+        hinted = self.hinted.unmark(rows)
+        self.metrics.prefetch.in_time += hinted * (tier == DEVICE)
+        self.metrics.prefetch.late += hinted * (tier != DEVICE)
+        for origin, count in Counter(np.where(origins == NO_TIER, tier, origins).tolist()).items():
+            self.metrics.tiers[origin].served(count, self.table.page_tokens)
 
     def settle_in(self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int, slots: Sequence[int]) -> Rows:
         """Pages that a request wrote into device slots become visible, leased by it once; their rows. Lock held.
@@ -171,21 +171,19 @@ class Residency:
         The pages follow each other, the first one at `depth` after the page `before` (row `parent`); none has a device copy, not even on
         its way.
         """
-        table = self.table
-        rows = table.add_chain(keys, before, depth, parent)
-        table.settle(rows, DEVICE, slots)
-        self._arrived(rows)
+        rows, links = self.table.settle_chain(keys, before, depth, parent, DEVICE, slots)
+        self._arrived(rows, links)
         return rows
 
     def written(self, rows: Rows) -> None:
         """The engine wrote these pages, which are on the device now. Lock held."""
         self.table.use(rows)
-        self._arrived(rows)
+        self._arrived(rows, self.table.links(rows))
 
-    def _arrived(self, rows: Rows) -> None:
+    def _arrived(self, rows: Rows, links: Links) -> None:
         if self.last:
             self.admission.computed(self.table.names(rows))
-        self.admit(rows, DEVICE)
+        self._admit(rows, DEVICE, links)
         self.metrics.tiers[DEVICE].pages_in += len(rows)
 
     def used(self, rows: Rows) -> None:

@@ -63,6 +63,22 @@ class TwinMachine(TableMachine):
         self.table.use(rows)
         self.leased += rows.tolist()
 
+    @rule(path=PATHS)
+    def claim_at_once(self, path) -> None:
+        self.leased += self.table.claim(chain(path)).tolist()
+
+    @rule(path=PATHS, tier=st.integers(0, TIERS - 1), tail=st.integers(1, 30))
+    def settle_a_chain_at_once(self, path, tier, tail) -> None:
+        keys = chain((*path, *[3] * tail))
+        row = self.table.row
+        before = next(
+            (index for index, each in enumerate(keys) if row(each) == NO_ROW or self.table.state[tier][row(each)] == ABSENT), len(keys)
+        )
+        keys, ahead, parent = keys[before:], keys[before - 1] if before else ROOT, row(keys[before - 1]) if before else NO_ROW
+        if keys and all(row(each) == NO_ROW or self.table.state[tier][row(each)] == ABSENT for each in keys):
+            rows, _ = self.table.settle_chain(keys, ahead, before, parent, tier, [self.slots() for _ in keys])
+            self.leased += rows.tolist()
+
     @precondition(lambda self: self.leased)
     @rule(data=st.data())
     def release_many(self, data) -> None:
