@@ -11,11 +11,8 @@ brings them to the disk.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import statistics
-import subprocess
 import tempfile
 import threading
 import time
@@ -29,9 +26,11 @@ from typing import Literal
 import numpy as np
 
 from kvtier.errors import ConfigError, KVTierError
-from kvtier.io.files import Bytes, FileEngine, Request, page_aligned
+from kvtier.io.files import Bytes, FileEngine, Request
 from kvtier.io.probe import EngineName, choose_engine
+from kvtier.memory.region import aligned_array
 
+from . import fio
 from .measure import Row, Run, free_bytes, scratch_folder
 
 KiB, MiB = 1 << 10, 1 << 20
@@ -93,7 +92,7 @@ def measure(run: Run, path: Path | None = None, size_bytes: int = 1 << 30) -> li
 
 def ceiling_note() -> str:
     """What the ceilings of this machine are, in words."""
-    return "ceiling: fio" if shutil.which("fio") else "fio is not installed, so the ceiling is a bare pool of threads"
+    return "ceiling: fio" if fio.is_there() else "fio is not installed, so the ceiling is a bare pool of threads"
 
 
 _ORDER = {"read": 0, "write": 0, "cpu": 1, "direct": 2, "buffered": 2, "aiofiles": 3}
@@ -133,7 +132,7 @@ def _measure_cell(run: Run, cell: Cell, path: Path, size: int, default: EngineNa
     direct = default == "direct"
     with _opened(path, cell) as engines, _bare(path, cell, direct) as bare:
         contenders: dict[str, Contender] = {default: engines[default], "bare": bare}
-        if shutil.which("fio"):
+        if fio.is_there():
             contenders["fio"] = lambda offsets: _fio(path, cell, size, len(offsets), direct)
         contenders |= engines
         turns: list[dict[str, Sample]] = []
@@ -243,17 +242,8 @@ def _timed(work: Callable[[], object], operations: int, cell: Cell) -> Sample:
 
 def _fio(path: Path, cell: Cell, size: int, operations: int, direct: bool) -> Sample:
     """One turn of fio on the same file. KVTierError if it fails."""
-    # By its name alone, from its folder: fio takes a colon in a path for the end of one file and the beginning of another.
-    command = [
-        *("fio", "--name=ceiling", f"--filename={path.name}", f"--size={size}", f"--io_size={operations * cell.block_bytes}"),
-        *(f"--rw=rand{cell.operation}", f"--bs={cell.block_bytes}", f"--iodepth={cell.depth}", "--ioengine=libaio"),
-        *(f"--direct={int(direct)}", "--thread", f"--invalidate={int(not direct)}", "--randrepeat=0", "--output-format=json"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=path.parent)
-    if done.returncode != 0:
-        why = (done.stderr or done.stdout).strip().splitlines()
-        raise KVTierError(f"fio failed: {why[-1] if why else done.returncode}; without fio on PATH, a bare pool is the ceiling")
-    job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
+    io_bytes = operations * cell.block_bytes
+    job = fio.run(fio.Work(path, cell.operation, cell.block_bytes, cell.depth, size, io_bytes, direct))
     busy_s = (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1e3
     return Sample(float(job[cell.operation]["bw_bytes"]), busy_s / operations * 1e6)
 
@@ -266,6 +256,7 @@ def _buffers(cell: Cell) -> list[Bytes]:
 
 
 def _random_bytes(size: int) -> Bytes:
-    memory = page_aligned(size)
+    """In memory as the mover's: a disk reaches huge pages faster (`fio.py`)."""
+    memory = aligned_array(size)
     memory[:] = np.frombuffer(np.random.default_rng(0).bytes(size), np.uint8)
     return memory

@@ -11,7 +11,8 @@ of one that is not on the device. Gather, encode, checksum, store and all bookke
 
 `restore.disk->device`: a 2,048-token prefix that is only on the disk, cold, until it is verified and decoded on the device, in GB/s of
 encoded bytes, beside fio (else the bare pool) reading as many bytes in blocks of 256 KiB, or of a page's copy if that is larger, 8 at once.
-`.bare`: the bare pool beside fio. `.ms`: how long one prefix takes, beside a copy of its pages.
+All read into memory of one kind (`fio.py`). `.bare`: the bare pool beside fio. `.ms`: how long one prefix takes, beside a copy of as many
+bytes as its pages have.
 
 Ceilings take turns with what they are compared to. No cache ever copies from disk to host, so there is no such link.
 """
@@ -28,6 +29,7 @@ from pathlib import Path
 import torch
 
 from kvtier.cache import TieredKVCache
+from kvtier.errors import KVTierError
 from kvtier.layout import PageLayout
 
 from .measure import Row, Run, percentile
@@ -55,7 +57,8 @@ SIZES_BYTES = (0, MiB, 4 * MiB, 16 * MiB, 64 * MiB)
 TINY_SIZES_BYTES = (0, MiB)
 PREFIX_TOKENS, TINY_PREFIX_TOKENS = 2048, 256
 PREFIXES = 8
-"""So many lie on the disk and are restored in turn, while the device holds two."""
+"""So many lie on the disk and are restored in turn, while the device holds one: were there room for more, a policy would keep pages of
+several, and those that come next would not all come from the disk."""
 LEAST_BLOCK_BYTES = 256 << 10
 ENOUGH_TRANSFERS = 256
 """Of one size over one link; large ones are as many as the repeats give."""
@@ -175,7 +178,7 @@ def _measure_restore(run: Run, layout: PageLayout, path: Path | None) -> list[Ro
     pages = tokens // layout.page_tokens
     kv, prefixes = made_kv(layout, tokens), [token_ids(index, tokens) for index in range(PREFIXES)]
     copy = PlainCopy(pages * layout.page_bytes, "disk", "device")
-    with open_cache(layout, Room(2 * pages, disk=(PREFIXES + 1) * pages), path) as cache:
+    with open_cache(layout, Room(pages, disk=(PREFIXES + 1) * pages), path) as cache:
         for ids in prefixes:
             cache.put(ids, kv)
             cache.flush()
@@ -183,7 +186,7 @@ def _measure_restore(run: Run, layout: PageLayout, path: Path | None) -> list[Ro
         block_bytes = min(encoded_bytes, max(encoded_bytes // pages, LEAST_BLOCK_BYTES))
         blocks = max(1, encoded_bytes // block_bytes)
         with plain_file(path, block_bytes, PREFIXES * blocks) as file:
-            took = _restores(run, cache, prefixes, file, blocks, copy)
+            took = _restores(run, cache, prefixes, encoded_bytes, file, blocks, copy)
     restored, bare, copied = (statistics.median(took[name]) for name in ("restore", "bare", "copy"))
     bare_speed = blocks * file.block_bytes / bare / 1e9
     fio_speed = statistics.median(took["fio"]) / 1e9 if took["fio"] else None
@@ -195,29 +198,37 @@ def _measure_restore(run: Run, layout: PageLayout, path: Path | None) -> list[Ro
 
 
 def _restores(
-    run: Run, cache: TieredKVCache, prefixes: Sequence[Ids], file: PlainFile, blocks: int, copy: PlainCopy
+    run: Run, cache: TieredKVCache, prefixes: Sequence[Ids], encoded_bytes: int, file: PlainFile, blocks: int, copy: PlainCopy
 ) -> dict[str, list[float]]:
-    """Each repeat restores every prefix once. Seconds per prefix, and what fio says of bytes per second."""
+    """Each repeat restores every prefix once. Seconds per prefix, and what fio says of bytes per second, all taking turns.
+
+    KVTierError if any of it did not come from the disk.
+    """
     took: dict[str, list[float]] = {"restore": [], "bare": [], "copy": [], "fio": []}
     order = random.Random(0)
     page_bytes = len(prefixes[0]) // cache.layout.page_tokens * cache.layout.page_bytes
     for ids in prefixes:  # the first time, workers and memory are cold
         restore(cache, ids)
+    before = link_bytes(cache, "disk->device")
     for _ in range(run.repeats):
         run.step("restoring prefixes from the disk")
         for ids in prefixes:
-            forget_files(cache)
-            file.forget()
-            works: dict[str, Callable[[], object]] = {
-                "restore": partial(restore, cache, ids),
-                "bare": partial(file.read, blocks),
-                "copy": partial(copy, page_bytes),
+            works: dict[str, Callable[[], float | None]] = {
+                "restore": partial(timed, partial(restore, cache, ids)),
+                "bare": partial(timed, partial(file.read, blocks)),
+                "copy": partial(timed, partial(copy, page_bytes)),
+                "fio": file.fio_read,
             }
             for name in order.sample(list(works), len(works)):  # so that none always has the burst another left over
-                took[name].append(timed(works[name]))
-        file.forget()
-        if (speed := file.fio_read()) is not None:
-            took["fio"].append(speed)
+                forget_files(cache)
+                file.forget()
+                if (taken := works[name]()) is not None:
+                    took[name].append(taken)
+    came = link_bytes(cache, "disk->device") - before
+    if came != run.repeats * len(prefixes) * encoded_bytes:
+        raise KVTierError(
+            f"{came} bytes came from the disk, not {run.repeats} times {len(prefixes)} times {encoded_bytes}: a fault of kvtier's"
+        )
     return took
 
 

@@ -7,10 +7,7 @@ through far more memory, or file, than one turn takes, so that neither finds its
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,11 +25,13 @@ from kvtier.cache import TieredKVCache
 from kvtier.config import load_config
 from kvtier.errors import KVTierError
 from kvtier.formats import get_format
-from kvtier.io.files import BLOCK_BYTES, page_aligned
+from kvtier.io.files import BLOCK_BYTES
 from kvtier.io.pooled import DEPTH
 from kvtier.io.probe import choose_engine
 from kvtier.layout import PageLayout
+from kvtier.memory.region import aligned_array
 
+from . import fio
 from .codecs import LAYOUTS
 from .measure import free_bytes, scratch_folder
 
@@ -180,7 +179,8 @@ class PlainFile:
         self._blocks = blocks
         self._at = 0
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | (os.O_DIRECT if self.direct else 0))
-        self._buffers = [page_aligned(self.block_bytes) for _ in range(DEPTH)]
+        # As the mover's scratch memory: a disk reaches huge pages faster (`fio.py`).
+        self._buffers = list(aligned_array(DEPTH * self.block_bytes).reshape(DEPTH, self.block_bytes))
         random = np.random.default_rng(0)
         for buffer in self._buffers:
             buffer[:] = np.frombuffer(random.bytes(self.block_bytes), np.uint8)
@@ -206,19 +206,10 @@ class PlainFile:
 
         KVTierError if fio is there but fails.
         """
-        if not shutil.which("fio"):
+        if not fio.is_there():
             return None
-        # By its name alone, from its folder: fio takes a colon in a path for the end of one file and the beginning of another.
-        command = [
-            *("fio", "--name=ceiling", f"--filename={self.path.name}", f"--size={self._blocks * self.block_bytes}", "--rw=randread"),
-            *(f"--bs={self.block_bytes}", f"--iodepth={DEPTH}", "--ioengine=libaio", f"--direct={int(self.direct)}", "--thread"),
-            *(f"--invalidate={int(not self.direct)}", "--randrepeat=0", "--output-format=json"),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=self.path.parent)
-        if done.returncode != 0:
-            why = (done.stderr or done.stdout).strip().splitlines()
-            raise KVTierError(f"fio failed: {why[-1] if why else done.returncode}; without fio on PATH, a bare pool is the ceiling")
-        return float(json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]["read"]["bw_bytes"])
+        size = self._blocks * self.block_bytes
+        return float(fio.run(fio.Work(self.path, "read", self.block_bytes, DEPTH, size, size, self.direct))["read"]["bw_bytes"])
 
     def close(self) -> None:
         """Remove it."""

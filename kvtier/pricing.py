@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain, combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +30,11 @@ GUESSED_ERROR, GUESSES = 0.1, 4.0
 LESSER_SHARE = 0.5
 """What any term but the first is believed to make of a piece of work, at most, as one standard deviation, until observations tell."""
 
-MOST_SWEEPS = 200
-FITTED = 1e-5
-"""Relative change of what is foreseen below which a fit has settled."""
+DISTINCT = 1e-6
+"""Share of a term's squares that the terms before it must not account for: observations that differ by less, a thousandth, do not tell them
+apart."""
+ROUNDING = 1e-9
+"""A term more that explains no more than this explains nothing."""
 
 Amounts = Sequence[float] | NDArray[np.int64]
 """Encoded bytes by tier."""
@@ -92,21 +95,36 @@ class CostModel:
         return found
 
     def _fit(self) -> None:
-        """One weight after the other to its best beside the others, or 0, until none moves: the least squares of non-negative weights.
+        """The least squares of non-negative weights: of all choices of terms whose own least squares is not negative, the best.
 
-        Where observations cannot tell terms apart, the first one takes all."""
-        weights = self.weights
-        for _ in range(MOST_SWEEPS):
-            moved = 0.0
-            for i, row in enumerate(self._gram):
-                if not row[i]:
-                    continue
-                rest = self._moment[i] - sum(weight * entry for weight, entry in zip(weights, row, strict=True)) + weights[i] * row[i]
-                best = max(0.0, rest / row[i])
-                moved = max(moved, abs(best - weights[i]) * math.sqrt(row[i]))
-                weights[i] = best
-            if moved < FITTED:
-                return
+        There are few choices of few terms, and this runs while an engine waits: it has to take microseconds, whatever was observed. Where
+        observations cannot tell terms apart, the first one takes all.
+        """
+        seen = [i for i, row in enumerate(self._gram) if row[i]]
+        most, best = 0.0, dict[int, float]()
+        for used in chain.from_iterable(combinations(seen, count) for count in range(1, len(seen) + 1)):
+            weights = self._least_squares(used)
+            if weights and all(0 <= weight < math.inf for weight in weights):
+                explained = sum(self._moment[i] * weight for i, weight in zip(used, weights, strict=True))
+                if explained > most * (1 + ROUNDING):
+                    most, best = explained, dict(zip(used, weights, strict=True))
+        self.weights = [best.get(i, 0.0) for i in range(len(self._gram))]
+
+    def _least_squares(self, used: Sequence[int]) -> list[float]:
+        """The best weights of these terms alone, of any sign; none if observations do not tell them apart."""
+        rows = [[*(self._gram[i][j] for j in used), self._moment[i]] for i in used]
+        for at, row in enumerate(rows):
+            if not row[at] > DISTINCT * self._gram[used[at]][used[at]]:
+                return []
+            for below in rows[at + 1 :]:
+                factor = below[at] / row[at]
+                for column in range(at, len(row)):
+                    below[column] -= factor * row[column]
+        weights = [0.0] * len(rows)
+        for at in range(len(rows) - 1, -1, -1):
+            row = rows[at]
+            weights[at] = (row[-1] - sum(row[later] * weights[later] for later in range(at + 1, len(rows)))) / row[at]
+        return weights
 
 
 class Prices:

@@ -89,7 +89,10 @@ class Mover:
                 return False
             self._queued[link] = queued + transfer.queue_bytes
             heapq.heappush(self._queues.setdefault(link, []), (transfer.priority, next(self._order), transfer))
-        self.loop.call_soon_threadsafe(self._pump)
+        if threading.current_thread() is self._thread:
+            self._pump()  # now: another turn of the loop would come before the first read
+        else:
+            self.loop.call_soon_threadsafe(self._pump)
         return True
 
     def urge(self, transfer: Transfer) -> None:

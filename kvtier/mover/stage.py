@@ -24,6 +24,7 @@ from kvtier.errors import ConfigError, DeviceError
 from kvtier.formats.base import Format, Payload
 from kvtier.layout import PageLayout
 from kvtier.machine import last_level_cache_bytes
+from kvtier.memory.limits import available_memory
 from kvtier.memory.region import aligned_array
 from kvtier.mover.behind import WriteBehind
 from kvtier.mover.crossover import Crossover
@@ -71,6 +72,7 @@ class StagingPool:
         self.lane_formats = {tier.name: LaneFormat(tier.format, layout) for tier in tiers[1:]} if gpu is not None else {}
         row_bytes = lane_row_bytes(self.lane_formats.values())
         self.pages_per_round = max(1, (each - piece * layout.page_bytes) // (slot_bytes + row_bytes))
+        _check_room(total_bytes, workers * (self.pages_per_round * slot_bytes + piece * layout.page_bytes))
         self.packers = {tier.name: Packer(tier) for tier in tiers if isinstance(tier, Tier)}
         self._lanes: list[Lane] = []
         self.crossover: Crossover | None = None
@@ -120,6 +122,16 @@ class StagingPool:
             yield scratch
         finally:
             idle.put(scratch)
+
+
+def _check_room(total_bytes: int, needed_bytes: int) -> None:
+    """ConfigError if so much cannot be had now: pages come when they are first touched, and whom that leads over a limit is killed."""
+    room = available_memory()
+    if needed_bytes > room.bytes:
+        raise ConfigError(
+            f"mover.staging_bytes is {total_bytes}, for which the workers take {needed_bytes} bytes, but only {room.bytes} bytes of memory "
+            f"can be had: {room.why}; lower it"
+        )
 
 
 def carry(transfer: Transfer, tiers: Sequence[Slots], staging: StagingPool) -> int:

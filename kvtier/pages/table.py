@@ -129,6 +129,13 @@ class PageTable(PageColumns):
             raise IntegrityError(f"row {row} is an open page and has no key")
         return PageId(key, self.parent_key[row], int(self.depth[row]))
 
+    def page_ids(self, rows: Sequence[int]) -> list[PageId]:
+        """`page_id` of each."""
+        keys = self.key[rows].tolist()
+        if None in keys:
+            self.page_id(rows[keys.index(None)])
+        return [*map(PageId, keys, self.parent_key[rows].tolist(), self.depth[rows].tolist())]
+
     def names(self, rows: Rows) -> Rows:
         """What the pages of these rows, which have keys, are called whatever row they are in: the first 8 bytes of each key, `[n]`."""
         if self._loops is not None and self._loops.names(rows, names := np.empty(len(rows), np.int64)):

@@ -170,7 +170,7 @@ class Copying:
         residency = self._residency
         table = residency.table
         table.begin(rows, target, slots)
-        moves = [Move(row, table.page_id(row), int(table.slot[source, row]), slot) for row, slot in zip(rows, slots, strict=True)]
+        moves = [*map(Move, rows, table.page_ids(rows), table.slot[source, rows].tolist(), slots)]
         most = residency.mover.staging.pages_in_one(residency.tiers[source], residency.tiers[target])
         size = max(1, min(most, -(-len(moves) // residency.config.mover.workers)))
         transfers = []

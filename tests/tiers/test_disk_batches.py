@@ -77,6 +77,8 @@ def small_chunks(monkeypatch):
     """Two slots at most share an I/O."""
     monkeypatch.setattr(plan, "LEAST_CHUNK_BYTES", 2 * SLOT)
     monkeypatch.setattr(plan, "MOST_CHUNK_BYTES", 2 * SLOT)
+    monkeypatch.setattr(plan, "LEAST_READ_BYTES", 2 * SLOT)
+    monkeypatch.setattr(plan, "MOST_READ_BYTES", 2 * SLOT)
 
 
 def keys(numbers):

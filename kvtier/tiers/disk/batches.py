@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 
 from kvtier.errors import LayoutError
 from kvtier.io.files import Bytes, Request, address_of, page_aligned
-from kvtier.tiers.disk.plan import Run, chunk_bytes, plan
+from kvtier.tiers.disk.plan import Run, chunk_bytes, plan, read_bytes
 from kvtier.tiers.disk.segments import Segments
 
 Fetched = Generator[tuple[int, Bytes | OSError], None, None]
@@ -37,7 +38,7 @@ def fetch(segments: Segments, slots: Sequence[int], lengths: Sequence[int], rows
         return
     touching = rows.strides[0] == slot_bytes
     memory = rows.reshape(-1) if touching else None
-    most_bytes = chunk_bytes(sum(lengths), engine.depth) if touching else 0
+    most_bytes = partial(read_bytes, total_bytes=sum(lengths), depth=engine.depth) if touching else 0
     runs: list[Run] = []
     requests: list[Request] = []
     for run in plan(slots, lengths, slot_bytes, segments.segment_slots, most_bytes):
