@@ -29,7 +29,7 @@ run: install ## Run the main job: real sessions of a real model through all tier
 	$(BIN)/kvtier run --report report.html $(ARGS)
 
 test: install ## Run all tests, lint and type checks
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-numa: install ## Run the NUMA tests in an emulated machine of five memory nodes (root, Debian; 2 minutes)
 	tests/numa/guest/boot $(ARGS)

@@ -10,8 +10,8 @@ import os
 
 import pytest
 
-# Read when torch is imported, also by what tests start. On a busy machine threads that wait for each other, spinning, over tensors as
-# small as these take many times as long as one alone.
+# Read when torch is imported, also by what tests start. `make test` runs as many tests at once as there are cores; threads of each that
+# wait for each other over small tensors would only be in the others' way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if "TRITON_INTERPRET" not in os.environ:
