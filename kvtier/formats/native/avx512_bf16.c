@@ -1,11 +1,11 @@
-/* The kernels for x86-64 with AVX-512, VBMI and BF16 (Zen 4, Sapphire Rapids and later), where rounding to bf16 is one instruction. Only
+/* The kernels for x86-64 with AVX-512, VBMI, VNNI and BF16 (Zen 4, Sapphire Rapids and later), where rounding to bf16 is one instruction. Only
    this file may use them: dispatch.c asks the CPU before it comes here. */
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push( \
-    __attribute__((target("avx2,f16c,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16"))), apply_to = function)
+    __attribute__((target("avx2,f16c,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx512bf16"))), apply_to = function)
 #else
-#pragma GCC target("avx2,f16c,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16")
+#pragma GCC target("avx2,f16c,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx512bf16")
 #endif
 
 #include "half.h"

@@ -26,7 +26,9 @@ bool set_available(int set) {
     const bool avx512 = avx2 && wide && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi");
     if (sets[set] == &avx2_kernels) return avx2;
     if (sets[set] == &avx512_kernels) return avx512;
-    if (sets[set] == &avx512_bf16_kernels) return avx512 && __builtin_cpu_supports("avx512bf16");
+    if (sets[set] == &avx512_bf16_kernels) {
+        return avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+    }
 #endif
     return sets[set] == &portable_kernels;
 }

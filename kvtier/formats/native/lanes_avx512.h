@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #define GROUP 64
+#define WITH_COLUMNS
 #define PARTS 4        /* registers of floats */
 #define SHORT_PARTS 2  /* registers of 16-bit whole numbers */
 
@@ -138,18 +139,27 @@ static inline void meet_lanes(Floats *a, Floats *b) {
     meet_both(a, b);
 }
 
-/* 32 bf16 numbers, which are the halves of 32 bits: the sum and the difference of each two neighbours. */
+/* The sums of 16 pairs of numbers, which are the halves of 32 bits; or, if `minus`, the lower halves less the upper ones. */
+static inline Floats met_pair(__m512i pairs, bool minus, int dtype) {
+    if (dtype == FP16) {
+        const Floats lower = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
+        const Floats upper = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+        return minus ? floats_sub(lower, upper) : floats_add(lower, upper);
+    }
+#if defined(WITH_AVX512_BF16)
+    const __m512i signs = _mm512_set1_epi32(minus ? (int)0xBF803F80 : 0x3F803F80);
+    return _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)pairs, (__m512bh)signs);
+#else
+    const Floats lower = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    const Floats upper = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000)));
+    return minus ? floats_sub(lower, upper) : floats_add(lower, upper);
+#endif
+}
+
+/* 32 bf16 numbers: the sum and the difference of each two neighbours. */
 static inline void load_met_pairs(Floats met[2], const char *numbers) {
     const __m512i pairs = _mm512_loadu_si512(numbers);
-#if defined(WITH_AVX512_BF16)
-    const __m512i plus = _mm512_set1_epi32(0x3F803F80), minus = _mm512_set1_epi32((int)0xBF803F80);
-    met[0] = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)pairs, (__m512bh)plus);
-    met[1] = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)pairs, (__m512bh)minus);
-#else
-    met[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-    met[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000)));
-    meet_both(&met[0], &met[1]);
-#endif
+    met[0] = met_pair(pairs, false, BF16), met[1] = met_pair(pairs, true, BF16);
 }
 
 /* How many groups to rotate side by side: the CPU does not see far enough ahead to do that by itself. */
@@ -184,8 +194,9 @@ INLINE void groups_load_rotated(Floats (*groups)[PARTS], const char *const *numb
     for (int i = 0; i < count; i++) meet_both(&groups[i][0], &groups[i][2]), meet_both(&groups[i][1], &groups[i][3]);
 }
 
-/* Sums of a group of numbers of each of `count` rows, in the order of memory; `most` becomes at least as large as each magnitude. */
-static inline void group_sums(float sums[GROUP], Floats *most, const char *numbers, size_t stride, int count, int dtype) {
+/* Sums of a group of numbers of each of `count` rows, in the order of memory; `most`, if not NULL, becomes at least as large as each
+   magnitude. */
+INLINE void group_sums(float sums[GROUP], Floats *most, const char *numbers, size_t stride, int count, int dtype) {
     Floats total[PARTS] = {floats_all(0), floats_all(0), floats_all(0), floats_all(0)};
 #if defined(WITH_AVX512_BF16)
     if (dtype == BF16) {
@@ -197,10 +208,13 @@ static inline void group_sums(float sums[GROUP], Floats *most, const char *numbe
                 const __m512i values = _mm512_loadu_si512(numbers + row * stride + line * 64);
                 total[2 * line] = _mm512_dpbf16_ps(total[2 * line], (__m512bh)values, even);
                 total[2 * line + 1] = _mm512_dpbf16_ps(total[2 * line + 1], (__m512bh)values, odd);
-                largest = _mm512_max_epu16(largest, _mm512_and_si512(values, magnitude));
+                if (most) largest = _mm512_max_epu16(largest, _mm512_and_si512(values, magnitude));
             }
         }
-        *most = magnitude_max(magnitude_max(*most, _mm512_castsi512_ps(_mm512_slli_epi32(largest, 16))), _mm512_castsi512_ps(largest));
+        if (most) {
+            *most = magnitude_max(*most, _mm512_castsi512_ps(_mm512_slli_epi32(largest, 16)));
+            *most = magnitude_max(*most, _mm512_castsi512_ps(largest));
+        }
         const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
         for (int line = 0; line < 2; line++) {
             const Floats first = _mm512_permutex2var_ps(total[2 * line], low, total[2 * line + 1]);
@@ -216,7 +230,7 @@ static inline void group_sums(float sums[GROUP], Floats *most, const char *numbe
         group_load(group, numbers + row * stride, dtype);
         for (int part = 0; part < PARTS; part++) {
             total[part] = floats_add(total[part], group[part]);
-            *most = magnitude_max(*most, group[part]);
+            if (most) *most = magnitude_max(*most, group[part]);
         }
     }
     for (int part = 0; part < PARTS; part++) floats_store(sums + 16 * part, total[part]);
@@ -304,14 +318,21 @@ static inline void group_values(Floats values[PARTS], const uint8_t *codes, cons
     values_of(values, in_order(_mm512_loadu_si512(codes)), levels);
 }
 
+/* Codes of what lies from each of these whole numbers to the next. */
+static inline __m512i codes_of(__m512i cells, const LevelTable *levels) {
+    const __m512i *const table = (const void *)levels->codes;
+    const __m512i above = _mm512_loadu_si512(table), far_above = _mm512_loadu_si512(table + 1);
+    const __m512i far_below = _mm512_loadu_si512(table + 2), below = _mm512_loadu_si512(table + 3);
+    const __m512i positive = _mm512_permutex2var_epi8(above, cells, far_above);
+    const __m512i negative = _mm512_permutex2var_epi8(far_below, cells, below);
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(cells), positive, negative);
+}
+
 #define LEVELS_AT_ONCE 2
 
 /* `count` is a constant; each step is taken for all groups before the next one. */
 INLINE void groups_levels(uint8_t *const *codes, Floats (*values)[PARTS], const float *const *rows, const Floats *factors, int count,
     const LevelTable *levels) {
-    const __m512i *const table = (const void *)levels->codes;
-    const __m512i above = _mm512_loadu_si512(table), far_above = _mm512_loadu_si512(table + 1);
-    const __m512i far_below = _mm512_loadu_si512(table + 2), below = _mm512_loadu_si512(table + 3);
     __m512i code[LEVELS_AT_ONCE];
     for (int i = 0; i < count; i++) {
         for (int part = 0; part < PARTS; part++) {
@@ -319,12 +340,7 @@ INLINE void groups_levels(uint8_t *const *codes, Floats (*values)[PARTS], const 
                 _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
         }
     }
-    for (int i = 0; i < count; i++) code[i] = bytes_of(values[i]);
-    for (int i = 0; i < count; i++) {
-        const __m512i positive = _mm512_permutex2var_epi8(above, code[i], far_above);
-        const __m512i negative = _mm512_permutex2var_epi8(far_below, code[i], below);
-        code[i] = _mm512_mask_blend_epi8(_mm512_movepi8_mask(code[i]), positive, negative);
-    }
+    for (int i = 0; i < count; i++) code[i] = codes_of(bytes_of(values[i]), levels);
     for (int i = 0; i < count; i++) {
         _mm512_storeu_si512(codes[i], in_order(code[i]));
         values_of(values[i], code[i], levels);

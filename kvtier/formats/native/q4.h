@@ -49,6 +49,10 @@ INLINE void scale_bytes(uint8_t *bytes, const Sizes *sizes, int count, int head,
     }
 }
 
+#if defined(WITH_COLUMNS)
+#include "q4_columns.h"
+#endif
+
 /* Up to 16 vectors ready to be coded. */
 typedef struct {
     Tile tile;
@@ -156,8 +160,14 @@ INLINE void encode_gaussian(const Shape *shape, const char *numbers, uint8_t *co
     float means[MAX_HEADS_TIMES_DIM];
     sizes.means = keys ? means : NULL;
     sizes.complete = false;
+#if defined(WITH_COLUMNS)
+    if (levels.bits == 4 && !special && suits_columns(shape)) {
+        if (keys) encode_means(means, shape, numbers, coded, false, head_dim);
+        if (encode_columns(shape, numbers, supers, steps, packed, means)) return;
+    }
+#endif
+    if (keys) encode_means(means, shape, numbers, coded, true, head_dim);
     memset(sizes.largest, 0, heads * sizeof(float));
-    if (keys) encode_means(means, shape, numbers, coded, head_dim);
     for (int again = vectors > KEPT_SCALES; again >= 0; again--) {
         if (special) encode_special(&sizes, shape, numbers, steps, packed, &levels, special);
         encode_run(&sizes, shape, numbers, steps, usual, levels, special * heads, vectors, keys, head_dim);
