@@ -14,7 +14,7 @@ help: ## List the targets
 
 install: $(STAMP) ## Make .venv with kvtier, the demo's model and the development tools
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kvtier/formats/native/*.[ch] kvtier/columns/*.[ch] kvtier/io/*.c kvtier/numa/*.c)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kvtier/formats/native/*.[ch] kvtier/columns/*.[ch] kvtier/io/*.c kvtier/memory/*.c kvtier/numa/*.c)
 	@command -v $(PYTHON) >/dev/null || { echo "there is no $(PYTHON) here; install Python 3.11 or newer (Debian, Ubuntu: apt-get install python3 python3-venv) or name one: make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvtier needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments. On Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
@@ -37,7 +37,7 @@ test-numa: install ## Run the NUMA tests in an emulated machine of five memory n
 test-engines: $(VLLM)/installed ## Run the tests in real serving engines, each in an environment of its own (some minutes; 4 GB to install)
 	$(VLLM)/bin/python -m pytest tests/engines_real $(ARGS)
 
-$(VLLM)/installed: tests/engines_real/vllm.txt setup.py $(wildcard kvtier/formats/native/*.[ch] kvtier/columns/*.[ch] kvtier/io/*.c kvtier/numa/*.c)
+$(VLLM)/installed: tests/engines_real/vllm.txt setup.py $(wildcard kvtier/formats/native/*.[ch] kvtier/columns/*.[ch] kvtier/io/*.c kvtier/memory/*.c kvtier/numa/*.c)
 	$(PYTHON) -m venv --clear $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-compile --requirement tests/engines_real/vllm.txt
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
@@ -61,4 +61,4 @@ docs: install ## Write the generated pages of docs/
 	$(BIN)/kvtier config reference > docs/configuration.md
 
 clean: ## Remove what the targets made
-	rm -rf $(VENV) $(VLLM) build *.egg-info kvtier/formats/native/*.so kvtier/columns/*.so kvtier/io/*.so kvtier/numa/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis report.html
+	rm -rf $(VENV) $(VLLM) build *.egg-info kvtier/formats/native/*.so kvtier/columns/*.so kvtier/io/*.so kvtier/memory/*.so kvtier/numa/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis report.html

@@ -1,5 +1,5 @@
-"""What pyproject.toml cannot say: the benchmarks are installed as `kvtier.bench`, and the native codecs, loops, file threads and the walk
-that measures memory latency are compiled where that works.
+"""What pyproject.toml cannot say: the benchmarks are installed as `kvtier.bench`, and the native codecs, loops, file threads, copies
+between layouts and the walk that measures memory latency are compiled where that works.
 
 Without a C compiler the extensions are left out: everything runs on torch, NumPy and Python threads, and latencies are not measured.
 Nothing is compiled for this machine's CPU in particular: the sources hold kernels for several instruction sets and choose when they are
@@ -48,6 +48,15 @@ requests = Extension(
     optional=True,
 )
 
+strided = Extension(
+    "kvtier.memory._strided",
+    sources=["kvtier/memory/strided.c"],
+    extra_compile_args=["-std=c11", "-O3", "-g0"],
+    define_macros=[("Py_LIMITED_API", "0x030B0000")],
+    py_limited_api=True,
+    optional=True,
+)
+
 chase = Extension(
     "kvtier.numa._chase",
     sources=["kvtier/numa/chase.c"],
@@ -80,6 +89,6 @@ setup(
     cmdclass={"build_ext": BuildOnce},
     packages=[*find_packages(include=["kvtier*"]), "kvtier.bench"],
     package_dir={"kvtier.bench": "benchmarks"},
-    ext_modules=[codecs, loops, requests, chase],
+    ext_modules=[codecs, loops, requests, strided, chase],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

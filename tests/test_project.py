@@ -44,7 +44,7 @@ BELOW = {
     },
     "engines": {
         *("blocks", "cache", "config", "cuda", "errors", "keys", "layout"),
-        *("leases", "policy", "pricing", "tiers"),
+        *("leases", "memory", "policy", "pricing", "tiers"),
     },
     "quality": {"attention", "engines", "errors", "formats", "layout", "leases"},
     "job": {"cache", "config", "engines", "errors", "formats", "layout", "machine", "quality"},

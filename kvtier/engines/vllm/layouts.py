@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvtier.errors import LayoutError
+from kvtier.memory.strided import copy_block
 
 Views = tuple[torch.Tensor, torch.Tensor]
 _BITS = {2: torch.int16, 4: torch.int32}
@@ -49,25 +50,39 @@ class BlockPages:
 
     def __init__(self, layers: Sequence[Views]) -> None:
         self.device = layers[0][0].device
-        self._planes = [_stacked([views[plane] for views in layers]) for plane in (0, 1)]
+        planes = [[views[plane] for views in layers] for plane in (0, 1)]
+        self._here = [[_bits(layer) for layer in plane] for plane in planes] if self.device.type == "cpu" else None
+        """In CPU memory, copied on this thread alone: torch would wake threads that the engine needs."""
+        self._there = [] if self._here is not None else [_stacked(plane) for plane in planes]
 
     def read(self, block: int, page: torch.Tensor) -> None:
         """Copy one block into `page` `[layers, 2, block tokens, kv_heads, head_dim]`, in CPU memory."""
-        for plane, stack in enumerate(self._planes):
+        if self._here is not None:
+            self._copy_here(block, page, into_page=True)
+            return
+        for plane, stack in enumerate(self._there):
             if isinstance(stack, list):
                 for layer, views in enumerate(stack):
-                    _copy(page[layer, plane], views[block])
+                    page[layer, plane].copy_(views[block])
             else:
-                _copy(page[:, plane], stack[block])
+                page[:, plane].copy_(stack[block])
 
     def write(self, block: int, page: torch.Tensor) -> None:
         """Copy `page` into one block."""
-        for plane, stack in enumerate(self._planes):
+        if self._here is not None:
+            self._copy_here(block, page, into_page=False)
+            return
+        for plane, stack in enumerate(self._there):
             if isinstance(stack, list):
                 for layer, views in enumerate(stack):
-                    _copy(views[block], page[layer, plane])
+                    views[block].copy_(page[layer, plane])
             else:
-                _copy(stack[block], page[:, plane])
+                stack[block].copy_(page[:, plane])
+
+    def _copy_here(self, block: int, page: torch.Tensor, into_page: bool) -> None:
+        bits = _bits(page)
+        for plane, layers in enumerate(self._here or ()):
+            copy_block(layers, block, bits[:, plane], into_page)
 
 
 def _stacked(layers: Sequence[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
@@ -81,14 +96,6 @@ def _stacked(layers: Sequence[torch.Tensor]) -> torch.Tensor | list[torch.Tensor
     if not together or step < 0 or offsets != [offsets[0] + step * index for index in range(len(offsets))]:
         return list(layers)
     return first.as_strided((first.shape[0], len(layers), *first.shape[1:]), (strides[0], step, *strides[1:]), offsets[0])
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """NumPy copies on this thread alone; torch would wake threads that the engine needs."""
-    if target.device.type == source.device.type == "cpu":
-        np.copyto(_bits(target), _bits(source))
-    else:
-        target.copy_(source)
 
 
 def _bits(tensor: torch.Tensor) -> NDArray[np.integer]:
