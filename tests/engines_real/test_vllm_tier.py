@@ -210,4 +210,5 @@ def test_other_weights_in_the_same_folder_are_another_model(tmp_path):
     (folder / "model.safetensors").write_bytes(b"two")
     with pytest.raises(StoreError, match="another model"):
         make_tier(store, str(folder))
-    make_tier(tmp_path / "named", str(folder), **{"model.revision": "1"}).shutdown()
+    named: dict[str, Any] = {"model.revision": "1"}
+    make_tier(tmp_path / "named", str(folder), **named).shutdown()
