@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from kvtier.cache import TieredKVCache
-from kvtier.engines.fed import check_mask
+from kvtier.engines.fed import Positions, check_mask
 from kvtier.engines.models import check_named
 from kvtier.errors import LayoutError, MissingExtra, ModelError
 from kvtier.leases.budget import BudgetedLease
@@ -90,14 +90,17 @@ class BudgetedCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[BudgetedLayer(lease, index, choosing, self._unasked) for index in range(cache.layout.layers)])
         self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
-    def _before_forward(self, _: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def _before_forward(self, model: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Full pages of the passes before go to the lease; the ids of this one are noted, because pages are named by their tokens."""
         if not any(value is self for value in (*inputs, *named.values())):
             return
         ids = named.get("input_ids", inputs[0] if inputs else None)
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or len(ids) != 1:
             raise LayoutError("on a device budget a forward pass needs the input_ids of one sequence, [1, tokens]: pages are named by them")
-        check_mask(named.get("attention_mask"), [0], len(ids))
+        check_mask(named.get("attention_mask"), [0], 1, len(self._fed) + ids.shape[1])
+        positions = Positions([0])
+        positions.tell(model, named.get("position_ids"), len(self._fed), ids.shape[1])
+        positions.check()
         self._keep_full_pages()
         self._fed += ids[0].tolist()
 

@@ -7,8 +7,10 @@ Used by the thread that runs the model.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -64,13 +66,19 @@ class Fed:
         return [Row(row.prompt, row.token_ids[self._padding[row.prompt] :]) for row in rows]
 
 
-def check_mask(mask: object, padding: Sequence[int], rows: int) -> None:
+def check_mask(mask: object, padding: Sequence[int], rows: int, columns: int) -> None:
     """LayoutError unless a model's attention mask, None or `[rows, columns]`, hides the left padding of each prompt and nothing else.
 
-    What stands behind a hidden token is not the KV of the tokens it would be named by. Waits for a GPU that has the mask. A mask of
-    another form is not looked at.
+    `columns`: those of the cache and the forward pass together; transformers hides what a narrower mask does not reach. What stands behind
+    a hidden token is not the KV of the tokens it would be named by. Waits for a GPU that has the mask. A mask of another form is not
+    looked at.
     """
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and len(mask) == rows and rows % len(padding) == 0:
+        if mask.shape[1] < columns:
+            raise LayoutError(
+                f"the attention mask has {mask.shape[1]} columns; expected at least {columns}, for the restored tokens and the new ones: "
+                "that of the whole sequence, as generate makes it, or none"
+            )
         left = torch.tensor(padding, device=mask.device).repeat_interleave(rows // len(padding))
         good = torch.equal(mask != 0, torch.arange(mask.shape[1], device=mask.device) >= left[:, None])
     else:
@@ -82,15 +90,64 @@ def check_mask(mask: object, padding: Sequence[int], rows: int) -> None:
         )
 
 
-def unpadded(token_ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
-    """The sequences of a batch `[sequences, tokens]` that is padded on the left, as its mask says. LayoutError for any other mask."""
-    shown = mask != 0
-    if token_ids.shape != mask.shape or mask.ndim != 2 or not bool(shown[:, -1].all()) or bool((shown[:, :-1] & ~shown[:, 1:]).any()):
+class Positions:
+    """The positions that a model was told of its tokens, which are part of their keys: KV of another position is not that of its tokens.
+
+    `padding` as in `Fed`. Positions of another form than `[rows or 1, tokens]` are not looked at.
+    """
+
+    def __init__(self, padding: Sequence[int]) -> None:
+        self._padding = padding
+        self._told: dict[int, list[tuple[torch.Tensor, int]]] = {}
+        """By number of rows: the positions of a forward pass, and its first column."""
+
+    def tell(self, model: torch.nn.Module, positions: object, start: int, tokens: int) -> None:
+        """A forward pass of `tokens` columns from column `start` on. Reads no tensor.
+
+        LayoutError where nobody told and there is padding, for a model that asks: it would count the padding.
+        """
+        if positions is None and any(self._padding) and "position_ids" in inspect.signature(model.forward).parameters:
+            raise LayoutError(
+                "a forward pass over padded sequences without position_ids, so that the padding would be counted; give it "
+                "position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0), of the columns it computes, or call generate, which does"
+            )
+        if isinstance(positions, torch.Tensor) and positions.ndim == 2 and positions.shape[1] == tokens:
+            self._told.setdefault(len(positions), []).append((positions.clone(), start))  # generate's are views of all so far
+
+    def check(self) -> None:
+        """LayoutError if any was another than the number of tokens before, padding not counted. Waits for a GPU that has them."""
+        for rows, told in self._told.items():
+            positions = torch.cat([each for each, _ in told], dim=1)
+            columns = torch.cat([torch.arange(start, start + each.shape[1]) for each, start in told]).to(positions.device)
+            left = torch.tensor(self._padding, device=positions.device).repeat_interleave(max(1, rows // len(self._padding)))
+            expected = columns - left[:, None]
+            if not bool(((positions == expected) | (expected < 0)).all()):
+                raise LayoutError(
+                    "position_ids are not the places of these tokens in their sequences, the restored ones and no padding counted; leave "
+                    "them out where there is no padding, or call generate"
+                )
+
+
+def unpadded(token_ids: Any, mask: Any) -> tuple[list[list[int]], int]:
+    """The sequences of a batch `[sequences, tokens]` that is padded on the left, as its mask says, and its width.
+
+    Tensors, arrays or lists. LayoutError for any other mask.
+    """
+    try:
+        ids, shown = torch.as_tensor(token_ids).cpu(), torch.as_tensor(mask).cpu() != 0
+    except (RuntimeError, TypeError, ValueError):  # such as rows of unequal length
+        raise LayoutError("an attention mask goes with tokens of one width: expected [sequences, tokens] for both") from None
+    if (
+        ids.shape != shown.shape
+        or ids.ndim != 2
+        or not ids.numel()
+        or not bool(shown[:, -1].all() and (shown[:, 1:] >= shown[:, :-1]).all())
+    ):
         raise LayoutError(
-            f"an attention mask of shape {list(mask.shape)} for tokens of shape {list(token_ids.shape)}: expected [sequences, tokens] for "
+            f"an attention mask of shape {list(shown.shape)} for tokens of shape {list(ids.shape)}: expected [sequences, tokens] for "
             "both, zeros at the left of each sequence (its padding) and ones from there on"
         )
-    return [row[kept].tolist() for row, kept in zip(token_ids, shown, strict=True)]
+    return [row[kept].tolist() for row, kept in zip(ids, shown, strict=True)], ids.shape[1]
 
 
 def _fed(rows: list[Row], ids: list[list[int]]) -> list[Row]:

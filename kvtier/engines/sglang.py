@@ -22,6 +22,7 @@ import torch
 from kvtier.blocks import BlockStore, Chain
 from kvtier.engines.settings import store_config
 from kvtier.engines.versions import require_engine
+from kvtier.engines.weights import named_revision
 from kvtier.errors import ConfigError, LayoutError
 from kvtier.layout import PageLayout
 from kvtier.tiers.lent import BlockLayout, Part
@@ -33,6 +34,7 @@ from sglang.srt.mem_cache.hicache_storage import (  # noqa: E402  # after the ch
     HiCacheStorageConfig,
     HiCacheStorageExtraInfo,
 )
+from sglang.srt.runtime_context import get_server_args  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +59,8 @@ class KvtierHiCache(HiCacheStorage):  # type: ignore[misc]  # SGLang is not ther
     """Pages in a `kvtier.blocks.BlockStore`, one store per rank, in a directory of its own below `disk.path`.
 
     Of `hicache-storage-backend-extra-config`, the keys with a dot in them and `config` are kvtier's (`store_config`). The model's name,
-    dtype, layers, heads, page size and ranks are part of every key. Formats that lose bits need a dtype and layout that kvtier knows
-    (ORDERS; bf16, fp16, fp32), others are kept as they are. ConfigError, LayoutError, StoreError or StoreLocked if it cannot be.
+    weights, dtype, layers, heads, page size and ranks are part of every key. Formats that lose bits need a dtype and layout that kvtier
+    knows (ORDERS; bf16, fp16, fp32), others are kept as they are. ConfigError, LayoutError, StoreError or StoreLocked if it cannot be.
     """
 
     def __init__(self, storage_config: HiCacheStorageConfig, kwargs: Mapping[str, object]) -> None:
@@ -85,7 +87,7 @@ class KvtierHiCache(HiCacheStorage):  # type: ignore[misc]  # SGLang is not ther
         facts: dict[str, object] = {
             "engine": "sglang",
             "model": ranks.model_name or self._config.model.name,
-            "revision": self._config.model.revision,
+            "revision": self._config.model.revision or _weights(),
             "dtype": str(mem_pool_host.dtype),
             "page_tokens": mem_pool_host.page_size,
             "block_bytes": blocks.block_bytes,
@@ -189,6 +191,13 @@ def _blocks_of(host: Any) -> tuple[BlockLayout, int]:
     if name is None or getattr(host, "v_head_dim", width) != width:
         return BlockLayout.opaque(total), len(sizes)
     return BlockLayout(PageLayout(host.layer_num, planes, host.page_size, heads, width, name), order, order), len(sizes)
+
+
+def _weights() -> str:
+    """What this server computes KV with: the name in SGLang's storage configuration is only what it is served under."""
+    server = get_server_args()
+    how = f"{server.dtype}, quantization {server.quantization}, overrides {server.json_model_override_args}"
+    return f"{named_revision(server.model_path, server.revision)}, {how}"
 
 
 def _names(keys: Sequence[str]) -> list[bytes]:

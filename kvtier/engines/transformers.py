@@ -15,7 +15,7 @@ import torch
 from kvtier.cache import TieredKVCache
 from kvtier.engines.budgeted import BudgetedCache, Select
 from kvtier.engines.dense import Prefix, TieredLayer
-from kvtier.engines.fed import Fed, Row, check_mask, unpadded
+from kvtier.engines.fed import Fed, Positions, Row, check_mask, unpadded
 from kvtier.engines.models import cache_argument, check_named
 from kvtier.engines.stopwatch import Stopwatch
 from kvtier.errors import LayoutError, MissingExtra, ModelError
@@ -86,9 +86,9 @@ class TieredCache(Cache):  # type: ignore[misc]
 
     At most all but one token are restored, because a model needs one to predict the next. `restored` counts them, over the batch;
     `restored_each` by sequence: the rows of a batch end in the same column, so each computes as many tokens as the row that needs most.
-    `model` lets kvtier see what each row of the cache was fed (`commit`), and whether its mask hides this padding and nothing else, which
-    is a LayoutError before anything is computed; without it a batch that grew (beams) cannot be committed. Not to be copied: a second
-    cache of the same sequence shares its pages.
+    `model` lets kvtier see what each row of the cache was fed (`commit`), whether its mask hides this padding and nothing else, and whether
+    its `position_ids` count all but that: else a LayoutError, before anything is computed. Without it a batch that grew (beams) cannot be
+    committed. Not to be copied: a second cache of the same sequence shares its pages.
     """
 
     def __init__(
@@ -97,11 +97,14 @@ class TieredCache(Cache):  # type: ignore[misc]
         token_ids: Sequences,
         salt: str | Sequence[str] = "",
         model: Any = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | Sequence[Sequence[int]] | None = None,
     ) -> None:
         check_named(cache)
-        sequences = _sequences(token_ids if attention_mask is None else unpadded(torch.as_tensor(token_ids), attention_mask))
-        width = max(map(len, sequences)) if attention_mask is None else attention_mask.shape[1]
+        if attention_mask is None:
+            sequences = _sequences(token_ids)
+            width = max(map(len, sequences))
+        else:
+            sequences, width = unpadded(token_ids, attention_mask)
         salts = [salt] * len(sequences) if isinstance(salt, str) else list(salt)
         if len(salts) != len(sequences):
             raise LayoutError(f"TieredCache: {len(salts)} salts for {len(sequences)} sequences; give one for all, or one for each")
@@ -110,6 +113,7 @@ class TieredCache(Cache):  # type: ignore[misc]
         self._fed: Fed | None = None
         self._mask: Any = None
         self._padding = [width - len(sequence) for sequence in sequences]
+        self._positions = Positions(self._padding)
         self._leases: list[Lease] = []
         try:
             for sequence, tenant in zip(sequences, salts, strict=True):
@@ -132,7 +136,9 @@ class TieredCache(Cache):  # type: ignore[misc]
             self._unseen = True
             self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
-    def _before_forward(self, _: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _before_forward(
+        self, model: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._fed is None or not any(value is self for value in (*inputs, *named.values())):
             return None
         ids = named.get("input_ids", inputs[0] if inputs else None)
@@ -142,10 +148,6 @@ class TieredCache(Cache):  # type: ignore[misc]
             raise LayoutError(
                 f"the forward pass has {len(ids)} sequences and its cache {len(self._leases)}; expected as many, or so many of each"
             )
-        self._mask = named.get("attention_mask")
-        if self._unseen:
-            check_mask(self._mask, self._padding, len(ids))
-            self._unseen = False
         again, self._again = self._again, []
         restored = slice(self._padding[0], self._padding[0] + len(again))
         if again and ids.shape[0] == 1 and ids[0, restored].tolist() == again:
@@ -154,6 +156,13 @@ class TieredCache(Cache):  # type: ignore[misc]
             inputs, named = ((ids, *inputs[1:]), dict(named)) if "input_ids" not in named else (inputs, {**named, "input_ids": ids})
             if (positions := named.get("position_ids")) is not None:
                 named["position_ids"] = positions[..., -ids.shape[1] :]
+        self._mask, columns = named.get("attention_mask"), self.get_seq_length()
+        if self._unseen:
+            check_mask(self._mask, self._padding, len(ids), columns + ids.shape[1])
+        self._positions.tell(model, named.get("position_ids"), columns, ids.shape[1])
+        if self._unseen:
+            self._positions.check()
+            self._unseen = False
         self._fed.feed(ids)
         return inputs, named
 
@@ -202,7 +211,8 @@ class TieredCache(Cache):  # type: ignore[misc]
             self.tiered.record_prefill(prefill.start, prefill.tokens, prefill.seconds)
         rows = self._rows(sequences)
         if self._fed is not None and not self._unseen:
-            check_mask(self._mask, self._padding, len(rows))
+            check_mask(self._mask, self._padding, len(rows), self.get_seq_length())
+            self._positions.check()
         for lease in self._leases:
             lease.wait()
         total = 0

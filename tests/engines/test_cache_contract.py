@@ -184,6 +184,60 @@ def test_a_token_that_the_mask_hides_later_is_not_kept(model, tmp_path):
         assert cache.lookup(prompt).tokens == 0
 
 
+@torch.inference_mode()
+def test_positions_that_count_padding_or_not_what_was_restored_are_refused_and_nothing_is_kept(model, warm):
+    """Keys are rotated by their positions: kept under their tokens, they would be found by sequences in which those stand elsewhere."""
+    prompts = [[*SHORT[:5], *PROMPT], [*SHORT[:5], *SHORT]]
+    inputs = left_padded(prompts, 0)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    right = (mask.cumsum(-1) - 1).clamp(min=0)
+    for wrong in (None, torch.arange(ids.shape[1])[None], right + 1):
+        with TieredCache(warm, prompts, model=model) as past, pytest.raises(LayoutError, match="position_ids"):
+            model(ids, attention_mask=mask, position_ids=wrong, **cache_argument(past))
+    new = torch.tensor([PROMPT[144:]])
+    counted = torch.arange(new.shape[1])[None]
+    with TieredCache(warm, PROMPT, model=model) as past, pytest.raises(LayoutError, match="position_ids"):
+        model(new, position_ids=counted, **cache_argument(past))
+    with BudgetedCache(model, warm, PROMPT, 12) as past, pytest.raises(LayoutError, match="position_ids"):
+        model(new, position_ids=counted, **cache_argument(past))
+    with TieredCache(warm, prompts, model=model) as past:
+        model(ids[:, :-2], attention_mask=mask[:, :-2], position_ids=right[:, :-2], **cache_argument(past))
+        model(ids[:, -2:], attention_mask=mask, position_ids=right[:, -2:] - 1, **cache_argument(past))
+        with pytest.raises(LayoutError, match="position_ids"):
+            past.commit(prompts)
+    assert warm.lookup(prompts[0]).tokens == 0
+    with TieredCache(warm, prompts, model=model) as past:
+        model(ids[:, :-2], attention_mask=mask[:, :-2], position_ids=right[:, :-2], **cache_argument(past))
+        model(ids[:, -2:], attention_mask=mask, position_ids=right[:, -2:], **cache_argument(past))
+        assert past.commit(prompts) == 144 + 64
+    evict_everything(warm)
+    session = Session(model, warm)
+    assert session.generate(prompts[1], **GENERATE) == generated(model, left_padded(prompts[1:], 0))[0, 65:].tolist()
+    assert session.restored == 64
+
+
+@torch.inference_mode()
+def test_a_mask_of_the_new_tokens_alone_is_refused(model, warm):
+    """transformers takes it for the first columns, and hides the others."""
+    new = torch.tensor([PROMPT[144:]])
+    for past in (TieredCache(warm, PROMPT, model=model), BudgetedCache(model, warm, PROMPT, 12)):
+        with past, pytest.raises(LayoutError, match="the attention mask has 6 columns; expected at least 150"):
+            model(new, attention_mask=torch.ones_like(new), **cache_argument(past))
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask"), [([[5, 6], [7]], [[1, 1], [1, 1]]), ([[5, 6]], [[1, 1], [1]]), ([[]], [[]]), (torch.zeros(0, 4), torch.ones(0, 4))]
+)
+def test_a_mask_that_is_no_batch_is_refused(model, warm, ids, mask):
+    with pytest.raises(LayoutError, match=r"expected \[sequences, tokens\] for both"):
+        TieredCache(warm, ids, model=model, attention_mask=mask)
+
+
+def test_ids_and_mask_may_be_lists(model, warm):
+    with TieredCache(warm, [[0, *PROMPT]], model=model, attention_mask=[[0] + [1] * len(PROMPT)]) as past:
+        assert past.restored == 144
+
+
 @pytest.mark.parametrize("mask", [[[1, 1, 0]], [[0, 1, 0, 1]], [[0, 0, 0, 0]], [1, 1, 1, 1]])
 def test_a_mask_that_is_none_of_left_padding_is_refused(model, warm, mask):
     with pytest.raises(LayoutError, match="zeros at the left"):

@@ -8,7 +8,7 @@ import pytest
 
 from kvtier.engines.vllm.keys import RequestKeys
 from kvtier.engines.vllm.mirror import Mirror
-from kvtier.engines.vllm.weights import PIECE_BYTES, adapter_revision, folder_revision, model_revision
+from kvtier.engines.weights import PIECE_BYTES, adapter_revision, folder_revision, model_revision
 from kvtier.errors import MissingExtra
 from kvtier.keys import page_keys, root_key
 

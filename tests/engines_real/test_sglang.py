@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from sglang.srt.mem_cache.hicache_storage import (  # noqa: E402
     HiCacheStorageFailureInjector,
 )
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory  # noqa: E402
+from sglang.srt.runtime_context import get_context  # noqa: E402
 
 PAGE = 16
 LAYOUTS = ["layer_first", "page_first", "page_first_direct", "page_head"]
+SERVER = {"model_path": "m", "revision": None, "dtype": "auto", "quantization": None, "json_model_override_args": "{}"}
+"""Of SGLang's `ServerArgs`, which asks for a GPU when it is made, what the backend reads."""
 KEYS = [f"hash{number}" for number in range(12)]
 
 
@@ -45,6 +49,14 @@ def make(path: Path, pool: Any, more: dict[str, Any] | None = None, **ranks: Any
     backend.register_mem_pool_host(pool)
     backend.on_host_pools_registered()
     return backend
+
+
+@pytest.fixture(autouse=True)
+def server(monkeypatch):
+    """The arguments that SGLang's scheduler publishes before it makes a backend."""
+    arguments = types.SimpleNamespace(**SERVER)
+    monkeypatch.setattr(get_context(), "_server_args", arguments)
+    return arguments
 
 
 def indices(*pages: int) -> torch.Tensor:
@@ -164,6 +176,33 @@ def test_a_store_of_another_model_or_dtype_is_refused(tmp_path, change):
     dtype = change.pop("dtype", torch.bfloat16)
     with pytest.raises((StoreError, LayoutError)):
         make(tmp_path, mha_pool(ROOT, "page_first", dtype), **change)
+
+
+def test_the_arguments_that_the_backend_reads_are_sglangs():
+    fields = (ROOT / "srt" / "arg_groups" / "fields" / "model.py").read_text()
+    assert [name for name in SERVER if f"\n    {name}: A[" not in fields] == []
+
+
+def test_other_weights_under_the_same_name_and_path_are_another_model(tmp_path, server):
+    """The name is what they are served under; a fine-tuned model has the path of the one before it."""
+    folder, store = tmp_path / "model", tmp_path / "store"
+    folder.mkdir()
+    server.model_path = str(folder)
+    pool = mha_pool(ROOT, "page_first", torch.bfloat16)
+    (folder / "model.safetensors").write_bytes(b"one")
+    backend = make(store, pool)
+    assert backend.batch_set_v1(KEYS[:1], indices(0)) == [True]
+    backend.close()
+    backend = make(store, pool)
+    assert backend.exists(KEYS[0])
+    backend.close()
+    (folder / "model.safetensors").write_bytes(b"two")
+    with pytest.raises(StoreError, match="another model"):
+        make(store, pool)
+    make(tmp_path / "other", pool).close()
+    server.quantization = "fp8"
+    with pytest.raises(StoreError, match="another model"):
+        make(tmp_path / "other", pool)
 
 
 def test_what_cannot_be_held_is_refused_in_words(tmp_path):

@@ -13,7 +13,7 @@ from kvtier.engines.vllm import scheduler
 from kvtier.engines.vllm.messages import Hello, LoadDone, RankReport, WorkerReport
 from kvtier.engines.vllm.scheduler import MOST_STORING, SchedulerSide
 from kvtier.engines.vllm.settings import Settings
-from kvtier.engines.vllm.weights import adapter_revision
+from kvtier.engines.weights import adapter_revision
 from kvtier.layout import PageLayout
 
 PAGE = 4

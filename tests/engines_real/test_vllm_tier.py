@@ -185,7 +185,7 @@ def test_jobs_are_answered_and_lookups_tell_the_truth(tmp_path):
     tier.drain_jobs()
     assert {(result.job_id, result.success) for result in tier.get_finished_jobs()} == {(7, True), (8, True)}
     assert [tier.lookup(key, context) for key in keys] == [LookupResult.HIT] * 3 + [LookupResult.MISS]
-    table = tier.store._table
+    table = tier.store._contents.table
     assert sorted(table.depth[: table.rows].tolist()) == [0, 1, 2]  # known as one sequence
     before = tier._rows[:2].copy()
     tier._rows[:2] = 0
@@ -199,3 +199,16 @@ def test_jobs_are_answered_and_lookups_tell_the_truth(tmp_path):
     tier.shutdown()
     with pytest.raises(StoreError, match="another model"):
         make_tier(tmp_path, model="other")
+
+
+def test_other_weights_in_the_same_folder_are_another_model(tmp_path):
+    folder, store = tmp_path / "model", tmp_path / "store"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"one")
+    make_tier(store, str(folder)).shutdown()
+    make_tier(store, str(folder)).shutdown()
+    (folder / "model.safetensors").write_bytes(b"two")
+    with pytest.raises(StoreError, match="another model"):
+        make_tier(store, str(folder))
+    named: dict[str, Any] = {"model.revision": "1"}
+    make_tier(tmp_path / "named", str(folder), **named).shutdown()

@@ -24,7 +24,7 @@ from kvtier.engines.vllm.metrics import Counts
 from kvtier.engines.vllm.mirror import Mirror
 from kvtier.engines.vllm.resets import announce
 from kvtier.engines.vllm.settings import Settings, for_rank
-from kvtier.engines.vllm.weights import adapter_revision
+from kvtier.engines.weights import adapter_revision
 from kvtier.keys import PageKey, root_key
 from kvtier.pricing import Prices
 

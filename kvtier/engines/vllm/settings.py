@@ -13,7 +13,7 @@ from typing import Any
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kvtier.config import Config, MiB, load_config
-from kvtier.engines.vllm.weights import model_revision
+from kvtier.engines.weights import model_revision
 from kvtier.errors import ConfigError, LayoutError, ModelError
 from kvtier.keys import namespace
 from kvtier.layout import PageLayout

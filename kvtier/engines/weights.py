@@ -42,26 +42,35 @@ def adapter_revision(path: str) -> str:
     return folder_revision(Path(path)) if os.path.isdir(path) else ""
 
 
+def named_revision(name: str, revision: str | None = None) -> str:
+    """Of the weights that an engine is given as `name`: a folder, a file (GGUF), or a name of Hugging Face's, at its `revision`.
+
+    Where they are not on this machine, `revision`, which may be empty.
+    """
+    place = Path(name)
+    if place.is_file():
+        digest = xxhash.xxh3_128()
+        _add_pieces(digest, place)
+        return digest.hexdigest()
+    folder = place if place.is_dir() else _in_hub_cache(name, revision)
+    return (revision or "") if folder is None else folder_revision(folder)
+
+
 def model_revision(model: Any) -> str:
     """Of a vLLM `ModelConfig`: its weights, wherever they are, and its configuration with all overrides."""
     digest = xxhash.xxh3_128(json.dumps(model.hf_config.to_dict(), sort_keys=True, default=str).encode())
     digest.update(model.model_weights.encode())  # where they are elsewhere than the configuration
-    place = Path(model.model)
-    if place.is_file():  # GGUF
-        _add_pieces(digest, place)
-        return digest.hexdigest()
-    folder = place if place.is_dir() else _in_hub_cache(model)
-    digest.update((f"{model.revision}" if folder is None else folder_revision(folder)).encode())
+    digest.update(named_revision(model.model, model.revision).encode())
     return digest.hexdigest()
 
 
-def _in_hub_cache(model: Any) -> Path | None:
-    """The folder of a model that vLLM is given by its name; None if it is not there, or the name is none of Hugging Face's."""
+def _in_hub_cache(name: str, revision: str | None) -> Path | None:
+    """The folder of a model that an engine is given by its name; None if it is not there, or the name is none of Hugging Face's."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(model.model, "config.json", revision=model.revision)
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
     except HFValidationError:  # such as `name:quantization`
         return None
     return Path(found).parent if isinstance(found, str) else None
