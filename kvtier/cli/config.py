@@ -119,7 +119,7 @@ Every value has a default. Four places can change it; a later one wins:
 3. arguments: `--set host.capacity_bytes=8GiB`, or `overrides={"host.capacity_bytes": "8GiB"}` in Python
 
 Mappings are merged key by key; lists are replaced whole. A section that may be `null` is switched off by that (`--set host=null`) and
-on again by any key below it. A key that does not exist is an error that names the nearest one that does.
+on again by any key below it. A key that does not exist is an error that names the nearest one that does, or those that do.
 
 `_bytes` takes a whole number or text with a unit: `8GiB`, `64 MiB` (powers of 1024), `500MB` (powers of 1000). `_s` and `_ms` are
 seconds and milliseconds. `kvtier config show` prints the effective values and where each came from, `kvtier config check` tries files.
