@@ -43,7 +43,16 @@ def doctor(
     if path is not None and not path.is_dir():
         raise KVTierError(f"--path {path} is not a directory; name the one the disk tier will live in, or its parent")
     try:
-        findings = [*_memory(), *_codecs(), *_bookkeeping(), *_file_threads(), *_disk(path), _gpu_direct(path), *_packages()]
+        findings = [
+            *_memory(),
+            *_codecs(),
+            *_bookkeeping(),
+            *_file_threads(),
+            *_block_copies(),
+            *_disk(path),
+            _gpu_direct(path),
+            *_packages(),
+        ]
     except OSError as error:
         raise KVTierError(
             f"{path or tempfile.gettempdir()} cannot hold a disk tier: {error.strerror}; name another directory with --path"
@@ -158,6 +167,13 @@ def _file_threads() -> list[Finding]:
 
     missing = why_missing()
     return [Finding("native file threads", not missing, missing or "reads and writes of batches by compiled threads")]
+
+
+def _block_copies() -> list[Finding]:
+    from kvtier.memory.strided import why_missing
+
+    missing = why_missing()
+    return [Finding("native block copies", not missing, missing or "blocks of engines on CPUs become pages in compiled tiles")]
 
 
 def _disk(path: Path | None) -> list[Finding]:

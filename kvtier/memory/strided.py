@@ -39,9 +39,19 @@ def copy_block(layers: list[Numbers], block: int, page: Numbers, into_page: bool
             np.copyto(layer[block], part)
 
 
-@lru_cache(maxsize=1)
+def why_missing() -> str:
+    """One line: why NumPy does it, and what to do; empty if it does not."""
+    return _load()[1]
+
+
 def _extension() -> _Extension | None:
+    return _load()[0]
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[_Extension | None, str]:
     try:
-        return cast(_Extension, importlib.import_module("kvtier.memory._strided"))
-    except ImportError:
-        return None
+        return cast(_Extension, importlib.import_module("kvtier.memory._strided")), ""
+    except ImportError as error:
+        remedy = "install a C compiler (Debian, Ubuntu: apt-get install gcc python3-dev) and install kvtier again"
+        return None, f"not built or not loadable ({error}); NumPy moves blocks of engines on CPUs, a few times slower; {remedy}"
