@@ -175,9 +175,6 @@ class SpellLoops(Protocol):
     def remember(self, pages: Numbers, /) -> bool:
         """Pages become ghosts. False: not done."""
 
-    def evict(self, out: Numbers, table: TableLoops, tier: int, /) -> bool:
-        """The first pages leave the ranking and become ghosts, into `out`. False: not done, for there are fewer or one is held there."""
-
     def score_all(self) -> None:
         """The pages that queue are scored for the last scoring, and all others when they begin to."""
 

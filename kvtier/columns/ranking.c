@@ -193,19 +193,17 @@ static PyObject *restore(PyObject *self, PyObject *pages) { return each(self, pa
 static PyObject *rescored(PyObject *self, PyObject *pages) { return each(self, pages, true, false, place_anew); }
 static PyObject *withdraw(PyObject *self, PyObject *pages) { return each(self, pages, true, false, ranking_unqueue); }
 
-int64_t ranking_pop(Ranking *r) {
-    const Py_ssize_t page = size_of(r) ? ranking_cell(r, r->heap[0]) : r->pages;
-    if (page == r->pages || !is_queued(r, page)) return -1;
-    go_first(r, page);
-    return page;
-}
-
 static PyObject *pop(PyObject *self, PyObject *array) {
     Ranking *r = (Ranking *)self;
     Rows out;
     if (!rows_open(&out, array, true)) return NULL;
     Py_ssize_t count = 0;
-    for (int64_t page; count < out.count && (page = ranking_pop(r)) >= 0;) *row_at(&out, count++) = page;
+    while (count < out.count && size_of(r)) {
+        const Py_ssize_t page = ranking_cell(r, r->heap[0]);
+        if (page == r->pages || !is_queued(r, page)) break;
+        *row_at(&out, count++) = page;
+        go_first(r, page);
+    }
     rows_close(&out);
     return PyLong_FromSsize_t(count);
 }

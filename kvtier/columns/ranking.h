@@ -37,8 +37,5 @@ void ranking_enqueue(Ranking *r, int64_t page);
 /* A page is here from now on, by the links in its columns; it queues if it is a leaf, and its parent does not. */
 void ranking_come(Ranking *r, int64_t page);
 
-/* The first of the queue leaves: its page, -1 if nothing queues. */
-int64_t ranking_pop(Ranking *r);
-
 /* All that queue have new scores: puts them in order. */
 void ranking_reorder(Ranking *r);

@@ -73,4 +73,3 @@ static inline Py_ssize_t first_cell(const Spells *s, int64_t name) {
 Py_ssize_t find_ghost(const Spells *s, int64_t name);
 
 PyObject *remember(PyObject *self, PyObject *pages);
-PyObject *evict(PyObject *self, PyObject *const *arguments, Py_ssize_t given);

@@ -3,7 +3,7 @@
    A method that finds anything unusual answers False or None and has changed nothing: the same method in Python then does the work, or
    says what is wrong. Row numbers that columns hold are checked like those from outside; NO_ROW and all that is out of range means the
    last cell, which belongs to no row. */
-#include "holders.h"
+#include "rows.h"
 
 #include <string.h>
 
@@ -536,34 +536,24 @@ static PyObject *release(PyObject *self, PyObject *const *arguments, Py_ssize_t 
     Py_RETURN_NONE;
 }
 
-bool holders_open(Holders *holders, PyObject *object, int64_t tier) {
-    if (PyType_GetSlot(Py_TYPE(object), Py_tp_dealloc) != (void *)table_dealloc) {
-        PyErr_Format(PyExc_TypeError, "%R where a table's loops were expected", (PyObject *)Py_TYPE(object));
-        return false;
-    }
-    const Table *table = (const Table *)object;
-    const bool known = tier_within(table, tier);
-    holders->rows = known ? table->rows : 0;
-    holders->leases = table->leases;
-    holders->readers = table->readers + (known ? tier * table->cells : 0);
-    holders->device = tier ? (const uint8_t *)table->copies : NULL;
-    return true;
-}
-
 static PyObject *protect(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     if (expect_arguments("protect(rows, tier, out)", given, 3)) return NULL;
+    const Table *table = (Table *)self;
     bool failed = false;
     const int64_t tier = number_of(arguments[1], &failed);
-    Holders holders;
     Rows rows;
     Py_buffer out;
-    if (failed || !holders_open(&holders, self, tier) || !rows_open(&rows, arguments[0], false)) return NULL;
+    if (failed || !rows_open(&rows, arguments[0], false)) return NULL;
     if (PyObject_GetBuffer(arguments[2], &out, PyBUF_WRITABLE)) {
         rows_close(&rows);
         return NULL;
     }
-    const bool usual = out.len == rows.count && rows_within(&rows, holders.rows);
-    for (Py_ssize_t i = 0; usual && i < rows.count; i++) ((uint8_t *)out.buf)[i] = is_held(&holders, *row_at(&rows, i));
+    const bool usual = tier_within(table, tier) && out.len == rows.count && rows_within(&rows, table->rows);
+    for (Py_ssize_t i = 0; usual && i < rows.count; i++) {
+        const int64_t row = *row_at(&rows, i);
+        const bool holds = table->leases[row] && !(tier && *state(table, row, 0) == READY);
+        ((uint8_t *)out.buf)[i] = holds || table->readers[tier * table->cells + row];
+    }
     PyBuffer_Release(&out);
     rows_close(&rows);
     return PyBool_FromLong(usual);

@@ -17,8 +17,6 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtier import columns
-
 ROOT = -1
 """Parent of a page that has none."""
 
@@ -29,23 +27,6 @@ Mask = NDArray[np.bool_]
 Protection = Callable[[Pages], Mask]
 """Says which of these pages may not leave. Within one call of a policy it is asked about a page once at most, in leaving order, and only
 about pages that would be leaves once those asked about before them are gone. Not all of them need to leave in the end."""
-
-
-Holders = tuple[columns.TableLoops, int]
-"""A table's compiled loops, and the tier in which what they `protect` may not leave."""
-
-
-class TableProtection(ABC):
-    """A `Protection` that may follow from a page table's columns alone: compiled loops then look there and need not ask."""
-
-    @abstractmethod
-    def holders(self) -> Holders | None:
-        """Who says what may not leave, if just that is protected now; else None."""
-
-    @abstractmethod
-    def __call__(self, pages: Pages) -> Mask:
-        """Which of these pages may not leave."""
-
 
 Names = Callable[[Pages], Pages]
 """What pages are called for as long as anybody could remember them, int64 `[n]`: equal content, equal name, whatever the id."""

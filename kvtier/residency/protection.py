@@ -8,13 +8,13 @@ from __future__ import annotations
 import numpy as np
 
 from kvtier.pages import ABSENT, NO_TIER, READY, PageTable, Rows
-from kvtier.policy import Holders, Mask, TableProtection
+from kvtier.policy import Mask
 
 # Without dimensions: with a Python number, NumPy spends longer on finding the type than on a whole request's rows.
 _NOBODY, _ONE, _NO_TIER = np.array(0), np.array(1), np.array(NO_TIER)
 
 
-class Protected(TableProtection):
+class Protected:
     """The pages that are leased, being read in `tier`, pinned to it at time `now`, or the last copy of a page that others build on.
 
     With `hinted`, also those that a hint brought up and nobody used yet. A `kvtier.policy.Protection`, to be used within `with`. A page
@@ -35,16 +35,6 @@ class Protected(TableProtection):
         for parents in self._leaving:
             self._table.leaving[parents] = _NOBODY
 
-    def holders(self) -> Holders | None:
-        table, tier = self._table, self._tier
-        if self._hinted or table.may_be_pinned(self._now) or self._keeps_parents():
-            return None
-        return None if table.loops is None else (table.loops, tier)
-
-    def _keeps_parents(self) -> bool:
-        table, tier = self._table, self._tier
-        return tier == table.tiers - 1 and (tier > 0 or table.hollow)
-
     def __call__(self, pages: Rows) -> Mask:
         """Which of these pages may not leave."""
         table, tier = self._table, self._tier
@@ -54,7 +44,7 @@ class Protected(TableProtection):
         if (pinned := table.any_pinned(pages, self._now)) is not None:
             for index in np.flatnonzero(pinned & ~kept).tolist():
                 kept[index] = self._is_pinned_here(int(pages[index]))
-        if self._keeps_parents():
+        if tier == table.tiers - 1 and (tier or table.hollow):
             self._keep_parents(pages, kept)
         return kept
 

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 
 from kvtier import columns
-from kvtier.pages import DEVICE, NO_ROW, PageTable
 from kvtier.policy import A2CR, ROOT, nothing_protected
 from kvtier.policy import memory as memory_module
 from kvtier.policy import reuse as reuse_module
 from kvtier.policy.ranking import Ranking
 from kvtier.policy.reuse import AGES, ReuseModel
-from kvtier.residency.protection import Protected
 from kvtier.testing.policy import PolicyContract
 from tests.columns.rig import PlainA2CR, PlainRanking, Twins, a2cr_state, needs_loops
 
@@ -206,28 +204,3 @@ def test_many_leaves_that_change_at_once_are_in_order_afterwards(kind):
         ranking.rescored(changed)
         ranking.check_integrity()
         assert ranking.first(60, nothing_protected).tolist() == np.lexsort((pages, ranking.score[:60])).tolist()
-
-
-@needs_loops
-def test_an_eviction_that_looks_into_the_table_takes_what_one_that_asks_takes():
-    table, policies, chance = PageTable(1, 1), (A2CR(), PlainA2CR()), np.random.default_rng(3)
-    for chain in range(12):
-        keys = [bytes([chain, place]) * 16 for place in range(5)]
-        rows, (parents, depths, _) = table.settle_chain(keys, bytes(32), 0, NO_ROW, DEVICE, range(5))
-        for policy in policies:
-            policy.insert(rows, parents, depths, float(chain))
-        if chance.random() < 0.7:
-            table.release(rows)
-    assert np.count_nonzero(table.leases)
-
-    def let_go(count: int) -> Any:
-        with Protected(table, DEVICE, 20.0) as protected:
-            assert protected.holders() is not None
-            answers = [policy.evict(count, protected, 20.0, 1.0) for policy in policies]
-        assert a2cr_state(policies[0]) == a2cr_state(policies[1])
-        assert np.array_equal(*answers) if answers[0] is not None else answers[1] is None
-        return answers[0]
-
-    while (victims := let_go(3)) is not None:
-        assert not table.leases[victims].any()
-    assert len(policies[0]) - np.count_nonzero(table.leases) < 3
