@@ -19,7 +19,7 @@ STUBBORN = """
 import os, signal, sys, time
 if os.fork():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and ends on no pipe's end
-print("up", flush=True)
+os.write(1, b"up\\n")  # at once: two write here
 time.sleep(600)
 """
 STARTER = f"""
