@@ -20,9 +20,8 @@ from kvtier.attention.router import Decision, Expected, Router, Side
 from kvtier.errors import LayoutError, LeaseError
 from kvtier.formats import Payload
 from kvtier.leases.lease import Lease
-from kvtier.mover.transfer import ended
 from kvtier.numa.executor import NumaThreadPool
-from kvtier.pages import ABSENT, DEVICE, READY, WRITING, Rows
+from kvtier.pages import ABSENT, DEVICE, READY, Rows
 from kvtier.residency import Residency
 from kvtier.tiers.base import Refused
 from kvtier.tiers.host import HostTier
@@ -207,22 +206,11 @@ class InPlaceLease:
             alone = bool((table.state[DEVICE][rows] == ABSENT).all())
             moved = np.bincount(table.warmest(rows), minlength=len(residency.tiers)) * residency.page_bytes
         asked_s = perf_counter()
-        residency.mover.spawn(self._lift(rows)).result()
+        residency.mover.spawn(residency.copying.bring(rows)).result()
         seconds = perf_counter() - asked_s
         with residency.lock:
             if alone and (table.state[DEVICE][rows] == READY).all():
                 residency.prices.restored(moved, seconds)
-
-    async def _lift(self, rows: Rows) -> None:
-        """Bring rows to the device, with whoever brings some of them already. On the loop."""
-        residency, table = self._residency, self._residency.table
-        for _ in range(2):  # a hint that brought some may have been taken back
-            await residency.copying.lift([row for row in rows.tolist() if table.state[DEVICE, row] == ABSENT], lambda _: None)
-            with residency.lock:
-                coming = {residency.copying.inflight[row, DEVICE] for row in rows.tolist() if table.state[DEVICE, row] == WRITING}
-            for transfer in coming:
-                residency.mover.urge(transfer)
-            await ended(coming)
 
     def _cut(self, pages: int) -> None:
         """Only the first `pages` pages are covered. Lock held."""

@@ -16,8 +16,8 @@ from kvtier.errors import LeaseError, TransferFailed
 from kvtier.formats import Payload
 from kvtier.leases.lease import Lease
 from kvtier.memory.region import aligned_array
-from kvtier.mover.transfer import Priority, ended
-from kvtier.pages import ABSENT, DEVICE, READY, WRITING, Rows
+from kvtier.mover.transfer import Priority
+from kvtier.pages import DEVICE, READY, Rows
 from kvtier.residency import Residency
 from kvtier.tiers.base import Refused, Tier
 
@@ -116,23 +116,12 @@ class Parked:
         """Have these pages on the device; False, and the sequence shorter, if one does not come."""
         residency, table = self._residency, self._residency.table
         rows = np.array([self._lease.rows[page] for page in pages], np.int64)
-        residency.mover.spawn(self._lift(rows)).result()
+        residency.mover.spawn(residency.copying.bring(rows)).result()
         with residency.lock:
             ready = table.state[DEVICE][rows] == READY
             if not ready.all():
                 self._cut(pages[int(ready.argmin())])
         return bool(ready.all())
-
-    async def _lift(self, rows: Rows) -> None:
-        """Bring rows to the device, with whoever brings some of them already. On the loop."""
-        residency, table = self._residency, self._residency.table
-        for _ in range(2):  # a hint that brought some may have been taken back
-            await residency.copying.lift([row for row in rows.tolist() if table.state[DEVICE, row] == ABSENT], lambda _: None)
-            with residency.lock:
-                coming = {residency.copying.inflight[row, DEVICE] for row in rows.tolist() if table.state[DEVICE, row] == WRITING}
-            for transfer in coming:
-                residency.mover.urge(transfer)
-            await ended(coming)
 
     def _cut(self, pages: int) -> None:
         """Only the first `pages` pages can be had; let go of the others."""

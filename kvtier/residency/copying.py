@@ -17,7 +17,7 @@ import numpy as np
 
 from kvtier.errors import Closed
 from kvtier.mover.transfer import Move, Outcome, Priority, Transfer, ended
-from kvtier.pages import ABSENT, DEVICE, NO_TIER, READY, Rows
+from kvtier.pages import ABSENT, DEVICE, NO_TIER, READY, WRITING, Rows
 from kvtier.tiers.host import HostTier
 
 if TYPE_CHECKING:
@@ -102,6 +102,17 @@ class Copying:
             await ended(queued)
         finally:
             self._let_go_all(coming)
+
+    async def bring(self, rows: Rows) -> None:
+        """As `lift`, and wait for those that others bring already."""
+        residency, table = self._residency, self._residency.table
+        for _ in range(2):  # a hint that brought some may have been taken back
+            await self.lift([row for row in rows.tolist() if table.state[DEVICE, row] == ABSENT], lambda _: None)
+            with residency.lock:
+                coming = {self.inflight[row, DEVICE] for row in rows.tolist() if table.state[DEVICE, row] == WRITING}
+            for transfer in coming:
+                residency.mover.urge(transfer)
+            await ended(coming)
 
     async def lift_ahead(self, rows: Rows, launched: Callable[[list[Transfer]], None], within_s: float) -> Shortfall:
         """As `lift`, of pages that a hint promises to be wanted within `within_s` seconds, as far as the prefetch budget and pages that are
