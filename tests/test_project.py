@@ -17,11 +17,11 @@ BELOW = {
     "format_spec": {"errors"},
     "config": {"errors", "format_spec"},
     "machine": set(),
-    "io": {"errors"},
-    "memory": {"errors"},
+    "io": {"errors", "extensions"},
+    "memory": {"errors", "extensions"},
     "numa": {"errors"},
-    "formats": {"cuda", "errors", "format_spec", "layout"},
-    "columns": set(),
+    "formats": {"cuda", "errors", "extensions", "format_spec", "layout"},
+    "columns": {"extensions"},
     "cuda": {"errors"},
     "attention": {"cuda", "errors", "formats", "layout", "numa", "pricing"},
     "policy": {"columns", "errors"},
@@ -54,6 +54,7 @@ BELOW = {
     },
     "testing": {"cuda", "errors", "io", "layout", "keys", "formats", "policy", "tiers"},
     "errors": set(),
+    "extensions": set(),
 }
 """Which rooms a room may import: the floors of CONTRIBUTING.md."""
 

@@ -9,13 +9,14 @@ do the work, or raise the error. Indices are checked, whatever columns and argum
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kvtier.extensions import load_extension
 
 Numbers = NDArray[np.int64]
 """Rows, pages or keys `[n]`, of any stride."""
@@ -254,8 +255,4 @@ def why_missing() -> str:
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[Loops | None, str]:
-    try:
-        return cast(Loops, importlib.import_module("kvtier.columns._loops")), ""
-    except ImportError as error:
-        remedy = "install a C compiler (Debian, Ubuntu: apt-get install gcc python3-dev) and install kvtier again"
-        return None, f"not built or not loadable ({error}); NumPy does the work, a few times slower; {remedy}"
+    return load_extension("kvtier.columns._loops", "NumPy does the work, a few times slower")

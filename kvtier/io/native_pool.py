@@ -6,12 +6,12 @@ All state is the extension's (`requests.c`). Python hands over a batch and is to
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol, cast
+from typing import Protocol
 
+from kvtier.extensions import load_extension
 from kvtier.io.files import Outcomes, Request
 
 
@@ -80,8 +80,4 @@ def why_missing() -> str:
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[_Extension | None, str]:
-    try:
-        return cast(_Extension, importlib.import_module("kvtier.io._requests")), ""
-    except ImportError as error:
-        remedy = "install a C compiler (Debian, Ubuntu: apt-get install gcc python3-dev) and install kvtier again"
-        return None, f"not built or not loadable ({error}); Python threads do the work, with more CPU time per request; {remedy}"
+    return load_extension("kvtier.io._requests", "Python threads do the work, with more CPU time per request")

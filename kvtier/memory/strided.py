@@ -5,12 +5,13 @@ In C where that was built, or with NumPy, a few times slower: an engine that kee
 
 from __future__ import annotations
 
-import importlib
 from functools import lru_cache
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kvtier.extensions import load_extension
 
 Numbers = NDArray[np.integer[Any]]
 
@@ -50,8 +51,4 @@ def _extension() -> _Extension | None:
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[_Extension | None, str]:
-    try:
-        return cast(_Extension, importlib.import_module("kvtier.memory._strided")), ""
-    except ImportError as error:
-        remedy = "install a C compiler (Debian, Ubuntu: apt-get install gcc python3-dev) and install kvtier again"
-        return None, f"not built or not loadable ({error}); NumPy moves blocks of engines on CPUs, a few times slower; {remedy}"
+    return load_extension("kvtier.memory._strided", "NumPy moves blocks of engines on CPUs, a few times slower")

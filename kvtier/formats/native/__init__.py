@@ -8,13 +8,13 @@ called from several threads at once.
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol, cast
+from typing import Protocol
 
 from kvtier.errors import ConfigError
+from kvtier.extensions import load_extension
 from kvtier.formats.base import Payload
 
 CPU_VARIABLE = "KVTIER_CPU"
@@ -78,15 +78,12 @@ def why_missing() -> str:
 @lru_cache(maxsize=1)
 def _load() -> tuple[NativeCodecs | None, str]:
     wanted = os.environ.get(CPU_VARIABLE)
-    try:
-        found = cast(NativeCodecs, importlib.import_module("kvtier.formats.native._codecs"))
-    except ImportError as error:
-        remedy = "install a C compiler (Debian, Ubuntu: apt-get install gcc python3-dev) and install kvtier again"
-        if wanted:
-            raise ConfigError(f"{CPU_VARIABLE}={wanted}: there are no compiled kernels ({error}); unset it, or {remedy}") from None
-        return None, f"not built or not loadable ({error}); torch does the work, several times slower; {remedy}"
+    loaded, missing = load_extension("kvtier.formats.native._codecs", "torch does the work, several times slower")
+    found: NativeCodecs | None = loaded
     if wanted:
+        if found is None:
+            raise ConfigError(f"{CPU_VARIABLE}={wanted}: unset it; there are no compiled kernels: {missing}")
         if wanted not in found.available():
             raise ConfigError(f"{CPU_VARIABLE}={wanted}: not there; this CPU and build have {', '.join(found.available())}")
         found.use(wanted)
-    return found, ""
+    return found, missing
