@@ -2,7 +2,8 @@
 
 Each has a session of its own, so that its children are counted and stopped with it, and nobody else's; all of them end when the benchmark
 is killed (`leash.py`). All engines get the same number of threads, given: left to itself, vLLM takes one fewer in some configurations than
-in others. State: the processes.
+in others. All processes allocate from huge pages: in small ones, two starts of the same engine differ by more than what is compared.
+State: the processes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from kvtier.errors import KVTierError
 from .contestants import GIB, LAYOUT, SYSTEMS, Place
 from .leash import leashed
 
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
 START_S, ANSWER_S, STOP_S = 180.0, 60.0, 60.0
 """How long a process may take to be up, an engine to answer, a process to stop."""
 LOOK_S, AT_REST, SETTLE_S = 0.2, 0.1, 5.0
@@ -63,7 +65,7 @@ class Process:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=errors,
-                    env=os.environ | variables,
+                    env=os.environ | {"GLIBC_TUNABLES": with_huge_pages(os.environ.get("GLIBC_TUNABLES", ""))} | variables,
                     start_new_session=True,
                     pass_fds=(held,),
                 )
@@ -212,6 +214,11 @@ class Serving:
             if now - before <= AT_REST * LOOK_S:
                 return
             before = now
+
+
+def with_huge_pages(tunables: str) -> str:
+    """`tunables` of glibc with transparent huge pages for what it allocates, unless they say something of these already."""
+    return tunables if "glibc.malloc.hugetlb" in tunables else ":".join(filter(None, (tunables, HUGE_PAGES)))
 
 
 @contextlib.contextmanager
