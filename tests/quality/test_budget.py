@@ -12,10 +12,11 @@ from kvtier.engines.models import cache_argument
 from kvtier.engines.transformers import layout_of
 from kvtier.errors import ConfigError
 from kvtier.leases.budget import shares
-from kvtier.quality import budget
-from kvtier.quality.budget import SELECTIONS, budget_pages, by_attention, by_cumulative_attention, by_window, measure_budget
+from kvtier.quality import budget, selections
+from kvtier.quality.budget import budget_pages, measure_budget
 from kvtier.quality.measure import check_playable
 from kvtier.quality.protocol import Protocol
+from kvtier.quality.selections import SELECTIONS, Step, by_attention, by_cumulative_attention, by_window
 from tests.quality.rig import make_documents, make_model
 
 PROTOCOL = Protocol(tokens=256, page_tokens=4, page_dtype="fp32")
@@ -93,7 +94,7 @@ def test_heavy_hitters_stay():
     keys[0, 3, 0] = 9.0
     queries = torch.zeros(1, 16, 4)
     queries[..., 0] = 1.0
-    step = budget.Step(queries, keys, 1.0, torch.zeros(1, 24), page_tokens=4, device_pages=4)
+    step = Step(queries, keys, 1.0, torch.zeros(1, 24), page_tokens=4, device_pages=4)
     step.context_attention[0, 5] = -1.0
     step.context_attention[0, 3] = 5.0
     kept = by_cumulative_attention(step)[0]
@@ -129,16 +130,16 @@ def test_no_documents_are_refused(model):
 
 
 def test_the_window_is_the_first_page_and_the_most_recent():
-    step = budget.Step(torch.zeros(1, 2, 4), torch.zeros(1, 42, 4), 1.0, torch.zeros(1, 40), page_tokens=4, device_pages=4)
+    step = Step(torch.zeros(1, 2, 4), torch.zeros(1, 42, 4), 1.0, torch.zeros(1, 40), page_tokens=4, device_pages=4)
     assert by_window(step)[0, 1].nonzero()[:, 0].tolist() == [*range(4), *range(32, 42)]
 
 
 def test_bounds_never_fall_short(monkeypatch):
     """The control for the rival: a page's bound is at least the logit of each of its tokens."""
     generator = torch.Generator().manual_seed(0)
-    step = budget.Step(torch.randn(4, 6, 8, generator=generator), torch.randn(2, 46, 8, generator=generator), 0.5, torch.zeros(2, 40), 4, 4)
+    step = Step(torch.randn(4, 6, 8, generator=generator), torch.randn(2, 46, 8, generator=generator), 0.5, torch.zeros(2, 40), 4, 4)
     seen: list[torch.Tensor] = []
-    monkeypatch.setattr(budget, "_recalled", lambda _, logits: seen.append(logits))
-    budget.by_bounds(step)
+    monkeypatch.setattr(selections, "_recalled", lambda _, logits: seen.append(logits))
+    selections.by_bounds(step)
     exact = torch.einsum("hqd,hpd->qhp", step.queries * 0.5, step.keys[:, :44].repeat_interleave(2, 0)).unflatten(2, (11, 4)).amax(3)
     assert bool((seen[0] >= exact - 1e-6).all())
