@@ -1,29 +1,23 @@
 """The result of the main job as one self-contained HTML page: figures, captions, tables.
 
-The frame of the page, with its style, is page.html beside this file; the figures are drawn in plots.py.
+The frame of the page, with its style, is page.html beside this file; the figures are drawn in plots.py, tables made in markup.py.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
-import re
-import warnings
-from collections.abc import Iterable, Sequence
 from datetime import datetime
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvtier.errors import KVTierError, MissingExtra
-from kvtier.job.plots import VARIABLES, arrow, look, plot_links, plot_residency, plot_speed
+from kvtier.job.markup import html_card, html_figure, html_table
+from kvtier.job.plots import arrow, look, plot_links, plot_residency, plot_speed
 from kvtier.job.table import count, data, decimal, milliseconds, percent, prefetched, reasons, room, share
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Result = dict[str, Any]
 
@@ -83,14 +77,10 @@ def _head(result: Result) -> dict[str, str]:
         "title": escape(result["model"]["name"]),
         "verdict": word,
         "lead": escape(lead),
-        "cards": '<dl class="cards">' + "".join(_card(*card) for card in cards) + "</dl>",
+        "cards": '<dl class="cards">' + "".join(html_card(*card) for card in cards) + "</dl>",
         "footer": escape(f"Written by kvtier run on {datetime.now():%Y-%m-%d %H:%M}. The run took {result['seconds']:.0f} s."),
         "json": escape(json.dumps(result, indent=1)),
     }
-
-
-def _card(term: str, value: str, note: str) -> str:
-    return f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd><dd>{escape(note)}</dd></div>"
 
 
 def _sections(result: Result) -> dict[str, str]:
@@ -128,7 +118,7 @@ def _speed(result: Result) -> dict[str, str]:
             f"{_middle(surprise)}. "
         )
     caption += f"Restored through lossless formats: {_middle(ttft['lossless'])}."
-    return {"speed_text": text, "speed_figure": _figure("speed", plot_speed(turns, ttft), "Time to first token", caption)}
+    return {"speed_text": text, "speed_figure": html_figure("speed", plot_speed(turns, ttft), "Time to first token", caption)}
 
 
 def _residency(result: Result) -> dict[str, str]:
@@ -142,8 +132,8 @@ def _residency(result: Result) -> dict[str, str]:
     if 0 < firsts < len(result["turns"]):
         caption += f" Up to turn {firsts} sessions are new and fill the tiers from the top down; from then on they return."
     rows = [[str(item["turn"] + 1), decimal(item["seconds"], 1), *(count(item["pages"][name]) for name in names)] for item in samples]
-    table = _table("Pages in each tier after each turn", ["turn", "seconds", *names], rows)
-    figure = _figure("residency", plot_residency(samples, names, firsts), "Pages per tier over the run", caption)
+    table = html_table("Pages in each tier after each turn", ["turn", "seconds", *names], rows)
+    figure = html_figure("residency", plot_residency(samples, names, firsts), "Pages per tier over the run", caption)
     return {"residency_text": text, "residency_figure": f"{figure}<details><summary>These figures as a table</summary>{table}</details>"}
 
 
@@ -170,8 +160,8 @@ def _links(result: Result) -> dict[str, str]:
     note = "Speed is encoded bytes per second of worker time: reading, verifying, coding and writing included."
     return {
         "links_text": escape(f"Pages travel in the format of the colder tier. {prefetched(result)}"),
-        "links_figure": _figure("links", plot_links(links, page_bytes), "Bytes per link", caption),
-        "links_table": _table(note, head, rows),
+        "links_figure": html_figure("links", plot_links(links, page_bytes), "Bytes per link", caption),
+        "links_table": html_table(note, head, rows),
     }
 
 
@@ -192,7 +182,7 @@ def _tiers(result: Result) -> str:
     ]
     note = f"Served: pages a request found in, or got from, this tier. Eviction policy: {result['policy']}."
     head = ["tier", "format", "in use", "pages", "pages in", "served", "hit tokens", "evicted", "refused"]
-    return _table(note, head, rows, text=("format", "evicted", "refused"))
+    return html_table(note, head, rows, text=("format", "evicted", "refused"))
 
 
 def _quality_text(result: Result) -> str:
@@ -213,12 +203,14 @@ def _quality(result: Result) -> str:
         ["Log-likelihood lost per token", f"{decimal(measured['delta_nll'], 5)} nats"],
         ["Tokens scored", count(measured["scored_tokens"])],
     ]
-    return _table("The configured formats, on real text after each returning turn, against the untiered run.", ["measure", "value"], rows)
+    return html_table(
+        "The configured formats, on real text after each returning turn, against the untiered run.", ["measure", "value"], rows
+    )
 
 
 def _checks(result: Result) -> str:
     rows = [["ok" if item["passed"] else "FAILED", item["name"], item["detail"]] for item in result["checks"]]
-    return _table("", ["", "check", "what was seen"], rows, text=("check", "what was seen"))
+    return html_table("", ["", "check", "what was seen"], rows, text=("check", "what was seen"))
 
 
 def _turns(result: Result) -> str:
@@ -244,7 +236,7 @@ def _turns(result: Result) -> str:
         "Tokens kept: restored, of those computed before. Hint: the cache was told beforehand. Times are to the first token. Lossless: the "
         "same tiers with formats that give every bit back, whose tokens must be identical to those of the untiered run."
     )
-    return _table(note, head, rows)
+    return html_table(note, head, rows)
 
 
 def _machine(result: Result) -> str:
@@ -256,7 +248,7 @@ def _machine(result: Result) -> str:
     for name, tier in result["tiers"].items():
         achieved = [f"{_words(key)} {value}" for key, value in tier["achieved"].items() if isinstance(value, bool | str)]
         rows.append([f"{name} tier", ", ".join(achieved)])
-    return _table("", ["what", "value"], rows, text=("value",))
+    return html_table("", ["what", "value"], rows, text=("value",))
 
 
 def _returning(result: Result) -> list[Result]:
@@ -269,46 +261,3 @@ def _middle(times: Result) -> str:
 
 def _words(key: str) -> str:
     return key.removesuffix("_bytes").replace("_", " ")
-
-
-# -- markup ----------------------------------------------------------------------------------------------------------------------------
-
-
-def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[str] = ()) -> str:
-    """A table whose first column names the rows; columns in `text` are set left, the others right."""
-
-    def kind(name: str) -> str:
-        return ' class="text"' if name in text else ""
-
-    lines = [f'<p class="note">{escape(caption)}</p>' if caption else "", '<div class="scroll" tabindex="0">', "<table>"]
-    lines += ["<thead><tr>", *(f'<th scope="col"{kind(name)}>{escape(name)}</th>' for name in head), "</tr></thead>"]
-    lines.append("<tbody>")
-    for first, *others in rows:
-        mark = {"ok": "good", "FAILED": "bad"}.get(first, "")
-        cells = "".join(f"<td{kind(name)}>{escape(value)}</td>" for name, value in zip(head[1:], others, strict=True))
-        lines.append(f'<tr><th scope="row" class="{mark}">{escape(first)}</th>{cells}</tr>')
-    return "\n".join([*filter(None, lines), "</tbody>", "</table>", "</div>"])
-
-
-def _figure(name: str, figure: Figure, title: str, caption: str) -> str:
-    return (
-        f'<figure><div class="scroll" tabindex="0">{_svg(name, figure, title, caption)}</div>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
-def _svg(name: str, figure: Figure, title: str, caption: str) -> str:
-    """The figure as SVG to stand inside HTML: ids its own, colours the page's, a title for those who cannot see it."""
-    buffer = io.StringIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # text stays text: the reader's fonts count, not matplotlib's
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Creator": None, "Date": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, f"var(--{variable})")
-    opening, rest = text.split(">", 1)
-    opening = re.sub(r' (width|height)="[^"]*"', "", opening)
-    label = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(caption)}</desc>'
-    return f'{opening} role="img" aria-labelledby="{name}-title {name}-desc">{label}{rest}'
