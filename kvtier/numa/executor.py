@@ -1,55 +1,30 @@
 """Threads that stay on their nodes, with a queue each: work goes to the node its data is on, and idle threads help by distance.
 
-Hierarchical work stealing (NUMA models document, exercise 5): a thread takes from its own queue, then from threads of its node, then
-from nodes one hop away, then from any. The further, the longer another's queue must be: what is left waiting a little is cheaper than
-memory read from afar. A hop is the nearest distance to another node.
-
-All queues belong to one lock, never held while work runs. Threads without work sleep until a submission that they may take wakes them.
+Who may take whose work is in `queues`. One lock for all queues, never held while work runs. Threads without work sleep until a submission
+that they may take wakes them.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import count
 from typing import Any, Generic, TypeVar
 
 from kvtier.errors import Closed, NumaError
 from kvtier.numa.allowed import read_allowed
-from kvtier.numa.binding import Bound, bind_thread_to_numa_node, this_machine
+from kvtier.numa.binding import bind_thread_to_numa_node, this_machine
 from kvtier.numa.padded import PaddedCounters
+from kvtier.numa.queues import LEVELS, Queues, Task, Worker
 from kvtier.numa.topology import Topology
 
 T = TypeVar("T")
 Item = TypeVar("Item")
-OWN, SAME_NODE, ONE_HOP, FURTHER = range(4)
-LEVELS = ("own", "same_node", "one_hop", "further")
 PATIENT = (0, 0, 1, 3)
 """Waiting tasks that stay with a queue's owner, by who asks: own, same node, one hop, further."""
 EAGER = (0, 0, 0, 0)
 """Any idle thread takes any waiting task: for work whose waiting costs more than distance."""
-
-
-@dataclass
-class _Task:
-    work: Callable[[], Any]
-    future: Future[Any]
-
-
-class _Worker:
-    """One thread's queue. `idle` while it waits in `wake`."""
-
-    def __init__(self, index: int, node: int, lock: threading.Lock) -> None:
-        self.index = index
-        self.node = node
-        self.queue: deque[_Task] = deque()
-        self.wake = threading.Condition(lock)
-        self.idle = False
-        self.bound: Bound | None = None
-        self.thread: threading.Thread | None = None
 
 
 class NodeExecutor:
@@ -79,17 +54,11 @@ class NodeExecutor:
         if len(thresholds) != len(LEVELS) or thresholds[0] != 0 or list(thresholds) != sorted(thresholds):
             raise NumaError(f"thresholds {list(thresholds)}: expected {len(LEVELS)}, the first 0, none below the one before it")
         self.most_queued = most_queued
-        self._thresholds = tuple(thresholds)
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
         self._stopped = False
-        self._next = count()
-        self._workers = [
-            _Worker(index, node, self._lock)
-            for index, node in enumerate(node for node, threads in threads_by_node.items() for _ in range(threads))
-        ]
-        self._by_node = {node: [worker for worker in self._workers if worker.node == node] for node in threads_by_node}
-        self._victims = {node: self._by_distance(node) for node in threads_by_node}
+        self._queues = Queues(threads_by_node, self._topology, thresholds, self._lock)
+        self._workers = self._queues.workers
         self._taken = PaddedCounters(len(self._workers), len(LEVELS))
         self._busy = 0
         self._failures: list[BaseException] = []
@@ -108,7 +77,7 @@ class NodeExecutor:
     @property
     def nodes(self) -> tuple[int, ...]:
         """Nodes that have threads."""
-        return tuple(self._by_node)
+        return tuple(self._queues.by_node)
 
     @property
     def threads(self) -> int:
@@ -137,16 +106,16 @@ class NodeExecutor:
         Waits while the node's queues are full: TimeoutError after `timeout` seconds, and nothing queued. Closed after `shutdown`. From
         a thread of this executor, which nobody may keep waiting, work beyond that is done at once instead.
         """
-        home = node if node in self._by_node else self._topology.nearest(node, self._by_node)[0]
-        task = _Task(lambda: work(*arguments), Future())
+        home = node if node in self._queues.by_node else self._topology.nearest(node, self._queues.by_node)[0]
+        task = Task(lambda: work(*arguments), Future())
         inside = threading.current_thread() in self._threads
         with self._lock:
-            if not inside and not self._room.wait_for(lambda: self._stopped or self._waiting(home) < self.most_queued, timeout):
+            if not inside and not self._room.wait_for(lambda: self._stopped or self._queues.waiting(home) < self.most_queued, timeout):
                 raise TimeoutError(f"node {home} still had {self.most_queued} tasks waiting after {timeout} s")
             if self._stopped:
                 raise Closed("the executor was shut down; make a new one")
-            if self._waiting(home) < self.most_queued:
-                self._enqueue(home, task)
+            if self._queues.waiting(home) < self.most_queued:
+                self._queues.enqueue(home, task)
                 return task.future
         _carry_out(task)
         return task.future
@@ -171,7 +140,7 @@ class NodeExecutor:
         """`threads` and CPUs by node, `not_bound`: why threads are not where they should be; `taken`: tasks by who took them."""
         nodes = {
             node: {"threads": len(workers), "cpus": sorted({cpu for worker in workers if worker.bound for cpu in worker.bound.cpus})}
-            for node, workers in self._by_node.items()
+            for node, workers in self._queues.by_node.items()
         }
         why = sorted({worker.bound.why for worker in self._workers if worker.bound and worker.bound.why})
         return {"nodes": nodes, "not_bound": "; ".join(why), "taken": dict(zip(LEVELS, self._taken.totals(), strict=True))}
@@ -182,50 +151,7 @@ class NodeExecutor:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    # -- queues: lock held -------------------------------------------------------------------------------------------------------
-
-    def _waiting(self, node: int) -> int:
-        return sum(len(worker.queue) for worker in self._by_node[node])
-
-    def _enqueue(self, node: int, task: _Task) -> None:
-        own = self._by_node[node]
-        start = next(self._next)
-        # An idle thread's queue, else the shortest; in turn among equals.
-        owner = min(own, key=lambda worker: (not worker.idle, len(worker.queue), (worker.index - start) % len(own)))
-        owner.queue.append(task)
-        if owner.idle:
-            self._rouse(owner)
-            return
-        for level, victims in self._victims[node]:
-            for helper in victims:
-                if helper.idle and len(owner.queue) > self._thresholds[level]:
-                    self._rouse(helper)
-                    return
-
-    def _rouse(self, worker: _Worker) -> None:
-        worker.idle = False  # the next task wakes another one
-        worker.wake.notify()
-
-    def _by_distance(self, node: int) -> list[tuple[int, list[_Worker]]]:
-        """Workers by level as seen from a node, the nearest nodes first."""
-        others = [other for other in self._topology.nearest(node, self._by_node) if other != node]
-        known = [other for other in self._topology.node_ids if other != node]
-        hop = min((self._topology.distance(node, other) for other in known), default=0)
-        found = [(SAME_NODE, self._by_node[node])]
-        return found + [(ONE_HOP if self._topology.distance(node, other) <= hop else FURTHER, self._by_node[other]) for other in others]
-
-    def _take(self, worker: _Worker) -> tuple[int, _Task] | None:
-        if worker.queue:
-            return OWN, worker.queue.popleft()
-        for level, victims in self._victims[worker.node]:
-            longest = max(victims, key=lambda victim: len(victim.queue))
-            if len(longest.queue) > self._thresholds[level]:
-                return level, longest.queue.popleft()
-        return None
-
-    # -- threads -----------------------------------------------------------------------------------------------------------------
-
-    def _run(self, worker: _Worker, started: threading.Barrier, prepare: Callable[[], object]) -> None:
+    def _run(self, worker: Worker, started: threading.Barrier, prepare: Callable[[], object]) -> None:
         try:
             _here.node = worker.node
             worker.bound = bind_thread_to_numa_node(worker.node)
@@ -241,10 +167,10 @@ class NodeExecutor:
             with self._lock:
                 self._busy -= 1
 
-    def _wait(self, worker: _Worker) -> tuple[int, _Task] | None:
+    def _wait(self, worker: Worker) -> tuple[int, Task] | None:
         """Work for this thread, waited for; None once stopped and nothing is left."""
         with self._lock:
-            while (taken := self._take(worker)) is None:
+            while (taken := self._queues.take(worker)) is None:
                 if self._stopped and not worker.queue:
                     return None
                 worker.idle = True
@@ -349,7 +275,7 @@ def usable_nodes(topology: Topology) -> tuple[int, ...]:
     return nodes
 
 
-def _carry_out(task: _Task) -> None:
+def _carry_out(task: Task) -> None:
     if not task.future.set_running_or_notify_cancel():
         return
     try:
