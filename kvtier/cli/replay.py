@@ -12,7 +12,7 @@ from kvtier.cli.reading import BlockTokensOption, PlotOption, TracesArgument, pr
 from kvtier.errors import KVTierError
 
 if TYPE_CHECKING:
-    from kvtier.replay.runs import Layout
+    from kvtier.replay.capacities import Layout
 
 CAPACITIES = "1%,2%,5%,10%,20%,50%"
 WRITE_POLICY = "write_back"
@@ -62,7 +62,8 @@ def replay(
     plot: PlotOption = None,
 ) -> None:
     """Replay traces through the live cache's eviction policies: hit ratios beside LRU's and the offline optimum's."""
-    from kvtier.replay.runs import Capacity, check_policies, replay_capacities, replay_tiers
+    from kvtier.replay.capacities import Capacity, check_policies
+    from kvtier.replay.runs import replay_capacities, replay_tiers
     from kvtier.replay.show import check_plot_target, plot_capacities, plot_tiers, print_capacities, print_tiers
 
     size = None if page_bytes is None else _bytes("--page-bytes", page_bytes)
@@ -107,7 +108,7 @@ def _layouts(
     link_speed: str | None,
     look_ahead_ms: str | None,
 ) -> list[Layout]:
-    from kvtier.replay.runs import Layout
+    from kvtier.replay.capacities import Layout
 
     if look_ahead_ms is not None and link_speed is None:
         raise KVTierError("--look-ahead-ms needs the speed of the links: add --link-speed, like 12GB")

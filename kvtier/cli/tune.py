@@ -51,7 +51,7 @@ def tune(
     """Search for a better policy, its parameters and write policies on the first half of traces; check it on the second."""
     from kvtier import __version__
     from kvtier.config import load_config
-    from kvtier.replay.runs import check_policies
+    from kvtier.replay.capacities import check_policies
     from kvtier.replay.show import check_plot_target
     from kvtier.tune.annotated import commented_yaml, require_ruamel
     from kvtier.tune.evidence import Evidence, heading, plot_trials, print_evidence, write_whole

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from kvtier.config import Config, format_bytes
 from kvtier.errors import KVTierError
-from kvtier.replay.runs import Capacity, Layout
+from kvtier.replay.capacities import Capacity, Layout
 from kvtier.replay.trace import Trace
 
 TIERS = ("device", "host", "disk")

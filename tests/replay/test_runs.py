@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.policy import POLICIES
+from kvtier.replay.capacities import Capacity, Layout, check_policies
 from kvtier.replay.optimum import OPTIMUM
-from kvtier.replay.runs import Capacity, Layout, check_policies, replay_capacities, replay_tiers
+from kvtier.replay.runs import replay_capacities, replay_tiers
 from kvtier.replay.trace import Trace, build_trace
 from kvtier.replay.workloads import make_requests
 from tests.replay.rig import trace_of, traces

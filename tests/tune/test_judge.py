@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from kvtier.config import Config, load_config
 from kvtier.errors import KVTierError
 from kvtier.policy import POLICIES
-from kvtier.replay.runs import Capacity, Layout, replay_capacities, replay_tiers
+from kvtier.replay.capacities import Capacity, Layout
+from kvtier.replay.runs import replay_capacities, replay_tiers
 from kvtier.replay.trace import Trace, build_trace
 from kvtier.replay.workloads import make_requests
 from kvtier.tune.judge import Judge, check_replayable, mean_first, mean_second
