@@ -3,62 +3,27 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
-from kvtier.cli.output import JsonOption, check_json_target, check_writable, human_console, write_json
-from kvtier.cli.profile import ProfileOption, profiled
+from kvtier.cli.measuring import (
+    LayoutOption,
+    PathOption,
+    PlotOption,
+    RepeatsOption,
+    TinyOption,
+    checked_path,
+    measured,
+    parse_numbers,
+    parse_size,
+)
+from kvtier.cli.output import JsonOption
+from kvtier.cli.profile import ProfileOption
 from kvtier.errors import KVTierError
 
 app = typer.Typer(help="Measure this machine and kvtier on it, each figure beside its ceiling.", no_args_is_help=True)
-
-Number = TypeVar("Number", int, float)
-PlotOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the rows (.svg, .png, .pdf).")]
-TinyOption = Annotated[bool, typer.Option(help="Very small sizes: shows that it works, the figures say nothing.")]
-RepeatsOption = Annotated[int, typer.Option(min=1, help="How often each thing is measured; the median counts.")]
-LayoutOption = Annotated[str, typer.Option(help="Whose pages: smollm2 (3 heads of 64) or llama (8 of 128), bf16.")]
-PathOption = Annotated[Path | None, typer.Option(metavar="DIR", help="Where the disk tier is. Default: the system's temporary directory.")]
-
-
-def measured(
-    name: str, repeats: int, tiny: bool, json: str | None, plot: Path | None, profile: Path | None, note: str = "", **options: Any
-) -> None:
-    """Run `kvtier.bench.NAME.measure(run, **options)`; print, write and draw its rows."""
-    from rich.progress import Progress
-
-    from kvtier.machine import describe_machine
-
-    check_json_target(json)
-    kit, program = importlib.import_module("kvtier.bench.measure"), importlib.import_module(f"kvtier.bench.{name}")
-    if plot is not None:
-        if plot.suffix not in (".svg", ".png", ".pdf") or not plot.parent.is_dir():
-            raise KVTierError(f"--plot {plot}: expected a .svg, .png or .pdf file in an existing directory")
-        kit.find_matplotlib()
-        check_writable("--plot", plot)
-    console = human_console(json)
-    with kit.stopped_in_order(), Progress(console=console, transient=True) as progress, profiled(profile):
-        rows = program.measure(kit.Run(repeats, tiny, progress), **options)
-    machine = describe_machine()
-    kit.show(console, rows, f"{machine['cpu']}, {machine['cores']} cores; medians of {repeats} repeats{note and '; '}{note}")
-    write_json({"machine": machine, "bench": name.replace("_", "-"), "rows": [row.as_json() for row in rows]}, json)
-    if plot is not None:
-        try:
-            getattr(program, "plot", kit.plot)(rows, plot)
-        except OSError as error:
-            raise KVTierError(f"--plot {plot}: {error.strerror}; the rows are above") from None
-
-
-def _size(text: str) -> int:
-    """Bytes of a `--size-bytes`; KVTierError if that is no size."""
-    from kvtier.config.units import parse_bytes
-
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise KVTierError(f"--size-bytes {text}: {error}") from None
 
 
 @app.command()
@@ -72,7 +37,7 @@ def arena(
     profile: ProfileOption = None,
 ) -> None:
     """How long a host tier's memory takes to be ready, beside touching it page by page; how fast it is then."""
-    size = _size(size_bytes)
+    size = parse_size(size_bytes)
     if size == 0:
         raise KVTierError("--size-bytes 0: give at least one page of memory, better gigabytes")
     measured("arena", repeats, tiny, json, plot, profile, size_bytes=size, raise_pool=raise_pool)
@@ -89,7 +54,7 @@ def disk(
     profile: ProfileOption = None,
 ) -> None:
     """How fast the file engines read and write at random, beside fio with the same block size and depth."""
-    size = _size(size_bytes)
+    size = parse_size(size_bytes)
     note = importlib.import_module("kvtier.bench.disk").ceiling_note()
     measured("disk", repeats, tiny, json, plot, profile, note, path=path, size_bytes=size)
 
@@ -138,7 +103,7 @@ def codecs(
     profile: ProfileOption = None,
 ) -> None:
     """How fast pages are encoded and decoded on the CPU, beside copying them with one thread."""
-    size = _size(size_bytes)
+    size = parse_size(size_bytes)
     note = importlib.import_module("kvtier.bench.codecs").note()
     measured("codecs", repeats, tiny, json, plot, profile, note, layout=layout, formats=formats.split(","), size_bytes=size)
 
@@ -156,7 +121,7 @@ def links(
     """How fast pages cross each link between tiers, one page to 64 MiB at once; restoring a long prefix from the disk."""
     ceiling = importlib.import_module("kvtier.bench.disk").ceiling_note()
     note = f"pages of {layout}; restore: {ceiling}"
-    measured("links", repeats, tiny, json, plot, profile, note, layout=layout, path=_directory(path))
+    measured("links", repeats, tiny, json, plot, profile, note, layout=layout, path=checked_path(path))
 
 
 @app.command()
@@ -172,7 +137,7 @@ def tiers(
 ) -> None:
     """Offload and restore of 1 to 64 sequences at once through one cache, beside a plain copy of their pages."""
     note = f"pages of {layout}, sequences of {sequence_tokens} tokens"
-    measured("tiers", repeats, tiny, json, plot, profile, note, layout=layout, sequence_tokens=sequence_tokens, path=_directory(path))
+    measured("tiers", repeats, tiny, json, plot, profile, note, layout=layout, sequence_tokens=sequence_tokens, path=checked_path(path))
 
 
 @app.command()
@@ -198,17 +163,17 @@ def load(
     Options with N,... take several values: every combination is measured.
     """
     options: dict[str, Any] = {
-        "batches": _numbers("--batch", batch, int),
-        "sequence_tokens": _numbers("--sequence-tokens", sequence_tokens, int),
-        "concurrency": _numbers("--concurrency", concurrency, int),
-        "rates": _numbers("--rate", rate, float),
+        "batches": parse_numbers("--batch", batch, int),
+        "sequence_tokens": parse_numbers("--sequence-tokens", sequence_tokens, int),
+        "concurrency": parse_numbers("--concurrency", concurrency, int),
+        "rates": parse_numbers("--rate", rate, float),
     }
     note = f"pages of {layout}"
     options |= {
         "layout": layout,
         "duration_s": duration,
         "ramp_up_s": duration / 4 if ramp_up is None else ramp_up,
-        "path": _directory(path),
+        "path": checked_path(path),
     }
     measured("load", repeats, tiny, json, plot, profile, note, **options)
 
@@ -226,7 +191,7 @@ def no_reuse(
     profile: ProfileOption = None,
 ) -> None:
     """What the cache costs work that never finds anything in it: the same requests with and without it, in turns."""
-    options = {"model": model, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "path": _directory(path)}
+    options = {"model": model, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "path": checked_path(path)}
     measured("no_reuse", repeats, tiny, json, plot, profile, f"engine: {model}", **options)
 
 
@@ -242,7 +207,7 @@ def pricing(
 ) -> None:
     """Whether the choice between restoring and recomputing ever takes the slower way, for engines of many speeds."""
     note = f"pages of {layout}; ceiling: the faster of restoring all and computing all"
-    measured("pricing", repeats, tiny, json, plot, profile, note, layout=layout, path=_directory(path))
+    measured("pricing", repeats, tiny, json, plot, profile, note, layout=layout, path=checked_path(path))
 
 
 @app.command()
@@ -258,7 +223,7 @@ def gpu(
     """What the link to a GPU gives: scattered pages, coded pages, launches, layers read while others come, decoding beside an offload."""
     program = importlib.import_module("kvtier.bench.gpu")
     program.find_gpu()
-    directory = _directory(path)
+    directory = checked_path(path)
     measured("gpu", repeats, tiny, json, plot, profile, program.note(directory), check=check, directory=directory)
 
 
@@ -296,19 +261,6 @@ def engines(
     """Time to first token inside vLLM: kvtier beside vLLM's own tiers and LMCache, cold, from memory and from disk after a restart."""
     program = importlib.import_module("kvtier.bench.engines")
     options: dict[str, Any] = {"workloads": workload.split(","), "contexts": contexts, "document_tokens": document_tokens, "rounds": rounds}
-    options |= {"systems": systems.split(",") if systems else program.USUAL, "path": _directory(path)}
+    options |= {"systems": systems.split(",") if systems else program.USUAL, "path": checked_path(path)}
     note = "s: to the first token; ceiling: documents in a plain engine's own cache; repeats are those of no-reuse"
     measured("engines", repeats, tiny, json, plot, profile, note, **options)
-
-
-def _directory(path: Path | None) -> Path | None:
-    if path is not None and not path.is_dir():
-        raise KVTierError(f"--path {path} is not a directory; name an existing one")
-    return path
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise KVTierError(f"{option} {text}: expected numbers with commas between, like 1,4") from None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from kvtier.cli.app import app
-from kvtier.cli.bench import TinyOption
+from kvtier.cli.measuring import TinyOption
 from kvtier.cli.output import JsonOption, check_json_target, check_writable, human_console, write_json
 from kvtier.errors import ConfigError, LayoutError
 from kvtier.quality.protocol import Protocol
