@@ -1,4 +1,5 @@
-"""Configuration: `tree` (every key, default and unit), `loading` (file, environment, arguments), `units` (byte sizes). Imports no torch."""
+"""Configuration: `tree` (every key, default and unit), `values` (what they accept), `wording` (how that is said and written), `loading`
+(file, environment, arguments), `units` (byte sizes). Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,11 +15,9 @@ from kvtier.config.tree import (
     MoverConfig,
     PagesConfig,
     PolicyConfig,
-    expected,
-    section_of,
-    value_text,
 )
 from kvtier.config.units import BYTE_UNITS, GiB, KiB, MiB, TiB, format_bytes, parse_bytes
+from kvtier.config.wording import expected, section_of, value_text
 
 __all__ = [
     "BYTE_UNITS",

@@ -18,7 +18,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from kvtier.config.tree import Config, expected, section_of
+from kvtier.config.tree import Config
+from kvtier.config.wording import expected, section_of
 from kvtier.errors import ConfigError
 
 

@@ -5,57 +5,14 @@ The trees are frozen; the descriptions below are the text of docs/configuration.
 
 from __future__ import annotations
 
-import os
-import textwrap
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Literal
 
-import yaml
-from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kvtier.config.units import GiB, MiB, format_bytes, parse_bytes
-from kvtier.errors import ConfigError
-from kvtier.format_spec import parse_format
+from kvtier.config.units import GiB, MiB
+from kvtier.config.values import Bytes, FilePath, FixedFormat, NumaMode, PageFormat, Place, Switch
+from kvtier.config.wording import comment_lines, yaml_lines
 
-
-def _switch(value: object) -> object:
-    """YAML reads a bare `on` or `off` as true or false."""
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-
-
-def _format(value: object) -> str:
-    try:
-        return parse_format(value).name
-    except ConfigError as error:
-        raise ValueError(str(error)) from None
-
-
-def _fixed_format(value: object) -> str:
-    name = _format(value)
-    if (stage := parse_format(name).stage) is not None:
-        plain = name.removesuffix(f"+{stage}")
-        raise ValueError(f"host slots have a fixed size, so a byte stage saves nothing there; use {plain} here and {name} in disk.format")
-    return name
-
-
-def _file_path(given: str) -> str:
-    path = os.path.expanduser(given)
-    if "\0" in path:
-        raise ValueError("a path cannot have a zero byte in it")
-    if path.startswith("~"):
-        raise ValueError(f"nobody here is called {path.split(os.sep)[0][1:]!r}, so that is no home directory; write ./{path} for a folder")
-    return path
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(title='bytes, as a number or like "8GiB"')]
-_FORMAT_TITLE = "a page format such as q8, q4, or {k: q8, v: q4}"
-PageFormat = Annotated[str, BeforeValidator(_format), Field(title=_FORMAT_TITLE)]
-FixedFormat = Annotated[str, BeforeValidator(_fixed_format), Field(title=_FORMAT_TITLE)]
-Place = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$"), Field(title="auto, cpu, cuda or cuda:N")]
-FilePath = Annotated[str, Field(min_length=1, title="a path"), AfterValidator(_file_path)]
-Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
-NumaMode = Annotated[Literal["off", "auto", "interleave", "explicit", "layers"], BeforeValidator(_switch)]
 PolicyName = Literal[
     "a2cr",
     "lru",
@@ -318,7 +275,6 @@ class Config(_Section):
     policy: PolicyConfig = Field(default=PolicyConfig(), description="Which pages leave a full tier; one policy object per tier.")
     mover: MoverConfig = Field(default=MoverConfig(), description="How bytes travel between the tiers, and the bounds on that.")
     attention: AttentionConfig = Field(default=AttentionConfig(), description="What is known of the attention that pages get.")
-
     routing: RoutingConfig = Field(default=RoutingConfig(), description="Whether pages in host memory are fetched or attended in place.")
 
     def to_yaml(self, comments: bool = False) -> str:
@@ -326,58 +282,9 @@ class Config(_Section):
         lines = []
         for name, field in type(self).model_fields.items():
             section = getattr(self, name)
-            lines += ["", *_comment(field, "")] if comments else []
+            lines += ["", *comment_lines(field, "")] if comments else []
             lines.append(f"{name}: null" if section is None else f"{name}:")
             for key, about in (type(section).model_fields if section is not None else {}).items():
-                lines += _comment(about, "  ") if comments else []
-                lines += _yaml_lines(key, getattr(section, key))
+                lines += comment_lines(about, "  ") if comments else []
+                lines += yaml_lines(key, getattr(section, key))
         return "\n".join(lines).lstrip("\n") + "\n"
-
-
-def section_of(annotation: object) -> type[BaseModel] | None:
-    """The section class in an annotation such as `HostConfig | None` or `tuple[Band, ...]`; None for plain values."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := section_of(part))), None)
-
-
-def expected(field: FieldInfo) -> str:
-    """What a key accepts, in words: "a whole number from 1 to 1024"."""
-    section = section_of(field.annotation)
-    if section is not None:
-        if get_origin(field.annotation) is tuple:
-            return f"a list of mappings with {', '.join(section.model_fields)}"
-        return "a mapping of keys" + (" or null" if type(None) in get_args(field.annotation) else "")
-    if get_origin(field.annotation) is Literal:
-        *most, last = get_args(field.annotation)
-        return f"{', '.join(most)} or {last}"
-    nouns: dict[object, str] = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text, in quotes if it looks like a number",
-    }
-    limits = {Ge: "at least {0.ge}", Gt: "above {0.gt}", Le: "at most {0.le}", Lt: "below {0.lt}"}
-    bounds = [limits[type(m)].format(m) for m in field.metadata if type(m) in limits]
-    return (field.title or nouns[field.annotation]) + (f" ({', '.join(bounds)})" if bounds else "")
-
-
-def value_text(key: str, value: object) -> str:
-    """A value on one line as YAML, byte sizes with their unit."""
-    if key.endswith("_bytes") and isinstance(value, int):
-        return format_bytes(value)
-    if isinstance(value, tuple):
-        return f"[{', '.join(value_text(key, item) for item in value)}]"
-    plain = value.model_dump() if isinstance(value, BaseModel) else value
-    text: str = yaml.safe_dump(plain, default_flow_style=True, width=2**31, sort_keys=False, allow_unicode=True)
-    return text.removesuffix("...\n").strip()
-
-
-def _yaml_lines(key: str, value: object) -> list[str]:
-    if isinstance(value, tuple) and value:
-        return [f"  {key}:", *(f"    - {value_text(key, item)}" for item in value)]
-    return [f"  {key}: {value_text(key, value)}"]
-
-
-def _comment(field: FieldInfo, indent: str) -> list[str]:
-    return textwrap.wrap(field.description or "", 100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
