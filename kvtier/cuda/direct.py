@@ -1,6 +1,6 @@
 """Files read straight into a GPU's memory, past the host's: what kvtier asks of whoever can.
 
-`kvtier.cuda.gds` does it with kvikio, which is NVIDIA's cuFile (GPUDirect Storage); `kvtier.testing.accelerator` has a stand-in that reads
+`kvtier.cuda.gds` does it with kvikio, which is NVIDIA's cuFile (GPUDirect Storage); `kvtier.testing.direct` has a stand-in that reads
 as late as it may. `Accelerator.direct_reader` gives one. Nothing here knows what the bytes mean, or whether they are the right ones.
 """
 
