@@ -10,65 +10,23 @@ Needs pytest and Hypothesis (`pip install kvtier[test]`).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from numpy.typing import NDArray
+from hypothesis.stateful import run_state_machine_as_test
 
 from kvtier.errors import IntegrityError
-from kvtier.formats.base import Payload
-from kvtier.keys import PageKey
 from kvtier.layout import PageLayout
-from kvtier.tiers.base import PageId, Refused, Tier
+from kvtier.testing.copies import LAYOUT, get, holds, page_id, payload, put, staging
+from kvtier.testing.tier_operations import TierOperations
+from kvtier.tiers.base import Refused, Tier
 
-LAYOUT = PageLayout(layers=2, planes=2, page_tokens=8, kv_heads=2, head_dim=32, dtype="bf16")
-"""A small page: 4096 bytes raw."""
-
-
-def page_id(number: int) -> PageId:
-    """The id of page `number` of one long made-up sequence."""
-    return PageId(_hash32(number), _hash32(number - 1), number)
-
-
-def payload(tier: Tier, number: int) -> Payload:
-    """Bytes for page `number` that nothing compresses, always the same, of a size that `tier` takes."""
-    most = tier.format.payload_bytes(tier.layout)
-    random = np.random.default_rng(number)
-    size = most if tier.format.fixed_size or number % 2 else int(random.integers(1, most + 1))
-    return random.integers(0, 256, size, dtype=np.uint8)
-
-
-def staging(tier: Tier, count: int) -> NDArray[np.uint8]:
-    """Scratch memory for a `load` of `count` slots."""
-    return np.zeros((max(1, count), tier.slot_bytes), dtype=np.uint8)
-
-
-def put(tier: Tier, numbers: Sequence[int]) -> list[int]:
-    """Reserve and store pages `numbers`; their slots."""
-    slots = tier.reserve(len(numbers))
-    assert slots is not None, f"{tier.name}: no room for {len(numbers)} copies"
-    results = tier.store(slots, [page_id(n) for n in numbers], [payload(tier, n) for n in numbers])
-    assert results == [None] * len(numbers), f"{tier.name}: store refused: {results}"
-    return slots
-
-
-def get(tier: Tier, slot: int, key: PageKey) -> Payload | Refused:
-    """Load one copy."""
-    return tier.load([slot], [key], staging(tier, 1))[0]
-
-
-def holds(tier: Tier, slot: int, number: int) -> bool:
-    """Whether `slot` gives exactly the bytes of page `number`."""
-    found = get(tier, slot, page_id(number).key)
-    return not isinstance(found, Refused) and np.array_equal(found, payload(tier, number))
+__all__ = ["LAYOUT", "TierContract", "get", "holds", "page_id", "payload", "put", "staging"]
 
 
 class TierContract:
@@ -359,85 +317,9 @@ class TierContract:
 
         make_tier = self.make_tier
 
-        class Operations(_Operations):
+        class Operations(TierOperations):
             def __init__(self) -> None:
                 super().__init__(make_tier(tmp_path_factory.mktemp("tier"), LAYOUT))
 
         quiet = settings(max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
         run_state_machine_as_test(Operations, settings=quiet)
-
-
-class _Operations(RuleBasedStateMachine):
-    """Random operations on a tier, beside a model: page number per reserved slot, None before a copy is stored."""
-
-    def __init__(self, tier: Tier) -> None:
-        super().__init__()
-        self.tier = tier
-        self.model: dict[int, int | None] = {}
-        self.next_number = 0
-
-    def pick(self, data: st.DataObject, stored: bool) -> int | None:
-        slots = sorted(slot for slot, number in self.model.items() if (number is not None) == stored)
-        return data.draw(st.sampled_from(slots)) if slots else None
-
-    @rule(count=st.integers(0, 9))
-    def reserve(self, count: int) -> None:
-        free = self.tier.free_slots
-        slots = self.tier.reserve(count)
-        assert (slots is not None) == (count <= free)
-        for slot in slots or []:
-            assert slot not in self.model
-            self.model[slot] = None
-
-    @precondition(lambda self: None in self.model.values())
-    @rule(count=st.integers(1, 5))
-    def store(self, count: int) -> None:
-        slots = [slot for slot, number in self.model.items() if number is None][:count]
-        numbers = range(self.next_number, self.next_number + len(slots))
-        self.next_number += len(slots)
-        stored = self.tier.store(slots, [page_id(n) for n in numbers], [payload(self.tier, n) for n in numbers])
-        assert stored == [None] * len(slots)
-        self.model.update(zip(slots, numbers, strict=True))
-
-    @rule(data=st.data())
-    def load(self, data: st.DataObject) -> None:
-        slot = self.pick(data, stored=True)
-        if slot is not None:
-            number = self.model[slot]
-            assert number is not None
-            assert holds(self.tier, slot, number)
-            assert get(self.tier, slot, page_id(number + 1).key) == Refused("key")
-
-    @rule(data=st.data(), stored=st.booleans())
-    def free(self, data: st.DataObject, stored: bool) -> None:
-        slot = self.pick(data, stored)
-        if slot is not None:
-            number = self.model.pop(slot)
-            self.tier.free([slot])
-            if number is not None:
-                assert isinstance(get(self.tier, slot, page_id(number).key), Refused)
-
-    @rule()
-    def tidy(self) -> None:
-        self.tier.tidy()
-
-    @rule()
-    def checkpoint(self) -> None:
-        assert self.tier.checkpoint()
-
-    @invariant()
-    def is_whole_and_bounded(self) -> None:
-        self.tier.check_integrity()
-        assert 0 <= self.tier.bytes_used <= self.tier.capacity_bytes
-        assert bool(self.model) == (self.tier.bytes_used > 0)
-
-    def teardown(self) -> None:
-        try:
-            for slot, number in self.model.items():
-                assert number is None or holds(self.tier, slot, number)
-        finally:
-            self.tier.close()
-
-
-def _hash32(number: int) -> bytes:
-    return blake2b(number.to_bytes(8, "little", signed=True), digest_size=32).digest()
