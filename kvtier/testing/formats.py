@@ -10,61 +10,29 @@ class TestMyFormat(FormatContract):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.errors import LayoutError
-from kvtier.formats import Format, Payload, get_format
+from kvtier.formats import Payload
 from kvtier.layout import PageLayout
-from kvtier.testing.strategies import layouts, make_pages, pages
+from kvtier.testing.format_numbers import FULL_SIZE, FormatNumbers, law, relative_error, same_bits, same_payloads
+from kvtier.testing.strategies import make_pages, pages
 
-# The tests live in this base class and run once per subclass, which Hypothesis would otherwise take for a mistake.
-law = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow])
-
-FULL_SIZE = [
-    PageLayout(2, planes, 16, 2, head_dim, dtype)
-    for planes in (1, 2)
-    for head_dim in (64, 80, 96, 128)
-    for dtype in ("bf16", "fp16", "fp32")
-]
 GUARD = 0xA5
 """What memory holds that must not be written."""
 _NO_ROWS: list[Any] = [np.array([0, 1]), torch.tensor([0, 1]), [0.0, 1.0], "01", 2]
 """Of which none is a sequence of whole numbers."""
 
 
-class FormatContract:
-    """Set `format_name`, or override `make_format`; for a lossy format state its errors.
-
-    `gaussian_error`, `outlier_error`: the largest relative rms error, |decoded - page| / |page|, on Gaussian pages and on pages with
-    outlier channels (`kvtier.testing.strategies.make_pages`), rounding to the page's dtype included. `tiny`: the largest absolute error on
-    vectors of magnitude 1.5e-5 and less, where fp16 scales run out. `head_dims`: those of 64, 80, 96 and 128 that it can code;
-    `block_multiple`: what the numbers of one plane of one layer of a page must be a multiple of.
-    """
-
-    format_name: ClassVar[str] = ""
-    gaussian_error: ClassVar[float] = 0.0
-    outlier_error: ClassVar[float] = 0.0
-    tiny: ClassVar[float] = 4e-5
-    head_dims: ClassVar[Sequence[int]] = (64, 80, 96, 128)
-    block_multiple: ClassVar[int] = 1
-
-    def make_format(self) -> Format:
-        return get_format(self.format_name)
-
-    def layouts(self) -> st.SearchStrategy[PageLayout]:
-        return layouts(head_dims=self.head_dims, block_multiple=self.block_multiple)
-
-    def round_trip(self, page_batch: torch.Tensor, layout: PageLayout) -> torch.Tensor:
-        format = self.make_format()
-        return format.decode(format.unpack(format.encode(page_batch, layout), layout), layout)
+class FormatContract(FormatNumbers):
+    """Set `format_name`, or override `make_format`; for a lossy format state its errors: see `FormatNumbers`, which is part of this."""
 
     @law
     @given(st.data())
@@ -93,24 +61,15 @@ class FormatContract:
 
     @law
     @given(st.data())
-    def test_lossless_means_every_bit(self, data: st.DataObject) -> None:
-        if not self.make_format().lossless:
-            pytest.skip("lossy")
-        layout = data.draw(self.layouts())
-        batch = data.draw(pages(layout))
-        assert _same_bits(self.round_trip(batch, layout), batch)
-
-    @law
-    @given(st.data())
     def test_slices_of_layers_and_single_pages_decode_to_the_same_numbers(self, data: st.DataObject) -> None:
         format, layout = self.make_format(), data.draw(self.layouts())
         payloads = format.unpack(format.encode(data.draw(pages(layout)), layout), layout)
         whole = format.decode(payloads, layout)
         first = data.draw(st.integers(0, layout.layers))
         last = data.draw(st.integers(first, layout.layers))
-        assert _same_bits(format.decode(payloads, layout, slice(first, last)), whole[:, first:last])
-        assert _same_bits(torch.cat([format.decode(payloads, layout, slice(i, i + 1)) for i in range(layout.layers)], 1), whole)
-        assert _same_bits(torch.cat([format.decode([payload], layout) for payload in payloads]), whole)
+        assert same_bits(format.decode(payloads, layout, slice(first, last)), whole[:, first:last])
+        assert same_bits(torch.cat([format.decode(payloads, layout, slice(i, i + 1)) for i in range(layout.layers)], 1), whole)
+        assert same_bits(torch.cat([format.decode([payload], layout) for payload in payloads]), whole)
 
     def test_layouts_it_cannot_code_are_refused_and_all_others_taken(self) -> None:
         format = self.make_format()
@@ -130,8 +89,8 @@ class FormatContract:
         payloads = format.unpack(format.encode(make_pages(layout, "outlier channels", 70, seed=1), layout), layout)
         whole = format.decode(payloads, layout)
         for layer in range(layout.layers):
-            assert _same_bits(format.decode(payloads, layout, slice(layer, layer + 1)), whole[:, layer : layer + 1])
-        assert _same_bits(format.decode(payloads[-1:], layout), whole[-1:])
+            assert same_bits(format.decode(payloads, layout, slice(layer, layer + 1)), whole[:, layer : layer + 1])
+        assert same_bits(format.decode(payloads[-1:], layout), whole[-1:])
 
     def test_no_pages_are_a_batch_too(self) -> None:
         format, layout = self.make_format(), PageLayout(2, 2, 4, 1, 64)
@@ -146,8 +105,8 @@ class FormatContract:
         batch = data.draw(pages(layout))
         before = batch.clone()
         payloads = format.encode(batch, layout)
-        assert _same_bits(batch, before)
-        assert _same_payloads(format.encode(batch, layout), payloads)
+        assert same_bits(batch, before)
+        assert same_payloads(format.encode(batch, layout), payloads)
 
     @law
     @given(st.data())
@@ -156,8 +115,8 @@ class FormatContract:
         batch = data.draw(pages(layout, kinds=("gaussian", "outlier channels")))
         heads_first = batch.transpose(3, 4).contiguous().transpose(3, 4)
         plain, strided = self.round_trip(batch, layout), self.round_trip(heads_first, layout)
-        assert _relative_error(strided, plain) <= self.outlier_error / 4
-        assert format.lossless <= _same_bits(strided, plain)
+        assert relative_error(strided, plain) <= self.outlier_error / 4
+        assert format.lossless <= same_bits(strided, plain)
 
     @law
     @given(st.data())
@@ -165,7 +124,7 @@ class FormatContract:
         format, layout = self.make_format(), data.draw(self.layouts())
         batch = data.draw(pages(layout, kinds=("gaussian", "outlier channels")))
         rows = data.draw(st.lists(st.integers(0, len(batch) - 1), min_size=1, max_size=4))
-        assert _same_payloads(format.encode(batch, layout, rows), format.encode(batch[rows], layout))
+        assert same_payloads(format.encode(batch, layout, rows), format.encode(batch[rows], layout))
 
     @law
     @given(st.data())
@@ -176,7 +135,7 @@ class FormatContract:
         room = format.payload_bytes(layout) + data.draw(st.integers(0, 9))
         memory = np.full((len(rows) + 1, room + 2), GUARD, np.uint8)
         payloads = format.encode(batch, layout, rows, [row[1:-1] for row in memory])
-        assert _same_payloads(payloads, format.encode(batch, layout, rows))
+        assert same_payloads(payloads, format.encode(batch, layout, rows))
         for payload, row in zip(payloads, memory, strict=False):
             assert np.array_equal(row[1 : 1 + len(payload)], payload)
             assert np.shares_memory(payload, row)
@@ -199,22 +158,6 @@ class FormatContract:
                 format.encode(batch, layout, rows, list(good))
         assert (good == GUARD).all()
 
-    @settings(law, max_examples=5)  # each of them has 128 pages
-    @given(st.data())
-    def test_pages_that_begin_a_sequence_have_a_good_first_token_and_payloads_of_the_same_size(self, data: st.DataObject) -> None:
-        format, layout = self.make_format(), data.draw(self.layouts())
-        kind = data.draw(st.sampled_from(["gaussian", "outlier channels"]))
-        batch = make_pages(layout, kind, 128, seed=data.draw(st.integers(0, 99)))
-        begin = data.draw(st.sampled_from([0, 1]))
-        payloads = format.encode(batch, layout, first=range(begin, 128, 2))
-        assert format.fixed_size <= all(len(payload) == format.payload_bytes(layout) for payload in payloads)
-        decoded, plain = format.decode(format.unpack(payloads, layout), layout), self.round_trip(batch, layout)
-        # Of many, not of each: what a page's other tokens give up for its first one may cost that one more than it gains.
-        first, others = slice(begin, None, 2), slice(1 - begin, None, 2)
-        ours, before = (_relative_error(each[first][:, :, :, :1], batch[first][:, :, :, :1]) for each in (decoded, plain))
-        assert ours <= 1.01 * before
-        assert _relative_error(decoded[others], plain[others]) <= self.outlier_error / 4
-
     @law
     @given(st.data())
     def test_decode_writes_the_rows_and_layers_of_out_and_nothing_else(self, data: st.DataObject) -> None:
@@ -228,10 +171,10 @@ class FormatContract:
         expected[rows, layers] = format.decode(payloads, layout, layers)
         out = pool[:, layers]
         assert format.decode(payloads, layout, layers, out, rows) is out
-        assert _same_bits(pool, expected)
+        assert same_bits(pool, expected)
         expected[: len(payloads), layers] = format.decode(payloads, layout, layers)
         format.decode(payloads, layout, layers, pool[:, layers])
-        assert _same_bits(pool, expected)
+        assert same_bits(pool, expected)
 
     def test_out_that_cannot_take_the_pages_is_refused_before_anything_is_written(self) -> None:
         format, layout = self.make_format(), PageLayout(3, 2, 16, 2, self.head_dims[0])
@@ -257,7 +200,7 @@ class FormatContract:
         decoded = format.decode(format.unpack(payloads, layout), layout)
         kept = decoded.clone()
         decoded.zero_()
-        assert _same_bits(format.decode(format.unpack(payloads, layout), layout), kept)
+        assert same_bits(format.decode(format.unpack(payloads, layout), layout), kept)
 
     def test_threads_may_share_a_format(self) -> None:
         layout = PageLayout(3, 2, 16, 2, 64)
@@ -265,7 +208,7 @@ class FormatContract:
         alone = [self.round_trip(batch, layout) for batch in batches]
         with ThreadPoolExecutor(4) as pool:
             together = list(pool.map(lambda batch: self.round_trip(batch, layout), batches))
-        assert all(_same_bits(a, b) for a, b in zip(alone, together, strict=True))
+        assert all(same_bits(a, b) for a, b in zip(alone, together, strict=True))
 
     @law
     @given(st.data())
@@ -306,83 +249,10 @@ class FormatContract:
             return
         assert decoded.shape == (1, *layout.shape)
 
-    @law
-    @given(st.data())
-    def test_lossy_nan_counts_as_zero_and_infinity_as_the_largest(self, data: st.DataObject) -> None:
-        format, layout = self.make_format(), data.draw(self.layouts())
-        if format.lossless:
-            pytest.skip("lossless")
-        batch = data.draw(pages(layout, kinds=("special",)))
-        limits = torch.finfo(batch.dtype)
-        plain = batch.nan_to_num(nan=0.0, posinf=limits.max, neginf=limits.min)
-        assert _same_payloads(format.encode(batch, layout), format.encode(plain, layout))
-
-    @law
-    @given(st.data())
-    def test_a_page_full_of_nan_is_a_page(self, data: st.DataObject) -> None:
-        layout = data.draw(self.layouts())
-        batch = torch.full((1, *layout.shape), torch.nan, dtype=layout.torch_dtype)
-        decoded = self.round_trip(batch, layout)
-        assert _same_bits(decoded, batch) if self.make_format().lossless else bool((decoded == 0).all())
-
-    @law
-    @given(st.data())
-    def test_infinity_comes_back_large_with_its_sign(self, data: st.DataObject) -> None:
-        layout = data.draw(self.layouts())
-        batch = torch.zeros(1, *layout.shape, dtype=layout.torch_dtype)
-        channel = data.draw(st.integers(0, layout.head_dim - 1))
-        batch[..., channel] = data.draw(st.sampled_from([torch.inf, -torch.inf]))
-        decoded = self.round_trip(batch, layout)
-        assert bool((decoded[..., channel].sign() == batch[..., channel].sign()).all())
-        assert float(decoded[..., channel].abs().min()) > 3e4
-
-    @law
-    @given(st.data())
-    def test_zeros_stay_zeros_and_tiny_numbers_tiny(self, data: st.DataObject) -> None:
-        layout = data.draw(self.layouts())
-        zeros = torch.zeros(1, *layout.shape, dtype=layout.torch_dtype)
-        assert bool((self.round_trip(zeros, layout) == 0).all())
-        magnitudes = torch.tensor([torch.finfo(layout.torch_dtype).smallest_normal / 2, 1e-38, 1e-20, 1e-7, 3e-6, 1e-5, 1.5e-5])
-        numbers = make_pages(layout, "gaussian", 2, seed=1).float()
-        batch = torch.cat([numbers * magnitude for magnitude in magnitudes]).to(layout.torch_dtype)
-        assert float((self.round_trip(batch, layout).float() - batch.float()).abs().max()) <= self.tiny
-
-    @pytest.mark.parametrize("layout", FULL_SIZE, ids=str)
-    def test_error_stays_below_what_the_format_states(self, layout: PageLayout) -> None:
-        self._needs(layout)
-        for kind, stated in (("gaussian", self.gaussian_error), ("outlier channels", self.outlier_error)):
-            numbers = make_pages(layout, kind, 2, seed=3).float()
-            batch = torch.cat([numbers * scale for scale in (0.01, 1.0, 100.0)]).to(layout.torch_dtype)
-            decoded = self.round_trip(batch, layout)
-            for scaled in (slice(0, 2), slice(2, 4), slice(4, 6)):
-                assert _relative_error(decoded[scaled], batch[scaled]) <= stated, kind
-
-    @pytest.mark.parametrize("layout", FULL_SIZE, ids=str)
-    def test_coding_twice_adds_no_more_than_coding_once(self, layout: PageLayout) -> None:
-        self._needs(layout)
-        once = self.round_trip(make_pages(layout, "outlier channels", 2, seed=5), layout)
-        assert _relative_error(self.round_trip(once, layout), once) <= self.outlier_error
-
     def test_equal_formats_compare_equal(self) -> None:
         assert self.make_format() == self.make_format()
         assert hash(self.make_format()) == hash(self.make_format())
 
-    def _needs(self, layout: PageLayout) -> None:
-        if layout.head_dim not in self.head_dims:
-            pytest.skip(f"does not code head_dim {layout.head_dim}")
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def _same_payloads(a: Sequence[Payload], b: Sequence[Payload]) -> bool:
-    return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
-
 
 def _resized(payload: Payload) -> list[Payload]:
     return [payload[:0], payload[:-1], payload[: len(payload) // 2], np.append(payload, np.uint8(0))]
-
-
-def _relative_error(decoded: torch.Tensor, page_batch: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(decoded.float() - page_batch.float()) / torch.linalg.vector_norm(page_batch.float()))
