@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 
@@ -16,8 +15,6 @@ from kvtier.errors import IntegrityError
 from kvtier.keys import PageKey
 from kvtier.pages.columns import ABSENT, NO_ROW, NO_TIER, READY, WRITING, PageColumns, Rows
 from kvtier.tiers.base import PageId
-
-_Item = TypeVar("_Item")
 
 # Arrays without dimensions, as in `table`.
 _ONE, _NOBODY = np.array(1), np.array(0)
@@ -27,12 +24,7 @@ _NO_KEY = np.array(None)
 _FALSE, _TRUE = np.array(False), np.array(True)
 _NOT_PINNED, _NO_ATTENTION = np.array(-math.inf), np.array(math.nan)
 
-_PLAIN = (list, tuple)  # made once: `list | tuple` would be made at every call
-
-
-def plain(numbers: Sequence[_Item]) -> Sequence[_Item]:
-    """A list or tuple with these items, as the compiled loops want them."""
-    return numbers if isinstance(numbers, _PLAIN) else list(numbers)
+_PLAIN = (list, tuple)  # as in `table`: what the compiled loops want keys in
 
 
 class PageRows(PageColumns):
@@ -56,7 +48,7 @@ class PageRows(PageColumns):
 
     def add_chain(self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int = NO_ROW) -> Rows:
         """As `add` for pages that follow each other: rows of all `keys`, the first at `depth` after the page `before` (row `parent`)."""
-        if self._loops is not None and (added := self._add_chain(plain(keys), before, depth, parent)) is not None:
+        if self._loops is not None and (added := self._add_chain(keys, before, depth, parent)) is not None:
             return added
         known = np.fromiter(iter(map(self._row_of.get, keys).__next__, None), np.int64)
         if count := len(known):
@@ -135,6 +127,7 @@ class PageRows(PageColumns):
         loops, rows = self._loops, np.empty(len(keys), np.int64)
         if loops is None:
             return None
+        keys = keys if isinstance(keys, _PLAIN) else list(keys)
         known = loops.add_chain(self._row_of, keys, before, depth, parent, self.page_tokens, self._size, self._free_count, rows)
         if known < 0:
             return None

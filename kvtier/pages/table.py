@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,10 @@ from numpy.typing import NDArray
 from kvtier.errors import IntegrityError
 from kvtier.keys import PageKey
 from kvtier.pages.columns import ABSENT, MOST_TIERS, NO_ROW, NO_TIER, READY, WRITING, Rows
-from kvtier.pages.rows import PageRows, plain
+from kvtier.pages.rows import PageRows
 from kvtier.tiers.base import PageId
+
+_Item = TypeVar("_Item")
 
 Links = tuple[Rows, Rows, NDArray[np.bool_] | None]
 """What comes before some rows: see `PageTable.links`."""
@@ -30,6 +33,13 @@ Links = tuple[Rows, Rows, NDArray[np.bool_] | None]
 _ONE, _NOBODY, _NO_TIER = np.array(1), np.array(0), np.array(NO_TIER)
 _ABSENT, _WRITING, _READY = (np.array(state, np.uint8) for state in (ABSENT, WRITING, READY))
 _READY_ANYWHERE = np.full(MOST_TIERS, READY, np.uint8).view(np.uint64)[0]
+
+_PLAIN = (list, tuple)  # made once: `list | tuple` would be made at every call
+
+
+def _plain(numbers: Sequence[_Item]) -> Sequence[_Item]:
+    """A list or tuple with these items, as the compiled loops want them."""
+    return numbers if isinstance(numbers, _PLAIN) else list(numbers)
 
 
 class PageTable(PageRows):
@@ -50,7 +60,7 @@ class PageTable(PageRows):
         """Rows of the longest prefix of `keys` of which every page has a READY copy somewhere."""
         if self._loops is not None:
             rows = np.empty(len(keys), np.int64)
-            return rows[: self._loops.find(self._row_of, plain(keys), rows)]
+            return rows[: self._loops.find(self._row_of, _plain(keys), rows)]
         known = iter(map(self._row_of.get, keys).__next__, None)  # up to the first key without a row, or the last
         rows = np.fromiter(known, np.int64)
         visible = self._copies[rows] & _READY_ANYWHERE
@@ -60,7 +70,7 @@ class PageTable(PageRows):
         """`find`, `lease` and `use` at once."""
         if self._loops is not None:
             rows = np.empty(len(keys), np.int64)
-            return rows[: self._loops.claim(self._row_of, plain(keys), rows)]
+            return rows[: self._loops.claim(self._row_of, _plain(keys), rows)]
         rows = self.find(keys)
         self.lease(rows)
         self.use(rows)
@@ -144,7 +154,7 @@ class PageTable(PageRows):
     def begin(self, rows: Rows | Sequence[int], tier: int, slots: Sequence[int]) -> None:
         """Reserve a copy per row: invisible until `commit`. IntegrityError, and nothing begun, if one already has or awaits one there."""
         rows = np.asarray(rows, np.int64)
-        if self._loops is not None and self._loops.begin(rows, tier, plain(slots)):
+        if self._loops is not None and self._loops.begin(rows, tier, _plain(slots)):
             return
         state = self.state[tier]
         if np.count_nonzero(state[rows]):
@@ -154,7 +164,7 @@ class PageTable(PageRows):
 
     def settle(self, rows: Rows, tier: int, slots: Sequence[int]) -> None:
         """`begin`, `commit`, `lease` and `use` at once: copies that are already written. IntegrityError, and nothing done, as `begin`."""
-        if self._loops is None or not self._loops.settle(rows, tier, plain(slots)):
+        if self._loops is None or not self._loops.settle(rows, tier, _plain(slots)):
             self.begin(rows, tier, slots)
             self.commit(rows, tier)
             self.lease(rows)
@@ -167,8 +177,8 @@ class PageTable(PageRows):
         if (loops := self._loops) is not None:
             count = len(keys)
             rows, parents, depths = np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.int64)
-            chain = (self._row_of, plain(keys), before, depth, parent, self.page_tokens, self._size, self._free_count)
-            if loops.settle_chain(*chain, tier, plain(slots), rows, parents, depths):
+            chain = (self._row_of, _plain(keys), before, depth, parent, self.page_tokens, self._size, self._free_count)
+            if loops.settle_chain(*chain, tier, _plain(slots), rows, parents, depths):
                 self._took(count)
                 return rows, (parents, depths, None)
         rows = self.add_chain(keys, before, depth, parent)
