@@ -1,4 +1,4 @@
-"""The page table: prefixes, links, orphans, holders, and that its own check finds every contradiction."""
+"""The page table: prefixes, links, orphans, copies, holders, open pages."""
 
 from __future__ import annotations
 
@@ -6,50 +6,13 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from kvtier.errors import IntegrityError
 from kvtier.pages import ABSENT, NO_ROW, NO_TIER, READY, WRITING, PageTable
 from kvtier.tiers.base import PageId
-
-TIERS = 3
-ROOT = b"r" * 32
-
-
-def key(path: tuple[int, ...]) -> bytes:
-    """The key of the page at the end of a path of choices."""
-    return b"".join(bytes([choice]) for choice in path).ljust(32, b"\xff") if path else ROOT
-
-
-def page(path: tuple[int, ...]) -> PageId:
-    return PageId(key(path), key(path[:-1]), len(path) - 1)
-
-
-def chain(path: tuple[int, ...]) -> list[bytes]:
-    return [key(path[: end + 1]) for end in range(len(path))]
-
-
-class Slots:
-    """Slot numbers nobody else has."""
-
-    def __init__(self) -> None:
-        self.next = 0
-
-    def __call__(self) -> int:
-        self.next += 1
-        return self.next
-
-
-def ready(table: PageTable, path: tuple[int, ...], tier: int = 0, slot: int | None = None) -> int:
-    row = table.add(page(path))
-    table.begin([row], tier, [row if slot is None else slot])
-    table.commit([row], tier)
-    return row
-
-
-PATHS = st.lists(st.integers(0, 2), min_size=1, max_size=5).map(tuple)
+from tests.pages.rig import PATHS, ROOT, TIERS, chain, key, page, ready
 
 
 @given(st.lists(st.tuples(PATHS, st.integers(0, TIERS - 1)), max_size=25), PATHS, st.randoms())
@@ -339,99 +302,6 @@ def test_sealing_a_page_that_is_on_its_way_up_is_refused_and_changes_nothing():
     table.check_integrity()
 
 
-class TableMachine(RuleBasedStateMachine):
-    """Everything the residency does with a table, in any order; `check_integrity` after each step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = PageTable(TIERS, 4)
-        self.slots = Slots()
-        self.leased: list[int] = []
-        self.read: list[tuple[int, int]] = []
-
-    def rows(self, tier: int, state: int) -> list[int]:
-        here = self.table.state[tier, : self.table.rows] == state
-        return [row for row in np.flatnonzero(here).tolist() if self.table.key[row] is not None]
-
-    @rule(path=PATHS, tier=st.integers(0, TIERS - 1), commit=st.booleans())
-    def write(self, path, tier, commit) -> None:
-        row = self.table.add(page(path), self.table.row(key(path[:-1])))
-        if self.table.state[tier, row] == ABSENT:
-            self.table.begin([row], tier, [self.slots()])
-        if commit and self.table.state[tier, row] == WRITING:
-            self.table.commit([row], tier)
-
-    @rule(data=st.data(), tier=st.integers(0, TIERS - 1), state=st.sampled_from([WRITING, READY]))
-    def drop(self, data, tier, state) -> None:
-        rows = [row for row in self.rows(tier, state) if not self.table.readers[tier, row]]
-        if rows:
-            self.table.drop([data.draw(st.sampled_from(rows))], tier)
-
-    @rule(path=PATHS)
-    def lease(self, path) -> None:
-        rows = self.table.find(chain(path))
-        self.table.lease(rows)
-        self.leased += rows.tolist()
-
-    @precondition(lambda self: self.leased)
-    @rule(data=st.data())
-    def release(self, data) -> None:
-        row = data.draw(st.sampled_from(self.leased))
-        self.leased.remove(row)
-        self.table.release([row])
-
-    @rule(path=PATHS, keep=st.booleans())
-    def open_and_seal(self, path, keep) -> None:
-        parent = self.table.row(key(path[:-1]))
-        if len(path) > 1 and parent == NO_ROW:
-            return
-        row = self.table.open(parent, self.slots(), len(path) - 1)
-        self.table.check_integrity()
-        there = self.table.row(key(path))
-        if keep and not (there != NO_ROW and self.table.state[0, there] == WRITING):
-            sealed, _ = self.table.seal(row, page(path))
-            self.leased.append(sealed)
-        else:
-            assert len(self.table.release([row])) == 1
-
-    @rule(data=st.data(), tier=st.integers(0, TIERS - 1))
-    def hold(self, data, tier) -> None:
-        rows = self.rows(tier, READY)
-        if rows:
-            row = data.draw(st.sampled_from(rows))
-            self.table.hold([row], tier)
-            self.read.append((row, tier))
-
-    @precondition(lambda self: self.read)
-    @rule()
-    def unhold(self) -> None:
-        row, tier = self.read.pop()
-        self.table.unhold([row], tier)
-
-    @invariant()
-    def sound(self) -> None:
-        self.table.check_integrity()
-        for path_key, row in self.table._row_of.items():
-            assert self.table.key[row] == path_key
-
-    def teardown(self) -> None:
-        """Everything taken away again leaves nothing."""
-        for row, tier in self.read:
-            self.table.unhold([row], tier)
-        for row in self.leased:
-            self.table.release([row])
-        for tier in range(TIERS):
-            for state in (WRITING, READY):
-                for row in self.rows(tier, state):
-                    self.table.drop([row], tier)
-        self.table.check_integrity()
-        assert len(self.table) == 0
-
-
-def test_the_columns_agree_after_any_sequence_of_calls():
-    run_state_machine_as_test(TableMachine, settings=settings(max_examples=60, stateful_step_count=30))
-
-
 def test_rows_keep_their_numbers_when_the_table_grows():
     table = PageTable(TIERS, 4)
     rows = [table.add(PageId(number.to_bytes(32, "big"), ROOT, 0)) for number in range(3000)]
@@ -440,62 +310,3 @@ def test_rows_keep_their_numbers_when_the_table_grows():
     assert [table.row(number.to_bytes(32, "big")) for number in range(3000)] == rows
     assert table.slot[2, rows].tolist() == rows
     table.check_integrity()
-
-
-# The check itself
-
-
-def corruptible() -> tuple[PageTable, dict[str, int]]:
-    """A sound table with a chain of two pages, an orphan and an open page, and their rows."""
-    table = PageTable(TIERS, 4)
-    rows = {"first": ready(table, (1,), slot=1), "second": ready(table, (1, 2), slot=2)}
-    rows["orphan"] = ready(table, (7, 7), tier=2, slot=1)
-    rows["hollow"] = table.row(key((7,)))
-    rows["open"] = table.open(rows["second"], 3, 2)
-    table.lease(np.array([rows["first"]]))
-    table.check_integrity()
-    return table, rows
-
-
-def give_up(table: PageTable, *rows: int) -> None:
-    """Put rows on the free list and nowhere else."""
-    table._free[: len(rows)] = rows
-    table._free_count = len(rows)
-
-
-CORRUPTIONS = {
-    "child count": lambda table, rows: table.children.__setitem__(rows["first"], 2),
-    "depth": lambda table, rows: table.depth.__setitem__(rows["second"], 5),
-    "parent": lambda table, rows: table.parent.__setitem__(rows["second"], rows["hollow"]),
-    "parent gone": lambda table, rows: table.parent.__setitem__(rows["second"], NO_ROW),
-    "parent key": lambda table, rows: table.parent_key.__setitem__(rows["second"], key((7,))),
-    "key": lambda table, rows: table.key.__setitem__(rows["first"], key((9,))),
-    "key lost": lambda table, rows: table.key.__setitem__(rows["second"], None),
-    "index": lambda table, rows: table._row_of.__setitem__(key((9,)), rows["first"]),
-    "free list": lambda table, rows: give_up(table, rows["first"]),
-    "free twice": lambda table, rows: give_up(table, 900, 900),
-    "leases": lambda table, rows: table.leases.__setitem__(rows["first"], -1),
-    "open page not held": lambda table, rows: table.leases.__setitem__(rows["open"], 0),
-    "open page elsewhere": lambda table, rows: table.state.__setitem__((1, rows["open"]), READY),
-    "readers": lambda table, rows: table.readers.__setitem__((0, rows["first"]), -1),
-    "reading what is not there": lambda table, rows: table.readers.__setitem__((1, rows["first"]), 1),
-    "empty row": lambda table, rows: table.state.__setitem__((2, rows["orphan"]), ABSENT),
-    "slot": lambda table, rows: table.slot.__setitem__((0, rows["second"]), 1),
-}
-
-
-@pytest.mark.parametrize("what", CORRUPTIONS)
-def test_the_check_finds_a_corrupted(what):
-    table, rows = corruptible()
-    CORRUPTIONS[what](table, rows)
-    with pytest.raises(IntegrityError):
-        table.check_integrity()
-
-
-def test_the_tier_check_finds_strangers_and_missing_ones():
-    table, rows = corruptible()
-    both = {rows["first"], rows["second"]}
-    table.check_tier(0, both)
-    for wrong in ({rows["first"]}, both | {rows["orphan"]}, both | {rows["open"]}):
-        with pytest.raises(IntegrityError):
-            table.check_tier(0, wrong)
