@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,9 @@ from kvtier.leases.lease import Lease
 from kvtier.testing.accelerator import LateAccelerator, LateStream
 from kvtier.tiers import gpu as gpu_module
 from tests.cache.rig import LAYOUT, kv_of, make_cache
+
+HOST = 1
+"""The tier below the GPU."""
 
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, **more: Any) -> LateAccelerator:
@@ -35,6 +39,11 @@ def gpu_of(cache: TieredKVCache) -> LateAccelerator:
     found = cache._residency.device.accelerator
     assert isinstance(found, LateAccelerator)
     return found
+
+
+def through_the_lane(monkeypatch: pytest.MonkeyPatch, cache: TieredKVCache) -> None:
+    """From now on, the GPU reads nothing where the host tier has it: layers are copied one by one, once all pages are verified."""
+    monkeypatch.setattr(cache._residency.tiers[HOST], "direct", lambda slots: np.zeros(len(slots), np.int64))
 
 
 def _note(layers: list[torch.Tensor], pool: torch.Tensor, slots: torch.Tensor) -> None:
