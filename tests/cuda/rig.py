@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,12 @@ def gpu_cache(monkeypatch: pytest.MonkeyPatch, *args: Any, gpu: dict[str, Any] |
     """A cache by `make_config` on a GPU of its own."""
     on_gpu(monkeypatch, **(gpu or {}))
     return make_cache(*args, **more)
+
+
+def direct_cache(monkeypatch: pytest.MonkeyPatch, path: Path, gpu: dict[str, Any] | None = None, **more: Any) -> TieredKVCache:
+    """A cache of a GPU and a disk that reads straight into it; only one record fits each half of a worker's room, unless told otherwise."""
+    options = {"host_pages": None, "disk__io_engine": "gds", "disk__format": "raw", "mover__workers": 1, **more}
+    return gpu_cache(monkeypatch, path, gpu=gpu, **options)
 
 
 def gpu_of(cache: TieredKVCache) -> LateAccelerator:

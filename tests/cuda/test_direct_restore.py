@@ -1,5 +1,5 @@
 """Pages read from disk straight into a stand-in GPU: the same pages as through host memory, and never a wrong one; what cannot be proven
-there takes the ordinary way, which says why; what is missing is one clear error.
+there takes the ordinary way, which says why.
 
 The stand-in reads as late as it may and digests nothing before it must, so a missing wait shows as a wrong page.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,23 +18,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvtier.cache import TieredKVCache
-from kvtier.errors import ConfigError, DeviceError
+from kvtier.errors import DeviceError
 from kvtier.formats import checksums
 from kvtier.formats.triton import triton_version
-from kvtier.testing.accelerator import LateAccelerator
 from kvtier.testing.direct import LateFile, LateReader, LateReading
 from kvtier.tiers.disk.direct import DirectRecords
 from kvtier.tiers.disk.record import HEADER_BYTES
-from tests.cache.rig import LAYOUT, PAGE, flip_on_disk, hold, kv_of, make_cache, put, run
-from tests.cuda.rig import Engine, gpu_cache, gpu_of, on_gpu
+from tests.cache.rig import LAYOUT, PAGE, flip_on_disk, hold, kv_of, put, run
+from tests.cuda.rig import Engine, direct_cache, gpu_of
 
 PAGES = 6
-
-
-def direct_cache(monkeypatch: pytest.MonkeyPatch, path: Path, gpu: dict[str, Any] | None = None, **more: Any) -> TieredKVCache:
-    """A cache of a GPU and a disk that reads straight into it; only one record fits each half of a worker's room, unless told otherwise."""
-    options = {"host_pages": None, "disk__io_engine": "gds", "disk__format": "raw", "mover__workers": 1, **more}
-    return gpu_cache(monkeypatch, path, gpu=gpu, **options)
 
 
 def on_disk(cache: TieredKVCache, number: int = 1, pages: int = PAGES) -> list[int]:
@@ -293,62 +285,6 @@ def test_what_was_written_before_a_restart_is_read_directly_after_it(monkeypatch
     assert read(again, tokens) == PAGES * PAGE
     assert counts(again)["read directly"] == PAGES
     all_is_given_back(again)
-
-
-# -- asked for by name, and not there -------------------------------------------------------------------------------------------
-
-
-def refused(monkeypatch: pytest.MonkeyPatch, path: Path, **more: Any) -> str:
-    """What a cache that cannot be opened says; nothing of it is left."""
-    with pytest.raises(ConfigError, match=r"disk\.io_engine is gds, but ") as caught:
-        direct_cache(monkeypatch, path, **more)
-    assert not path.exists() or not list(path.iterdir())
-    return str(caught.value)
-
-
-def test_without_a_gpu_there_is_one_clear_error(tmp_path):
-    with pytest.raises(ConfigError, match=r"disk\.io_engine is gds, but the device tier is not in a GPU's memory.*use auto"):
-        make_cache(tmp_path / "store", host_pages=None, disk__io_engine="gds", disk__format="raw")
-    assert not (tmp_path / "store").exists()
-
-
-def test_whatever_part_is_missing_is_named(monkeypatch, tmp_path):
-    def without_reader(**gpu: Any) -> LateAccelerator:
-        made = on_gpu(monkeypatch, **gpu)
-        made.files.missing = "kvikio is not installed"
-        return made
-
-    monkeypatch.setattr("tests.cuda.rig.on_gpu", lambda _, **gpu: without_reader(**gpu))
-    assert "kvikio is not installed; use auto" in refused(monkeypatch, tmp_path / "store")
-
-
-def test_a_directory_whose_bytes_do_not_come_back_is_refused(monkeypatch, tmp_path):
-    finish = LateReading.finish
-
-    def wrong(reading):
-        got = finish(reading)
-        reading.memory[100] ^= 1
-        return got
-
-    monkeypatch.setattr(LateReading, "finish", wrong)
-    assert "does not come back through a stand-in; use auto" in refused(monkeypatch, tmp_path / "store")
-
-    def broken(reading):
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-
-    monkeypatch.setattr(LateReading, "finish", broken)
-    assert f"{tmp_path} refuses it: Operation not supported" in refused(monkeypatch, tmp_path / "store")
-    assert not list(tmp_path.glob(".kvtier*"))
-
-
-@pytest.mark.parametrize("name", ["q8+zstd", "raw+lz4"])
-def test_formats_that_only_the_host_can_unpack_are_refused(monkeypatch, tmp_path, name):
-    assert f"disk.format is {name}" in refused(monkeypatch, tmp_path / "store", disk__format=name)
-
-
-def test_where_a_gpu_cannot_digest_it_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr("kvtier.tiers.disk.direct.why_no_checksums", lambda device: "Triton is not installed")
-    assert "could not be verified on the GPU: Triton is not installed" in refused(monkeypatch, tmp_path / "store")
 
 
 # -- whatever happens -------------------------------------------------------------------------------------------------------------

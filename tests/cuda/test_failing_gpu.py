@@ -1,4 +1,4 @@
-"""A GPU that fails: a copy, a restore half way, or everything for good. What was not promised is retried, what was promised breaks."""
+"""A GPU that fails, at a copy, half way through a restore or for good: what it had promised breaks, everything else goes on."""
 
 from __future__ import annotations
 
