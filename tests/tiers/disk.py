@@ -1,4 +1,4 @@
-"""A disk tier of tiny pages, its file, and ways to damage it; the contract every variant of it keeps."""
+"""A disk tier of tiny pages, its file, what a restart finds in it, and ways to damage it; the contract every variant of it keeps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from kvtier.formats import Format, get_format
 from kvtier.layout import PageLayout
-from kvtier.testing.tiers import LAYOUT, TierContract
+from kvtier.testing.tiers import LAYOUT, TierContract, page_id
 from kvtier.tiers.disk import DiskTier
 from kvtier.tiers.disk.record import HEADER_BYTES
 
@@ -62,6 +62,17 @@ def disk_bytes(path: Path) -> int:
                 end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
                 total += end - start
     return total
+
+
+def recovered(tier: DiskTier) -> dict[int, int]:
+    """Slot by page number; every id must be whole."""
+    found = {}
+    for slot, page in tier.recover():
+        assert page == page_id(page.depth)
+        assert page.depth not in found
+        found[page.depth] = slot
+    tier.check_integrity()
+    return found
 
 
 class DiskContract(TierContract):
