@@ -8,7 +8,7 @@ import numpy as np
 
 from kvtier.pages import PageTable
 from kvtier.residency.protection import Protected
-from tests.pages.test_pages import key, page, ready
+from tests.pages.rig import key, page, ready
 
 DEVICE, HOST, LAST = 0, 1, 2
 

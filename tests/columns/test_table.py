@@ -14,7 +14,8 @@ from kvtier import columns
 from kvtier.errors import IntegrityError
 from kvtier.pages import ABSENT, NO_ROW, READY, WRITING, PageTable
 from tests.columns.rig import PlainTable, Twins, needs_loops, table_state
-from tests.pages.test_pages import PATHS, ROOT, TIERS, TableMachine, chain, key
+from tests.pages.rig import PATHS, ROOT, TIERS, chain, key
+from tests.pages.test_any_order import TableMachine
 
 ROWS = 8
 
