@@ -199,8 +199,9 @@ def test_jobs_are_answered_and_lookups_tell_the_truth(tmp_path):
     np.testing.assert_array_equal(tier._rows[:2], before)
     assert list(tier.get_finished_jobs()) == []
     tier.shutdown()
+    other: dict[str, Any] = {"model.revision": "other"}
     with pytest.raises(StoreError, match="another model"):
-        make_tier(tmp_path, **{"model.revision": "other"})
+        make_tier(tmp_path, **other)
 
 
 def test_other_weights_in_the_same_folder_are_another_model(tmp_path):
