@@ -1,9 +1,10 @@
 """Runs a command that ends when whoever started it is gone, however that went: also after `kill -9`, also what the command started itself.
 
 `python leash.py PIPE ROOM COMMAND...`: PIPE is the number of the reading end of a pipe whose other end only the starter has. A byte in it
-ends the command; its end, which is the starter's, ends it too and removes the folder ROOM. Signals alone do not do that: the kernel sends
-the one a child may ask for at its parent's end (PR_SET_PDEATHSIG) to that child, not to what it started. Standard library only, without
-`site`: it has to be there at once. State: the command's process group, in the session of this process.
+ends the command; its end, which is the starter's, ends it too and removes the folder ROOM, also if it comes while the command ends anyway.
+Signals alone do not do that: the kernel sends the one a child may ask for at its parent's end (PR_SET_PDEATHSIG) to that child, not to what
+it started. Standard library only, without `site`: it has to be there at once. State: the command's process group, in the session of this
+process.
 """
 
 from __future__ import annotations
@@ -45,11 +46,18 @@ def main() -> int:
             child.terminate()
         if ended in ready or starter in ready:
             break
-    alone = starter in ready and not os.read(starter, 1)
     end_group(child)
-    if alone:
+    if is_closed(starter):
         shutil.rmtree(room, ignore_errors=True)
     return child.wait()
+
+
+def is_closed(pipe: int) -> bool:
+    """Whether nobody has the other end of a pipe any more."""
+    while select.select([pipe], [], [], 0)[0]:
+        if not os.read(pipe, 64):
+            return True
+    return False
 
 
 def end_group(child: subprocess.Popen[bytes]) -> None:

@@ -109,8 +109,8 @@ class Process:
         """End it and all that it started, now."""
         with contextlib.suppress(BrokenPipeError):
             os.write(self._leash, b".")
-        os.close(self._leash)
         self.child.wait()
+        os.close(self._leash)  # not before: that means that nobody is left
 
     def ask_to_end(self) -> None:
         """Beyond the end of its standard input."""

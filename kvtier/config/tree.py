@@ -188,7 +188,12 @@ class PolicyConfig(_Section):
 
 class MoverConfig(_Section):
     workers: int = Field(default=2, ge=1, le=256, description="Threads that carry pages between tiers.")
-    staging_bytes: Bytes = Field(default=64 * MiB, gt=0, description="Most scratch memory for transfers under way.")
+    staging_bytes: Bytes = Field(
+        default=64 * MiB,
+        gt=0,
+        description="Most scratch memory for transfers under way. Where a disk is below host memory, one worker's share more: for what is "
+        "in memory and must not wait while all workers wait for the disk.",
+    )
     restore: Literal["auto", "always"] = Field(
         default="auto",
         description="Which cached pages are brought up. `auto`: as many of a prefix's first ones as are faster to restore than to compute "

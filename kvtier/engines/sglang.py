@@ -1,8 +1,8 @@
 """kvtier's disk tier as a storage backend of SGLang's hierarchical cache, loaded by its `dynamic` configuration; SGLang is not patched.
 
-SGLang's own threads call, several at once, and wait for the answer; `BlockStore` is safe for that and owns all state but `_pool`, which is
-set once, before the first call. A page is one block, read and written in SGLang's host memory without another copy of it there
-(`batch_get_v1`, `batch_set_v1`); the older calls with tensors work, too. Written for SGLang 0.5.23.
+SGLang's own threads call, several at once, and wait for the answer; `BlockStore` is safe for that and owns all state but what keys begin
+with (`generations.py`) and `_pool`, which is set once, before the first call. A page is one block, read and written in SGLang's host memory
+without another copy of it there (`batch_get_v1`, `batch_set_v1`); the older calls with tensors work, too. Written for SGLang 0.5.23.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from kvtier.blocks import BlockStore, Chain
+from kvtier.engines.generations import Generations
 from kvtier.engines.settings import store_config
 from kvtier.engines.versions import require_engine
-from kvtier.engines.weights import named_revision
+from kvtier.engines.weights import named_adapter_revision, named_revision
 from kvtier.errors import ConfigError, LayoutError
 from kvtier.layout import PageLayout
 from kvtier.tiers.lent import BlockLayout, Part
@@ -34,7 +35,7 @@ from sglang.srt.mem_cache.hicache_storage import (  # noqa: E402  # after the ch
     HiCacheStorageConfig,
     HiCacheStorageExtraInfo,
 )
-from sglang.srt.runtime_context import get_server_args  # noqa: E402
+from sglang.srt.runtime_context import get_lora, get_server_args, get_serving  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class KvtierHiCache(HiCacheStorage):  # type: ignore[misc]  # SGLang is not ther
         self._config = store_config(self._settings)
         self._ranks = storage_config
         self._pool: _Pool | None = None
+        self._generations = Generations(lambda: get_serving().weight_version, get_server_args().weight_version)
         if storage_config.is_mla_model and storage_config.tp_size > 1:
             raise ConfigError(
                 f"this model keeps the same KV on all {storage_config.tp_size} tensor-parallel ranks and SGLang stores it once, but a "
@@ -114,14 +116,18 @@ class KvtierHiCache(HiCacheStorage):  # type: ignore[misc]  # SGLang is not ther
 
     def batch_get_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None) -> list[bool]:
         pool = self._open()
-        return pool.store.get(_names(keys), _pages(pool, host_indices, len(keys)))
+        return pool.store.get(self._names(keys), _pages(pool, host_indices, len(keys)))
 
     def batch_set_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None) -> list[bool]:
         pool = self._open()
-        return pool.store.put(_names(keys), _pages(pool, host_indices, len(keys)), _chain(extra_info))
+        before = extra_info.prefix_keys if extra_info is not None else None  # with `hicache_storage_pass_prefix_keys`
+        last = list(before or ())[-1:]
+        names = self._names([*last, *keys])
+        chain = None if before is None else Chain(names[0] if last else None, len(before))
+        return pool.store.put(names[len(last) :], _pages(pool, host_indices, len(keys)), chain)
 
     def batch_exists(self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None) -> int:
-        found = self._open().store.exists(_names(keys))
+        found = self._open().store.exists(self._names(keys))
         return found.index(False) if False in found else len(found)
 
     def exists(self, key: str) -> bool:
@@ -137,7 +143,7 @@ class KvtierHiCache(HiCacheStorage):  # type: ignore[misc]  # SGLang is not ther
     ) -> list[torch.Tensor | None]:
         pool = self._open()
         targets = target_locations or [pool.host.get_dummy_flat_data_page() for _ in keys]
-        came = pool.store.get(_names(keys), [_flat(pool, target) for target in targets])
+        came = pool.store.get(self._names(keys), [_flat(pool, target) for target in targets])
         return [target if here else None for target, here in zip(targets, came, strict=True)]
 
     def set(self, key: str, value: torch.Tensor | None = None, target_location: object = None, target_sizes: object = None) -> bool:
@@ -147,11 +153,13 @@ class KvtierHiCache(HiCacheStorage):  # type: ignore[misc]  # SGLang is not ther
         self, keys: list[str], values: Sequence[torch.Tensor] | None = None, target_locations: object = None, target_sizes: object = None
     ) -> bool:
         pool = self._open()
-        return values is not None and all(pool.store.put(_names(keys), [_flat(pool, value.contiguous()) for value in values]))
+        return values is not None and all(pool.store.put(self._names(keys), [_flat(pool, value.contiguous()) for value in values]))
 
     # -- the whole -------------------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
+        """Forget everything. SGLang says so when somebody asks it to, perhaps because the weights are others now, which it does not say."""
+        self._generations.begin()
         self._open().store.clear()
 
     def close(self) -> None:
@@ -164,6 +172,10 @@ class KvtierHiCache(HiCacheStorage):  # type: ignore[misc]  # SGLang is not ther
     def store(self) -> BlockStore:
         """The store behind this backend, for its `stats`. ConfigError before SGLang registered its host pool."""
         return self._open().store
+
+    def _names(self, keys: Sequence[str]) -> list[bytes]:
+        prefix = self._generations.prefix()
+        return [prefix + key.encode() for key in keys]
 
     def _open(self) -> _Pool:
         if self._pool is None:
@@ -194,22 +206,15 @@ def _blocks_of(host: Any) -> tuple[BlockLayout, int]:
 
 
 def _weights() -> str:
-    """What this server computes KV with: the name in SGLang's storage configuration is only what it is served under."""
-    server = get_server_args()
+    """What this server computes KV with: the name in SGLang's storage configuration is only what it is served under.
+
+    Of the adapters that it starts with, SGLang's keys have name and path; those of adapters loaded later no other server has.
+    """
+    server, adapters = get_server_args(), get_lora().lora_paths or ()
     how = f"{server.dtype}, quantization {server.quantization}, overrides {server.json_model_override_args}"
+    for adapter in sorted(adapters, key=lambda adapter: str(adapter.lora_name)):
+        how += f", adapter {adapter.lora_name} {named_adapter_revision(adapter.lora_path)}"
     return f"{named_revision(server.model_path, server.revision)}, {how}"
-
-
-def _names(keys: Sequence[str]) -> list[bytes]:
-    return [key.encode() for key in keys]
-
-
-def _chain(extra_info: HiCacheStorageExtraInfo | None) -> Chain | None:
-    """Where a batch stands, if SGLang says so (`hicache_storage_pass_prefix_keys`)."""
-    before = extra_info.prefix_keys if extra_info is not None else None
-    if before is None:
-        return None
-    return Chain(before[-1].encode() if before else None, len(before))
 
 
 def _pages(pool: _Pool, host_indices: torch.Tensor, count: int) -> list[list[Part]]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from kvtier.blocks import BlockStore, Chain, Presence, loses_bits
 from kvtier.engines.settings import store_config
 from kvtier.engines.versions import require_engine
-from kvtier.engines.weights import named_revision
+from kvtier.engines.weights import given_name, only_revision
 from kvtier.tiers.lent import BlockLayout
 
 require_engine("vllm")
@@ -55,7 +55,7 @@ class KvtierTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not the
     """Chunks in a `kvtier.blocks.BlockStore`. `settings`: kvtier's dotted keys, and `config` (`store_config`).
 
     Model, weights, dtype, layers, block sizes, layout and parallel sizes are part of every key. What does not verify when it is read is
-    reported as a failed load, and vLLM computes it again. Raises what `BlockStore` raises.
+    reported as a failed load, and vLLM computes it again. Raises what `BlockStore` and `only_revision` raise.
     """
 
     medium: ClassVar[Medium] = Medium.STORAGE
@@ -75,8 +75,8 @@ class KvtierTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not the
         own = store_config(settings)
         facts = {
             "engine": "vllm",
-            "model": config.model.name,
-            "revision": own.model.revision or named_revision(config.model.name),
+            "model": given_name(config.model.name),
+            "revision": own.model.revision or only_revision(config.model.name),
             "dtype": str(config.model.dtype),
             "groups": [[group.tokens_per_block, *group.layer_names] for group in config.groups],
             "blocks_per_chunk": config.cache.blocks_per_chunk,

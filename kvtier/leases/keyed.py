@@ -41,6 +41,8 @@ class KeyedPages:
         """The last question for slots of the staging area; the storing thread's."""
         self.at_once = max(1, min(MOST_AT_ONCE, residency.device.capacity_slots // 8))
         with residency.lock:
+            # As many as a restore has in the staging area. Stores may wait there for a disk, and so may restores from it.
+            residency.spare_slots = min(2 * self.at_once, residency.device.capacity_slots // 4)
             residency.watcher = self._note
             for tier in range(len(residency.tiers)):
                 self._note(residency.table.key[residency.table.ready(tier)].tolist())
@@ -94,9 +96,10 @@ class KeyedPages:
         residency = self._residency
         with residency.lock:
             missing = np.flatnonzero(self._homes(keys) == NO_TIER).tolist()
-            slots = residency.eviction.reserve_now(DEVICE, len(missing))
+            spare = residency.spare_slots
+            slots = residency.eviction.reserve_now(DEVICE, len(missing), spare=spare)
             if slots is None and self._vacate(residency.table.ready(DEVICE)):
-                slots = residency.eviction.reserve_now(DEVICE, len(missing))
+                slots = residency.eviction.reserve_now(DEVICE, len(missing), spare=spare)
         if slots is None:
             slots = self._wait_for_room(len(missing), enough)
         written = missing[: len(slots)]
@@ -119,7 +122,7 @@ class KeyedPages:
         residency = self._residency
         if (enough is not None and enough.done()) or (self._asked_for_room is not None and not self._asked_for_room.done()):
             return []
-        self._asked_for_room = asked = residency.mover.spawn(residency.eviction.reserve(DEVICE, count))
+        self._asked_for_room = asked = residency.mover.spawn(residency.eviction.reserve(DEVICE, count, spare=residency.spare_slots))
         waited: list[Future[Any]] = [asked] if enough is None else [asked, enough]
         wait_for(waited, return_when=FIRST_COMPLETED)
         if asked.done():
@@ -157,9 +160,9 @@ class KeyedPages:
         """Bring these pages up and hand them out, in order; how many came, counted up to the first one that did not.
 
         `hand_out` copies from the slots it is given, which are others' afterwards. Pages that are not up when `time.monotonic()` reaches
-        `until_s` count as not having come.
+        `until_s` count as not having come; what is in the tier below the staging area is not kept waiting by what is further away.
         """
-        parts = deque(keys[start : start + self.at_once] for start in range(0, len(keys), self.at_once))
+        parts = deque(self._parts(keys))
         ahead: deque[tuple[Sequence[PageKey], Lease]] = deque()
         came, tried_again_at = 0, -1
         try:
@@ -190,6 +193,19 @@ class KeyedPages:
             for _, lease in ahead:
                 lease.release()
         return came
+
+    def _parts(self, keys: Sequence[PageKey]) -> list[Sequence[PageKey]]:
+        """`keys` in parts that are brought up together, none of them with pages from near and far."""
+        with self._residency.lock:
+            far = self._homes(keys) > DEVICE + 1
+        changes = {int(place) + 1 for place in np.flatnonzero(far[1:] != far[:-1])}
+        ends = sorted(changes | {len(keys)})
+        starts = [0, *ends[:-1]]
+        return [
+            keys[at : min(at + self.at_once, end)]
+            for start, end in zip(starts, ends, strict=True)
+            for at in range(start, end, self.at_once)
+        ]
 
     def _let_go(self, lease: Lease) -> None:
         """These pages were handed out: their places in the staging area are free, if the pages are elsewhere too."""

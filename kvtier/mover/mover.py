@@ -6,8 +6,11 @@ loop thread before the transfer's future is set, so whoever waits for the future
 
 On a GPU, workers launch copies on side streams and sleep until they are done; the engine's thread launches nothing and waits for nothing.
 
-Bounded: staging memory (one buffer a worker), queued bytes per link (`submit` answers False when a link is full and the transfer can wait),
-transfers per worker (one).
+A disk that is stuck may keep every worker. Where there is one below host memory there is one thread more, the spare, which carries what
+stays in memory while all workers are at files, so that pages in memory never wait for a disk; at other times it rests.
+
+Bounded: staging memory (one buffer a thread), queued bytes per link (`submit` answers False when a link is full and the transfer can wait),
+transfers per thread (one).
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from kvtier.errors import Closed, DeviceError
 from kvtier.mover.stage import StagingPool, carry
 from kvtier.mover.transfer import Outcome, Priority, Transfer
 from kvtier.mover.workers import Workers
-from kvtier.tiers.base import Refused, Slots
+from kvtier.tiers.base import Refused, Slots, Tier
 
 log = logging.getLogger(__name__)
 Link = tuple[int, int]
@@ -50,9 +53,11 @@ class Mover:
         nodes: Sequence[int] = (),
     ) -> None:
         self.tiers = tiers
-        self.workers = Workers(workers, nodes)
+        files = [isinstance(tier, Tier) and not tier.in_memory for tier in tiers]
+        self._spare = int(any(files) and files.count(False) > 1)
+        self.workers = Workers(workers, nodes, self._spare)
         try:
-            self.staging = StagingPool(workers, staging_bytes, tiers, self.workers.nodes)
+            self.staging = StagingPool(workers, staging_bytes, tiers, self.workers.nodes, self._spare)
         except BaseException:
             self.workers.shutdown()
             raise
@@ -62,7 +67,10 @@ class Mover:
         self._queues: dict[Link, list[tuple[int, int, Transfer]]] = {}
         self._queued: dict[Link, int] = {}
         self._order = itertools.count()
-        self._idle = workers
+        self._touches_files = files
+        self._running = 0
+        self._at_files = 0
+        """Transfers under way, and those of them that read or write files; the loop thread's."""
         self._closed = False
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="kvtier-mover", daemon=True)
@@ -76,7 +84,7 @@ class Mover:
     @property
     def utilisation(self) -> float:
         """Share of the workers that carry a transfer, at this moment."""
-        return 1 - self._idle / self.workers.count
+        return min(1.0, self._running / self.workers.count)
 
     def submit(self, transfer: Transfer) -> bool:
         """Queue a transfer. False, and nothing queued, if its link is full and it is not a demand. Raises Closed after `close`."""
@@ -161,8 +169,8 @@ class Mover:
         self.loop.run_forever()
 
     def _pump(self) -> None:
-        while self._idle and (transfer := self._next()):
-            self._idle -= 1
+        while transfer := self._next():
+            self._count(transfer, 1)
             try:
                 running = self.workers.submit(transfer.node, self._carry, transfer)
             except Closed:
@@ -171,11 +179,23 @@ class Mover:
                 continue
             running.add_done_callback(partial(self._carried, transfer))
 
+    def _is_at_files(self, link: Link) -> bool:
+        return self._touches_files[link[0]] or self._touches_files[link[1]]
+
+    def _count(self, transfer: Transfer, change: int) -> None:
+        self._running += change
+        self._at_files += change * self._is_at_files((transfer.source, transfer.target))
+
     def _next(self) -> Transfer | None:
-        """The most urgent transfer of all links, oldest first; entries of cancelled or urged transfers are skipped."""
+        """The most urgent transfer that a thread is free for, of all links, oldest first; cancelled and urged ones are skipped."""
+        only_memory = self._running >= self.workers.count
+        if only_memory and (self._at_files < self.workers.count or self._running == self.workers.count + self._spare):
+            return None
         with self._lock:
             best: list[tuple[int, int, Transfer]] | None = None
-            for queue in self._queues.values():
+            for link, queue in self._queues.items():
+                if only_memory and self._is_at_files(link):
+                    continue
                 while queue and (queue[0][2].started or queue[0][2].cancelled or queue[0][0] != queue[0][2].priority):
                     heapq.heappop(queue)
                 if queue and (best is None or queue[0][:2] < best[0][:2]):
@@ -191,7 +211,7 @@ class Mover:
         self.call(self._ended, transfer, done.result())
 
     def _ended(self, transfer: Transfer, outcome: Outcome) -> None:
-        self._idle += 1
+        self._count(transfer, -1)
         try:
             self._finish(transfer, outcome)
         finally:

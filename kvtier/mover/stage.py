@@ -57,12 +57,12 @@ class Scratch:
 
 class StagingPool:
     """Equal scratch memories for `workers` workers, together at most `total_bytes`; never less than one page each. `nodes`: those of the
-    workers, where they are bound.
+    workers, where they are bound. With `spare`, so many more of the same size, for a thread that carries while all workers are at files.
 
     Where the first tier is a GPU, each has a lane to it, and the transfers under way are never more bytes than the lanes hold.
     """
 
-    def __init__(self, workers: int, total_bytes: int, tiers: Sequence[Slots], nodes: Sequence[int] = ()) -> None:
+    def __init__(self, workers: int, total_bytes: int, tiers: Sequence[Slots], nodes: Sequence[int] = (), spare: int = 0) -> None:
         layout, device = tiers[0].layout, tiers[0]
         slot_bytes = max([tier.slot_bytes for tier in tiers[1:]], default=layout.page_bytes)
         cache_bytes = last_level_cache_bytes() // workers
@@ -72,14 +72,14 @@ class StagingPool:
         self.lane_formats = {tier.name: LaneFormat(tier.format, layout) for tier in tiers[1:]} if gpu is not None else {}
         row_bytes = lane_row_bytes(self.lane_formats.values())
         self.pages_per_round = max(1, (each - piece * layout.page_bytes) // (slot_bytes + row_bytes))
-        _check_room(total_bytes, workers * (self.pages_per_round * slot_bytes + piece * layout.page_bytes))
+        places: list[int | None] = [*nodes] or [None] * (workers + spare)
+        _check_room(total_bytes, len(places) * (self.pages_per_round * slot_bytes + piece * layout.page_bytes))
         self.packers = {tier.name: Packer(tier) for tier in tiers if isinstance(tier, Tier)}
         self._lanes: list[Lane] = []
         self.crossover: Crossover | None = None
         """Which way lanes copy; None where there are none."""
         self._direct: list[DirectRoom] = []
         disk = next((tier for tier in tiers if isinstance(tier, DiskTier) and tier.reads_directly), None)
-        places: list[int | None] = [*nodes] or [None] * workers
         self._idle: dict[int | None, queue.SimpleQueue[Scratch]] = {node: queue.SimpleQueue() for node in places}
         try:
             for node in places:

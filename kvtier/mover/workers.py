@@ -25,21 +25,25 @@ log = logging.getLogger(__name__)
 
 
 class Workers:
-    """`count` threads, on these nodes in turn. Nodes whose CPUs are out of reach are done without, with one line in the log."""
+    """`count` threads, on these nodes in turn. Nodes whose CPUs are out of reach are done without, with one line in the log.
 
-    def __init__(self, count: int, nodes: Sequence[int] = ()) -> None:
+    With `spare`, so many transfers more are carried at times, and house-keeping, which may be stuck at a disk too, has a thread of its own.
+    """
+
+    def __init__(self, count: int, nodes: Sequence[int] = (), spare: int = 0) -> None:
         self.count = count
+        started = count + 2 * spare
         threads = torch.get_num_threads()
         self._on_nodes: NodeExecutor | None = None
         self._anywhere: ThreadPoolExecutor | None = None
         if nodes:
-            placed = Counter(nodes[index % len(nodes)] for index in range(count))
+            placed = Counter(nodes[index % len(nodes)] for index in range(started))
             try:
                 self._on_nodes = NodeExecutor(placed, _MOST_QUEUED, EAGER, _use_one_thread, "kvtier-worker")
             except NumaError as error:
                 log.warning("mover: workers run anywhere: %s", error)
         if self._on_nodes is None:
-            self._anywhere = _started(count)
+            self._anywhere = _started(started)
         torch.set_num_threads(threads)
 
     @property

@@ -48,6 +48,11 @@ class _Coming:
         """The rows that come from each tier, warmest first."""
         return {tier: self.rows[self.homes == tier] for tier in np.unique(self.homes).tolist()}
 
+    @property
+    def is_far(self) -> bool:
+        """Whether some come from further than the tier below the device."""
+        return bool((self.homes > DEVICE + 1).any())
+
 
 class Copying:
     """The copies of one residency that are on their way. `inflight`: by row and tier they go to."""
@@ -94,7 +99,7 @@ class Copying:
             coming = self._cold(np.array(list(rows), np.int64))
             self._hold_all(coming)
         try:
-            slots = await residency.eviction.reserve(DEVICE, len(coming.rows))
+            slots = await residency.eviction.reserve(DEVICE, len(coming.rows), spare=residency.spare_slots if coming.is_far else 0)
             with residency.lock:
                 transfers = self._plan_up(coming, coming.rows, slots, Priority.DEMAND)
             queued = self._submit(transfers)

@@ -122,18 +122,18 @@ class Eviction:
         self.drop(rows, tier, "cleared")
         return len(rows)
 
-    def reserve_now(self, tier: int, count: int, hinted: bool = False) -> list[int] | None:
+    def reserve_now(self, tier: int, count: int, hinted: bool = False, spare: int = 0) -> list[int] | None:
         """`count` slots if they can be had without moving bytes, else None and nothing changed. Lock held.
 
-        `hinted`: for pages that a hint is about.
+        `hinted`: for pages that a hint is about. `spare`: so many others stay free.
         """
         residency = self._residency
         room = residency.tiers[tier]
-        slots = room.reserve(count)
+        slots = room.reserve(count) if not spare or not count or room.free_slots - count >= spare else None
         if slots is not None:
             return slots
         policy, now, pressure = residency.policies[tier], residency.clock(), residency.smoothed_pressure(tier)
-        missing = max(1, count - room.free_slots)
+        missing = max(1, count + spare - room.free_slots)
         if tier != residency.last:
             with residency.protecting(tier, hinted) as protected:
                 likely = policy.peek(missing, protected, now, pressure)
@@ -146,10 +146,12 @@ class Eviction:
         self.lose(victims, tier, "room needed")
         return room.reserve(count)
 
-    async def reserve(self, tier: int, count: int, priority: Priority = Priority.DEMAND, within_s: float | None = None) -> list[int]:
+    async def reserve(
+        self, tier: int, count: int, priority: Priority = Priority.DEMAND, within_s: float | None = None, spare: int = 0
+    ) -> list[int]:
         """Up to `count` slots of `tier`, evicting and copying down what must leave; fewer when no more can be had.
 
-        With `within_s`, for pages that are only promised for that time: nothing leaves that is worth more.
+        With `within_s`, for pages that are only promised for that time: nothing leaves that is worth more. `spare` others stay free.
         """
         residency, hinted = self._residency, within_s is not None
         while count > 0:
@@ -159,11 +161,11 @@ class Eviction:
                     count = self.displaceable(count, within_s)
                     if not count:
                         break
-                slots = self.reserve_now(tier, count, hinted)
+                slots = self.reserve_now(tier, count, hinted, spare)
                 if slots is not None:
                     return slots
                 policy, now, pressure = residency.policies[tier], residency.clock(), residency.smoothed_pressure(tier)
-                free = residency.tiers[tier].free_slots
+                free = residency.tiers[tier].free_slots - spare
                 with residency.protecting(tier, hinted) as protected:
                     victims = policy.evict(max(1, count - free), protected, now, pressure)
                 if victims is None:
@@ -181,7 +183,7 @@ class Eviction:
                 await moving
             elif len(dirty) and not await self.sink(dirty, tier, "room needed", priority):
                 with residency.lock:
-                    count = min(count - 1, residency.tiers[tier].free_slots)
+                    count = min(count - 1, residency.tiers[tier].free_slots - spare)
         return []
 
     def displaceable(self, count: int, within_s: float) -> int:

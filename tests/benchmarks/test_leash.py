@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from benchmarks.serving import Process
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +65,37 @@ def test_a_killed_benchmark_leaves_neither_processes_nor_files(tmp_path):
         starter.send_signal(signal.SIGKILL)
     assert soon(lambda: not marked(room))
     assert soon(lambda: not room.exists())
+
+
+ENDING = """
+import os, sys
+from benchmarks import leash
+starter = int(sys.argv.pop(1))
+ending = leash.end_group
+def end_group(child):
+    ending(child)
+    if starter >= 0:
+        os.close(starter)
+leash.end_group = end_group
+sys.exit(leash.main())
+"""
+"""A leash that loses its starter while its command, which ended by itself, is cleaned up after; with -1 instead of a pipe, it does not."""
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_benchmark_that_is_killed_while_a_command_ends_leaves_no_files_either(tmp_path, killed):
+    room = tmp_path / "room"
+    room.mkdir()
+    reading, writing = os.pipe()
+    command = [sys.executable, "-c", ENDING, str(writing if killed else -1), str(reading), str(room), "true"]
+    leash = subprocess.Popen(command, cwd=ROOT, pass_fds=(reading, writing) if killed else (reading,), start_new_session=True)
+    if killed:
+        os.close(writing)
+    assert leash.wait(60) == 0
+    assert room.exists() is not killed
+    os.close(reading)
+    if not killed:
+        os.close(writing)
 
 
 def test_what_is_stopped_leaves_no_processes_and_keeps_its_files(tmp_path):

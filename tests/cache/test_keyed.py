@@ -173,6 +173,52 @@ def test_whoever_waits_for_room_behind_a_disk_that_is_stuck_can_stop_waiting(tmp
         cache.check_integrity()
 
 
+def until(true):
+    """Wait for something that must come."""
+    limit_s = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < limit_s
+        time.sleep(0.001)
+
+
+def test_pages_in_memory_come_up_while_stores_wait_for_a_disk_that_is_stuck(tmp_path, stuck):
+    with TieredKVCache(config(tmp_path, host=20, disk=64), LAYOUT) as cache, ThreadPoolExecutor(1) as thread, closed(stuck[-1]):
+        engine, enough = Engine(cache), Future[None]()
+        host, masks = cache._residency.tiers[1], dict[bytes, int]()
+        assert engine.store(0, 12) == 12
+        until(lambda: masks.update(engine.pages.changes()) or all(masks[key] & 0b10 for key in KEYS[:12]))
+        assert engine.restore(12) == 12
+        storing = thread.submit(engine.store, 12, 28, enough)
+        until(lambda: host.free_slots == 0 and engine.pages._asked_for_room is not None and not engine.pages._asked_for_room.done())
+        masks |= engine.pages.changes()
+        assert [masks[key] for key in KEYS[:12]] == [0b10] * 12, "in host memory alone"
+        for _ in range(3):
+            came = engine.pages.restore(KEYS[:12], lambda positions, slots: None, time.monotonic() + 20)
+            assert came == 12
+        assert not storing.done()
+        enough.set_result(None)
+        assert storing.result(60) < 28
+
+
+def test_pages_in_memory_come_up_while_others_wait_for_a_disk_that_is_stuck(tmp_path, stuck):
+    with TieredKVCache(config(tmp_path, host=64, disk=128), LAYOUT) as cache:
+        Engine(cache).store(0, 30)
+    with TieredKVCache(config(tmp_path, host=64, disk=128), LAYOUT) as cache:
+        engine = Engine(cache)
+        engine.store(30, 10)
+        cache.settle()
+        assert engine.pages.restore(KEYS[30:], lambda positions, slots: None) == 10
+        with closed(stuck[-1]):
+            for start in range(0, 30, 6):
+                assert engine.pages.restore(KEYS[start : start + 6], lambda positions, slots: None, time.monotonic() + 0.05) == 0
+            assert stuck[-1].waiting.is_set()
+            came = engine.pages.restore([*KEYS[30:], *KEYS[:2]], lambda positions, slots: None, time.monotonic() + 20)
+            assert came == 10, "and what is not does not keep it waiting"
+        cache.settle()
+        assert engine.restore(40) == 40
+        cache.check_integrity()
+
+
 def test_a_restore_ends_in_time_though_the_disk_is_stuck(tmp_path, stuck):
     with TieredKVCache(config(tmp_path, disk=64), LAYOUT) as cache:
         Engine(cache).store(0, 8)

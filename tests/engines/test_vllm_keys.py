@@ -8,8 +8,16 @@ import pytest
 
 from kvtier.engines.vllm.keys import RequestKeys
 from kvtier.engines.vllm.mirror import Mirror
-from kvtier.engines.weights import PIECE_BYTES, adapter_revision, folder_revision, model_revision
-from kvtier.errors import MissingExtra
+from kvtier.engines.weights import (
+    PIECE_BYTES,
+    adapter_revision,
+    folder_revision,
+    given_name,
+    model_revision,
+    named_revision,
+    only_revision,
+)
+from kvtier.errors import MissingExtra, ModelError
 from kvtier.keys import page_keys, root_key
 
 PAGE = 4
@@ -90,7 +98,66 @@ def test_weights_that_are_one_file_or_are_told_by_another_name_have_a_revision(t
     (file := tmp_path / "model.gguf").write_bytes(b"one")
     first = revision(str(file))
     file.write_bytes(b"two")
-    assert len({first, revision(str(file)), revision("someone/some-model:Q4_K_M")}) == 3
+    assert first != revision(str(file))
+    with pytest.raises(ModelError, match="'someone/some-model:Q4_K_M' are neither .*; set model.revision"):
+        revision("someone/some-model:Q4_K_M")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Hugging Face's cache. Called with a commit, a branch and weights, it has these of the model `someone/some-model`."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    model = tmp_path / "models--someone--some-model"
+
+    def add(commit, branch, weights):
+        folder = model / "snapshots" / commit
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        if weights is not None:
+            (folder / "model.safetensors").write_bytes(weights)
+        (model / "refs").mkdir(exist_ok=True)
+        (model / "refs" / branch).write_text(commit)
+        return folder
+
+    return add
+
+
+def test_a_model_given_by_name_has_the_weights_of_its_revision(hub):
+    name = "someone/some-model"
+    folders = hub("c0ffee", "main", b"one"), hub("decade", "next", b"two")
+    first, second = (folder_revision(folder) for folder in folders)
+    assert first != second
+    assert [named_revision(name, revision) for revision in (None, "main", "c0ffee", "next", "decade")] == [first] * 3 + [second] * 2
+    assert [named_revision(str(folder), None) for folder in folders] == [first, second], "as vLLM names it offline"
+    assert [given_name(str(folder)) for folder in folders] == [name] * 2
+    assert given_name(name) == name
+    assert adapter_revision(name) == first
+    with pytest.raises(ModelError, match="'someone/some-model' at 'decay'"):
+        named_revision(name, "decay")
+
+
+def test_who_is_not_told_the_revision_takes_the_only_one_there_is(hub):
+    name = "someone/some-model"
+    with pytest.raises(ModelError, match="neither"):
+        only_revision(name)
+    first = hub("c0ffee", "main", b"one")
+    assert only_revision(name) == only_revision(str(first)) == folder_revision(first)
+    second = hub("decade", "next", b"two")
+    with pytest.raises(ModelError, match=r"several revisions .*\(c0ffee, decade\).*set model.revision"):
+        only_revision(name)
+    assert only_revision(str(second)) == folder_revision(second)
+
+
+def test_weights_in_another_folder_than_the_configuration_are_told_by_their_commit(hub):
+    first, second = hub("c0ffee", "main", None), hub("decade", "next", None)
+    assert [named_revision(str(folder), None) for folder in (first, second)] == ["c0ffee", "decade"]
+
+
+def test_an_adapter_that_is_not_there_yet_is_not_known(hub):
+    assert adapter_revision("someone/some-model") is None
+    hub("c0ffee", "main", b"one")
+    assert adapter_revision("someone/some-model")
 
 
 def test_without_vllm_the_connector_says_what_to_install():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvtier.errors import ConfigError, LayoutError, StoreError, StoreLocked
+from kvtier.errors import ConfigError, LayoutError, ModelError, StoreError, StoreLocked
 from tests.engines_real.sglang_pool import import_storage, mha_pool
 
 ROOT = import_storage()
@@ -25,7 +25,9 @@ from sglang.srt.runtime_context import get_context  # noqa: E402
 PAGE = 16
 LAYOUTS = ["layer_first", "page_first", "page_first_direct", "page_head"]
 SERVER = {"model_path": "m", "revision": None, "dtype": "auto", "quantization": None, "json_model_override_args": "{}"}
-"""Of SGLang's `ServerArgs`, which asks for a GPU when it is made, what the backend reads."""
+"""Of SGLang's `ServerArgs`, which asks for a GPU when it is made, what the backend reads about the model."""
+VERSION = {"weight_version": "default"}
+"""What it reads about serving; the value of now is in the context."""
 KEYS = [f"hash{number}" for number in range(12)]
 
 
@@ -52,10 +54,14 @@ def make(path: Path, pool: Any, more: dict[str, Any] | None = None, **ranks: Any
 
 
 @pytest.fixture(autouse=True)
-def server(monkeypatch):
+def server(monkeypatch, tmp_path_factory):
     """The arguments that SGLang's scheduler publishes before it makes a backend."""
-    arguments = types.SimpleNamespace(**SERVER)
+    (folder := tmp_path_factory.mktemp("model")).joinpath("model.safetensors").write_bytes(b"weights")
+    arguments = types.SimpleNamespace(**SERVER, **VERSION)
+    arguments.model_path = str(folder)
     monkeypatch.setattr(get_context(), "_server_args", arguments)
+    bags = {"serving": types.SimpleNamespace(**VERSION), "lora": types.SimpleNamespace(lora_paths=None)}
+    monkeypatch.setattr(get_context(), "_config_bags", bags)
     return arguments
 
 
@@ -179,8 +185,9 @@ def test_a_store_of_another_model_or_dtype_is_refused(tmp_path, change):
 
 
 def test_the_arguments_that_the_backend_reads_are_sglangs():
-    fields = (ROOT / "srt" / "arg_groups" / "fields" / "model.py").read_text()
-    assert [name for name in SERVER if f"\n    {name}: A[" not in fields] == []
+    for file, names in (("model.py", SERVER), ("serving.py", VERSION), ("lora.py", ["lora_paths"])):
+        fields = (ROOT / "srt" / "arg_groups" / "fields" / file).read_text()
+        assert [name for name in names if f"\n    {name}: A[" not in fields] == []
 
 
 def test_other_weights_under_the_same_name_and_path_are_another_model(tmp_path, server):
@@ -203,6 +210,64 @@ def test_other_weights_under_the_same_name_and_path_are_another_model(tmp_path, 
     server.quantization = "fp8"
     with pytest.raises(StoreError, match="another model"):
         make(tmp_path / "other", pool)
+
+
+def test_other_weights_of_an_adapter_that_the_server_starts_with_are_another_model(tmp_path):
+    folder, pool = tmp_path / "adapter", mha_pool(ROOT, "page_first", torch.bfloat16)
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"one")
+    get_context().config_bag("lora").lora_paths = [types.SimpleNamespace(lora_name="a", lora_path=str(folder))]
+    for _ in range(2):
+        make(tmp_path / "store", pool).close()
+    (folder / "adapter_model.safetensors").write_bytes(b"two")
+    with pytest.raises(StoreError, match="another model"):
+        make(tmp_path / "store", pool)
+
+
+def test_weights_that_nobody_can_tell_from_others_are_refused(tmp_path, server):
+    server.model_path = "someone/some-model"
+    with pytest.raises(ModelError, match="set model.revision"):
+        make(tmp_path, mha_pool(ROOT, "page_first", torch.bfloat16))
+    make(tmp_path, mha_pool(ROOT, "page_first", torch.bfloat16), {"model.revision": "1"}).close()
+
+
+def test_pages_of_weights_that_were_updated_in_the_running_server_are_its_own(tmp_path):
+    """Its scheduler notes the version that an update was given, `SchedulerWeightUpdaterManager.record_weight_version_after_update`."""
+    pool, serving = mha_pool(ROOT, "page_first", torch.bfloat16), get_context().config_bag("serving")
+    backend = make(tmp_path, pool)
+    assert backend.batch_set_v1(KEYS[:2], indices(0, 1), HiCacheStorageExtraInfo(prefix_keys=[])) == [True, True]
+    serving.weight_version = "step-1"
+    assert backend.batch_exists(KEYS[:2]) == 0
+    assert backend.batch_get_v1(KEYS[:2], indices(2, 3)) == [False, False]
+    assert backend.batch_set_v1(KEYS[:1], indices(4), HiCacheStorageExtraInfo(prefix_keys=[])) == [True]
+    assert backend.batch_set_v1(KEYS[1:2], indices(5), HiCacheStorageExtraInfo(prefix_keys=KEYS[:1])) == [True]
+    assert backend.batch_exists(KEYS[:3]) == 2
+    backend.close()
+    backend = make(tmp_path, pool)  # attached anew
+    assert backend.batch_exists(KEYS[:1]) == 0, "nor those of the weights that the server started with"
+    backend.close()
+    serving.weight_version = "default"
+    backend = make(tmp_path, pool)  # another server
+    assert backend.batch_exists(KEYS[:3]) == 2
+    wanted = page(pool, 0)
+    assert backend.batch_get_v1(KEYS[:1], indices(7)) == [True]
+    assert torch.equal(page(pool, 7), wanted)
+    backend.close()
+
+
+def test_what_is_kept_after_it_was_cleared_is_not_found_by_the_next_server(tmp_path):
+    """Whoever clears may have changed the weights without a version."""
+    pool = mha_pool(ROOT, "page_first", torch.bfloat16)
+    backend = make(tmp_path, pool)
+    assert backend.batch_set_v1(KEYS[:1], indices(0)) == [True]
+    backend.clear()
+    assert not backend.exists(KEYS[0])
+    assert backend.batch_set_v1(KEYS[:1], indices(1)) == [True]
+    assert backend.exists(KEYS[0])
+    backend.close()
+    backend = make(tmp_path, pool)
+    assert not backend.exists(KEYS[0])
+    backend.close()
 
 
 def test_what_cannot_be_held_is_refused_in_words(tmp_path):

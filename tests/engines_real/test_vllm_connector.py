@@ -292,6 +292,7 @@ class TestDamaged:
         ({"device__capacity_bytes": "3MiB"}, {}, "raise it to at least"),
         ({"config": 7}, {}, "the path of a kvtier YAML file"),
         ({}, {"tensor_parallel_size": 1, "pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({}, {"kv_role": "kv_producer"}, "say 'kv_both'"),
     ],
 )
 def test_what_kvtier_cannot_serve_is_refused(model_folder, settings, options, message):
@@ -303,7 +304,9 @@ def configured(model_folder, settings, options):
     """vLLM's two configurations as a connector gets them, without an engine."""
     from vllm.engine.arg_utils import EngineArgs
 
-    args = EngineArgs(model=str(model_folder), dtype="bfloat16", kv_transfer_config=connector(**settings), **options)
+    transfer = connector(**settings)
+    transfer.kv_role = options.pop("kv_role", transfer.kv_role)
+    args = EngineArgs(model=str(model_folder), dtype="bfloat16", kv_transfer_config=transfer, **options)
     return args.create_engine_config(), kv_cache_config([spec()])
 
 
@@ -328,11 +331,12 @@ def test_paths_and_sizes_are_taken_as_the_front_page_writes_them(model_folder):
 
 
 def test_models_and_layouts_kvtier_cannot_hold_are_refused(model_folder):
-    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+    from vllm.v1.kv_cache_interface import MLAAttentionSpec, SinkFullAttentionSpec, SlidingWindowSpec
 
     vllm_config, _ = configured(model_folder, {}, {})
-    window = SlidingWindowSpec(block_size=BLOCK, num_kv_heads=3, head_size=64, dtype=torch.bfloat16, sliding_window=64)
-    for specs in ([spec(), window], [window], []):
+    usual: dict[str, Any] = {"block_size": BLOCK, "num_kv_heads": 3, "head_size": 64, "dtype": torch.bfloat16}
+    window = SlidingWindowSpec(**usual, sliding_window=64)
+    for specs in ([spec(), window], [window], [], [MLAAttentionSpec(**usual)], [SinkFullAttentionSpec(**usual, sink_len=BLOCK)]):
         with pytest.raises(ModelError, match="full attention in every layer"):
             settings_of(vllm_config, kv_cache_config(specs))
     for odd in (spec(dtype=torch.uint8), spec(head_size_v=32)):
@@ -357,3 +361,17 @@ def test_workers_share_the_sizes_and_keep_their_parts_apart(model_folder, tmp_pa
     first, second = (for_rank(thirds, rank) for rank in (0, 1))
     assert first.disk != second.disk
     assert first.model.revision != second.model.revision
+
+
+def test_replicas_of_one_configuration_have_directories_of_their_own(model_folder, tmp_path):
+    asked = {"disk__path": str(tmp_path), "disk__capacity_bytes": "128MiB"}
+    vllm_config, groups = configured(model_folder, asked, {})
+    paths, namespaces = [], set()
+    for replica in range(3):
+        vllm_config.parallel_config.data_parallel_index = replica
+        settings = settings_of(vllm_config, groups)
+        assert settings.config.disk is not None
+        paths.append(settings.config.disk.path)
+        namespaces.add(settings.namespace)
+    assert paths == [str(tmp_path), str(tmp_path / "replica-1"), str(tmp_path / "replica-2")]
+    assert len(namespaces) == 1

@@ -201,6 +201,33 @@ def test_a_load_has_the_time_that_its_request_has_not_waited_yet(monkeypatch):
     assert prices.restoring.observations == 1, "the next ones know that it takes so long"
 
 
+@pytest.mark.parametrize("late", [True, False])
+def test_a_request_whose_pages_did_not_come_computes_them_though_vllm_asks_again(late):
+    engine = Engine()
+    engine.stored(engine.step(engine.request("a", range(9))))
+    request = engine.request("b", range(9))
+    assert engine.side.matched(request, 0) == 8
+    engine.side.allocated(request, [7, 8, 9], 8)
+    engine.step()
+    engine.side.heard(WorkerReport({0: RankReport(0, loads=[LoadDone("b", 0, 1.0, late)])}))
+    engine.side.received(["b"])
+    assert engine.side.matched(request, 0) == 0, "it waited as long as it may"
+    assert engine.side.matched(engine.request("c", range(9)), 0) == 8
+
+
+def test_requests_for_an_adapter_that_nobody_knows_yet_are_passed_over(tmp_path):
+    engine, folder = Engine(), tmp_path / "adapter"
+
+    def request(name):
+        return engine.request(name, range(9), lora=LoRARequest("adapter", 1, str(folder)))
+
+    assert engine.step(request("a")).stores == []
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"one")
+    engine.stored(engine.step(request("b")))
+    assert engine.side.matched(request("c"), 0) == 8
+
+
 def test_everything_is_loaded_where_the_configuration_says_always():
     engine = with_slow_tiers(mover__restore="always")
     assert engine.side.matched(engine.request("b", range(9)), 0) == 8

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvtier.errors import ConfigError, LayoutError, StoreError
+from kvtier.errors import ConfigError, LayoutError, ModelError, StoreError
 from tests.engines_real.conftest import running
 
 PROMPT = "Water boils at a lower temperature on a mountain than at the sea. " * 75
@@ -136,8 +136,10 @@ def test_a_tier_that_cannot_be_is_refused_in_words(tmp_path, tier, error, says):
         make_tier(tmp_path, **tier)
 
 
-def make_tier(path: Path, model: str = "m", rows: int = 4, **settings: Any) -> Any:
-    """The tier without an engine, under vLLM's own configuration objects."""
+def make_tier(path: Path, model: str | None = None, rows: int = 4, **settings: Any) -> Any:
+    """The tier without an engine, under vLLM's own configuration objects. Without `model`, of one whose revision the user tells."""
+    if model is None:
+        model, settings = "m", {"model.revision": "1"} | settings
     from vllm.v1.kv_offload.base import OffloadingSpec
     from vllm.v1.kv_offload.config import (
         OffloadingCacheConfig,
@@ -197,8 +199,9 @@ def test_jobs_are_answered_and_lookups_tell_the_truth(tmp_path):
     np.testing.assert_array_equal(tier._rows[:2], before)
     assert list(tier.get_finished_jobs()) == []
     tier.shutdown()
+    other: dict[str, Any] = {"model.revision": "other"}
     with pytest.raises(StoreError, match="another model"):
-        make_tier(tmp_path, model="other")
+        make_tier(tmp_path, **other)
 
 
 def test_other_weights_in_the_same_folder_are_another_model(tmp_path):
@@ -212,3 +215,17 @@ def test_other_weights_in_the_same_folder_are_another_model(tmp_path):
         make_tier(store, str(folder))
     named: dict[str, Any] = {"model.revision": "1"}
     make_tier(tmp_path / "named", str(folder), **named).shutdown()
+
+
+def test_a_model_whose_revision_vllm_does_not_tell_is_refused_unless_the_user_does(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    folders = [tmp_path / "hub" / "models--someone--some-model" / "snapshots" / commit for commit in ("c0ffee", "decade")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    with pytest.raises(ModelError, match="several revisions"):
+        make_tier(tmp_path / "store", "someone/some-model")
+    named: dict[str, Any] = {"model.revision": "c0ffee"}
+    make_tier(tmp_path / "store", "someone/some-model", **named).shutdown()
+    folders[1].rmdir()
+    make_tier(tmp_path / "other", "someone/some-model").shutdown()
+    make_tier(tmp_path / "other", str(folders[0])).shutdown()  # as vLLM names it offline

@@ -78,7 +78,7 @@ def test_a_store_that_is_full_keeps_what_it_has_room_for_and_brings_that_back(tm
     engine.store(0, 36)
     counts = engine.worker.taken_counts()
     assert counts is not None
-    assert counts.data["evicted_pages"]["disk"] > 0
+    assert sum(counts.data["evicted_pages"].get(tier, 0) for tier in ("host", "disk")) > 0
     assert 0 < engine.load(36) < 36
     engine.worker.cache.check_integrity()
     engine.worker.close()
@@ -172,6 +172,38 @@ def test_a_load_that_takes_too_long_is_given_up(tmp_path, stuck):
     assert engine.worker.unloaded_blocks() == set(range(8))
     stuck[-1].gate.set()
     assert engine.load(8) == 8
+    engine.worker.close()
+
+
+def test_pages_in_memory_are_loaded_though_stores_and_loads_wait_for_a_disk_that_is_stuck(tmp_path, stuck):
+    engine = Engine(settings(tmp_path))
+    engine.store(0, 8)
+    engine.worker.close()
+    engine = Engine(settings(tmp_path, host_pages=12))
+    stuck[-1].gate.clear()
+    done: dict[str, int] = {}
+
+    def job(first: int) -> StoreJob:
+        return StoreJob(first, KEYS[first : first + 4], KEYS[first - 1], first, [0, 1, 2, 3])
+
+    def load(name: str, pages: slice, within_s: float) -> int:
+        job = LoadJob(name, KEYS[pages], list(range(20, 20 + len(KEYS[pages]))), within_s)
+        engine.worker.start_loads(StepPlan(0, loads=[job]))
+        while name not in done:
+            done.update({each.request_id: each.pages for each in engine.worker.report()[0].loads})
+        return done[name]
+
+    engine.worker.start_stores(StepPlan(0, [job(8), job(12)]))
+    masks: dict[bytes, int] = {}
+    while not all(masks.get(key, 0) & 0b10 for key in KEYS[8:16]):
+        masks |= engine.worker.report()[0].masks
+    assert load("first", slice(8, 16), 60.0) == 8
+    engine.worker.start_stores(StepPlan(0, [job(first) for first in range(16, 40, 4)]))
+    while engine.worker._pages._asked_for_room is None or engine.worker._pages._asked_for_room.done():
+        assert engine.worker._keeping
+    assert load("disk", slice(8), 0.1) == 0
+    assert load("memory", slice(8, 16), 60.0) == 8
+    stuck[-1].gate.set()
     engine.worker.close()
 
 

@@ -66,11 +66,12 @@ class SlowTier(HostTier):
 class Rig:
     """A device, two slow tiers and a mover over them, without a cache."""
 
-    def __init__(self, workers=1, staging_pages=64, queue_pages=64, layout=LAYOUT):
+    def __init__(self, workers=1, staging_pages=64, queue_pages=64, layout=LAYOUT, lower_in_memory=True):
         self.layout = layout
         self.device = DevicePool(layout, 32 * layout.page_bytes)
         self.host = SlowTier(layout)
         self.lower = SlowTier(layout, "lower")
+        self.lower.in_memory = lower_in_memory
         self.finished: list[tuple[Transfer, Outcome]] = []
         tiers = [self.device, self.host, self.lower]
         self.mover = Mover(tiers, workers, staging_pages * layout.page_bytes, queue_pages * layout.page_bytes, self.note)
@@ -409,3 +410,34 @@ def test_staging_beyond_what_can_be_had_is_refused_before_it_is_taken(rig, monke
     wanted = rf"mover\.staging_bytes is {100 * page_bytes}, .* only {64 * page_bytes} bytes .* the container's limit is near; lower it"
     with pytest.raises(ConfigError, match=wanted):
         StagingPool(2, 100 * page_bytes, rig.mover.tiers)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_in_memory_does_not_wait_for_files_that_are_stuck(make_rig, workers):
+    rig = make_rig(workers, lower_in_memory=False)
+    rig.device.scatter([3, 4, 5], pages_of(3, 4, 5))
+    rig.fill_host(*range(10, 14))
+    rig.lower.gate.clear()
+    stuck = [rig.send(HOST, LOWER, [number], Priority.DEMOTION) for number in range(10, 10 + workers)]
+    for _ in stuck:
+        assert rig.lower.reached.acquire(timeout=10)
+    queued = rig.send(HOST, LOWER, [13])
+    for number in (3, 4, 5):
+        assert rig.send(DEVICE, HOST, [number]).future.result(10).refused == {}
+        assert rig.send(HOST, DEVICE, [number]).future.result(10).refused == {}
+    assert not queued.started, "files are never read and written by more than the workers"
+    assert rig.mover.utilisation == 1.0
+    rig.lower.gate.set()
+    for transfer in [*stuck, queued]:
+        assert transfer.future.result(10).refused == {}
+
+
+def test_the_spare_thread_rests_while_workers_carry_what_is_in_memory(make_rig):
+    rig = make_rig(1, lower_in_memory=False)
+    rig.fill_host(1, 2, 3)
+    busy = rig.block(1)
+    waiting = rig.send(HOST, DEVICE, [2])
+    assert not rig.host.reached.acquire(timeout=0.2)
+    assert not waiting.started
+    rig.host.gate.set()
+    assert busy.future.result(10).refused == waiting.future.result(10).refused == {}

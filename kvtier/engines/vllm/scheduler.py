@@ -48,6 +48,8 @@ class RequestState:
     """When vLLM was first told to ask again."""
     late: bool = False
     """Whether that was too long ago when it last asked."""
+    failed: bool = False
+    """Whether pages that were loaded for it did not come. vLLM asks again if none did, which must not begin anew what was waited for."""
     priced: tuple[bytes, int] = (b"", 0)
     """Where the pages were when it was last priced, and how many to load."""
     stored: int = 0
@@ -116,24 +118,31 @@ class SchedulerSide:
     # -- loading ---------------------------------------------------------------------------------------------------------------
 
     def on_new_request(self, request: Any) -> None:
-        """Requests whose prompt is not made of tokens are passed over."""
-        if request.prompt_embeds is None:
-            keys = RequestKeys(request, self._namespace, self._size, self._revision(request.lora_request))
+        """Requests whose prompt is not made of tokens are passed over, and those for an adapter of which nothing is known yet."""
+        adapter = self._revision(request.lora_request)
+        if request.prompt_embeds is None and adapter is not None:
+            keys = RequestKeys(request, self._namespace, self._size, adapter)
             self._requests[request.request_id] = RequestState(request, keys)
 
-    def _revision(self, adapter: Any) -> str:
-        """Which weights a LoRA adapter has: read when vLLM reads them, which is once, or anew if they are to be loaded in place."""
+    def _revision(self, adapter: Any) -> str | None:
+        """Which weights a LoRA adapter has: read when vLLM reads them, which is once, or anew if they are to be loaded in place.
+
+        None before vLLM has fetched them from Hugging Face.
+        """
         if adapter is None:
             return ""
         name = adapter.lora_int_id, adapter.lora_path
         if adapter.load_inplace or name not in self._adapters:
-            self._adapters[name] = adapter_revision(adapter.lora_path)
+            revision = adapter_revision(adapter.lora_path)
+            if revision is None:
+                return None
+            self._adapters[name] = revision
         return self._adapters[name]
 
     def matched(self, request: Any, computed: int) -> int | None:
         """Tokens to load beyond the first `computed` (whole blocks); None: ask again."""
         state = self._requests.get(request.request_id)
-        if state is None or request.skip_reading_prefix_cache or self._prices is None:
+        if state is None or state.failed or request.skip_reading_prefix_cache or self._prices is None:
             return 0
         first, state.declined = computed // self._size, 0
         state.asked_from = first
@@ -311,8 +320,10 @@ class SchedulerSide:
 
     def _loaded(self, said: RankReport) -> None:
         for done in said.loads:
-            loading = self._loading.get(done.request_id)
+            loading, state = self._loading.get(done.request_id), self._requests.get(done.request_id)
             self.counts.add("late", done.late)
+            if loading is not None and state is not None and done.pages < len(loading.keys):
+                state.failed = True
             if loading is not None and (done.late or done.pages == len(loading.keys)) and self._prices is not None:
                 moved = np.array(loading.pages_by_tier) * self._page_bytes
                 if moved[1:].any():

@@ -13,7 +13,7 @@ from typing import Any
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kvtier.config import Config, MiB, load_config
-from kvtier.engines.weights import model_revision
+from kvtier.engines.weights import given_name, model_revision
 from kvtier.errors import ConfigError, LayoutError, ModelError
 from kvtier.keys import namespace
 from kvtier.layout import PageLayout
@@ -48,6 +48,9 @@ def settings_of(vllm_config: Any, kv_cache_config: Any) -> Settings:
     }.items():
         if degree > 1:
             raise ConfigError(f"the kvtier connector does not work with {feature} yet (here {degree}); use tensor parallelism")
+    role = vllm_config.kv_transfer_config.kv_role
+    if role != "kv_both":
+        raise ConfigError(f"kv_role is {role!r}; the kvtier connector stores and loads, so say 'kv_both'")
     if vllm_config.speculative_config is not None:
         raise ConfigError("the kvtier connector is not tested with speculative decoding; start vLLM without it")
     spec = _only_group(kv_cache_config).kv_cache_spec
@@ -60,7 +63,7 @@ def settings_of(vllm_config: Any, kv_cache_config: Any) -> Settings:
 
 def _only_group(kv_cache_config: Any) -> Any:
     groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
+    if len(groups) != 1 or type(groups[0].kv_cache_spec) is not FullAttentionSpec:  # those made of it hold something else
         kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups) or "none"
         raise ModelError(
             f"kvtier holds models with full attention in every layer; vLLM keeps this one's KV in groups of another kind: {kinds}"
@@ -102,7 +105,7 @@ def _configured(vllm_config: Any, layout: PageLayout, workers: int) -> Config:
         raise ConfigError("kvtier has neither host nor disk here: there is nowhere to keep pages; give it host.capacity_bytes or disk.path")
     given = whole.model.revision or model_revision(model)
     fixed: dict[str, object] = {
-        "model.name": Path(model.model).name,
+        "model.name": Path(given_name(model.model)).name,
         "model.revision": f"{given}, {model.dtype}, quantization {model.quantization}",
         "pages.page_tokens": layout.page_tokens,
         "device.place": "cpu",
@@ -118,6 +121,8 @@ def _configured(vllm_config: Any, layout: PageLayout, workers: int) -> Config:
         fixed["host.capacity_bytes"] = whole.host.capacity_bytes // workers
     if whole.disk is not None:
         fixed["disk.capacity_bytes"] = whole.disk.capacity_bytes // workers
+        if replica := vllm_config.parallel_config.data_parallel_index:  # an engine of its own, with the configuration of the first one
+            fixed["disk.path"] = str(Path(whole.disk.path) / f"replica-{replica}")
     return load_config(path, overrides=asked | fixed, base=base)
 
 
