@@ -6,7 +6,9 @@ Nothing is compiled for this machine's CPU in particular: the sources hold kerne
 loaded.
 """
 
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -72,6 +74,17 @@ class BuildOnce(build_ext):
 
     What was compiled from others is removed first: sources that do not compile leave no older module in use.
     """
+
+    def build_extensions(self) -> None:
+        one_by_one = self.compiler.compile
+
+        def side_by_side(sources: list[str], **options: object) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                compiled = pool.map(lambda source: one_by_one([source], **options), sources)
+                return [each for objects in compiled for each in objects]
+
+        self.compiler.compile = side_by_side
+        super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
         compiled = self.get_ext_filename(self.get_ext_fullname(ext.name))

@@ -1,5 +1,26 @@
-/* Codes of 2, 3, 4 and 6 bits to bytes and back; the layout is that of kvtier/formats/bits.py. One vector at a time; plain loops over
-   bytes, which compilers turn into vector instructions by themselves where head_dim is a constant. */
+/* Codes of 2, 3, 4 and 6 bits to bytes and back; the layout is that of kvtier/formats/bits.py. One vector at a time. Compilers make vector
+   instructions of the plain loops for nibbles by themselves; parts of other sizes are eight bytes in one word: no CPU shifts single bytes, but
+   bits that a shift takes into the next one are masked away anyway. */
+
+/* `number` in each byte of a word. */
+#define EACH_BYTE(number) (UINT64_C(0x0101010101010101) * (number))
+
+enum { WORD_BYTES = 8 };
+
+/* Places of words in a row of bytes; the last one may be shorter. */
+#define EACH_WORD(at, size, bytes) for (int at = 0, size; size = fewer((bytes) - at, WORD_BYTES), at < (bytes); at += WORD_BYTES)
+
+INLINE uint64_t load_word(const uint8_t *from, int size) {
+    uint64_t word = 0;
+    if (size == WORD_BYTES) memcpy(&word, from, WORD_BYTES);
+    else memcpy(&word, from, (size_t)size);
+    return word;
+}
+
+INLINE void store_word(uint8_t *to, uint64_t word, int size) {
+    if (size == WORD_BYTES) memcpy(to, &word, WORD_BYTES);
+    else memcpy(to, &word, (size_t)size);
+}
 
 INLINE void pack_nibbles(uint8_t *restrict packed, const uint8_t *restrict codes, int head_dim) {
     for (int i = 0; i < head_dim / 2; i++) packed[i] = (uint8_t)((codes[i] & 15) | codes[i + head_dim / 2] << 4);
@@ -13,16 +34,18 @@ INLINE void unpack_nibbles(uint8_t *restrict codes, const uint8_t *restrict pack
 /* Two bits of each code, from bit `shift` on. */
 INLINE void pack_pairs(uint8_t *restrict packed, const uint8_t *restrict codes, int head_dim, int shift) {
     const int part = head_dim / 4;
-    for (int i = 0; i < part; i++) {
-        const int low = (codes[i] >> shift & 3) | (codes[i + part] >> shift & 3) << 2;
-        packed[i] = (uint8_t)(low | (codes[i + 2 * part] >> shift & 3) << 4 | (codes[i + 3 * part] >> shift & 3) << 6);
+    EACH_WORD(at, size, part) {
+        uint64_t word = 0;
+        for (int k = 0; k < 4; k++) word |= (load_word(codes + k * part + at, size) >> shift & EACH_BYTE(3)) << 2 * k;
+        store_word(packed + at, word, size);
     }
 }
 
 INLINE void unpack_pairs(uint8_t *restrict codes, const uint8_t *restrict packed, int head_dim) {
     const int part = head_dim / 4;
-    for (int k = 0; k < 4; k++) {
-        for (int i = 0; i < part; i++) codes[k * part + i] = packed[i] >> 2 * k & 3;
+    EACH_WORD(at, size, part) {
+        const uint64_t word = load_word(packed + at, size);
+        for (int k = 0; k < 4; k++) store_word(codes + k * part + at, word >> 2 * k & EACH_BYTE(3), size);
     }
 }
 
@@ -32,26 +55,35 @@ INLINE void pack_6(uint8_t *restrict packed, const uint8_t *restrict codes, int 
 }
 
 INLINE void unpack_6(uint8_t *restrict codes, const uint8_t *restrict packed, int head_dim) {
-    const int half = head_dim / 2, part = head_dim / 4;
-    unpack_nibbles(codes, packed, head_dim);
-    for (int k = 0; k < 4; k++) {
-        for (int i = 0; i < part; i++) codes[k * part + i] |= (uint8_t)((packed[half + i] >> 2 * k & 3) << 4);
+    const int part = head_dim / 4;
+    EACH_WORD(at, size, part) {
+        const uint64_t first = load_word(packed + at, size), second = load_word(packed + part + at, size);
+        const uint64_t pairs = load_word(packed + 2 * part + at, size);
+        store_word(codes + at, (first & EACH_BYTE(15)) | (pairs << 4 & EACH_BYTE(48)), size);
+        store_word(codes + part + at, (second & EACH_BYTE(15)) | (pairs << 2 & EACH_BYTE(48)), size);
+        store_word(codes + 2 * part + at, (first >> 4 & EACH_BYTE(15)) | (pairs & EACH_BYTE(48)), size);
+        store_word(codes + 3 * part + at, (second >> 4 & EACH_BYTE(15)) | (pairs >> 2 & EACH_BYTE(48)), size);
     }
 }
 
 /* The third bit of each code. */
 INLINE void pack_thirds(uint8_t *restrict third, const uint8_t *restrict codes, int head_dim) {
     const int part = head_dim / 8;
-    for (int i = 0; i < part; i++) third[i] = 0;
-    for (int k = 0; k < 8; k++) {
-        for (int i = 0; i < part; i++) third[i] |= (uint8_t)((codes[k * part + i] >> 2 & 1) << k);
+    EACH_WORD(at, size, part) {
+        uint64_t word = 0;
+        for (int k = 0; k < 8; k++) word |= (load_word(codes + k * part + at, size) >> 2 & EACH_BYTE(1)) << k;
+        store_word(third + at, word, size);
     }
 }
 
 INLINE void unpack_thirds(uint8_t *restrict codes, const uint8_t *restrict third, int head_dim) {
     const int part = head_dim / 8;
-    for (int k = 0; k < 8; k++) {
-        for (int i = 0; i < part; i++) codes[k * part + i] |= (uint8_t)((third[i] >> k & 1) << 2);
+    EACH_WORD(at, size, part) {
+        const uint64_t word = load_word(third + at, size);
+        for (int k = 0; k < 8; k++) {
+            uint8_t *const to = codes + k * part + at;
+            store_word(to, load_word(to, size) | (word >> k & EACH_BYTE(1)) << 2, size);
+        }
     }
 }
 

@@ -14,7 +14,7 @@ static inline Levels levels3(void) { return (Levels){3, PER_RMS3, &LEVELS3}; }
 static inline Levels levels2(void) { return (Levels){2, PER_RMS2, &LEVELS2}; }
 
 /* Sums of squares of up to 16 rows. */
-INLINE void rows_energy(float energies[16], const float *rows, int count, int head_dim) {
+SIZED void rows_energy(float energies[16], const float *rows, int count, int head_dim) {
     Floats totals[16];
     for (unsigned row = (unsigned)count; row < 16; row++) totals[row] = floats_all(0);
     for (int row = 0; row < count; row++) {
@@ -59,7 +59,7 @@ INLINE void level_codes(Floats totals[16], uint8_t *codes, const Levels *levels,
 
 /* Codes [count, head_dim] of up to 16 rows of these energies, and the scales that keep the inner product of a vector with itself: 0
    where there is nothing to code. */
-INLINE void encode_levels(uint8_t *codes, float scales[16], const Levels *levels, const float *const rows[16], const float energies[16],
+SIZED void encode_levels(uint8_t *codes, float scales[16], const Levels *levels, const float *const rows[16], const float energies[16],
     int count, int head_dim) {
     float factors[16], along[16];
     Floats totals[16];

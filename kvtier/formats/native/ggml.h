@@ -74,6 +74,19 @@ INLINE void encode_q4_0_blocks(uint8_t *coded, const float extremes[16], const c
     }
 }
 
+INLINE void encode_ggml_blocks(uint8_t *coded, const float extremes[16], const char *numbers, int count, int codec, int dtype) {
+    if (codec == Q8_0) encode_q8_0_blocks(coded, extremes, numbers, count, dtype);
+    else encode_q4_0_blocks(coded, extremes, numbers, count, dtype);
+}
+
+/* The same where a number has to be cleaned first. */
+static __attribute__((noinline)) void encode_clean_blocks(uint8_t *coded, const char *numbers, int count, int codec, int dtype, float most) {
+    float clean[16 * 32], extremes[16];
+    clean_blocks(clean, numbers, count, dtype, most);
+    blocks_extremes(extremes, (const char *)clean, count, FP32);
+    encode_ggml_blocks(coded, extremes, (const char *)clean, count, codec, FP32);
+}
+
 INLINE void encode_ggml(const Shape *shape, const char *numbers, uint8_t *coded, int codec, int dtype) {
     const int blocks = ggml_blocks(shape), coded_bytes = codec == Q8_0 ? Q8_0_BYTES : Q4_0_BYTES;
     const float limit = (codec == Q8_0 ? 127 : 8) * FP16_MAX, most = dtype == FP16 ? FP16_MAX : limit;
@@ -85,17 +98,8 @@ INLINE void encode_ggml(const Shape *shape, const char *numbers, uint8_t *coded,
         bool clean = true;
         blocks_extremes(extremes, place, count, dtype);
         for (int i = 0; i < 16; i++) clean &= fabsf(extremes[i]) <= most;
-        if (!clean) {
-            float cleaned[16 * 32];
-            clean_blocks(cleaned, place, count, dtype, most);
-            blocks_extremes(extremes, (const char *)cleaned, count, FP32);
-            if (codec == Q8_0) encode_q8_0_blocks(target, extremes, (const char *)cleaned, count, FP32);
-            else encode_q4_0_blocks(target, extremes, (const char *)cleaned, count, FP32);
-        } else if (codec == Q8_0) {
-            encode_q8_0_blocks(target, extremes, place, count, dtype);
-        } else {
-            encode_q4_0_blocks(target, extremes, place, count, dtype);
-        }
+        if (clean) encode_ggml_blocks(target, extremes, place, count, codec, dtype);
+        else encode_clean_blocks(target, place, count, codec, dtype, most);
     }
 }
 
@@ -150,22 +154,12 @@ INLINE void decode_q4_0_as(const Shape *shape, const uint8_t *coded, char *numbe
     }
 }
 
-/* Defines `name` with the dtype as a constant in `call`. */
-#define FOR_DTYPES(name, arguments, call) \
-    static void name arguments { \
-        switch (shape->dtype) { \
-        case BF16: call(BF16); break; \
-        case FP16: call(FP16); break; \
-        case FP32: call(FP32); break; \
-        } \
-    }
-
 #define ENCODE_Q8_0(dtype) encode_ggml(shape, numbers, coded, Q8_0, dtype)
 #define ENCODE_Q4_0(dtype) encode_ggml(shape, numbers, coded, Q4_0, dtype)
 #define DECODE_Q8_0(dtype) decode_q8_0_as(shape, coded, numbers, dtype)
 #define DECODE_Q4_0(dtype) decode_q4_0_as(shape, coded, numbers, dtype)
 
-FOR_DTYPES(encode_q8_0, (const Shape *shape, const void *numbers, uint8_t *coded), ENCODE_Q8_0)
-FOR_DTYPES(encode_q4_0, (const Shape *shape, const void *numbers, uint8_t *coded), ENCODE_Q4_0)
-FOR_DTYPES(decode_q8_0, (const Shape *shape, const uint8_t *coded, void *numbers), DECODE_Q8_0)
-FOR_DTYPES(decode_q4_0, (const Shape *shape, const uint8_t *coded, void *numbers), DECODE_Q4_0)
+static void encode_q8_0(const Shape *shape, const void *numbers, uint8_t *coded) { FOR_DTYPES(shape->dtype, ENCODE_Q8_0) }
+static void encode_q4_0(const Shape *shape, const void *numbers, uint8_t *coded) { FOR_DTYPES(shape->dtype, ENCODE_Q4_0) }
+static void decode_q8_0(const Shape *shape, const uint8_t *coded, void *numbers) { FOR_DTYPES(shape->dtype, DECODE_Q8_0) }
+static void decode_q4_0(const Shape *shape, const uint8_t *coded, void *numbers) { FOR_DTYPES(shape->dtype, DECODE_Q4_0) }

@@ -19,7 +19,15 @@
 
 #include "dispatch.h"
 
-/* Defines `name` from `name##_of`, which takes head_dim last: the usual ones as constants, so that loops over a vector unroll. */
+/* FOR_HEAD_DIMS defines `name` from `name##_of`, which takes head_dim last: the usual ones as constants, so that loops over a vector unroll.
+   FOR_DTYPES is the macro `call` with the dtype as a constant. SIZED is part of such functions. Where registers are no larger than any compiler
+   knows, constants gain nothing, and compiling would take five times as long. */
+#if defined(WITHOUT_CONSTANT_SIZES)
+#define SIZED static __attribute__((noinline))
+#define FOR_HEAD_DIMS(name, arguments, ...) \
+    static void name arguments { name##_of(__VA_ARGS__, shape->head_dim); }
+#else
+#define SIZED INLINE
 #define FOR_HEAD_DIMS(name, arguments, ...) \
     static void name arguments { \
         switch (shape->head_dim) { \
@@ -27,6 +35,14 @@
         case 128: name##_of(__VA_ARGS__, 128); break; \
         default: name##_of(__VA_ARGS__, shape->head_dim); \
         } \
+    }
+#endif
+
+#define FOR_DTYPES(dtype, call) \
+    switch (dtype) { \
+    case BF16: call(BF16); break; \
+    case FP16: call(FP16); break; \
+    case FP32: call(FP32); break; \
     }
 
 #include "scales.h"

@@ -139,27 +139,49 @@ static inline void meet_lanes(Floats *a, Floats *b) {
     meet_both(a, b);
 }
 
-/* The sums of 16 pairs of numbers, which are the halves of 32 bits; or, if `minus`, the lower halves less the upper ones. */
-static inline Floats met_pair(__m512i pairs, bool minus, int dtype) {
+/* 16 pairs of numbers, which are the halves of 32 bits. */
+static inline void split_pairs(Floats both[2], __m512i pairs, int dtype) {
     if (dtype == FP16) {
-        const Floats lower = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
-        const Floats upper = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
-        return minus ? floats_sub(lower, upper) : floats_add(lower, upper);
+        both[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
+        both[1] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+    } else {
+        both[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+        both[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000)));
     }
+}
+
+/* Their sums or, if `minus`, the lower halves less the upper ones; added to `start` unless that is NULL. */
+static inline Floats met_pairs(const Floats *start, __m512i pairs, bool minus, int dtype) {
 #if defined(WITH_AVX512_BF16)
-    const __m512i signs = _mm512_set1_epi32(minus ? (int)0xBF803F80 : 0x3F803F80);
-    return _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)pairs, (__m512bh)signs);
-#else
-    const Floats lower = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-    const Floats upper = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000)));
-    return minus ? floats_sub(lower, upper) : floats_add(lower, upper);
+    if (dtype == BF16) {
+        const __m512i signs = _mm512_set1_epi32(minus ? (int)0xBF803F80 : 0x3F803F80);
+        return _mm512_dpbf16_ps(start ? *start : _mm512_setzero_ps(), (__m512bh)pairs, (__m512bh)signs);
+    }
 #endif
+    Floats both[2];
+    split_pairs(both, pairs, dtype);
+    const Floats met = minus ? floats_sub(both[0], both[1]) : floats_add(both[0], both[1]);
+    return start ? floats_add(*start, met) : met;
+}
+
+/* Two columns of pairs: the sum and the difference of what met_pairs makes of them. */
+static inline void met_both(Floats *a, Floats *b, __m512i first, __m512i second, bool minus, int dtype) {
+    *a = met_pairs(NULL, first, minus, dtype);
+#if defined(WITH_AVX512_BF16)
+    if (dtype == BF16) {
+        const __m512bh less = (__m512bh)_mm512_set1_epi32(minus ? 0x3F80BF80 : (int)0xBF80BF80);
+        *b = _mm512_dpbf16_ps(*a, (__m512bh)second, less), *a = met_pairs(a, second, minus, dtype);
+        return;
+    }
+#endif
+    *b = met_pairs(NULL, second, minus, dtype);
+    meet_both(a, b);
 }
 
 /* 32 bf16 numbers: the sum and the difference of each two neighbours. */
 static inline void load_met_pairs(Floats met[2], const char *numbers) {
     const __m512i pairs = _mm512_loadu_si512(numbers);
-    met[0] = met_pair(pairs, false, BF16), met[1] = met_pair(pairs, true, BF16);
+    met[0] = met_pairs(NULL, pairs, false, BF16), met[1] = met_pairs(NULL, pairs, true, BF16);
 }
 
 /* How many groups to rotate side by side: the CPU does not see far enough ahead to do that by itself. */
@@ -200,27 +222,30 @@ INLINE void group_sums(float sums[GROUP], Floats *most, const char *numbers, siz
     Floats total[PARTS] = {floats_all(0), floats_all(0), floats_all(0), floats_all(0)};
 #if defined(WITH_AVX512_BF16)
     if (dtype == BF16) {
-        const __m512bh even = (__m512bh)_mm512_set1_epi32(0x3F80), odd = (__m512bh)_mm512_set1_epi32(0x3F800000);
+        /* Two rows at once: each sum takes two numbers that are beside each other then. */
+        const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3F80);
         const __m512i magnitude = _mm512_set1_epi16(0x7FFF);
         __m512i largest = _mm512_setzero_si512();
-        for (int row = 0; row < count; row++) {
+        for (int row = 0; row < count; row += 2) {
             for (int line = 0; line < 2; line++) {
-                const __m512i values = _mm512_loadu_si512(numbers + row * stride + line * 64);
-                total[2 * line] = _mm512_dpbf16_ps(total[2 * line], (__m512bh)values, even);
-                total[2 * line + 1] = _mm512_dpbf16_ps(total[2 * line + 1], (__m512bh)values, odd);
-                if (most) largest = _mm512_max_epu16(largest, _mm512_and_si512(values, magnitude));
+                const __m512i one = _mm512_loadu_si512(numbers + row * stride + line * 64);
+                const __m512i next = row + 1 < count ? _mm512_loadu_si512(numbers + (row + 1) * stride + line * 64) : _mm512_setzero_si512();
+                total[2 * line] = _mm512_dpbf16_ps(total[2 * line], (__m512bh)_mm512_unpacklo_epi16(one, next), ones);
+                total[2 * line + 1] = _mm512_dpbf16_ps(total[2 * line + 1], (__m512bh)_mm512_unpackhi_epi16(one, next), ones);
+                if (!most) continue;
+                largest = _mm512_max_epu16(largest, _mm512_and_si512(one, magnitude));
+                largest = _mm512_max_epu16(largest, _mm512_and_si512(next, magnitude));
             }
         }
         if (most) {
             *most = magnitude_max(*most, _mm512_castsi512_ps(_mm512_slli_epi32(largest, 16)));
             *most = magnitude_max(*most, _mm512_castsi512_ps(largest));
         }
-        const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
         for (int line = 0; line < 2; line++) {
-            const Floats first = _mm512_permutex2var_ps(total[2 * line], low, total[2 * line + 1]);
-            const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-            floats_store(sums + 32 * line, first);
-            floats_store(sums + 32 * line + 16, _mm512_permutex2var_ps(total[2 * line], high, total[2 * line + 1]));
+            const __m512i low = _mm512_castps_si512(total[2 * line]), high = _mm512_castps_si512(total[2 * line + 1]);
+            const __m512i first = _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high);
+            const __m512i last = _mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high);
+            floats_store(sums + 32 * line, _mm512_castsi512_ps(first)), floats_store(sums + 32 * line + 16, _mm512_castsi512_ps(last));
         }
         return;
     }

@@ -4,6 +4,7 @@
 #include "half.h"
 
 #define GROUP 16
+#define WITHOUT_CONSTANT_SIZES
 #define PARTS 1
 #define SHORT_PARTS 1
 

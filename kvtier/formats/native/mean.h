@@ -27,8 +27,10 @@ static __attribute__((noinline)) void clean_sums(float *sums, const Shape *shape
 }
 
 /* Codes the rotated means of all heads. `means` [heads, head_dim]: as they will be decoded, but like the rows of a tile without the factor
-   of the rotation. Sixteen heads at a time. Unless `checked` all numbers have to be finite and within fp16, or the means are of no use. */
-INLINE void encode_means(float *means, const Shape *shape, const char *numbers, uint8_t *coded, bool checked, int head_dim) {
+   of the rotation. Sixteen heads at a time. Unless `checked` all numbers have to be finite and within fp16, or the means are of no use.
+   Compiled once for all sizes: of a block of 16 tokens it is a sixteenth of the work. */
+static __attribute__((noinline)) void encode_means(float *means, const Shape *shape, const char *numbers, uint8_t *coded, bool checked) {
+    const int head_dim = shape->head_dim;
     const Levels levels = levels4();
     const float norm = norm_of(shape), share = 1 / (float)shape->tokens;
     for (int first = 0; first < shape->heads; first += 16) {
@@ -83,7 +85,7 @@ INLINE void encode_means(float *means, const Shape *shape, const char *numbers, 
 
 /* Up to 16 rows, one after the other, the first of `head`, each perhaps without the mean of its head: what is coded, in `chosen`, is the
    shorter vector, and `reduced` says which. `rest` takes rows without their means. */
-INLINE void choose_rows(const float *chosen[16], bool reduced[16], float energies[16], float *rest, const float *rows, const float *means,
+SIZED void choose_rows(const float *chosen[16], bool reduced[16], float energies[16], float *rest, const float *rows, const float *means,
     int head, int heads, int count, int head_dim) {
     Floats with[16], without[16];
     float shorter[16];
@@ -109,7 +111,8 @@ INLINE void choose_rows(const float *chosen[16], bool reduced[16], float energie
 }
 
 /* fp32 means [heads, head_dim] as they are added to decoded numbers. */
-INLINE void decode_means(float *means, const Shape *shape, const uint8_t *coded, int head_dim) {
+static __attribute__((noinline)) void decode_means(float *means, const Shape *shape, const uint8_t *coded) {
+    const int head_dim = shape->head_dim;
     const float part = (float)(1 / sqrt(hadamard_block(shape)) / PER_RMS4);
     for (int first = 0; first < shape->heads; first += 16) {
         const int count = fewer(shape->heads - first, 16);

@@ -28,7 +28,7 @@ typedef struct {
 } Sizes;
 
 /* Scale bytes of the scales that are kept, the first of them of `head`: steps below the super, from the bits of the ratio: the same on every machine. */
-INLINE void scale_bytes(uint8_t *bytes, const Sizes *sizes, int count, int head, int heads) {
+static __attribute__((noinline)) void scale_bytes(uint8_t *bytes, const Sizes *sizes, int count, int head, int heads) {
     for (int first = 0; first < count; first += 16) {
         const float *const scales = sizes->scales + first;
         const int some = fewer(count - first, 16);
@@ -63,12 +63,12 @@ typedef struct {
     int first, count, head;
 } Batch;
 
-INLINE void open_batch(Batch *batch, const Sizes *sizes, const Shape *shape, const char *numbers, bool keys, int head_dim) {
+SIZED void open_batch(Batch *batch, const Sizes *sizes, const Shape *shape, const char *numbers, int head_dim) {
     const size_t vector_bytes = head_dim * value_bytes(shape->dtype);
     float *const tile = batch->tile.rows;
     load_tile(&batch->tile, shape, numbers + batch->first * vector_bytes, batch->count, FP16_MAX);
     for (int row = 0; row < 16; row++) batch->rows[row] = tile + row * head_dim, batch->reduced[row] = false;
-    if (!keys) {
+    if (!shape->keys) {
         rows_energy(batch->energies, tile, batch->count, head_dim);
         return;
     }
@@ -79,7 +79,7 @@ INLINE void open_batch(Batch *batch, const Sizes *sizes, const Shape *shape, con
 /* Vectors `start` to `stop`, from the first head of one token to the last of another: a run of codes alike, at `packed`, and their scales.
    Of 8 bits only the scales. The CPU gets the next vectors to prepare before the codes of those that wait for roots and quotients. */
 INLINE void encode_run(Sizes *sizes, const Shape *shape, const char *numbers, uint8_t *steps, uint8_t *packed, const Levels levels, int start,
-    int stop, bool keys, int head_dim) {
+    int stop, int head_dim) {
     const int heads = shape->heads;
     const bool all_kept = shape->tokens * heads <= KEPT_SCALES;
     const Floats norm = floats_all(norm_of(shape));
@@ -89,7 +89,7 @@ INLINE void encode_run(Sizes *sizes, const Shape *shape, const char *numbers, ui
     for (int next = start, turn = 0; next < stop + 16; next += 16, turn ^= 1) {
         if (next < stop) {
             batches[turn].first = next, batches[turn].count = fewer(stop - next, 16), batches[turn].head = (next - start) % heads;
-            open_batch(&batches[turn], sizes, shape, numbers, keys, head_dim);
+            open_batch(&batches[turn], sizes, shape, numbers, head_dim);
         }
         if (next == start) continue;
         const Batch *const batch = &batches[!turn];
@@ -120,9 +120,9 @@ static __attribute__((noinline)) void encode_special(Sizes *sizes, const Shape *
     const Levels *levels, int special) {
     const Levels whole = {.bits = 8, .per_rms = levels->per_rms};
     const int heads = shape->heads, head_dim = shape->head_dim;
-    encode_run(sizes, shape, numbers, steps, packed, whole, 0, heads, sizes->means != NULL, head_dim);
+    encode_run(sizes, shape, numbers, steps, packed, whole, 0, heads, head_dim);
     packed += (size_t)heads * head_dim;
-    encode_run(sizes, shape, numbers, steps, packed, fewer_levels(levels->bits), heads, special * heads, sizes->means != NULL, head_dim);
+    encode_run(sizes, shape, numbers, steps, packed, fewer_levels(levels->bits), heads, special * heads, head_dim);
 }
 
 /* Codes of 8 bits for the first token, by steps of its scales that are not smaller than the scales themselves. */
@@ -152,25 +152,24 @@ static __attribute__((noinline)) void encode_first_token(const Sizes *sizes, con
     }
 }
 
-INLINE void encode_gaussian(const Shape *shape, const char *numbers, uint8_t *coded, const Levels levels, bool keys, int head_dim) {
+INLINE void encode_gaussian(const Shape *shape, const char *numbers, uint8_t *coded, const Levels levels, int head_dim) {
     const int heads = shape->heads, vectors = shape->tokens * heads, special = special_tokens(shape, levels.bits, shape->begins);
     uint8_t *const supers = coded + mean_bytes(shape), *const steps = supers + 2 * heads, *const packed = steps + vectors;
     uint8_t *const usual = packed + special_bytes(shape, levels.bits, special);
     Sizes sizes;
     float means[MAX_HEADS_TIMES_DIM];
-    sizes.means = keys ? means : NULL;
+    sizes.means = shape->keys ? means : no_mean;
     sizes.complete = false;
 #if defined(WITH_COLUMNS)
     if (levels.bits == 4 && !special && suits_columns(shape)) {
-        if (keys) encode_means(means, shape, numbers, coded, false, head_dim);
-        if (encode_columns(shape, numbers, supers, steps, packed, means)) return;
+        if (encode_columns(shape, numbers, coded, supers, steps, packed)) return;
     }
 #endif
-    if (keys) encode_means(means, shape, numbers, coded, true, head_dim);
+    if (shape->keys) encode_means(means, shape, numbers, coded, true);
     memset(sizes.largest, 0, heads * sizeof(float));
     for (int again = vectors > KEPT_SCALES; again >= 0; again--) {
         if (special) encode_special(&sizes, shape, numbers, steps, packed, &levels, special);
-        encode_run(&sizes, shape, numbers, steps, usual, levels, special * heads, vectors, keys, head_dim);
+        encode_run(&sizes, shape, numbers, steps, usual, levels, special * heads, vectors, head_dim);
         for (int head = 0; head < heads && !sizes.complete; head += 16) {
             const int some = fewer(heads - head, 16);
             float largest[16] = {0};
@@ -236,22 +235,14 @@ INLINE void decode_gaussian(const Shape *shape, const uint8_t *coded, void *numb
     const int special = special_tokens(shape, levels.bits, coded_supers[1] & BEGINS);
     float means[MAX_HEADS_TIMES_DIM], supers[MAX_HEADS_TIMES_DIM / MIN_BLOCK + 16];
     const Sides sides = {means, supers, steps};
-    if (shape->keys) decode_means(means, shape, coded, head_dim);
+    if (shape->keys) decode_means(means, shape, coded);
     for (int head = 0; head < heads; head += 16) load_scales(supers + head, coded_supers + 2 * head, fewer(heads - head, 16));
     if (special) decode_special(shape, numbers, &sides, packed, &levels, special);
     decode_run(shape, numbers, &sides, packed + special_bytes(shape, levels.bits, special), levels, special * heads, vectors, head_dim);
 }
 
-INLINE void encode_q4_of(const Shape *shape, const void *numbers, uint8_t *coded, int head_dim) {
-    if (shape->keys) encode_gaussian(shape, numbers, coded, levels4(), true, head_dim);
-    else encode_gaussian(shape, numbers, coded, levels4(), false, head_dim);
-}
-
-INLINE void encode_q3_of(const Shape *shape, const void *numbers, uint8_t *coded, int head_dim) {
-    if (shape->keys) encode_gaussian(shape, numbers, coded, levels3(), true, head_dim);
-    else encode_gaussian(shape, numbers, coded, levels3(), false, head_dim);
-}
-
+#define encode_q4_of(shape, numbers, coded, head_dim) encode_gaussian(shape, numbers, coded, levels4(), head_dim)
+#define encode_q3_of(shape, numbers, coded, head_dim) encode_gaussian(shape, numbers, coded, levels3(), head_dim)
 #define decode_q4_of(shape, coded, numbers, head_dim) decode_gaussian(shape, coded, numbers, levels4(), head_dim)
 #define decode_q3_of(shape, coded, numbers, head_dim) decode_gaussian(shape, coded, numbers, levels3(), head_dim)
 

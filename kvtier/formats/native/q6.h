@@ -1,7 +1,7 @@
 /* q6: mean of keys, fp16 scales [tokens, heads] with the sign bit set where the mean was subtracted, codes; see kvtier/formats/q6.py. */
 
 /* The largest magnitudes of up to 16 rows. */
-INLINE void rows_largest(float largest[16], const float *const rows[16], int count, int head_dim) {
+SIZED void rows_largest(float largest[16], const float *const rows[16], int count, int head_dim) {
     Floats most[16];
     for (int row = 0; row < 16; row++) most[row] = floats_all(0);
     for (int row = 0; row < count; row++) {
@@ -14,14 +14,14 @@ INLINE void rows_largest(float largest[16], const float *const rows[16], int cou
     rows_magnitude(largest, most);
 }
 
-INLINE void encode_even_steps(const Shape *shape, const char *numbers, uint8_t *coded, bool keys, int head_dim) {
+INLINE void encode_q6_of(const Shape *shape, const char *numbers, uint8_t *coded, int head_dim) {
     const int heads = shape->heads, vectors = shape->tokens * heads;
     const size_t vector_bytes = head_dim * value_bytes(shape->dtype), packed_bytes = head_dim / 4 * 3;
     const float norm = norm_of(shape);
     uint8_t *const coded_scales = coded + mean_bytes(shape), *const packed = coded_scales + 2 * (size_t)vectors;
     Tile tile, rest;
     float means[MAX_HEADS_TIMES_DIM];
-    if (keys) encode_means(means, shape, numbers, coded, true, head_dim);
+    if (shape->keys) encode_means(means, shape, numbers, coded, true);
     for (int first = 0, head = 0; first < vectors; first += 16) {
         const int count = fewer(vectors - first, 16);
         const float *rows[16];
@@ -31,7 +31,7 @@ INLINE void encode_even_steps(const Shape *shape, const char *numbers, uint8_t *
         load_tile(&tile, shape, numbers + first * vector_bytes, count, FP16_MAX);
         for (int row = 0; row < count; row++) rows[row] = tile.rows + row * head_dim;
         memcpy(scales, tile.largest, sizeof scales);
-        if (keys) {
+        if (shape->keys) {
             choose_rows(rows, reduced, energies, rest.rows, tile.rows, means, head, heads, count, head_dim);
             rows_largest(scales, rows, count, head_dim);
             head = (head + count) % heads;
@@ -54,18 +54,13 @@ INLINE void encode_even_steps(const Shape *shape, const char *numbers, uint8_t *
     }
 }
 
-INLINE void encode_q6_of(const Shape *shape, const void *numbers, uint8_t *coded, int head_dim) {
-    if (shape->keys) encode_even_steps(shape, numbers, coded, true, head_dim);
-    else encode_even_steps(shape, numbers, coded, false, head_dim);
-}
-
 INLINE void decode_q6_of(const Shape *shape, const uint8_t *coded, void *numbers, int head_dim) {
     const int heads = shape->heads, vectors = shape->tokens * heads;
     const float norm = norm_of(shape);
     const uint8_t *const coded_scales = coded + mean_bytes(shape), *const packed = coded_scales + 2 * (size_t)vectors;
     uint8_t codes[16 * MAX_HEAD_DIM];
     float means[MAX_HEADS_TIMES_DIM];
-    if (shape->keys) decode_means(means, shape, coded, head_dim);
+    if (shape->keys) decode_means(means, shape, coded);
     for (int first = 0, head = 0; first < vectors; first += 16) {
         const int count = fewer(vectors - first, 16);
         float factors[16];

@@ -19,7 +19,7 @@ INLINE void rotate_rows_of(float *rows, float largest_of[16], const char *number
     Floats largest_in[16];
     for (unsigned row = (unsigned)count; row < 16; row++) largest_in[row] = floats_all(0);
     for (int first = 0; first < count; first += beside) {
-        int at[GROUPS_AT_ONCE];
+        int at[GROUPS_AT_ONCE] = {0};
         Floats largest[GROUPS_AT_ONCE];
         for (int i = 0; i < beside; i++) at[i] = fewer(first + i, count - 1), largest[i] = floats_all(0);
         for (int start = 0; start < head_dim; start += block) {
@@ -51,6 +51,9 @@ INLINE void rotate_rows_of(float *rows, float largest_of[16], const char *number
 
 /* The block is a constant in each case, so that its loops unroll and the block stays in registers. */
 INLINE void rotate_rows_as(float *rows, float largest[16], const char *numbers, size_t stride, int count, int head_dim, int dtype) {
+#if defined(WITHOUT_CONSTANT_SIZES)
+    rotate_rows_of(rows, largest, numbers, stride, count, head_dim, dtype, head_dim & -head_dim);
+#else
     switch (head_dim & -head_dim) {
 #if GROUP <= 16
     case 16: rotate_rows_of(rows, largest, numbers, stride, count, head_dim, dtype, 16); break;
@@ -60,22 +63,20 @@ INLINE void rotate_rows_as(float *rows, float largest[16], const char *numbers, 
     case 128: rotate_rows_of(rows, largest, numbers, stride, count, head_dim, dtype, 128); break;
     case 256: rotate_rows_of(rows, largest, numbers, stride, count, head_dim, dtype, 256); break;
     }
+#endif
 }
 
 /* Groups side by side hide how long each step takes only if their instructions alternate. GCC does that where registers are scarce, too,
    but not by default. */
 #if defined(__GNUC__) && !defined(__clang__)
-#define ALTERNATING __attribute__((optimize("schedule-insns", "sched-pressure")))
+#define ALTERNATING __attribute__((optimize("schedule-insns", "sched-pressure"), noclone))
 #else
 #define ALTERNATING
 #endif
 
 static ALTERNATING void rotate_rows(float *rows, float largest[16], const char *numbers, size_t stride, int count, int head_dim, int dtype) {
-    switch (dtype) {
-    case BF16: rotate_rows_as(rows, largest, numbers, stride, count, head_dim, BF16); break;
-    case FP16: rotate_rows_as(rows, largest, numbers, stride, count, head_dim, FP16); break;
-    case FP32: rotate_rows_as(rows, largest, numbers, stride, count, head_dim, FP32); break;
-    }
+#define ROTATE_ROWS(dtype) rotate_rows_as(rows, largest, numbers, stride, count, head_dim, dtype)
+    FOR_DTYPES(dtype, ROTATE_ROWS)
 }
 
 static float clean_number(float number, float limit) {

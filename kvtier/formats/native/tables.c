@@ -8,7 +8,7 @@
 LevelTable LEVELS4 = {.values = {-122, -92, -72, -56, -42, -30, -18, -6, 6, 18, 30, 42, 56, 72, 92, 122}};
 LevelTable LEVELS3 = {.values = {14, 42, 76, 120, -14, -42, -76, -120}};
 LevelTable LEVELS2 = {.values = {-120, -36, 36, 120}};
-int32_t SCALE_LOG[256];
+uint8_t SCALE_LOG[256];
 float SCALE_STEP[128];
 
 static int nearest(const int8_t *values, int count, double number) {
@@ -36,5 +36,5 @@ void tables_fill(void) {
     fill(&LEVELS2, 4);
     for (int code = 0; code < 127; code++) SCALE_STEP[code] = (float)exp2(-code / 32.0);
     SCALE_STEP[127] = 0;
-    for (int m = 0; m < 256; m++) SCALE_LOG[m] = (int32_t)floor(32 * log2(1 + (m + 0.5) / 256) + 0.5);
+    for (int m = 0; m < 256; m++) SCALE_LOG[m] = (uint8_t)floor(32 * log2(1 + (m + 0.5) / 256) + 0.5);
 }

@@ -21,7 +21,7 @@ extern LevelTable LEVELS4, LEVELS3, LEVELS2;
 /* A vector's scale is super * SCALE_STEP[code], code 127 being none; 32 steps per octave.
    SCALE_LOG[m] = rint(32 * log2(1 + (m + 0.5) / 256)). */
 extern float SCALE_STEP[128];
-extern int32_t SCALE_LOG[256];
+extern uint8_t SCALE_LOG[256];
 
 void tables_fill(void);
 

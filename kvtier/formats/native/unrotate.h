@@ -37,6 +37,9 @@ INLINE void unrotate_rows_of(char *numbers, const int8_t *codes, const float *fa
 /* The block is a constant in each case, so that its loops unroll and the block stays in registers. */
 INLINE void unrotate_rows_as(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
     int dtype, bool add_means) {
+#if defined(WITHOUT_CONSTANT_SIZES)
+    unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, add_means, head_dim & -head_dim);
+#else
     switch (head_dim & -head_dim) {
 #if GROUP <= 16
     case 16: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, add_means, 16); break;
@@ -46,17 +49,14 @@ INLINE void unrotate_rows_as(char *numbers, const int8_t *codes, const float *fa
     case 128: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, add_means, 128); break;
     case 256: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, add_means, 256); break;
     }
+#endif
 }
 
 /* `count` vectors, one after the other, as numbers of `dtype`; `means` is NULL or the row to add to each vector. */
 static void unrotate_rows(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
     int dtype) {
-    switch (dtype * 2 + (means != NULL)) {
-    case BF16 * 2: unrotate_rows_as(numbers, codes, factors, means, count, head_dim, BF16, false); break;
-    case FP16 * 2: unrotate_rows_as(numbers, codes, factors, means, count, head_dim, FP16, false); break;
-    case FP32 * 2: unrotate_rows_as(numbers, codes, factors, means, count, head_dim, FP32, false); break;
-    case BF16 * 2 + 1: unrotate_rows_as(numbers, codes, factors, means, count, head_dim, BF16, true); break;
-    case FP16 * 2 + 1: unrotate_rows_as(numbers, codes, factors, means, count, head_dim, FP16, true); break;
-    case FP32 * 2 + 1: unrotate_rows_as(numbers, codes, factors, means, count, head_dim, FP32, true); break;
-    }
+#define UNROTATE_ROWS(dtype) unrotate_rows_as(numbers, codes, factors, NULL, count, head_dim, dtype, false)
+#define UNROTATE_REDUCED_ROWS(dtype) unrotate_rows_as(numbers, codes, factors, means, count, head_dim, dtype, true)
+    if (means) FOR_DTYPES(dtype, UNROTATE_REDUCED_ROWS)
+    else FOR_DTYPES(dtype, UNROTATE_ROWS)
 }
