@@ -207,10 +207,13 @@ def _restore_as_read(transfer: Transfer, start: int, moves: Sequence[Move], sour
     slots: list[int] = []
     payloads: list[Payload] = []
     moved = 0
-    for index, payload in _loaded(transfer, range(start, start + len(moves)), source, scratch):
+    for index, arrived in _arriving(transfer, range(start, start + len(moves)), source, target, scratch):
+        if isinstance(arrived, int):
+            moved += arrived
+            continue
         slots.append(transfer.moves[index].target_slot)
-        payloads.append(payload)
-        moved += len(payload)
+        payloads.append(arrived)
+        moved += len(arrived)
         if len(slots) == at_once:
             _place(target, slots, payloads, slice(None), source.format, scratch)
             slots, payloads = [], []
@@ -287,11 +290,39 @@ def _loaded(
         for place, payload in copies:
             if isinstance(payload, Refused):
                 _lose(transfer, indices[place], payload)
-                continue
-            try:
-                yield indices[place], source.format.unpack([payload], source.layout)[0] if unpack else payload
-            except ValueError as error:
-                _lose(transfer, indices[place], _malformed(source, error))
+            elif not unpack:
+                yield indices[place], payload
+            elif (unpacked := _unpacked(transfer, indices[place], source, payload)) is not None:
+                yield indices[place], unpacked
+
+
+def _arriving(
+    transfer: Transfer, indices: Sequence[int], source: Tier, target: DeviceSlots, scratch: Scratch
+) -> Iterator[tuple[int, Payload | int]]:
+    """As `_loaded`, or instead of a payload how many bytes the tier has decoded to where they belong."""
+    memory = target.memory()
+    if memory is None:
+        yield from _loaded(transfer, indices, source, scratch)
+        return
+    moves = [transfer.moves[index] for index in indices]
+    slots, keys = [move.source_slot for move in moves], [move.page.key for move in moves]
+    with closing(source.place_each(slots, keys, scratch.encoded, memory, [move.target_slot for move in moves])) as copies:
+        for place, copy in copies:
+            if isinstance(copy, int):
+                yield indices[place], copy
+            elif isinstance(copy, Refused):
+                _lose(transfer, indices[place], copy)
+            elif (unpacked := _unpacked(transfer, indices[place], source, copy)) is not None:
+                yield indices[place], unpacked
+
+
+def _unpacked(transfer: Transfer, index: int, source: Tier, payload: Payload) -> Payload | None:
+    """What `decode` takes; None, and the loss noted, if it is not what the tier's format writes."""
+    try:
+        return source.format.unpack([payload], source.layout)[0]
+    except ValueError as error:
+        _lose(transfer, index, _malformed(source, error))
+        return None
 
 
 def _place(target: DeviceSlots, slots: Sequence[int], payloads: Sequence[Payload], layers: slice, codec: Format, scratch: Scratch) -> None:
