@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from functools import partial
 
 import numpy as np
 
 from kvtier.errors import LayoutError
 from kvtier.io.files import Bytes, Request, address_of, page_aligned
-from kvtier.tiers.disk.plan import Run, chunk_bytes, plan, read_bytes
+from kvtier.tiers.disk.plan import READ_BYTES, Run, chunk_bytes, plan
 from kvtier.tiers.disk.segments import Segments
 
 Fetched = Generator[list[tuple[int, Bytes | OSError]], None, None]
@@ -39,10 +38,9 @@ def fetch(segments: Segments, slots: Sequence[int], lengths: Sequence[int], rows
         return
     touching = rows.strides[0] == slot_bytes
     memory = rows.reshape(-1) if touching else None
-    most_bytes = partial(read_bytes, total_bytes=sum(lengths), depth=engine.depth) if touching else 0
     runs: list[Run] = []
     requests: list[Request] = []
-    for run in plan(slots, lengths, slot_bytes, segments.segment_slots, most_bytes):
+    for run in plan(slots, lengths, slot_bytes, segments.segment_slots, READ_BYTES if touching else 0):
         start = run.first * slot_bytes
         buffer = rows[run.first, : run.length] if memory is None else memory[start : start + run.length]
         try:
