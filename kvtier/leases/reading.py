@@ -114,7 +114,8 @@ class Reader:
         def in_state(state: int) -> Rows:
             """Rows of this lease whose device copy is in that state. Lock held."""
             rows = np.array([] if lease.released else lease.rows, np.int64)
-            return rows[table.state[DEVICE][rows] == state]
+            found: Rows = rows[table.state[DEVICE][rows] == state]
+            return found
 
         def join() -> list[Transfer]:
             """Go along with every transfer that brings pages of this lease, whoever started it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvtier.errors import LayoutError
 from kvtier.formats import get_format, native
+from kvtier.formats.base import Payload
 from kvtier.formats.blocks import BlockFormat
 from kvtier.formats.proof import LEAST_BYTES, Proof
 from kvtier.layout import PageLayout
@@ -40,9 +43,9 @@ def proof_of(head_bytes=HEAD_BYTES, checked_bytes=CHECKED_BYTES) -> Proof:
     return Proof(MAGIC + bytes(head_bytes - known), b"\xff" * known + bytes(head_bytes - known), KEY_AT, DIGEST_AT, checked_bytes)
 
 
-def record_of(payload: np.ndarray, key: bytes, head_bytes=HEAD_BYTES, checked_bytes=CHECKED_BYTES, seed=0) -> np.ndarray:
+def record_of(payload: Payload, key: bytes, head_bytes=HEAD_BYTES, checked_bytes=CHECKED_BYTES, seed=0) -> Payload:
     """With arbitrary bytes wherever nothing is expected, and some behind."""
-    record = np.random.default_rng(seed).integers(0, 256, head_bytes + len(payload) + 7, dtype=np.uint8)
+    record: Payload = np.random.default_rng(seed).integers(0, 256, head_bytes + len(payload) + 7, dtype=np.uint8)
     head = bytearray(record[:head_bytes].tobytes())
     head[: len(MAGIC)] = MAGIC
     head[KEY_AT : KEY_AT + len(key)] = key
@@ -53,7 +56,7 @@ def record_of(payload: np.ndarray, key: bytes, head_bytes=HEAD_BYTES, checked_by
     return record
 
 
-def payloads_of(form: BlockFormat, layout: PageLayout, count: int) -> list[np.ndarray]:
+def payloads_of(form: BlockFormat, layout: PageLayout, count: int) -> list[Payload]:
     numbers = torch.randn((count, *layout.shape), generator=torch.Generator().manual_seed(7))
     return form.encode(numbers.to(layout.torch_dtype), layout)
 
@@ -147,14 +150,15 @@ def test_bad_input_is_refused_before_anything_is_written():
     record, memory = record_of(payload, KEYS[0]), memory_of(LAYOUT, 2)
     receive = form.receiver(LAYOUT, proof_of(), memory)
     assert receive is not None
-    for records, keys, rows, error in [
+    bad: list[tuple[list[Any], list[bytes], list[int], type[Exception]]] = [
         ([record, record[: HEAD_BYTES + len(payload) - 1]], KEYS[:1] * 2, [0, 1], ValueError),
         ([record, record], KEYS[:1], [0, 1], ValueError),
         ([record], KEYS[:1], [0, 1], ValueError),
         ([record, record], [KEYS[0], bytes(HEAD_BYTES)], [0, 1], ValueError),
         ([record, record], KEYS[:1] * 2, [0, 2], LayoutError),
         ([record, "text"], KEYS[:1] * 2, [0, 1], TypeError),
-    ]:
+    ]
+    for records, keys, rows, error in bad:
         with pytest.raises(error):
             receive(records, keys, rows)
     assert (memory == UNTOUCHED).all()

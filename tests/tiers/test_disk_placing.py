@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,14 +39,14 @@ def tier(tmp_path):
     made.close()
 
 
-def placed(tier: DiskTier, numbers: list[int], keys: list[int] | None = None) -> tuple[dict[int, object], torch.Tensor]:
+def placed(tier: DiskTier, numbers: list[int], keys: list[int] | None = None) -> tuple[dict[int, Any], torch.Tensor]:
     """What came of slots `numbers`, page i into row i, and the rows."""
     memory = torch.full((PAGES, *LAYOUT.shape), UNTOUCHED, dtype=torch.bfloat16)
     wanted = [page_id(n).key for n in keys or numbers]
     return dict(tier.place_each(numbers, wanted, staging(tier, len(numbers)), memory, list(range(len(numbers))))), memory
 
 
-def check(found: dict[int, object], memory: torch.Tensor, numbers: list[int], refused: dict[int, str]) -> None:
+def check(found: dict[int, Any], memory: torch.Tensor, numbers: list[int], refused: dict[int, str]) -> None:
     """These are refused, their rows as they were; all others are decoded."""
     assert {index: copy.reason for index, copy in found.items() if isinstance(copy, Refused)} == refused
     assert sorted(found) == list(range(len(numbers)))
