@@ -83,7 +83,8 @@ static int open_batch(Batch *batch, PyObject *const *arguments) {
         goto failed;
     }
     batch->arrivals = PyMem_Malloc((size_t)(batch->count + 1) * sizeof(Arrival));
-    batch->room = PyMem_Malloc(block_bytes(&batch->plan.shape) + LINE);
+    const size_t block = block_bytes(&batch->plan.shape);
+    batch->room = PyMem_Malloc((block > MOST_BLOCK_BYTES ? 0 : block) + LINE);
     if (!batch->arrivals || !batch->room) {
         PyErr_NoMemory();
         goto failed;
