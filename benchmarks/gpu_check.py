@@ -16,7 +16,8 @@ from kvtier.cuda.surface import Accelerator
 from kvtier.errors import KVTierError
 from kvtier.formats import FORMAT_NAMES, get_format
 from kvtier.layout import PageLayout
-from kvtier.mover.stage import StagingPool, carry
+from kvtier.mover.stage import carry
+from kvtier.mover.staging import StagingPool
 from kvtier.mover.transfer import Move, Priority, Transfer
 from kvtier.tiers.base import PageId
 from kvtier.tiers.gpu import GpuPool

@@ -29,7 +29,8 @@ from kvtier.io.files import Request, page_aligned
 from kvtier.io.pooled import DEPTH
 from kvtier.io.probe import choose_engine
 from kvtier.layout import PageLayout
-from kvtier.mover.stage import StagingPool, carry
+from kvtier.mover.stage import carry
+from kvtier.mover.staging import StagingPool
 from kvtier.mover.transfer import Move, Priority, Transfer
 from kvtier.tiers.base import PageId
 from kvtier.tiers.disk import DiskTier

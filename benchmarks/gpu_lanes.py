@@ -21,7 +21,7 @@ from kvtier.formats import BlockFormat, get_format
 from kvtier.formats.base import Payload
 from kvtier.formats.on_device import decode_pages, encode_pages
 from kvtier.layout import PageLayout
-from kvtier.mover.stage import StagingPool
+from kvtier.mover.staging import StagingPool
 from kvtier.mover.transfer import Move
 from kvtier.tiers.gpu import GpuPool
 from kvtier.tiers.host import HostTier

@@ -53,11 +53,9 @@ def page_keys(token_ids: TokenIds, page_tokens: int, parent: PageKey) -> list[Pa
     pages = len(tokens) // page_tokens
     data = tokens[: pages * page_tokens].tobytes()
     step = page_tokens * 8
-    keys = []
+    keys, blake2b = [], hashlib.blake2b
     for start in range(0, pages * step, step):
-        digest = hashlib.blake2b(parent, digest_size=KEY_BYTES)
-        digest.update(data[start : start + step])
-        parent = digest.digest()
+        parent = blake2b(parent + data[start : start + step], digest_size=KEY_BYTES).digest()
         keys.append(parent)
     return keys
 

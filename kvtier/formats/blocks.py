@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,12 +24,16 @@ from kvtier.format_spec import FormatSpec
 from kvtier.formats.base import UINT8, Format, Payload, Stream, check_pages, check_rows, room_for, span_of, target_of
 from kvtier.formats.native import Expected, NativeCodecs
 from kvtier.formats.native import codecs as native_codecs
+from kvtier.formats.proof import LEAST_BYTES, Proof
 from kvtier.layout import DTYPE_BYTES, PageLayout
 
 CHUNK_VALUES = 1 << 19
 """Numbers the reference codes at once: temporaries stay at a few MiB, whatever the number of pages."""
 
 _ALL = slice(None)
+
+Receive = Callable[[Sequence[Payload], Sequence[bytes], Sequence[int]], bytes]
+"""`receive(records, keys, rows)`: see `BlockFormat.receiver`."""
 
 NATIVE_DTYPES = {"bf16": 0, "fp16": 1, "fp32": 2}
 
@@ -225,6 +229,27 @@ class BlockFormat(Format):
         row_values = (end - begin) * layout.strides[0] if out.is_contiguous() else out.stride(0)
         native.decode(described, payloads, out.data_ptr(), rows, begin, end, row_values * DTYPE_BYTES[layout.dtype])
         return out
+
+    def receiver(self, layout: PageLayout, proof: Proof, out: torch.Tensor) -> Receive | None:
+        """What proves records and decodes them, each right after its proof, in one call without the interpreter's lock; None where compiled
+        kernels cannot.
+
+        A record is a head that `proof` describes and a payload, perhaps more bytes behind. `receive(records, keys, rows)` decodes record i
+        into `out[rows[i]]`, `out` as for `decode`, if it proves to be the copy of `keys[i]`. It gives a byte for each: 1, or 0 if that is
+        not proven, and then nothing was written. LayoutError if `out` or a row does not fit.
+        """
+        plan = self._plan_of(layout)
+        if plan.native is None or plan.payload_bytes < LEAST_BYTES:
+            return None
+        native, described, _ = plan.native
+        target_of(out, [], 0, layout.layers, layout)
+        row_bytes = layout.page_bytes if out.is_contiguous() else out.stride(0) * DTYPE_BYTES[layout.dtype]
+
+        def receive(records: Sequence[Payload], keys: Sequence[bytes], rows: Sequence[int]) -> bytes:
+            places = check_rows(rows, len(out), "decode")
+            return native.decode_proven(described, proof.packed, records, keys, out.data_ptr(), places, row_bytes)
+
+        return receive
 
     def _encode_on_device(
         self, pages: torch.Tensor, layout: PageLayout, rows: Sequence[int], payloads: Sequence[Payload], first: Collection[int]

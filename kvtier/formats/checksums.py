@@ -13,10 +13,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from kvtier.errors import LayoutError
+from kvtier.formats.proof import LEAST_BYTES
 from kvtier.formats.triton import triton_version, why_missing
 
-LEAST_BYTES = 241
-"""The shortest range the kernels know: XXH3 does shorter ones another way."""
 WORD_BYTES = 8
 
 _MASK = (1 << 64) - 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,8 +42,12 @@ class Request(NamedTuple):
     buffer: Bytes
 
 
-Outcomes = Generator[tuple[int, int | OSError], None, None]
-"""(index of the request, bytes or what the system said), as requests end."""
+Outcome = tuple[int, int | OSError]
+"""Index of the request, bytes or what the system said."""
+Outcomes = Generator[Outcome, None, None]
+"""As requests end."""
+SomeOutcomes = Generator[list[Outcome], None, None]
+"""All that ended meanwhile, one at least."""
 
 
 class FileEngine(ABC):
@@ -88,6 +93,12 @@ class FileEngine(ABC):
         Bytes are fewer than asked only at the end of the file. Reading begins with the first `next`. Closing the generator early begins
         no further request and waits for those under way, so that afterwards nobody writes into the buffers.
         """
+
+    def read_some(self, requests: Sequence[Request]) -> SomeOutcomes:
+        """As `read_each`, but each time all that ended since the last, so that the caller can work on them together."""
+        with closing(self.read_each(requests)) as outcomes:
+            for outcome in outcomes:
+                yield [outcome]
 
     @abstractmethod
     def write_all(self, requests: Sequence[Request]) -> list[OSError | None]:

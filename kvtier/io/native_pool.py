@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from functools import lru_cache
 from typing import Protocol
 
 from kvtier.extensions import load_extension
-from kvtier.io.files import Outcomes, Request
+from kvtier.io.files import Outcomes, Request, SomeOutcomes
 
 
 class _Batch(Protocol):
@@ -48,13 +49,18 @@ class NativePool:
 
     def each(self, requests: Sequence[Request], writing: bool, helping: bool) -> Outcomes:
         """As `RequestPool.each`, for whole reads or writes of these requests."""
+        with closing(self.some(requests, writing, helping)) as groups:
+            for group in groups:
+                yield from group
+
+    def some(self, requests: Sequence[Request], writing: bool, helping: bool) -> SomeOutcomes:
+        """The same, each time all that ended meanwhile."""
         if not requests:
             return
         batch = self._threads.begin(list(requests), writing, helping or self._depth == 1 or len(requests) == 1)
         try:
             while outcomes := batch.ended():
-                for index, outcome in outcomes:
-                    yield index, outcome if outcome >= 0 else OSError(-outcome, os.strerror(-outcome))
+                yield [(index, outcome if outcome >= 0 else OSError(-outcome, os.strerror(-outcome))) for index, outcome in outcomes]
         finally:
             batch.withdraw()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kvtier.errors import AlignmentError, Closed
 from kvtier.io import holes, native_pool
-from kvtier.io.files import BLOCK_BYTES, Bytes, FileEngine, Outcomes, Request, address_of, page_aligned
+from kvtier.io.files import BLOCK_BYTES, Bytes, FileEngine, Outcomes, Request, SomeOutcomes, address_of, page_aligned
 from kvtier.io.pool import RequestPool
 
 DEPTH = 8
@@ -62,6 +62,12 @@ class PooledEngine(FileEngine):
     def read_each(self, requests: Sequence[Request]) -> Outcomes:
         self._check_all(requests, filled=True)
         return self._carry(requests, writing=False, helping=False)
+
+    def read_some(self, requests: Sequence[Request]) -> SomeOutcomes:
+        if self._native_pool is None:
+            return super().read_some(requests)
+        self._check_all(requests, filled=True)
+        return self._native_pool.some(requests, writing=False, helping=False)
 
     def write_all(self, requests: Sequence[Request]) -> list[OSError | None]:
         self._check_all(requests, filled=False)

@@ -111,11 +111,17 @@ class Reader:
         asked: set[int] = set()
         alone, tokens = True, lease.tokens
 
+        def in_state(state: int) -> Rows:
+            """Rows of this lease whose device copy is in that state. Lock held."""
+            rows = np.array([] if lease.released else lease.rows, np.int64)
+            found: Rows = rows[table.state[DEVICE][rows] == state]
+            return found
+
         def join() -> list[Transfer]:
             """Go along with every transfer that brings pages of this lease, whoever started it."""
             with residency.lock:
-                rows = [] if lease.released else lease.rows
-                coming = list(dict.fromkeys(residency.copying.inflight[row, DEVICE] for row in rows if table.state[DEVICE, row] == WRITING))
+                rows = in_state(WRITING).tolist()
+                coming = list(dict.fromkeys([residency.copying.inflight[row, DEVICE] for row in rows]))
                 lease.transfers = list(dict.fromkeys([*lease.transfers, *coming]))
             for transfer in coming:
                 residency.mover.urge(transfer)
@@ -131,8 +137,7 @@ class Reader:
                 alone = alone and not joined
                 if not any(transfer.cancelled for transfer in joined):  # else a hint was taken back this moment: see what is left then
                     with residency.lock:
-                        rows = [] if lease.released else lease.rows
-                        wanted = [row for row in rows if table.state[DEVICE, row] == ABSENT and row not in asked]
+                        wanted = [row for row in in_state(ABSENT).tolist() if row not in asked]
                     if not joined and not wanted:
                         break
                     asked.update(wanted)
@@ -152,7 +157,9 @@ class Reader:
 
     def _cut(self, lease: Lease) -> None:
         """Shorten a lease to the prefix that is on the device and let the rest go. Lock held."""
-        ready = (self._residency.table.state[DEVICE, lease.rows] == READY) & ~np.isin(lease.rows, list(lease.failed()))
+        ready = self._residency.table.state[DEVICE, lease.rows] == READY
+        if failed := lease.failed():
+            ready &= ~np.isin(lease.rows, list(failed))
         lease.cut(len(lease.rows) if ready.all() else int(ready.argmin()))
         self._residency.table.release(lease.rows[lease.pages :])
         del lease.rows[lease.pages :]

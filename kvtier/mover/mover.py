@@ -27,7 +27,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from kvtier.errors import Closed, DeviceError
-from kvtier.mover.stage import StagingPool, carry
+from kvtier.mover.stage import carry
+from kvtier.mover.staging import StagingPool
 from kvtier.mover.transfer import Outcome, Priority, Transfer
 from kvtier.mover.workers import Workers
 from kvtier.tiers.base import Refused, Slots, Tier

@@ -125,11 +125,11 @@ class PageTable(PageRows):
             raise IntegrityError(f"row {row} is an open page and has no key")
         return PageId(key, self.parent_key[row], int(self.depth[row]))
 
-    def page_ids(self, rows: Sequence[int]) -> list[PageId]:
+    def page_ids(self, rows: Rows) -> list[PageId]:
         """`page_id` of each."""
         keys = self.key[rows].tolist()
         if None in keys:
-            self.page_id(rows[keys.index(None)])
+            self.page_id(int(rows[keys.index(None)]))
         return [*map(PageId, keys, self.parent_key[rows].tolist(), self.depth[rows].tolist())]
 
     def names(self, rows: Rows) -> Rows:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,9 +45,11 @@ class _Coming:
     rows: Rows
     homes: Rows
 
+    @cached_property
     def by_tier(self) -> dict[int, Rows]:
         """The rows that come from each tier, warmest first."""
-        return {tier: self.rows[self.homes == tier] for tier in np.unique(self.homes).tolist()}
+        tiers = sorted(set(self.homes.tolist()))
+        return {tier: self.rows if len(tiers) == 1 else self.rows[self.homes == tier] for tier in tiers}
 
     @property
     def is_far(self) -> bool:
@@ -81,7 +84,7 @@ class Copying:
             slots = await residency.eviction.reserve(target, len(rows), priority)
             with residency.lock:
                 chosen = self._choose(rows, target, slots)
-                transfers = self._plan(chosen.tolist(), source, target, slots[: len(chosen)], priority)
+                transfers = self._plan(chosen, source, target, slots[: len(chosen)], priority)
             await ended(self._submit(transfers))
         finally:
             with residency.lock:
@@ -152,12 +155,12 @@ class Copying:
 
     def _hold_all(self, coming: _Coming) -> None:
         """Keep them where they come from. Lock held."""
-        for tier, part in coming.by_tier().items():
+        for tier, part in coming.by_tier.items():
             self._residency.table.hold(part, tier)
 
     def _let_go_all(self, coming: _Coming) -> None:
         with self._residency.lock:
-            for tier, part in coming.by_tier().items():
+            for tier, part in coming.by_tier.items():
                 self.let_go(part, tier)
 
     def _plan_up(self, coming: _Coming, wanted: Rows, slots: Sequence[int], priority: Priority) -> list[Transfer]:
@@ -165,9 +168,9 @@ class Copying:
         residency = self._residency
         chosen = self._choose(wanted, DEVICE, slots)
         transfers, used = [], 0
-        for tier, part in coming.by_tier().items():
-            some = chosen[np.isin(chosen, part)]
-            transfers += self._plan(some.tolist(), tier, DEVICE, slots[used : used + len(some)], priority)
+        for tier, part in coming.by_tier.items():
+            some = chosen if len(coming.by_tier) == 1 else chosen[np.isin(chosen, part)]
+            transfers += self._plan(some, tier, DEVICE, slots[used : used + len(some)], priority)
             used += len(some)
             if priority == Priority.PREFETCH:
                 residency.hinted.mark(some, tier)
@@ -181,20 +184,19 @@ class Copying:
         residency.tiers[target].free(slots[len(chosen) :])
         return chosen
 
-    def _plan(self, rows: Sequence[int], source: int, target: int, slots: Sequence[int], priority: Priority) -> list[Transfer]:
+    def _plan(self, rows: Rows, source: int, target: int, slots: Sequence[int], priority: Priority) -> list[Transfer]:
         """Transfers for these rows, small enough for one staging round and for all workers to share; copies begin. Lock held."""
         residency = self._residency
         table = residency.table
         table.begin(rows, target, slots)
-        moves = [*map(Move, rows, table.page_ids(rows), table.slot[source, rows].tolist(), slots)]
+        moves = [*map(Move, rows.tolist(), table.page_ids(rows), table.slot[source][rows].tolist(), slots)]
         most = residency.mover.staging.pages_in_one(residency.tiers[source], residency.tiers[target])
         size = max(1, min(most, -(-len(moves) // residency.config.mover.workers)))
         transfers = []
         for node, part in self._cut(moves, source, target, size):
             transfer = Transfer(source, target, part, priority, len(part) * residency.layout.page_bytes, node)
             table.hold([move.row for move in part], source)
-            for move in part:
-                self.inflight[move.row, target] = transfer
+            self.inflight.update(dict.fromkeys([(move.row, target) for move in part], transfer))
             transfers.append(transfer)
         return transfers
 
@@ -235,35 +237,39 @@ class Copying:
         source, target = transfer.source, transfer.target
         with residency.lock:
             table, metrics = residency.table, residency.metrics
-            table.unhold([move.row for move in transfer.moves], source)
-            committed, lost = [], []
-            for index, move in enumerate(transfer.moves):
-                self.inflight.pop((move.row, target), None)
-                refused = outcome.refused.get(index)
-                if refused is None and not outcome.cancelled:
-                    committed.append(move.row)
-                    continue
-                lost.append(move.row)
-                if refused is not None:
-                    at_fault = source if index in outcome.lost else target
-                    metrics.tiers[at_fault].refused[refused.reason] += 1
-                    log.warning("page refused by tier %s: %s; it will be computed again", residency.names[at_fault], refused.reason)
-                    if index in outcome.lost:
-                        self._unusable.add((move.row, source))
-            arrived, given_up = np.array(committed, np.int64), np.array(lost, np.int64)
+            rows = np.array([move.row for move in transfer.moves], np.int64)
+            table.unhold(rows, source)
+            for row in rows.tolist():
+                self.inflight.pop((row, target), None)
+            came = np.full(len(rows), not outcome.cancelled)
+            came[list(outcome.refused)] = False
+            arrived = rows[came]
             table.commit(arrived, target)
             residency.admit(arrived, target)
-            if target == DEVICE:
-                metrics.prefetch.wasted += residency.hinted.unmark(given_up)
-            residency.tiers[target].free(table.drop(given_up, target))
-            metrics.tiers[target].pages_in += len(committed)
+            if len(given_up := rows[~came]):
+                self._blame(transfer, outcome)
+                if target == DEVICE:
+                    metrics.prefetch.wasted += residency.hinted.unmark(given_up)
+                residency.tiers[target].free(table.drop(given_up, target))
+            metrics.tiers[target].pages_in += len(arrived)
             if not outcome.cancelled:
                 link = metrics.link(source, target)
                 link.transfers += 1
-                link.pages += len(committed)
+                link.pages += len(arrived)
                 link.bytes += outcome.link_bytes
                 link.seconds += outcome.seconds
             residency.house.tend(target, arrived)
+
+    def _blame(self, transfer: Transfer, outcome: Outcome) -> None:
+        """Count what was refused where, and remember copies that are of no use. Lock held."""
+        residency = self._residency
+        for index, refused in outcome.refused.items():
+            lost = index in outcome.lost
+            at_fault = transfer.source if lost else transfer.target
+            residency.metrics.tiers[at_fault].refused[refused.reason] += 1
+            log.warning("page refused by tier %s: %s; it will be computed again", residency.names[at_fault], refused.reason)
+            if lost:
+                self._unusable.add((transfer.moves[index].row, transfer.source))
 
     def let_go(self, rows: Rows, tier: int) -> None:
         """Undo `table.hold` of a copy job, and bury the copies that did not verify once nobody reads them. Lock held."""

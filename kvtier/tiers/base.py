@@ -41,8 +41,10 @@ class Refused:
 
 
 Loaded = Generator[tuple[int, Payload | Refused], None, None]
-FinishStore = Callable[[], list[Refused | None]]
 """(index, payload or why not), as copies become ready."""
+Placed = Generator[tuple[int, int | Payload | Refused], None, None]
+"""The same, or how many payload bytes were verified and decoded to where they belong."""
+FinishStore = Callable[[], list[Refused | None]]
 
 
 class Slots(ABC):
@@ -159,6 +161,17 @@ class Tier(Slots):
         afterwards nothing is read into `staging` any more, and what it gave stays valid as with `load`.
         """
         yield from enumerate(self.load(slots, keys, staging))
+
+    def place_each(
+        self, slots: Sequence[int], keys: Sequence[PageKey], staging: NDArray[np.uint8], memory: torch.Tensor, rows: Sequence[int]
+    ) -> Placed:
+        """As `load_each`, for a caller who decodes each payload into `memory[rows[i]]`, of what `DeviceSlots.memory` gives: tiers that do
+        both at once, which is faster, do both. What they give as a payload is still to be decoded.
+
+        A row is written only by a copy that proved itself.
+        """
+        del memory, rows
+        yield from self.load_each(slots, keys, staging)
 
     def direct(self, slots: Sequence[int]) -> Addresses:
         """Where in registered host memory the payload of each of these slots is or will be, for a GPU that copies by itself; 0 for those

@@ -71,7 +71,7 @@ def test_pages_come_back_equal_and_no_byte_of_them_through_host_memory(monkeypat
     cache = direct_cache(monkeypatch, tmp_path, {"total_bytes": total_bytes}, disk__format=name)
     tokens = on_disk(cache)
     disk: Any = cache._residency.tiers[-1]
-    monkeypatch.setattr(disk._segments.engine, "read_each", lambda requests: pytest.fail("read into host memory"))
+    monkeypatch.setattr(disk._segments.engine, "read_some", lambda requests: pytest.fail("read into host memory"))
     with hold(cache, tokens) as lease:
         engine = Engine(cache)
         found = engine.finish(engine.read(lease))
@@ -177,9 +177,9 @@ def test_where_host_memory_cannot_be_read_into_either_the_page_is_lost_and_no_sl
 
     def broken(requests):
         for index, _ in enumerate(requests):
-            yield index, OSError(errno.EIO, "Input/output error")
+            yield [(index, OSError(errno.EIO, "Input/output error"))]
 
-    monkeypatch.setattr(disk._segments.engine, "read_each", broken)
+    monkeypatch.setattr(disk._segments.engine, "read_some", broken)
     assert read(cache, tokens) == 2 * PAGE
     assert counts(cache) == {"read directly": PAGES - 1, "not proven directly": 1, "refused: io: Input/output error": 1}
     all_is_given_back(cache)

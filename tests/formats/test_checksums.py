@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from kvtier.errors import LayoutError
 from kvtier.formats import checksums
+from kvtier.formats.proof import LEAST_BYTES
 from kvtier.formats.triton import triton_version, why_missing
 from kvtier.tiers.disk import record
 from tests.compiled import found_by
@@ -43,7 +44,7 @@ def by_kernels(ranges: torch.Tensor) -> torch.Tensor:
 
 @needs_triton
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(count=st.integers(1, 3), length=st.integers(checksums.LEAST_BYTES, 20_000), seed=st.integers(0, 1000), spare=st.integers(0, 3))
+@given(count=st.integers(1, 3), length=st.integers(LEAST_BYTES, 20_000), seed=st.integers(0, 1000), spare=st.integers(0, 3))
 @example(count=1, length=241, seed=0, spare=0)
 @example(count=2, length=1024, seed=1, spare=1)  # the last block is whole, and not scrambled
 @example(count=2, length=1025, seed=2, spare=0)  # the last block has only its overlapping stripe

@@ -16,7 +16,8 @@ from kvtier.mover import plan
 from kvtier.mover.behind import WriteBehind
 from kvtier.mover.packing import Packer
 from kvtier.mover.plan import LEAST_WRITE_BYTES, PIECES_BEHIND, pages_per_write, pieces
-from kvtier.mover.stage import StagingPool, carry
+from kvtier.mover.stage import carry
+from kvtier.mover.staging import StagingPool
 from kvtier.mover.transfer import Move, Priority, Transfer
 from kvtier.tiers.base import PageId, Refused
 from kvtier.tiers.device import DevicePool

@@ -8,7 +8,8 @@ import torch
 
 from kvtier.formats import get_format
 from kvtier.layout import PageLayout
-from kvtier.mover.stage import StagingPool, carry
+from kvtier.mover.stage import carry
+from kvtier.mover.staging import StagingPool
 from kvtier.mover.transfer import Move, Priority, Transfer
 from kvtier.tiers.base import PageId
 from kvtier.tiers.device import DevicePool

@@ -13,9 +13,9 @@ import torch
 from kvtier.errors import Closed, ConfigError
 from kvtier.formats import get_format
 from kvtier.memory.limits import Room
-from kvtier.mover import stage
+from kvtier.mover import stage, staging
 from kvtier.mover.mover import Mover
-from kvtier.mover.stage import StagingPool
+from kvtier.mover.staging import StagingPool
 from kvtier.mover.transfer import Move, Outcome, Priority, Transfer
 from kvtier.tiers.base import PageId, Refused
 from kvtier.tiers.device import DevicePool
@@ -405,8 +405,8 @@ def test_workers_use_one_torch_thread_and_leave_the_callers_number_alone(make_ri
 
 def test_staging_beyond_what_can_be_had_is_refused_before_it_is_taken(rig, monkeypatch):
     page_bytes = LAYOUT.page_bytes
-    monkeypatch.setattr(stage, "available_memory", lambda: Room(64 * page_bytes, "the container's limit is near"))
-    monkeypatch.setattr(stage, "aligned_array", lambda size_bytes: pytest.fail("memory was asked for"))
+    monkeypatch.setattr(staging, "available_memory", lambda: Room(64 * page_bytes, "the container's limit is near"))
+    monkeypatch.setattr(staging, "aligned_array", lambda size_bytes: pytest.fail("memory was asked for"))
     wanted = rf"mover\.staging_bytes is {100 * page_bytes}, .* only {64 * page_bytes} bytes .* the container's limit is near; lower it"
     with pytest.raises(ConfigError, match=wanted):
         StagingPool(2, 100 * page_bytes, rig.mover.tiers)

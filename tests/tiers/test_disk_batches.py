@@ -18,7 +18,7 @@ from kvtier.io.files import page_aligned
 from kvtier.testing.engines import ended, threads
 from kvtier.testing.tiers import get, holds, page_id, payload, put, staging
 from kvtier.tiers.base import Refused
-from kvtier.tiers.disk import plan
+from kvtier.tiers.disk import batches, plan
 from tests.tiers.disk import SLOT, DiskContract, open_disk
 from tests.tiers.faults import FaultyEngine
 
@@ -77,8 +77,7 @@ def small_chunks(monkeypatch):
     """Two slots at most share an I/O."""
     monkeypatch.setattr(plan, "LEAST_CHUNK_BYTES", 2 * SLOT)
     monkeypatch.setattr(plan, "MOST_CHUNK_BYTES", 2 * SLOT)
-    monkeypatch.setattr(plan, "LEAST_READ_BYTES", 2 * SLOT)
-    monkeypatch.setattr(plan, "MOST_READ_BYTES", 2 * SLOT)
+    monkeypatch.setattr(batches, "READ_BYTES", 2 * SLOT)
 
 
 def keys(numbers):

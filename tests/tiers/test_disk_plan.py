@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.tiers.disk.plan import LEAST_CHUNK_BYTES, LEAST_READ_BYTES, MOST_CHUNK_BYTES, MOST_READ_BYTES, chunk_bytes, plan, read_bytes
+from kvtier.tiers.disk.plan import LEAST_CHUNK_BYTES, MOST_CHUNK_BYTES, chunk_bytes, plan
 
 SLOT = 8192
 
@@ -59,12 +59,3 @@ def test_chunks_keep_the_disk_busy_within_their_bounds(total_bytes, depth):
     chunk = chunk_bytes(total_bytes, depth)
     assert LEAST_CHUNK_BYTES <= chunk <= MOST_CHUNK_BYTES
     assert chunk == LEAST_CHUNK_BYTES or chunk * depth <= total_bytes
-
-
-@given(total_bytes=st.integers(0, 1 << 32), depth=st.integers(1, 256), share=st.floats(0, 1))
-def test_reads_begin_and_end_small_and_keep_within_their_bounds(total_bytes, depth, share):
-    least, most = LEAST_READ_BYTES, MOST_READ_BYTES
-    assert least <= read_bytes(int(share * total_bytes), total_bytes, depth) <= most
-    assert read_bytes(0, total_bytes, depth) == least == read_bytes(total_bytes, total_bytes, depth)
-    ends = [read_bytes(done, total_bytes, depth) for done in range(total_bytes // 2, total_bytes, max(1, total_bytes // 20))]
-    assert total_bytes <= depth * least or ends == sorted(ends, reverse=True)

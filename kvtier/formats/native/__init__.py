@@ -55,6 +55,21 @@ class NativeCodecs(Protocol):
     def decode_all(self, plan: bytes, expected: Expected, payloads: object, pages: object, /) -> bool:
         """The same the other way: all layers of a list of payloads to as many pages."""
 
+    def decode_proven(
+        self,
+        plan: bytes,
+        proof: bytes,
+        records: Sequence[Payload],
+        keys: Sequence[bytes],
+        target: int,
+        rows: Sequence[int],
+        row_bytes: int,
+        /,
+    ) -> bytes:
+        """All layers of those records that prove themselves (`kvtier.formats.proof`, `Proof.packed`), each a head and a payload, perhaps
+        more bytes, to address `target + rows[i] * row_bytes`; for each record 1, or 0 if it does not and nothing was written. Written past
+        the caches, for whoever reads it later. Payloads of 241 bytes or more."""
+
     def features(self) -> str:
         """The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable"."""
 

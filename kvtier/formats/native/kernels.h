@@ -10,7 +10,9 @@
    from and to memory (block_load, block_store, block_from_bytes), rounded to the nearest, halves away from zero, of magnitude up to 127
    (block_round), cut to 0..15 and packed (block_nibbles), looked up in a table of 16 numbers of 16 bits (nibble_numbers); and whole
    numbers that order numbers whose 13 lowest bits are 0 by magnitude, the first of equals in front, with the sign in their lowest bit
-   (extreme_keys, keys_max; rows_key, the largest of each of 16 registers).
+   (extreme_keys, keys_max; rows_key, the largest of each of 16 registers). For XXH3, 8 words of 64 bits from and to memory (words_load,
+   words_store), a stripe taken in (words_take), the end of a block (words_stir); 64 bytes copied past the caches (line_copy_far), and what
+   makes others see them (lines_arrive).
 
    Rotated vectors are kept without the factor block**-0.5: it goes into the scale, where it costs nothing. */
 #include <float.h>
@@ -18,6 +20,7 @@
 #include <string.h>
 
 #include "dispatch.h"
+#include "xxh3.h"
 
 /* FOR_HEAD_DIMS defines `name` from `name##_of`, which takes head_dim last: the usual ones as constants, so that loops over a vector unroll.
    FOR_DTYPES is the macro `call` with the dtype as a constant. SIZED is part of such functions. Where registers are no larger than any compiler
@@ -56,9 +59,13 @@
 #include "q6.h"
 #include "q4.h"
 #include "ggml.h"
+#include "far.h"
 
 #define KERNELS(instruction_set) \
     {.name = instruction_set, \
      .group = GROUP, \
      .encode = {encode_raw, encode_q8, encode_q6, encode_q4, encode_q3, encode_q8_0, encode_q4_0}, \
-     .decode = {decode_raw, decode_q8, decode_q6, decode_q4, decode_q3, decode_q8_0, decode_q4_0}}
+     .decode = {decode_raw, decode_q8, decode_q6, decode_q4, decode_q3, decode_q8_0, decode_q4_0}, \
+     .digest = digest, \
+     .copy_far = copy_far, \
+     .lines_arrive = lines_arrive}

@@ -5,6 +5,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "arrivals.h"
 #include "dispatch.h"
 #include "plan.h"
 #include "tables.h"
@@ -311,6 +312,7 @@ static PyMethodDef methods[] = {
     {"encode_all", (PyCFunction)(void (*)(void))encode_all, METH_FASTCALL, "All pages of a usual tensor to payloads; False if it is none."},
     {"decode", (PyCFunction)(void (*)(void))decode, METH_FASTCALL, "Payloads to pages."},
     {"decode_all", (PyCFunction)(void (*)(void))decode_all, METH_FASTCALL, "Payloads to all pages of a usual tensor; False if it is none."},
+    {"decode_proven", (PyCFunction)(void (*)(void))decode_proven, METH_FASTCALL, "Records to pages, those that prove themselves."},
     {"supports", (PyCFunction)(void (*)(void))supports, METH_FASTCALL, "Whether there are kernels for a codec and block shape."},
     {"features", features, METH_NOARGS, "The instruction set in use."},
     {"available", available, METH_NOARGS, "The instruction sets this CPU and build have, fastest first."},

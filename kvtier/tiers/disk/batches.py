@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from functools import partial
 
 import numpy as np
 
 from kvtier.errors import LayoutError
 from kvtier.io.files import Bytes, Request, address_of, page_aligned
-from kvtier.tiers.disk.plan import Run, chunk_bytes, plan, read_bytes
+from kvtier.tiers.disk.plan import READ_BYTES, Run, chunk_bytes, plan
 from kvtier.tiers.disk.segments import Segments
 
-Fetched = Generator[tuple[int, Bytes | OSError], None, None]
+Fetched = Generator[list[tuple[int, Bytes | OSError]], None, None]
 _BOUNCE_BYTES = 4 << 20
 
 
@@ -26,7 +25,8 @@ def check_staging(rows: Bytes, count: int, slot_bytes: int) -> None:
 
 
 def fetch(segments: Segments, slots: Sequence[int], lengths: Sequence[int], rows: Bytes) -> Fetched:
-    """Read the first `lengths[i]` bytes of each slot into `rows[i]`; yields (i, bytes or error) in the order they become ready.
+    """Read the first `lengths[i]` bytes of each slot into `rows[i]`; yields (i, bytes or error) in the order they become ready, each
+    time all that did meanwhile.
 
     `rows` is uint8 `[>= len(slots), >= slot_bytes]`, each row contiguous; what is yielded are views of it, shorter than asked where the
     file ends. Slots of length 0 are left out. Rows that touch each other are read several at once; rows the engine cannot read into go
@@ -38,26 +38,27 @@ def fetch(segments: Segments, slots: Sequence[int], lengths: Sequence[int], rows
         return
     touching = rows.strides[0] == slot_bytes
     memory = rows.reshape(-1) if touching else None
-    most_bytes = partial(read_bytes, total_bytes=sum(lengths), depth=engine.depth) if touching else 0
     runs: list[Run] = []
     requests: list[Request] = []
-    for run in plan(slots, lengths, slot_bytes, segments.segment_slots, most_bytes):
+    for run in plan(slots, lengths, slot_bytes, segments.segment_slots, READ_BYTES if touching else 0):
         start = run.first * slot_bytes
         buffer = rows[run.first, : run.length] if memory is None else memory[start : start + run.length]
         try:
             requests.append(Request(segments.file(run.segment), run.offset, buffer))
         except OSError as error:
-            for index in range(run.first, run.first + run.count):
-                yield index, error
+            yield [(index, error) for index in range(run.first, run.first + run.count)]
         else:
             runs.append(run)
-    with closing(engine.read_each(requests)) as done:
-        for number, got in done:
-            run, buffer = runs[number], requests[number].buffer
-            start = 0
-            for index in range(run.first, run.first + run.count):
-                yield index, got if isinstance(got, OSError) else buffer[start : min(start + lengths[index], got)]
-                start += slot_bytes
+    with closing(engine.read_some(requests)) as done:
+        for ended in done:
+            found: list[tuple[int, Bytes | OSError]] = []
+            for number, got in ended:
+                run, buffer = runs[number], requests[number].buffer
+                start = 0
+                for index in range(run.first, run.first + run.count):
+                    found.append((index, got if isinstance(got, OSError) else buffer[start : min(start + lengths[index], got)]))
+                    start += slot_bytes
+            yield found
 
 
 def _fetch_bounced(segments: Segments, slots: Sequence[int], lengths: Sequence[int], rows: Bytes) -> Fetched:
@@ -66,13 +67,15 @@ def _fetch_bounced(segments: Segments, slots: Sequence[int], lengths: Sequence[i
     for first in range(0, len(slots), at_once):
         part = slice(first, first + at_once)
         with closing(fetch(segments, slots[part], lengths[part], bounce)) as fetched:
-            for place, found in fetched:
-                if isinstance(found, OSError):
-                    yield first + place, found
-                else:
-                    row = rows[first + place, : len(found)]
-                    row[:] = found
-                    yield first + place, row
+            for group in fetched:
+                yield [
+                    (first + place, found if isinstance(found, OSError) else _moved(found, rows[first + place])) for place, found in group
+                ]
+
+
+def _moved(found: Bytes, row: Bytes) -> Bytes:
+    row[: len(found)] = found
+    return row[: len(found)]
 
 
 def put(segments: Segments, slots: Sequence[int], lengths: Sequence[int], stale: Sequence[int], rows: Bytes) -> list[OSError | None]:

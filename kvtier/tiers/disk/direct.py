@@ -21,7 +21,8 @@ from kvtier.cuda.surface import Accelerator
 from kvtier.errors import ConfigError, DeviceError
 from kvtier.formats.base import Format
 from kvtier.formats.blocks import BlockFormat
-from kvtier.formats.checksums import LEAST_BYTES, why_no_checksums
+from kvtier.formats.checksums import why_no_checksums
+from kvtier.formats.proof import LEAST_BYTES
 from kvtier.io.files import BLOCK_BYTES
 from kvtier.layout import PageLayout
 from kvtier.tiers.disk.directory import FULL_ERRNOS, StoreDirectory

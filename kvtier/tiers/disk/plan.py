@@ -6,11 +6,13 @@ them keep the disk busy and let the first pages be used while the last are on th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 LEAST_CHUNK_BYTES, MOST_CHUNK_BYTES = 256 << 10, 1 << 20
-LEAST_READ_BYTES, MOST_READ_BYTES = 128 << 10, 512 << 10
+READ_BYTES = 448 << 10
+"""The largest shared read: large enough for the speed of a disk, small enough that the first records are there early, and that the last
+ones, which come together, are few."""
 _CHUNKS_PER_REQUEST_UNDER_WAY = 2
 
 
@@ -35,26 +37,13 @@ def chunk_bytes(total_bytes: int, depth: int) -> int:
     return min(max(total_bytes // (_CHUNKS_PER_REQUEST_UNDER_WAY * depth), LEAST_CHUNK_BYTES), MOST_CHUNK_BYTES)
 
 
-def read_bytes(done_bytes: int, total_bytes: int, depth: int) -> int:
-    """The largest shared read of a batch of `total_bytes` after `done_bytes` of it: small at first, since requests that are under way
-    together end together and until then nobody has anything to decode, and again towards the end, since who waits for all pages waits for
-    what the last requests bring to be decoded. In between a share of what is left (Polychronopoulos and Kuck, "Guided Self-Scheduling",
-    1987), within LEAST_READ_BYTES and MOST_READ_BYTES."""
-    if done_bytes < depth * LEAST_READ_BYTES // 2:
-        return LEAST_READ_BYTES
-    return min(max((total_bytes - done_bytes) // (_CHUNKS_PER_REQUEST_UNDER_WAY * depth), LEAST_READ_BYTES), MOST_READ_BYTES)
-
-
-def plan(
-    slots: Sequence[int], lengths: Sequence[int], slot_bytes: int, segment_slots: int, most_bytes: int | Callable[[int], int]
-) -> list[Run]:
+def plan(slots: Sequence[int], lengths: Sequence[int], slot_bytes: int, segment_slots: int, most_bytes: int) -> list[Run]:
     """The I/Os that carry the first `lengths[i]` bytes of slot `slots[i]` to or from row i of memory, for every i, in order of i.
 
     A length of 0 asks for nothing. Copies i and i + 1 share an I/O if their slots are neighbours in one segment, copy i fills its slot,
-    and all that share it make at most `most_bytes`, or what that says of the bytes of all I/Os before; one copy alone may be longer.
+    and all that share it make at most `most_bytes`; one copy alone may be longer.
     """
     runs: list[Run] = []
-    done = 0
     end = len(slots)
     first = 0
     while first < end:
@@ -62,7 +51,6 @@ def plan(
         if length == 0:
             first += 1
             continue
-        most = most_bytes if isinstance(most_bytes, int) else most_bytes(done)
         slot = slots[first]
         place = slot % segment_slots
         most_count = min(end - first, segment_slots - place)
@@ -71,13 +59,12 @@ def plan(
             count < most_count
             and lengths[first + count - 1] == slot_bytes
             and slots[first + count] == slot + count
-            and 0 < lengths[first + count] <= most - length
+            and 0 < lengths[first + count] <= most_bytes - length
         ):
             length += lengths[first + count]
             count += 1
         runs.append(Run(slot // segment_slots, place * slot_bytes, first, count, length))
         first += count
-        done += length
     return runs
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
+from kvtier.formats.proof import Proof
 from kvtier.io.files import BLOCK_BYTES, Bytes
 from kvtier.keys import KEY_BYTES
 from kvtier.tiers.base import PageId, Refused
@@ -24,6 +25,7 @@ _MAGIC = b"kvtier\0r"
 _FIELDS = struct.Struct("<8sIIQ32s32sQ16s16sQ16s")
 _CHECKSUM = struct.Struct("<Q")
 _CHECKED_BYTES = HEADER_BYTES - _CHECKSUM.size
+_KEY_AT, _DIGEST_AT = struct.calcsize("<8sIIQ"), _FIELDS.size - 16
 
 
 class Header(NamedTuple):
@@ -77,6 +79,18 @@ def parse(record: Bytes) -> Header | None:
     if (magic, version, header_bytes) != (_MAGIC, _VERSION, HEADER_BYTES):
         return None
     return Header(sequence, PageId(key, parent, depth), layout, name, size, checksum)
+
+
+def proof(layout_fingerprint: bytes, format_hash: bytes, payload_bytes: int) -> Proof:
+    """What a header in front of that many payload bytes of this layout and format must say, whatever else it says."""
+    head, mask = bytearray(HEADER_BYTES), bytearray(HEADER_BYTES)
+    nobody = bytes(KEY_BYTES)
+    _FIELDS.pack_into(
+        head, 0, _MAGIC, _VERSION, HEADER_BYTES, 0, nobody, nobody, 0, layout_fingerprint, format_hash, payload_bytes, bytes(16)
+    )
+    known = (b"\xff" * len(_MAGIC), 0xFFFFFFFF, 0xFFFFFFFF, 0, nobody, nobody, 0, b"\xff" * 16, b"\xff" * 16, (1 << 64) - 1, bytes(16))
+    _FIELDS.pack_into(mask, 0, *known)
+    return Proof(bytes(head), bytes(mask), _KEY_AT, _DIGEST_AT, _CHECKED_BYTES)
 
 
 def is_blank(record: Bytes) -> bool:

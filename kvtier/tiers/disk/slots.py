@@ -95,9 +95,10 @@ class SlotBook:
         with self._lock:
             self._check_held(slots)
 
-    def stored_bytes(self, slot: int) -> int:
-        """Record bytes of the copy in `slot`, 0 if there is none."""
-        return self._stored[slot] if 0 <= slot < len(self._stored) else 0
+    def stored_bytes(self, slots: Sequence[int]) -> list[int]:
+        """Record bytes of the copy in each of these slots, 0 where there is none."""
+        stored, end = self._stored, len(self._stored)
+        return [stored[slot] if 0 <= slot < end else 0 for slot in slots]
 
     def claim(self, slot: int, record_bytes: int) -> tuple[int, bool]:
         """A record is about to be written. Returns the bytes a former record left in the slot, and whether disk blocks should be

@@ -1,8 +1,8 @@
 """The disk tier itself: carries records between memory and segment files, and brings a store back after a restart.
 
-Bookkeeping (`reserve`, `free`) is in `SlotBook` with a lock of its own, the write side in `RecordWriter`. `store`, `load`, `tidy` and
-`checkpoint` may run in several threads at once, each slot in one of them; `_lock` guards what says which of them run and is never held
-across I/O. `recover` and `close` are called once, by the owner.
+Bookkeeping (`reserve`, `free`) is in `SlotBook` with a lock of its own, the sides are `RecordReader` and `RecordWriter`. `store`, `load`,
+`tidy` and `checkpoint` may run in several threads at once, each slot in one of them; `_lock` guards what says which of them run and is
+never held across I/O. `recover` and `close` are called once, by the owner.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kvtier.cuda.surface import Accelerator
@@ -28,11 +29,11 @@ from kvtier.io.pooled import DEPTH
 from kvtier.io.probe import Chosen, EngineChoice, choose_engine, existing_part
 from kvtier.keys import PageKey
 from kvtier.layout import PageLayout
-from kvtier.tiers.base import FinishStore, Loaded, PageId, Refused, Tier
+from kvtier.tiers.base import FinishStore, Loaded, PageId, Placed, Refused, Tier
 from kvtier.tiers.disk import record
-from kvtier.tiers.disk.batches import check_staging, fetch
 from kvtier.tiers.disk.direct import DirectRecords, check_direct, find_reader
 from kvtier.tiers.disk.directory import Description, StoreDirectory, reopened
+from kvtier.tiers.disk.reading import RecordReader
 from kvtier.tiers.disk.recovery import Survey, select, survey, trim
 from kvtier.tiers.disk.segments import Segments
 from kvtier.tiers.disk.slots import SlotBook
@@ -87,8 +88,6 @@ class DiskTier(Tier):
         self.format = format
         self.capacity_bytes = capacity_bytes
         self.slot_bytes = record.record_bytes(format.payload_bytes(layout))
-        self._most_payload_bytes = format.payload_bytes(layout)
-        self._format_hash = record.format_hash(format.name)
         self._durability = durability
         if capacity_bytes < self.slot_bytes:
             needed = f"one {format.name} page of this layout takes {self.slot_bytes} bytes on disk"
@@ -132,6 +131,7 @@ class DiskTier(Tier):
         self._book = SlotBook(self.slot_bytes, capacity_bytes, self._segments.punches, clock)
         owned = (str(self._directory.path), self._segments, self._book)
         self._tidier = Tidier(*owned, self._tally)
+        self._reader = RecordReader(self._operation, self._segments, self._book, self._tally, layout, format)
         first = self._description.synced_sequence + 1
         self._writer = RecordWriter(*owned, self._tidier, self._tally, layout, format, first, durability == "power")
 
@@ -205,25 +205,13 @@ class DiskTier(Tier):
 
     def load_each(self, slots: Sequence[int], keys: Sequence[PageKey], staging: NDArray[np.uint8]) -> Loaded:
         """As of every tier; while the caller works on one payload, the next are being read. `close` waits for the generator's end."""
-        check_staging(staging, len(slots), self.slot_bytes)
-        return self._load_each(slots, keys, staging)
+        return self._reader.load_each(slots, keys, staging)
 
-    def _load_each(self, slots: Sequence[int], keys: Sequence[PageKey], staging: NDArray[np.uint8]) -> Loaded:
-        with self._operation() as open_:
-            lengths = [self._book.stored_bytes(slot) if open_ else 0 for slot in slots]
-            for index, length in enumerate(lengths):
-                if length == 0:
-                    yield index, self._refused("key" if open_ else "closed")
-            if not any(lengths):
-                return
-            with contextlib.closing(fetch(self._segments, slots, lengths, staging)) as fetched:
-                for index, found in fetched:
-                    if isinstance(found, OSError):
-                        yield index, self._refused(f"io: {found.strerror}")
-                    elif len(found) < lengths[index]:
-                        yield index, self._refused("truncated")
-                    else:
-                        yield index, self._verified(found, keys[index])
+    def place_each(
+        self, slots: Sequence[int], keys: Sequence[PageKey], staging: NDArray[np.uint8], memory: torch.Tensor, rows: Sequence[int]
+    ) -> Placed:
+        """As of every tier; where there are compiled kernels, all that arrived meanwhile is verified and decoded in one call of theirs."""
+        return self._reader.place_each(slots, keys, staging, memory, rows)
 
     @property
     def reads_directly(self) -> bool:
@@ -241,12 +229,11 @@ class DiskTier(Tier):
 
     def stored_bytes(self, slots: Sequence[int]) -> list[int]:
         """Bytes of the record in each of these slots; 0 where there is none."""
-        return [self._book.stored_bytes(slot) for slot in slots]
+        return self._book.stored_bytes(slots)
 
     def proves(self, header: Bytes, key: PageKey, checksum: bytes) -> bool:
         """Whether a record that begins with `header`, and whose payload has this xxh3-128, is the copy of `key` that `load` would give."""
-        found = record.parse(header)
-        return found is not None and found.page.key == key and self._fault(found) is None and found.payload_checksum == checksum
+        return self._reader.proves(header, key, checksum)
 
     def read_directly(self, proven: int, unproven: int) -> None:
         """Count records that were read directly: those that proved themselves, and those that are left to `load`, which says why."""
@@ -359,37 +346,13 @@ class DiskTier(Tier):
                 self._running -= open_
                 self._quiet.notify_all()
 
-    def _verified(self, data: Bytes, key: PageKey) -> Payload | Refused:
-        header = record.parse(data)
-        if header is None:
-            return self._refused("checksum")
-        if header.page.key != key:
-            return self._refused("key")
-        fault = self._fault(header)
-        if fault is not None:
-            return self._refused(fault)
-        payload = record.payload_of(header, data)
-        return self._refused(payload.reason) if isinstance(payload, Refused) else payload
-
-    def _refused(self, reason: str) -> Refused:
-        self._tally.add(f"refused: {reason}")
-        return Refused(reason)
-
-    def _fault(self, header: record.Header) -> str | None:
-        """What keeps a sound header from being one of this tier's copies."""
-        if (header.layout_fingerprint, header.format_hash) != (self.layout.fingerprint, self._format_hash):
-            return "format"
-        if header.payload_bytes > self._most_payload_bytes or (self.format.fixed_size and header.payload_bytes != self._most_payload_bytes):
-            return "truncated"
-        return None
-
     def _cost_bytes(self, header: record.Header) -> int:
         return record.record_bytes(header.payload_bytes) if self._segments.punches else self.slot_bytes
 
     def _survey(self) -> Survey:
         """All segment files. StoreError if one cannot be read."""
         try:
-            return survey(self._segments, self._fault, None if self._was_clean else self._description.synced_sequence)
+            return survey(self._segments, self._reader.fault, None if self._was_clean else self._description.synced_sequence)
         except OSError as error:
             raise StoreError(f"disk store {self._directory.path}: cannot read its segments: {error.strerror}") from error
 

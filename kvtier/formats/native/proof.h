@@ -1,0 +1,22 @@
+/* The proof: what a caller expects of the head in front of a payload, as bytes: struct "<4q" bytes of the head, where the key is, where the
+   xxh3-128 of the payload is (the upper half first, each half big-endian), how many first bytes of the head the xxh3-64 right behind them
+   (little-endian) covers; then the head that is expected and a mask, 0xFF for each byte that has to be so. Little-endian machines only. */
+#ifndef KVTIER_PROOF_H
+#define KVTIER_PROOF_H
+
+#include "dispatch.h"
+
+enum { MOST_HEAD_BYTES = 1 << 16 };
+
+typedef struct {
+    const uint8_t *expected;
+    size_t head_bytes, key_at, digest_at, checked_bytes;
+} Proof;
+
+/* NULL, or why these bytes are no proof. */
+const char *proof_open(Proof *proof, const void *bytes, size_t size);
+
+/* Whether a record of a head and a payload says that it is what is expected, with this key, and its digests agree. */
+bool proven(const Proof *proof, const uint8_t *record, const void *key, size_t key_bytes, size_t payload_bytes, Digest *digest);
+
+#endif
