@@ -107,7 +107,7 @@ class TableLoops(Protocol):
 
 
 class OrderLoops(Protocol):
-    """Loops over one LRU order's columns and journal, until one of them grows: see `kvtier.policy.lru`."""
+    """Loops over one LRU order's columns and journal, until one of them grows: see `kvtier.policy.recency`."""
 
     def arrive(self, pages: Numbers, parents: Numbers, depths: Numbers, /) -> bool:
         """Keys, links and child counts of pages that are not here yet."""
@@ -176,6 +176,12 @@ class SpellLoops(Protocol):
     def remember(self, pages: Numbers, /) -> bool:
         """Pages become ghosts. False: not done."""
 
+    def evict(self, out: Numbers, table: TableLoops, tier: int, /) -> bool:
+        """The first pages that nobody holds in that tier leave the ranking, into `out`, and become ghosts.
+
+        False: not done, for there are fewer, or more that somebody holds come before them.
+        """
+
     def score_all(self) -> None:
         """The pages that queue are scored for the last scoring, and all others when they begin to."""
 
@@ -187,7 +193,7 @@ class Loops(Protocol):
         """Loops over these columns, in the order of `PageTable.attach`. ValueError if their sizes do not fit each other."""
 
     def Order(self, *columns: Column) -> OrderLoops:
-        """Loops over these columns, in the order of `LRU.attach`. ValueError if their sizes do not fit each other."""
+        """Loops over these columns, in the order of `Recency.attach`. ValueError if their sizes do not fit each other."""
 
     def Ranking(self, *columns: Column) -> RankingLoops:
         """Loops over these columns, in the order of `Ranking.attach`. ValueError if their sizes do not fit each other."""

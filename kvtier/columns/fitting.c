@@ -72,6 +72,7 @@ static PyObject *done(Grids *grids, bool good) {
 /* The living spells of a cohort [kinds] have been exposed at the ages from `start` on, up to below `until`. */
 static void reach(const int64_t *alive, int64_t *change, Py_ssize_t kinds, int64_t start, int64_t until) {
     for (Py_ssize_t kind = 0; kind < kinds; kind++) {
+        if (!alive[kind]) continue; /* most of them: what follows is far apart in memory */
         change[kind * (AGES + 1) + start] += alive[kind];
         change[kind * (AGES + 1) + until] -= alive[kind];
     }

@@ -77,6 +77,11 @@ class PageColumns:
         self._loops: compiled.TableLoops | None = None
         self._grow(1024)
 
+    @property
+    def loops(self) -> compiled.TableLoops | None:
+        """The compiled loops over the columns, until these grow; None where there are none."""
+        return self._loops
+
     def __len__(self) -> int:
         """Rows in use, hollow and open ones included."""
         return self._size - self._free_count

@@ -146,6 +146,10 @@ class PageTable(PageColumns):
         """The coldest tier this page may live in while its pin lasts, or NO_TIER."""
         return int(self.pin_tier[row]) if self.pin_until[row] > now else NO_TIER
 
+    def may_be_pinned(self, now: float) -> bool:
+        """Whether any page may be pinned at that time."""
+        return self._pinned_until > now
+
     def any_pinned(self, rows: Rows, now: float) -> NDArray[np.bool_] | None:
         """Which of these are pinned; None if none is."""
         if self._pinned_until <= now:

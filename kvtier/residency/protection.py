@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvtier.columns import TableLoops
 from kvtier.pages import ABSENT, NO_TIER, READY, PageTable, Rows
-from kvtier.policy import Mask
+from kvtier.policy import Mask, TableProtection
 
 # Without dimensions: with a Python number, NumPy spends longer on finding the type than on a whole request's rows.
 _NOBODY, _ONE, _NO_TIER = np.array(0), np.array(1), np.array(NO_TIER)
 
 
-class Protected:
+class Protected(TableProtection):
     """The pages that are leased, being read in `tier`, pinned to it at time `now`, or the last copy of a page that others build on.
 
     With `hinted`, also those that a hint brought up and nobody used yet. A `kvtier.policy.Protection`, to be used within `with`. A page
@@ -35,6 +36,16 @@ class Protected:
         for parents in self._leaving:
             self._table.leaving[parents] = _NOBODY
 
+    def holders(self) -> tuple[TableLoops, int] | None:
+        table = self._table
+        if table.loops is None or self._hinted or table.may_be_pinned(self._now) or self._keeps_parents():
+            return None
+        return table.loops, self._tier
+
+    def _keeps_parents(self) -> bool:
+        table, tier = self._table, self._tier
+        return tier == table.tiers - 1 and (tier > 0 or table.hollow)
+
     def __call__(self, pages: Rows) -> Mask:
         """Which of these pages may not leave."""
         table, tier = self._table, self._tier
@@ -44,7 +55,7 @@ class Protected:
         if (pinned := table.any_pinned(pages, self._now)) is not None:
             for index in np.flatnonzero(pinned & ~kept).tolist():
                 kept[index] = self._is_pinned_here(int(pages[index]))
-        if tier == table.tiers - 1 and (tier or table.hollow):
+        if self._keeps_parents():
             self._keep_parents(pages, kept)
         return kept
 
