@@ -87,14 +87,14 @@ PyObject *expose(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     const Grid *cohorts = &grid[0], *reached = &grid[1], *counted = &grid[2], *alive = &grid[3];
     int64_t *change = grid[4].q, *hits = grid[5].q;
     double *all_exposed = grid[6].d, *all_hits = grid[7].d;
-    const Py_ssize_t kinds = alive->columns, count = cohorts->columns;
+    const Py_ssize_t kinds = grid[4].rows, count = cohorts->columns; /* `alive` has room for more */
     bool good = cohorts->rows == 1 && is_of(reached, 1, count) && is_of(counted, 1, alive->rows) && are_below(cohorts, alive->rows);
-    good = good && are_below(reached, AGES + 1) && is_of(&grid[4], kinds, AGES + 1) && is_of(&grid[5], kinds, AGES);
+    good = good && are_below(reached, AGES + 1) && kinds <= alive->columns && grid[4].columns == AGES + 1 && is_of(&grid[5], kinds, AGES);
     good = good && is_of(&grid[6], kinds, AGES) && is_of(&grid[7], kinds, AGES);
     for (Py_ssize_t i = 0; good && i < count; i++) {
         const int64_t cohort = cohorts->q[i], start = counted->q[cohort], until = reached->q[i];
         if (start < 0 || until <= start) continue;
-        reach(alive->q + cohort * kinds, change, kinds, start, until);
+        reach(alive->q + cohort * alive->columns, change, kinds, start, until);
         counted->q[cohort] = until;
     }
     for (Py_ssize_t kind = 0; good && kind < kinds; kind++) {

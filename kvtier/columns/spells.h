@@ -34,6 +34,9 @@ typedef struct {
     Py_buffer columns[23];
 } Spells;
 
+/* This time, unless a later one was seen. */
+static inline double later_of(const Spells *s, double time) { return time > s->clock[LATEST] ? time : s->clock[LATEST]; }
+
 /* -- scoring.c -- */
 
 int age_bin(double age);

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtier import columns
+from kvtier.columns import WHOLE
 from kvtier.errors import IntegrityError
 from kvtier.policy.base import ROOT, EvictionPolicy, Mask, Pages, Protection, TableProtection
 from kvtier.policy.guard import BASE_USES, MOST_DOUBLINGS, ROOM, UNKNOWN_CALL, Guard
@@ -169,23 +170,23 @@ class A2CR(EvictionPolicy):
             self._guard.fit(held, int(self._counts[CALL_NUMBER]))
             self._fit_loops()
         self._guard.state[ROOM] = held
-        victims = self._take_unheld(count, protected)
+        victims = self._take_unheld(count, protected, now)
         if victims is None:
             victims = self._ranking.take(count, protected)
             if victims is None:
                 return None
+            self._note(now)
             self._remember(victims)
-        self._note(now)
         self._left += count
         return victims
 
-    def _take_unheld(self, count: int, protected: Protection) -> Pages | None:
+    def _take_unheld(self, count: int, protected: Protection, now: float) -> Pages | None:
         """`count` pages out of the tier, and remembered, where compiled loops can see what is protected; else None, and nothing changed."""
         loops, ranking = self._loops, self._ranking
         if loops is None or not 0 < count <= ranking.count or not isinstance(protected, TableProtection):
             return None
         holders = protected.holders()
-        if holders is None or not loops.evict(victims := np.empty(count, np.int64), *holders):
+        if holders is None or not loops.evict(victims := np.empty(count, WHOLE), *holders, now):
             return None
         ranking.count -= count
         return victims

@@ -27,6 +27,7 @@ class Protected(TableProtection):
         self._table = table
         self._tier = tier
         self._now = now
+        self._keeps_parents = tier == table.tiers - 1 and (tier > 0 or table.hollow)
         self._leaving: list[Rows] = []
 
     def __enter__(self) -> Protected:
@@ -38,13 +39,9 @@ class Protected(TableProtection):
 
     def holders(self) -> tuple[TableLoops, int] | None:
         table = self._table
-        if table.loops is None or self._hinted or table.may_be_pinned(self._now) or self._keeps_parents():
+        if table.loops is None or self._hinted or self._keeps_parents or table.pinned_until > self._now:
             return None
         return table.loops, self._tier
-
-    def _keeps_parents(self) -> bool:
-        table, tier = self._table, self._tier
-        return tier == table.tiers - 1 and (tier > 0 or table.hollow)
 
     def __call__(self, pages: Rows) -> Mask:
         """Which of these pages may not leave."""
@@ -55,8 +52,8 @@ class Protected(TableProtection):
         if (pinned := table.any_pinned(pages, self._now)) is not None:
             for index in np.flatnonzero(pinned & ~kept).tolist():
                 kept[index] = self._is_pinned_here(int(pages[index]))
-        if self._keeps_parents():
-            self._keep_parents(pages, kept)
+        if self._keeps_parents:
+            self._add_parents(pages, kept)
         return kept
 
     def _is_pinned_here(self, page: int) -> bool:
@@ -67,7 +64,7 @@ class Protected(TableProtection):
         others[self._tier :] = ABSENT
         return not (others == READY).any()
 
-    def _keep_parents(self, pages: Rows, kept: Mask) -> None:
+    def _add_parents(self, pages: Rows, kept: Mask) -> None:
         table = self._table
         parents = table.parent[pages[~kept & table.is_alone(pages, self._tier)]]
         np.add.at(table.leaving, parents, _ONE)

@@ -134,10 +134,10 @@ def test_loops_refuse_columns_that_do_not_fit_and_rows_that_are_not_there():
     spells.score_all()
     table = PageTable(1, 1).loops
     assert table is not None
-    assert not spells.evict(np.zeros(1, np.int64), table, 1), "the table has no such tier"
+    assert not spells.evict(np.zeros(1, np.int64), table, 1, 1.0), "the table has no such tier"
     with pytest.raises(TypeError, match="table's loops"):
-        spells.evict(np.zeros(1, np.int64), ranked, 0)  # type: ignore[arg-type]
-    spells.evict(np.zeros(4, np.int64), table, 0)
+        spells.evict(np.zeros(1, np.int64), ranked, 0, 1.0)  # type: ignore[arg-type]
+    spells.evict(np.zeros(4, np.int64), table, 0, 1.0)
     ranked.pop(np.zeros(4, np.int64))
     ranked.rescored(np.array([1]))
 
