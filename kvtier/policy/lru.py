@@ -3,8 +3,9 @@
 A strong default for prefix caches: on the public Mooncake conversation trace nothing online beats it once a tier holds a fifth of the
 distinct blocks. Not for small tiers in front of much one-shot traffic, where counts that outlive eviction help.
 
-The order is that of `kvtier.policy.recency`; this is the choice: who leaves at a moment's turn, who waits for its children or is passed over
-as protected, and how all of it is taken back. Where the compiled loops of `kvtier.columns` are, they do the usual cases, to the same bits.
+The order is that of `kvtier.policy.recency`; this is the choice: who leaves at a moment's turn, who waits for its children or is passed
+over as protected, and how all of it is taken back. Where the compiled loops of `kvtier.columns` are, they do the usual cases, to the same
+bits.
 """
 
 from __future__ import annotations
