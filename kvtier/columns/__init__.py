@@ -218,7 +218,7 @@ class Loops(Protocol):
         all_hits: Reals,
         /,
     ) -> None:
-        """As `ReuseModel._expose` of `cohorts`, whose spells have reached the ages below `reached`.
+        """As `ReuseModel._expose` of `cohorts`, whose spells have reached the ages below `reached`; `alive` may have room for more kinds.
 
         This and what follows raise ValueError for arrays that do not fit each other.
         """

@@ -31,11 +31,15 @@ Protection = Callable[[Pages], Mask]
 about pages that would be leaves once those asked about before them are gone. Not all of them need to leave in the end."""
 
 
+Holders = tuple[columns.TableLoops, int]
+"""A table's loops and a tier: those who hold pages there."""
+
+
 class TableProtection:
     """A `Protection` that may follow from the columns of a page table alone: compiled loops then look there and need not ask."""
 
-    def holders(self) -> tuple[columns.TableLoops, int] | None:
-        """The table's loops and the tier, if no pages may not leave but those that are held there by `TableLoops.protect`; else None."""
+    def holders(self) -> Holders | None:
+        """Where to look, if no pages may not leave but those that `TableLoops.protect` names in that tier; else None."""
         return None
 
     def __call__(self, pages: Pages) -> Mask:

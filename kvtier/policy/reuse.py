@@ -189,8 +189,9 @@ class ReuseModel:
         ends = np.append(self._began[rows[1:]], now)
         reached = age_bins(np.maximum(now - (self._began[rows] + ends) / 2, 0.0)) + 1
         if (loops := columns.loops()) is not None:
-            known = (column[: self._count] for column in (self.change, self.hits, self._exposed, self._hits))
-            loops.expose(rows, reached, self.counted, self.alive, *known)
+            known = slice(self._count)
+            change, hits, all_exposed, all_hits = self.change[known], self.hits[known], self._exposed[known], self._hits[known]
+            loops.expose(rows, reached, self.counted, self.alive, change, hits, all_exposed, all_hits)
             return
         for row, until in zip(rows.tolist(), reached.tolist(), strict=True):
             start = int(self.counted[row])

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvtier.columns import TableLoops
 from kvtier.pages import ABSENT, NO_TIER, READY, PageTable, Rows
-from kvtier.policy import Mask, TableProtection
+from kvtier.policy import Holders, Mask, TableProtection
 
 # Without dimensions: with a Python number, NumPy spends longer on finding the type than on a whole request's rows.
 _NOBODY, _ONE, _NO_TIER = np.array(0), np.array(1), np.array(NO_TIER)
@@ -37,7 +36,7 @@ class Protected(TableProtection):
         for parents in self._leaving:
             self._table.leaving[parents] = _NOBODY
 
-    def holders(self) -> tuple[TableLoops, int] | None:
+    def holders(self) -> Holders | None:
         table = self._table
         if table.loops is None or self._hinted or self._keeps_parents or table.pinned_until > self._now:
             return None

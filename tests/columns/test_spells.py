@@ -168,7 +168,7 @@ def test_an_eviction_that_looks_into_the_table_takes_what_one_that_asks_takes(ha
             victims, again = [policy.evict(wanted, protected, now, 1.0) for policy in policies]
         assert a2cr_state(policies[0]) == a2cr_state(policies[1])
         assert (victims is None) == (again is None)
-        if victims is not None:
+        if victims is not None and again is not None:
             assert victims.tolist() == again.tolist()
             assert not table.leases[victims].any()
             table.drop(victims, DEVICE)
