@@ -162,7 +162,7 @@ class RankingLoops(Protocol):
 
 
 class SpellLoops(Protocol):
-    """Loops over the columns of one A²CR policy and its ranking, until one of them grows: see `kvtier.policy.a2cr`.
+    """Loops over the columns of one A²CR policy and its ranking, until one of them grows: see `kvtier.policy.spells`.
 
     `touch` and `insert` answer with what is due at their end, 0 for nothing; -1: not done, for a page that is not what it should be; -2:
     not done, for kinds that are not known yet, named in the column for that. As long as there are such loops, the ranking's loops score
@@ -201,7 +201,7 @@ class Loops(Protocol):
         """Loops over these columns, in the order of `Ranking.attach`. ValueError if their sizes do not fit each other."""
 
     def Spells(self, ranking: RankingLoops, recent: dict[int, Numbers], *columns: Column) -> SpellLoops:
-        """Loops over these, in the order of `A2CR.attach`. ValueError if their sizes do not fit each other."""
+        """Loops over these, in the order of `Spells.attach`. ValueError if their sizes do not fit each other."""
 
     def take_slots(self, free: list[int], taken: bytearray, count: int, /) -> list[int]:
         """The last `count` of `free`, last first, marked as taken. ValueError, and none, if there are fewer."""

@@ -1,4 +1,4 @@
-/* Columns of one A²CR policy as its loops see them: of pages (`kvtier.policy.a2cr`), of kinds (`kvtier.policy.reuse`), of ghosts
+/* Columns of one A²CR policy as its loops see them: of pages (`kvtier.policy.spells`), of kinds (`kvtier.policy.reuse`), of ghosts
    (`kvtier.policy.memory`), of what LRU would do (`kvtier.policy.guard`). spells.c opens them, serving.c is what happens to pages, ghosts.c
    what is remembered of those that left, scoring.c what pages are worth, leaving.c which of them leave, guarding.c the counts beside. */
 #pragma once
