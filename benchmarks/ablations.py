@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from kvtier.policy import A2CR, Pages, a2cr, reuse
+from kvtier.policy import A2CR, Pages, reuse, spells
 from kvtier.policy.reuse import AGES, LEAST_DENSITY, ReuseModel
 
 
@@ -30,7 +30,7 @@ class WithoutEnds(A2CR):
         super().insert(pages, parents, depths, now)
         if len(pages):
             last = pages[depths.argmax()][None]
-            self._change(last, self._combined[last] - a2cr._END_STEP)
+            self._change(last, self._combined[last] - spells._END_STEP)
 
 
 class HazardNow(ReuseModel):
@@ -62,12 +62,12 @@ def _modelled(model: type[ReuseModel]) -> Callable[[], A2CR]:
 
 PARTS: dict[str, tuple[Callable[[], A2CR], tuple[tuple[object, str, object], ...]]] = {
     "nothing": (A2CR, ()),
-    "uses": (A2CR, ((a2cr, "_COUNT_OF", np.zeros_like(a2cr._COUNT_OF)),)),
+    "uses": (A2CR, ((spells, "_COUNT_OF", np.zeros_like(spells._COUNT_OF)),)),
     "ghosts": (WithoutGhosts, ()),
     "end-of-request": (WithoutEnds, ()),
-    "generations": (A2CR, ((a2cr, "_GENERATION_OF", np.zeros_like(a2cr._GENERATION_OF)),)),
+    "generations": (A2CR, ((spells, "_GENERATION_OF", np.zeros_like(spells._GENERATION_OF)),)),
     # One value is left of this feature, so that everything has the same.
-    "new-pages": (A2CR, ((a2cr, "NEW", 1), (a2cr, "_STEPS", np.append(a2cr._STEPS[:-1], 1)))),
+    "new-pages": (A2CR, ((spells, "NEW", 1), (spells, "_STEPS", np.append(spells._STEPS[:-1], 1)))),
     "best-horizon": (_modelled(HazardNow), ()),
     "time": (_modelled(ChanceOfReuse), ()),
     "smoothing": (A2CR, ((reuse, "SMOOTHING", np.eye(AGES)),)),

@@ -20,6 +20,8 @@ from kvtier.extensions import load_extension
 
 Numbers = NDArray[np.int64]
 """Rows, pages or keys `[n]`, of any stride."""
+WHOLE = np.dtype(np.int64)
+"""What their items are, made once: for a new array NumPy takes a third less time than with `np.int64`."""
 Column = NDArray[Any]
 Reals = NDArray[np.float64]
 Index = dict[bytes, int]
@@ -107,7 +109,7 @@ class TableLoops(Protocol):
 
 
 class OrderLoops(Protocol):
-    """Loops over one LRU order's columns and journal, until one of them grows: see `kvtier.policy.lru`."""
+    """Loops over one LRU order's columns and journal, until one of them grows: see `kvtier.policy.recency`."""
 
     def arrive(self, pages: Numbers, parents: Numbers, depths: Numbers, /) -> bool:
         """Keys, links and child counts of pages that are not here yet."""
@@ -160,7 +162,7 @@ class RankingLoops(Protocol):
 
 
 class SpellLoops(Protocol):
-    """Loops over the columns of one A²CR policy and its ranking, until one of them grows: see `kvtier.policy.a2cr`.
+    """Loops over the columns of one A²CR policy and its ranking, until one of them grows: see `kvtier.policy.spells`.
 
     `touch` and `insert` answer with what is due at their end, 0 for nothing; -1: not done, for a page that is not what it should be; -2:
     not done, for kinds that are not known yet, named in the column for that. As long as there are such loops, the ranking's loops score
@@ -176,6 +178,12 @@ class SpellLoops(Protocol):
     def remember(self, pages: Numbers, /) -> bool:
         """Pages become ghosts. False: not done."""
 
+    def evict(self, out: Numbers, table: TableLoops, tier: int, now: float, /) -> bool:
+        """The first pages that nobody holds in that tier leave the ranking, into `out`, and become ghosts.
+
+        False: not done, for there are fewer, or more that somebody holds come before them.
+        """
+
     def score_all(self) -> None:
         """The pages that queue are scored for the last scoring, and all others when they begin to."""
 
@@ -187,13 +195,13 @@ class Loops(Protocol):
         """Loops over these columns, in the order of `PageTable.attach`. ValueError if their sizes do not fit each other."""
 
     def Order(self, *columns: Column) -> OrderLoops:
-        """Loops over these columns, in the order of `LRU.attach`. ValueError if their sizes do not fit each other."""
+        """Loops over these columns, in the order of `Recency.attach`. ValueError if their sizes do not fit each other."""
 
     def Ranking(self, *columns: Column) -> RankingLoops:
         """Loops over these columns, in the order of `Ranking.attach`. ValueError if their sizes do not fit each other."""
 
     def Spells(self, ranking: RankingLoops, recent: dict[int, Numbers], *columns: Column) -> SpellLoops:
-        """Loops over these, in the order of `A2CR.attach`. ValueError if their sizes do not fit each other."""
+        """Loops over these, in the order of `Spells.attach`. ValueError if their sizes do not fit each other."""
 
     def take_slots(self, free: list[int], taken: bytearray, count: int, /) -> list[int]:
         """The last `count` of `free`, last first, marked as taken. ValueError, and none, if there are fewer."""
@@ -210,7 +218,7 @@ class Loops(Protocol):
         all_hits: Reals,
         /,
     ) -> None:
-        """As `ReuseModel._expose` of `cohorts`, whose spells have reached the ages below `reached`.
+        """As `ReuseModel._expose` of `cohorts`, whose spells have reached the ages below `reached`; `alive` may have room for more kinds.
 
         This and what follows raise ValueError for arrays that do not fit each other.
         """

@@ -4,6 +4,13 @@
 
 #include <string.h>
 
+/* Compiled for wider registers, too, which divide twice as much at once; the C library chooses when the module is loaded. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
+#define WIDE __attribute__((target_clones("avx2", "default")))
+#else
+#define WIDE
+#endif
+
 enum { AGES = 56, MOST_GRIDS = 8 };
 
 /* Arrays of one call: C-contiguous, [rows, columns] of float64 ('d') or int64 ('q'). */
@@ -72,12 +79,13 @@ static PyObject *done(Grids *grids, bool good) {
 /* The living spells of a cohort [kinds] have been exposed at the ages from `start` on, up to below `until`. */
 static void reach(const int64_t *alive, int64_t *change, Py_ssize_t kinds, int64_t start, int64_t until) {
     for (Py_ssize_t kind = 0; kind < kinds; kind++) {
+        if (!alive[kind]) continue; /* most of them: what follows is far apart in memory */
         change[kind * (AGES + 1) + start] += alive[kind];
         change[kind * (AGES + 1) + until] -= alive[kind];
     }
 }
 
-PyObject *expose(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+WIDE PyObject *expose(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     (void)self;
     Grids grids;
     Grid grid[8];
@@ -86,14 +94,14 @@ PyObject *expose(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     const Grid *cohorts = &grid[0], *reached = &grid[1], *counted = &grid[2], *alive = &grid[3];
     int64_t *change = grid[4].q, *hits = grid[5].q;
     double *all_exposed = grid[6].d, *all_hits = grid[7].d;
-    const Py_ssize_t kinds = alive->columns, count = cohorts->columns;
+    const Py_ssize_t kinds = grid[4].rows, count = cohorts->columns; /* `alive` has room for more */
     bool good = cohorts->rows == 1 && is_of(reached, 1, count) && is_of(counted, 1, alive->rows) && are_below(cohorts, alive->rows);
-    good = good && are_below(reached, AGES + 1) && is_of(&grid[4], kinds, AGES + 1) && is_of(&grid[5], kinds, AGES);
+    good = good && are_below(reached, AGES + 1) && kinds <= alive->columns && grid[4].columns == AGES + 1 && is_of(&grid[5], kinds, AGES);
     good = good && is_of(&grid[6], kinds, AGES) && is_of(&grid[7], kinds, AGES);
     for (Py_ssize_t i = 0; good && i < count; i++) {
         const int64_t cohort = cohorts->q[i], start = counted->q[cohort], until = reached->q[i];
         if (start < 0 || until <= start) continue;
-        reach(alive->q + cohort * kinds, change, kinds, start, until);
+        reach(alive->q + cohort * alive->columns, change, kinds, start, until);
         counted->q[cohort] = until;
     }
     for (Py_ssize_t kind = 0; good && kind < kinds; kind++) {
@@ -119,7 +127,7 @@ static void multiply(const Grid *features, const Grid *factors, Py_ssize_t kind,
     }
 }
 
-PyObject *expect(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+WIDE PyObject *expect(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     (void)self;
     Grids grids;
     Grid grid[5];
@@ -138,7 +146,7 @@ PyObject *expect(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     return done(&grids, good);
 }
 
-PyObject *gather(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+WIDE PyObject *gather(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     (void)self;
     Grids grids;
     Grid grid[6];
@@ -162,7 +170,7 @@ PyObject *gather(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     return done(&grids, good);
 }
 
-PyObject *rescale(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+WIDE PyObject *rescale(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     (void)self;
     Grids grids;
     Grid grid[3];
@@ -183,8 +191,10 @@ PyObject *rescale(PyObject *self, PyObject *const *arguments, Py_ssize_t given) 
 
 /* -- worth -- */
 
+enum { LANES = 4 };
+
 typedef struct {
-    double hazard[AGES], survival[AGES + 1], used[AGES + 1], kept[AGES + 1];
+    double hazard[AGES], survival[AGES + 1], used[AGES + 1 + LANES], kept[AGES + 1 + LANES];
 } Curves;
 
 /* What becomes of spells with these hazards: the share that gets so old, was used by then, and the seconds that it was kept. */
@@ -200,20 +210,20 @@ static void follow(Curves *curves, const double *widths) {
 
 static inline double larger(double one, double other) { return one > other ? one : other; }
 
-/* The steepest of the ways from an age to a later one, up to `last`. Four ways at a time: each maximum waits for the one before it. */
-static double steepest_from(const Curves *curves, Py_ssize_t age, Py_ssize_t last, double least_run) {
-    double slopes[AGES + 4], most[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+/* The steepest of the ways from an age to a later one, up to `last`, after which all lead down for ever. Four ways at a time: each maximum
+   waits for the one before it. Part of its caller, as what is compiled for wide registers must not call what is not. */
+static inline __attribute__((always_inline)) double steepest_from(const Curves *curves, Py_ssize_t age, Py_ssize_t last, double least_run) {
+    double slopes[AGES + LANES], most[LANES] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
     const double *used = curves->used + age, *kept = curves->kept + age;
-    const Py_ssize_t ways = last - age;
+    const Py_ssize_t ways = (last - age + LANES - 1) / LANES * LANES;
     for (Py_ssize_t way = 0; way < ways; way++) slopes[way] = (used[way + 1] - used[0]) / larger(kept[way + 1] - kept[0], least_run);
-    for (Py_ssize_t way = ways; way < ways + 3; way++) slopes[way] = -INFINITY;
-    for (Py_ssize_t way = 0; way < ways; way += 4) {
-        for (int lane = 0; lane < 4; lane++) most[lane] = larger(slopes[way + lane], most[lane]);
+    for (Py_ssize_t way = 0; way < ways; way += LANES) {
+        for (int lane = 0; lane < LANES; lane++) most[lane] = larger(slopes[way + lane], most[lane]);
     }
     return larger(larger(most[0], most[1]), larger(most[2], most[3]));
 }
 
-PyObject *appraise(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+WIDE PyObject *appraise(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     (void)self;
     Grids grids;
     Grid grid[6];
@@ -235,6 +245,7 @@ PyObject *appraise(PyObject *self, PyObject *const *arguments, Py_ssize_t given)
         for (int age = 0; age < AGES; age++) curves.hazard[age] = curves.hazard[age] < most_hazard ? curves.hazard[age] : most_hazard;
         curves.hazard[AGES - 1] = 0.0; /* nothing is known of what comes after */
         follow(&curves, widths->d);
+        for (int lane = 1; lane <= LANES; lane++) curves.used[last + lane] = -INFINITY, curves.kept[last + lane] = curves.kept[last];
         for (Py_ssize_t age = 0; age < last && age < AGES - 1; age++) best[age] = steepest_from(&curves, age, last, least_run);
         for (int age = 0; age < AGES; age++) chance[age] = 1.0 - curves.survival[AGES] / curves.survival[age];
     }

@@ -19,22 +19,26 @@ static Py_ssize_t cell_to_write(const Spells *s, int64_t page) {
     return s->cell_last[other] < s->cell_last[cell] ? other : cell;
 }
 
+void become_ghosts(Spells *s, const Rows *pages, Py_ssize_t *cells) {
+    for (Py_ssize_t i = 0; i < pages->count; i++) __builtin_prefetch(s->cell_last + first_cell(s, s->name[*row_at(pages, i)]));
+    /* All are chosen by the times as they were before any of these pages left. */
+    for (Py_ssize_t i = 0; i < pages->count; i++) cells[i] = cell_to_write(s, *row_at(pages, i));
+    for (Py_ssize_t i = 0; i < pages->count; i++) {
+        const int64_t page = *row_at(pages, i);
+        s->cell_name[cells[i]] = s->name[page];
+        s->cell_last[cells[i]] = s->ranking->last[page];
+        memcpy(s->cell_facts + cells[i] * FACTS, s->facts + page * FACTS, sizeof(int64_t) * FACTS);
+    }
+}
+
 PyObject *remember(PyObject *self, PyObject *array) {
     Spells *s = (Spells *)self;
     Rows pages;
     if (!rows_open(&pages, array, false)) return NULL;
-    Py_ssize_t *chosen = malloc(sizeof *chosen * (size_t)(pages.count + 1));
-    const bool usual = chosen && rows_within(&pages, s->pages);
-    for (Py_ssize_t i = 0; usual && i < pages.count; i++) __builtin_prefetch(s->cell_last + first_cell(s, s->name[*row_at(&pages, i)]));
-    /* All are chosen by the times as they were before any of these pages left. */
-    for (Py_ssize_t i = 0; usual && i < pages.count; i++) chosen[i] = cell_to_write(s, *row_at(&pages, i));
-    for (Py_ssize_t i = 0; usual && i < pages.count; i++) {
-        const int64_t page = *row_at(&pages, i);
-        s->cell_name[chosen[i]] = s->name[page];
-        s->cell_last[chosen[i]] = s->ranking->last[page];
-        memcpy(s->cell_facts + chosen[i] * FACTS, s->facts + page * FACTS, sizeof(int64_t) * FACTS);
-    }
-    free(chosen);
+    Py_ssize_t *cells = malloc(sizeof *cells * (size_t)(pages.count + 1));
+    const bool usual = cells && rows_within(&pages, s->pages);
+    if (usual) become_ghosts(s, &pages, cells);
+    free(cells);
     rows_close(&pages);
     return PyBool_FromLong(usual);
 }

@@ -1,5 +1,5 @@
-/* The loops of the least-recently-used order: what `kvtier.policy.lru` does with its columns and its journal. As in table.c, False or a
-   negative number says that nothing has changed and that the method in Python is to do it.
+/* The loops of the least-recently-used order: what `kvtier.policy.recency` and `kvtier.policy.lru` do with its columns and its journal. As
+   in table.h, False or a negative number says that nothing has changed and that the method in Python is to do it.
 
    A journal entry is a key (depth above page id) and a time; it is alive while its page has this key and this last touch. */
 #include "rows.h"

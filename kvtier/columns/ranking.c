@@ -1,6 +1,6 @@
 /* The loops of a ranking: what `kvtier.policy.ranking` does with its columns. Leaves are in a heap of page ids, each of which knows its
    place; what comes first is told by the columns alone (score, last touch, deepest first, id), so the order of leaving does not depend on
-   how the heap happens to lie. As in table.c, False says that nothing has changed and that the method in Python is to do it. */
+   how the heap happens to lie. As in table.h, False says that nothing has changed and that the method in Python is to do it. */
 #include "ranking.h"
 
 static void ranking_dealloc(PyObject *self) {
@@ -134,8 +134,7 @@ static void go(Ranking *r, int64_t page) {
     if (freed >= 0) ranking_enqueue(r, freed);
 }
 
-/* As `go` for the first of the queue. Its parent takes its place: pages of one request mostly follow each other out. */
-static void go_first(Ranking *r, int64_t page) {
+void ranking_leave_first(Ranking *r, int64_t page) {
     const int64_t freed = unlink_page(r, page);
     r->place[page] = UNQUEUED;
     if (freed >= 0 && !is_queued(r, freed)) {
@@ -193,17 +192,17 @@ static PyObject *restore(PyObject *self, PyObject *pages) { return each(self, pa
 static PyObject *rescored(PyObject *self, PyObject *pages) { return each(self, pages, true, false, place_anew); }
 static PyObject *withdraw(PyObject *self, PyObject *pages) { return each(self, pages, true, false, ranking_unqueue); }
 
+int64_t ranking_first(const Ranking *r) {
+    const Py_ssize_t page = size_of(r) ? ranking_cell(r, r->heap[0]) : r->pages;
+    return page != r->pages && is_queued(r, page) ? page : -1;
+}
+
 static PyObject *pop(PyObject *self, PyObject *array) {
     Ranking *r = (Ranking *)self;
     Rows out;
     if (!rows_open(&out, array, true)) return NULL;
     Py_ssize_t count = 0;
-    while (count < out.count && size_of(r)) {
-        const Py_ssize_t page = ranking_cell(r, r->heap[0]);
-        if (page == r->pages || !is_queued(r, page)) break;
-        *row_at(&out, count++) = page;
-        go_first(r, page);
-    }
+    for (int64_t page; count < out.count && (page = ranking_first(r)) >= 0; ranking_leave_first(r, page)) *row_at(&out, count++) = page;
     rows_close(&out);
     return PyLong_FromSsize_t(count);
 }

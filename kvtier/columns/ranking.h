@@ -37,5 +37,11 @@ void ranking_enqueue(Ranking *r, int64_t page);
 /* A page is here from now on, by the links in its columns; it queues if it is a leaf, and its parent does not. */
 void ranking_come(Ranking *r, int64_t page);
 
+/* The page that is the first of the queue, -1 if nothing queues. */
+int64_t ranking_first(const Ranking *r);
+
+/* That page goes. Its parent, where it is a leaf then, takes its place: pages of one request mostly follow each other out. */
+void ranking_leave_first(Ranking *r, int64_t page);
+
 /* All that queue have new scores: puts them in order. */
 void ranking_reorder(Ranking *r);

@@ -1,4 +1,4 @@
-/* What pages are worth: `kvtier.policy.a2cr` `_worth` and `_score_all`. */
+/* What pages are worth: `kvtier.policy.spells` `_worth` and `_score_all`. */
 #include "spells.h"
 
 #include <string.h>

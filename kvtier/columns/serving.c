@@ -74,8 +74,6 @@ static void begin_spell(Spells *s, int64_t page, int64_t combined, double time) 
 /* Whether the numbers that Python keeps can be what they say. */
 static bool is_in_order(const Spells *s) { return s->period[NOW] >= 0 && s->counts[CALL_NUMBER] >= 0 && s->guard[FIRST] >= 0; }
 
-static double later_of(const Spells *s, double time) { return time > s->clock[LATEST] ? time : s->clock[LATEST]; }
-
 /* -- touch -- */
 
 /* Whether these pages can be used: 0, or why not. */

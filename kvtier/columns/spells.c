@@ -1,9 +1,9 @@
-/* The loops of spells: what `kvtier.policy.a2cr` does when pages are used, come or leave. As in table.c, False or a negative number says
-   that nothing has changed and that the lines in Python are to do it: a kind that is not known yet, a page that is not what it should be.
-   This file opens the columns; see spells.h. */
+/* The loops of spells: what `kvtier.policy.spells` and `kvtier.policy.a2cr` do when pages are used, come or leave. As in table.h, False or
+   a negative number says that nothing has changed and that the lines in Python are to do it: a kind that is not known yet, a page that is
+   not what it should be. This file opens the columns; see spells.h. */
 #include "spells.h"
 
-/* The columns in the order of `A2CR.attach`. */
+/* The columns in the order of `Spells.attach`. */
 enum {
     COLUMN_COMBINED, COLUMN_FACTS, COLUMN_NAME, COLUMN_SCORED, COLUMN_KIND_OF, COLUMN_WORTH, COLUMN_HITS, COLUMN_CHANGE, COLUMN_ALIVE,
     COLUMN_COUNTED, COLUMN_PERIOD, COLUMN_EDGES, COLUMN_CELL_NAME, COLUMN_CELL_LAST, COLUMN_CELL_FACTS, COLUMN_COUNT_OF,
@@ -104,7 +104,7 @@ static PyObject *spells_new(PyTypeObject *type, PyObject *arguments, PyObject *n
 
 static PyMethodDef methods[] = {
     {"touch", FAST(touch), NULL}, {"insert", FAST(insert), NULL}, {"remember", remember, METH_O, NULL},
-    {"score_all", score_all, METH_NOARGS, NULL}, {NULL, NULL, 0, NULL},
+    {"evict", FAST(evict), NULL}, {"score_all", score_all, METH_NOARGS, NULL}, {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot slots[] = {

@@ -1,6 +1,6 @@
-/* Columns of one A²CR policy as its loops see them: of pages (`kvtier.policy.a2cr`), of kinds (`kvtier.policy.reuse`), of ghosts
+/* Columns of one A²CR policy as its loops see them: of pages (`kvtier.policy.spells`), of kinds (`kvtier.policy.reuse`), of ghosts
    (`kvtier.policy.memory`), of what LRU would do (`kvtier.policy.guard`). spells.c opens them, serving.c is what happens to pages, ghosts.c
-   what is remembered of those that left, scoring.c what pages are worth, guarding.c the counts beside. */
+   what is remembered of those that left, scoring.c what pages are worth, leaving.c which of them leave, guarding.c the counts beside. */
 #pragma once
 
 #include "ranking.h"
@@ -33,6 +33,9 @@ typedef struct {
     int held;
     Py_buffer columns[23];
 } Spells;
+
+/* This time, unless a later one was seen. */
+static inline double later_of(const Spells *s, double time) { return time > s->clock[LATEST] ? time : s->clock[LATEST]; }
 
 /* -- scoring.c -- */
 
@@ -72,4 +75,11 @@ static inline Py_ssize_t first_cell(const Spells *s, int64_t name) {
 /* The cell in which a name is remembered, -1 if in none. */
 Py_ssize_t find_ghost(const Spells *s, int64_t name);
 
+/* Pages that left, of which all have a row, are remembered; `cells` is room for as many numbers. */
+void become_ghosts(Spells *s, const Rows *pages, Py_ssize_t *cells);
+
 PyObject *remember(PyObject *self, PyObject *pages);
+
+/* -- leaving.c -- */
+
+PyObject *evict(PyObject *self, PyObject *const *arguments, Py_ssize_t given);

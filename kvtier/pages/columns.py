@@ -71,10 +71,11 @@ class PageColumns:
         self._free_count = 0
         self.hollow = False
         """Whether a row without copies ever had to stay: until then, with one tier only, all children of a page are in that tier."""
-        self._pinned_until = -math.inf
+        self.pinned_until = -math.inf
         """No pin lasts longer."""
         self._alone = [np.array(cell) for cell in (np.eye(MOST_TIERS, dtype=np.uint8) * READY).view(np.uint64)[:, 0]]
-        self._loops: compiled.TableLoops | None = None
+        self.loops: compiled.TableLoops | None = None
+        """The compiled loops over the columns, until these grow; None where there are none."""
         self._grow(1024)
 
     def __len__(self) -> int:
@@ -99,7 +100,7 @@ class PageColumns:
         free = np.empty(rows, np.int64)
         free[: self._free_count] = self._free[: self._free_count]
         self._free = free
-        self._loops = self.attach()
+        self.loops = self.attach()
 
     def attach(self) -> compiled.TableLoops | None:
         """The compiled loops over the columns as they are now; None where there are none."""

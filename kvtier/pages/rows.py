@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from kvtier.columns import WHOLE
 from kvtier.errors import IntegrityError
 from kvtier.keys import PageKey
 from kvtier.pages.columns import ABSENT, NO_ROW, NO_TIER, READY, WRITING, PageColumns, Rows
@@ -48,7 +49,7 @@ class PageRows(PageColumns):
 
     def add_chain(self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int = NO_ROW) -> Rows:
         """As `add` for pages that follow each other: rows of all `keys`, the first at `depth` after the page `before` (row `parent`)."""
-        if self._loops is not None and (added := self._add_chain(keys, before, depth, parent)) is not None:
+        if self.loops is not None and (added := self._add_chain(keys, before, depth, parent)) is not None:
             return added
         known = np.fromiter(iter(map(self._row_of.get, keys).__next__, None), np.int64)
         if count := len(known):
@@ -124,7 +125,7 @@ class PageRows(PageColumns):
 
     def _add_chain(self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int) -> Rows | None:
         """As `add_chain` where no known key follows an unknown one, there is room and no link has to be made; else None."""
-        loops, rows = self._loops, np.empty(len(keys), np.int64)
+        loops, rows = self.loops, np.empty(len(keys), WHOLE)
         if loops is None:
             return None
         keys = keys if isinstance(keys, _PLAIN) else list(keys)

@@ -18,6 +18,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtier.columns import WHOLE
 from kvtier.errors import IntegrityError
 from kvtier.keys import PageKey
 from kvtier.pages.columns import ABSENT, MOST_TIERS, NO_ROW, NO_TIER, READY, WRITING, Rows
@@ -58,9 +59,9 @@ class PageTable(PageRows):
 
     def find(self, keys: Sequence[PageKey]) -> Rows:
         """Rows of the longest prefix of `keys` of which every page has a READY copy somewhere."""
-        if self._loops is not None:
-            rows = np.empty(len(keys), np.int64)
-            return rows[: self._loops.find(self._row_of, _plain(keys), rows)]
+        if self.loops is not None:
+            rows = np.empty(len(keys), WHOLE)
+            return rows[: self.loops.find(self._row_of, _plain(keys), rows)]
         known = iter(map(self._row_of.get, keys).__next__, None)  # up to the first key without a row, or the last
         rows = np.fromiter(known, np.int64)
         visible = self._copies[rows] & _READY_ANYWHERE
@@ -68,9 +69,9 @@ class PageTable(PageRows):
 
     def claim(self, keys: Sequence[PageKey]) -> Rows:
         """`find`, `lease` and `use` at once."""
-        if self._loops is not None:
-            rows = np.empty(len(keys), np.int64)
-            return rows[: self._loops.claim(self._row_of, _plain(keys), rows)]
+        if self.loops is not None:
+            rows = np.empty(len(keys), WHOLE)
+            return rows[: self.loops.claim(self._row_of, _plain(keys), rows)]
         rows = self.find(keys)
         self.lease(rows)
         self.use(rows)
@@ -105,9 +106,9 @@ class PageTable(PageRows):
 
     def links(self, rows: Rows) -> Links:
         """The rows before these (NO_ROW where there is none), their depths, and for which attention was reported (None: for none)."""
-        if self._loops is not None:
-            parents, depths = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
-            if self._loops.links(rows, parents, depths) == 0:
+        if self.loops is not None:
+            parents, depths = np.empty(len(rows), WHOLE), np.empty(len(rows), WHOLE)
+            if self.loops.links(rows, parents, depths) == 0:
                 return parents, depths, None
         mass = self.attention[rows]
         attended = mass == mass  # not NaN
@@ -134,7 +135,7 @@ class PageTable(PageRows):
 
     def names(self, rows: Rows) -> Rows:
         """What the pages of these rows, which have keys, are called whatever row they are in: the first 8 bytes of each key, `[n]`."""
-        if self._loops is not None and self._loops.names(rows, names := np.empty(len(rows), np.int64)):
+        if self.loops is not None and self.loops.names(rows, names := np.empty(len(rows), WHOLE)):
             return names
         return np.frombuffer(b"".join([key[:8] for key in self.key[rows].tolist()]), np.int64)
 
@@ -144,7 +145,7 @@ class PageTable(PageRows):
 
     def any_pinned(self, rows: Rows, now: float) -> NDArray[np.bool_] | None:
         """Which of these are pinned; None if none is."""
-        if self._pinned_until <= now:
+        if self.pinned_until <= now:
             return None
         pinned: NDArray[np.bool_] = self.pin_until[rows] > now
         return pinned if np.count_nonzero(pinned) else None
@@ -153,8 +154,8 @@ class PageTable(PageRows):
 
     def begin(self, rows: Rows | Sequence[int], tier: int, slots: Sequence[int]) -> None:
         """Reserve a copy per row: invisible until `commit`. IntegrityError, and nothing begun, if one already has or awaits one there."""
-        rows = np.asarray(rows, np.int64)
-        if self._loops is not None and self._loops.begin(rows, tier, _plain(slots)):
+        rows = np.asarray(rows, WHOLE)
+        if self.loops is not None and self.loops.begin(rows, tier, _plain(slots)):
             return
         state = self.state[tier]
         if np.count_nonzero(state[rows]):
@@ -164,7 +165,7 @@ class PageTable(PageRows):
 
     def settle(self, rows: Rows, tier: int, slots: Sequence[int]) -> None:
         """`begin`, `commit`, `lease` and `use` at once: copies that are already written. IntegrityError, and nothing done, as `begin`."""
-        if self._loops is None or not self._loops.settle(rows, tier, _plain(slots)):
+        if self.loops is None or not self.loops.settle(rows, tier, _plain(slots)):
             self.begin(rows, tier, slots)
             self.commit(rows, tier)
             self.lease(rows)
@@ -174,9 +175,9 @@ class PageTable(PageRows):
         self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int, tier: int, slots: Sequence[int]
     ) -> tuple[Rows, Links]:
         """`add_chain`, and `settle` and `links` of the rows, which come first. Raises as `settle`: then there are rows, but no copies."""
-        if (loops := self._loops) is not None:
+        if (loops := self.loops) is not None:
             count = len(keys)
-            rows, parents, depths = np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.int64)
+            rows, parents, depths = np.empty(count, WHOLE), np.empty(count, WHOLE), np.empty(count, WHOLE)
             chain = (self._row_of, _plain(keys), before, depth, parent, self.page_tokens, self._size, self._free_count)
             if loops.settle_chain(*chain, tier, _plain(slots), rows, parents, depths):
                 self._took(count)
@@ -187,8 +188,8 @@ class PageTable(PageRows):
 
     def commit(self, rows: Rows | Sequence[int], tier: int) -> None:
         """Make WRITING copies visible. IntegrityError, and nothing done, if one of them is not WRITING."""
-        rows = np.asarray(rows, np.int64)
-        if self._loops is not None and self._loops.commit(rows, tier):
+        rows = np.asarray(rows, WHOLE)
+        if self.loops is not None and self.loops.commit(rows, tier):
             return
         state = self.state[tier]
         if 1 in (wrong := state[rows] != _WRITING).tobytes():
@@ -200,8 +201,8 @@ class PageTable(PageRows):
 
         IntegrityError, and nothing dropped, if one has no copy or is being read.
         """
-        rows = np.asarray(rows, np.int64)
-        if self._loops is not None and (dropped := self._loops.drop(rows, tier, self._row_of, self._free_count)) is not None:
+        rows = np.asarray(rows, WHOLE)
+        if self.loops is not None and (dropped := self.loops.drop(rows, tier, self._row_of, self._free_count)) is not None:
             slots, self._free_count, hollow = dropped
             self.hollow |= hollow
             return slots
@@ -217,22 +218,22 @@ class PageTable(PageRows):
 
     def hold(self, rows: Rows | Sequence[int], tier: int) -> None:
         """A transfer reads these copies: they may not be dropped until `unhold`."""
-        self.readers[tier][np.asarray(rows, np.int64)] += 1
+        self.readers[tier][np.asarray(rows, WHOLE)] += 1
 
     def unhold(self, rows: Rows | Sequence[int], tier: int) -> None:
         """The transfer is over."""
-        self.readers[tier][np.asarray(rows, np.int64)] -= 1
+        self.readers[tier][np.asarray(rows, WHOLE)] -= 1
 
     # -- holders ---------------------------------------------------------------------------------------------------------------
 
     def lease(self, rows: Rows) -> None:
         """Count one more holder of each row."""
-        if self._loops is None or not self._loops.lease(rows):
+        if self.loops is None or not self.loops.lease(rows):
             self.leases[rows] += _ONE
 
     def use(self, rows: Rows) -> None:
         """Count one more use of each row."""
-        if self._loops is None or not self._loops.use(rows):
+        if self.loops is None or not self.loops.use(rows):
             self.uses[rows] += _ONE
 
     def release(self, rows: Rows | Sequence[int]) -> list[int]:
@@ -240,8 +241,8 @@ class PageTable(PageRows):
 
         IntegrityError, and nothing released, if one of them is not leased.
         """
-        held = np.asarray(rows, np.int64)
-        if self._loops is not None and (released := self._loops.release(held, self._row_of, self._free_count)) is not None:
+        held = np.asarray(rows, WHOLE)
+        if self.loops is not None and (released := self.loops.release(held, self._row_of, self._free_count)) is not None:
             self._free_count, hollow = released
             self.hollow |= hollow
             return []
@@ -260,7 +261,7 @@ class PageTable(PageRows):
 
     def held(self, rows: Rows, tier: int) -> NDArray[np.bool_]:
         """Which of these are leased or being read in `tier`. A lease holds the device copy, or what it will be made from."""
-        if self._loops is not None and self._loops.protect(rows, tier, held := np.empty(len(rows), np.bool_)):
+        if self.loops is not None and self.loops.protect(rows, tier, held := np.empty(len(rows), np.bool_)):
             return held
         leased: NDArray[np.bool_] = self.leases[rows] != _NOBODY
         if tier != 0:
@@ -273,7 +274,7 @@ class PageTable(PageRows):
         """Keep these pages in `tier` or warmer until the clock reads `until` (math.inf for ever)."""
         self.pin_tier[rows] = tier
         self.pin_until[rows] = until
-        self._pinned_until = max(self._pinned_until, until)
+        self.pinned_until = max(self.pinned_until, until)
 
     def unpin(self, rows: Rows) -> None:
         """Forget the pins of these pages."""

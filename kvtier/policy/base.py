@@ -17,6 +17,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtier import columns
+
 ROOT = -1
 """Parent of a page that has none."""
 
@@ -27,6 +29,23 @@ Mask = NDArray[np.bool_]
 Protection = Callable[[Pages], Mask]
 """Says which of these pages may not leave. Within one call of a policy it is asked about a page once at most, in leaving order, and only
 about pages that would be leaves once those asked about before them are gone. Not all of them need to leave in the end."""
+
+
+Holders = tuple[columns.TableLoops, int]
+"""A table's loops and a tier: those who hold pages there."""
+
+
+class TableProtection:
+    """A `Protection` that may follow from the columns of a page table alone: compiled loops then look there and need not ask."""
+
+    def holders(self) -> Holders | None:
+        """Where to look, if no pages may not leave but those that `TableLoops.protect` names in that tier; else None."""
+        return None
+
+    def __call__(self, pages: Pages) -> Mask:
+        """Which of these pages may not leave."""
+        raise NotImplementedError
+
 
 Names = Callable[[Pages], Pages]
 """What pages are called for as long as anybody could remember them, int64 `[n]`: equal content, equal name, whatever the id."""

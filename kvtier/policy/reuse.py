@@ -57,6 +57,7 @@ PRIOR_HITS = 1.0
 """Hits' worth of belief that a feature changes nothing."""
 LEAST_HAZARD, MOST_HAZARD = 1e-7, 0.97
 LEAST_DENSITY, LEAST_RUN, LEAST_EXPOSURE = 1e-12, 1e-30, 0.01
+_LEAST_WORTH = np.log(LEAST_DENSITY)
 
 
 def age_bins(ages: Reals) -> Numbers:
@@ -188,7 +189,9 @@ class ReuseModel:
         ends = np.append(self._began[rows[1:]], now)
         reached = age_bins(np.maximum(now - (self._began[rows] + ends) / 2, 0.0)) + 1
         if (loops := columns.loops()) is not None:
-            loops.expose(rows, reached, self.counted, self.alive, self.change, self.hits, self._exposed, self._hits)
+            known = slice(self._count)
+            change, hits, all_exposed, all_hits = self.change[known], self.hits[known], self._exposed[known], self._hits[known]
+            loops.expose(rows, reached, self.counted, self.alive, change, hits, all_exposed, all_hits)
             return
         for row, until in zip(rows.tolist(), reached.tolist(), strict=True):
             start = int(self.counted[row])
@@ -273,7 +276,9 @@ class ReuseModel:
             loops.appraise(self._level, features, self._factors, _WIDTHS, best, chance, last, MOST_HAZARD, LEAST_RUN)
         else:
             self._promise(features, best, chance, last)
-        np.log(np.maximum(best, LEAST_DENSITY, out=best), out=best)
+        promising = best[:, :last]
+        np.log(np.maximum(promising, LEAST_DENSITY, out=promising), out=promising)
+        best[:, last:] = _LEAST_WORTH
 
     def _promise(self, features: Numbers, best: Reals, chance: Reals, last: int) -> None:
         """Into `best` the most uses per second from each age below `last`, into `chance` the chance of a use at all."""

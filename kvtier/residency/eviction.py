@@ -18,6 +18,7 @@ from kvtier.mover.transfer import Priority
 from kvtier.pages import DEVICE, READY, Rows
 from kvtier.policy import Mask
 from kvtier.residency.opening import SELECTIVE, WRITE_BACK
+from kvtier.residency.protection import Protected
 
 if TYPE_CHECKING:
     from kvtier.residency.residency import Residency
@@ -80,7 +81,7 @@ class Eviction:
             known = residency.policies[below].here(heirs)
             residency.policies[below].touch(heirs[known], residency.clock())
             heirs = heirs[~known]
-        if tier == DEVICE and residency.hinted:
+        if tier == DEVICE and residency.hinted.count:
             residency.metrics.prefetch.wasted += residency.hinted.unmark(rows)
         residency.metrics.tiers[tier].evicted[reason] += len(rows)
         if residency.watcher is not None:
@@ -135,11 +136,11 @@ class Eviction:
         policy, now, pressure = residency.policies[tier], residency.clock(), residency.smoothed_pressure(tier)
         missing = max(1, count + spare - room.free_slots)
         if tier != residency.last:
-            with residency.protecting(tier, hinted) as protected:
+            with Protected(residency.table, tier, now, hinted) as protected:
                 likely = policy.peek(missing, protected, now, pressure)
             if len(likely) < missing or not self.is_clean(likely, tier).all():
                 return None
-        with residency.protecting(tier, hinted) as protected:
+        with Protected(residency.table, tier, now, hinted) as protected:
             victims = policy.evict(missing, protected, now, pressure)
         if victims is None:
             return None

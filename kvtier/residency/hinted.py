@@ -20,30 +20,27 @@ class Hinted:
     def __init__(self, table: PageTable, budget: Callable[[], int]) -> None:
         self._table = table
         self._budget = budget
-        self._count = 0
+        self.count = 0
+        """How many there are."""
         self._waiting: dict[object, Callable[[], None]] = {}
-
-    def __bool__(self) -> bool:
-        """Whether there are any."""
-        return self._count > 0
 
     @property
     def room(self) -> int:
         """Pages that may still be brought up before those already brought are used."""
-        return max(0, self._budget() - self._count)
+        return max(0, self._budget() - self.count)
 
     def mark(self, rows: Rows, source: int) -> None:
         """These pages are being brought up from tier `source` on a hint."""
         self._table.prefetched_from[rows] = source
-        self._count += len(rows)
+        self.count += len(rows)
 
     def unmark(self, rows: Rows) -> int:
         """These pages are claimed, gone or failed: they no longer count; how many did."""
-        if not self._count:
+        if not self.count:
             return 0
         marked = rows[self._table.prefetched_from[rows] != NO_TIER]
         self._table.prefetched_from[marked] = NO_TIER
-        self._count -= len(marked)
+        self.count -= len(marked)
         return len(marked)
 
     def wait_for_room(self, hint: object, again: Callable[[], None]) -> None:
@@ -58,6 +55,7 @@ class Hinted:
 
     def room_came(self) -> None:
         """A request let go of its pages: whoever waits looks again, the oldest hint first."""
-        waiting, self._waiting = self._waiting, {}
-        for again in waiting.values():
-            again()
+        if self._waiting:
+            waiting, self._waiting = self._waiting, {}
+            for again in waiting.values():
+                again()

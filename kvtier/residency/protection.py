@@ -8,13 +8,13 @@ from __future__ import annotations
 import numpy as np
 
 from kvtier.pages import ABSENT, NO_TIER, READY, PageTable, Rows
-from kvtier.policy import Mask
+from kvtier.policy import Holders, Mask, TableProtection
 
 # Without dimensions: with a Python number, NumPy spends longer on finding the type than on a whole request's rows.
 _NOBODY, _ONE, _NO_TIER = np.array(0), np.array(1), np.array(NO_TIER)
 
 
-class Protected:
+class Protected(TableProtection):
     """The pages that are leased, being read in `tier`, pinned to it at time `now`, or the last copy of a page that others build on.
 
     With `hinted`, also those that a hint brought up and nobody used yet. A `kvtier.policy.Protection`, to be used within `with`. A page
@@ -26,6 +26,7 @@ class Protected:
         self._table = table
         self._tier = tier
         self._now = now
+        self._keeps_parents = tier == table.tiers - 1 and (tier > 0 or table.hollow)
         self._leaving: list[Rows] = []
 
     def __enter__(self) -> Protected:
@@ -34,6 +35,12 @@ class Protected:
     def __exit__(self, *_: object) -> None:
         for parents in self._leaving:
             self._table.leaving[parents] = _NOBODY
+
+    def holders(self) -> Holders | None:
+        table = self._table
+        if table.loops is None or self._hinted or self._keeps_parents or table.pinned_until > self._now:
+            return None
+        return table.loops, self._tier
 
     def __call__(self, pages: Rows) -> Mask:
         """Which of these pages may not leave."""
@@ -44,8 +51,8 @@ class Protected:
         if (pinned := table.any_pinned(pages, self._now)) is not None:
             for index in np.flatnonzero(pinned & ~kept).tolist():
                 kept[index] = self._is_pinned_here(int(pages[index]))
-        if tier == table.tiers - 1 and (tier or table.hollow):
-            self._keep_parents(pages, kept)
+        if self._keeps_parents:
+            self._add_parents(pages, kept)
         return kept
 
     def _is_pinned_here(self, page: int) -> bool:
@@ -56,7 +63,7 @@ class Protected:
         others[self._tier :] = ABSENT
         return not (others == READY).any()
 
-    def _keep_parents(self, pages: Rows, kept: Mask) -> None:
+    def _add_parents(self, pages: Rows, kept: Mask) -> None:
         table = self._table
         parents = table.parent[pages[~kept & table.is_alone(pages, self._tier)]]
         np.add.at(table.leaving, parents, _ONE)

@@ -157,7 +157,7 @@ class Residency:
 
     def _served(self, rows: Rows, tier: int) -> None:
         """Count these pages as served from `tier`, or from where a hint brought them up before. Lock held."""
-        if not self.hinted:
+        if not self.hinted.count:
             self.metrics.tiers[tier].served(len(rows), self.table.page_tokens)
             return
         origins = self.table.prefetched_from[rows]

@@ -54,7 +54,7 @@ def table_state(table: PageTable) -> dict[str, Any]:
     """Everything a table holds, as it is in memory."""
     state = {name: getattr(table, name) for name in COLUMNS}
     plain = {name: column.tolist() if column.dtype == object else column.tobytes() for name, column in state.items()}
-    numbers = (table._size, table._free_count, table.hollow, table._pinned_until)
+    numbers = (table._size, table._free_count, table.hollow, table.pinned_until)
     return plain | {"free": table._free[: table._free_count].tolist(), "index": list(table._row_of.items()), "numbers": numbers}
 
 

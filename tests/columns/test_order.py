@@ -9,7 +9,7 @@ import pytest
 
 from kvtier import columns
 from kvtier.policy import LRU, ROOT, nothing_protected
-from kvtier.policy import lru as lru_module
+from kvtier.policy import recency as recency_module
 from kvtier.testing.policy import PolicyContract, pages_of
 from tests.columns.rig import PlainLRU, Twins, needs_loops, order_state
 
@@ -28,7 +28,7 @@ class TestTwins(PolicyContract):
 class TestTwinsWithAJournalThatIsCompactedAllTheTime(PolicyContract):
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
-        monkeypatch.setattr(lru_module, "SPARE_ENTRIES", 2)
+        monkeypatch.setattr(recency_module, "SPARE_ENTRIES", 2)
 
     def make_policy(self) -> Any:
         return twins()

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from kvtier import columns
+from kvtier.pages import DEVICE, NO_ROW, PageTable
 from kvtier.policy import A2CR, ROOT, nothing_protected
 from kvtier.policy import memory as memory_module
 from kvtier.policy import reuse as reuse_module
 from kvtier.policy.ranking import Ranking
 from kvtier.policy.reuse import AGES, ReuseModel
+from kvtier.residency.protection import Protected
 from kvtier.testing.policy import PolicyContract
 from tests.columns.rig import PlainA2CR, PlainRanking, Twins, a2cr_state, needs_loops
 
@@ -130,8 +132,50 @@ def test_loops_refuse_columns_that_do_not_fit_and_rows_that_are_not_there():
     spells.score_all()
     policy._ranking._queued[0] = 10**9
     spells.score_all()
+    table = PageTable(1, 1).loops
+    assert table is not None
+    assert not spells.evict(np.zeros(1, np.int64), table, 1, 1.0), "the table has no such tier"
+    with pytest.raises(TypeError, match="table's loops"):
+        spells.evict(np.zeros(1, np.int64), ranked, 0, 1.0)  # type: ignore[arg-type]
+    spells.evict(np.zeros(4, np.int64), table, 0, 1.0)
     ranked.pop(np.zeros(4, np.int64))
     ranked.rescored(np.array([1]))
+
+
+@needs_loops
+def test_an_eviction_that_looks_into_the_table_takes_what_one_that_asks_takes(hasty):
+    """Those that are held are few at first, and in the end most: then there are fewer to take than are wanted."""
+    table, policies, chance = PageTable(1, 1), (A2CR(), PlainA2CR()), np.random.default_rng(3)
+    for policy in policies:
+        policy.names = table.names
+    held: list[np.ndarray[Any, Any]] = []
+    taken: list[int] = []
+    for call in range(300):
+        now, length = float(call), int(chance.integers(1, 9))
+        keys = [bytes([call % 256, call // 256, place]) * 11 for place in range(length)]
+        rows, (parents, depths, _) = table.settle_chain(keys, bytes(32), 0, NO_ROW, DEVICE, range(length))
+        for policy in policies:
+            policy.insert(rows, parents, depths, now)
+        if chance.random() < call / 300:
+            held.append(rows)
+        else:
+            table.release(rows)
+        if call < 20:
+            continue
+        wanted = int(chance.integers(1, 12))
+        with Protected(table, DEVICE, now) as protected:
+            assert protected.holders() is not None
+            victims, again = [policy.evict(wanted, protected, now, 1.0) for policy in policies]
+        assert a2cr_state(policies[0]) == a2cr_state(policies[1])
+        assert (victims is None) == (again is None)
+        if victims is not None and again is not None:
+            assert victims.tolist() == again.tolist()
+            assert not table.leases[victims].any()
+            table.drop(victims, DEVICE)
+        taken.append(victims is not None)
+        policies[0].check_integrity()
+    assert held
+    assert 0 < sum(taken) < len(taken)
 
 
 @needs_loops

@@ -171,7 +171,7 @@ def test_loops_refuse_what_is_no_column_and_no_rows():
             loops.Table(*[wrong if place == index else column for index, column in enumerate(good)])
     with pytest.raises((TypeError, BufferError, ValueError)):
         loops.Table(np.arange(8)[::2], *good[1:])
-    native = table._loops
+    native = table.loops
     assert native is not None
     for rows in (np.zeros(3), np.zeros(3, np.int32), np.zeros((1, 3), np.int64), b"123", None):
         with pytest.raises((TypeError, BufferError)):

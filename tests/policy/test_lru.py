@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.policy import LRU, ROOT, nothing_protected
-from kvtier.policy import lru as lru_module
+from kvtier.policy import recency as recency_module
 from kvtier.testing.policy import Asked, PolicyContract, evicted, insert_one, pages_of
 
 PAGES = 1_000_000
@@ -24,7 +24,7 @@ class TestContract(PolicyContract):
 class TestContractWithAJournalThatIsCompactedAllTheTime(PolicyContract):
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
-        monkeypatch.setattr(lru_module, "SPARE_ENTRIES", 2)
+        monkeypatch.setattr(recency_module, "SPARE_ENTRIES", 2)
 
     def make_policy(self) -> LRU:
         return LRU()
@@ -133,7 +133,7 @@ def test_touching_without_evicting_keeps_the_journal_bounded():
     policy.insert(pages, np.full(10, ROOT), np.zeros(10, np.int64), now=0.0)
     for step in range(5_000):
         policy.touch(pages[step % 3 :: 3], now=float(step))
-    assert len(policy._keys) <= 2 * (lru_module.SPARE_ENTRIES + 2 * 10 + 10)
+    assert len(policy._keys) <= 2 * (recency_module.SPARE_ENTRIES + 2 * 10 + 10)
     assert evicted(policy, 10, nothing_protected, 5_000.0, 0.5) == [2, 5, 8, 0, 3, 6, 9, 1, 4, 7]
 
 
@@ -147,8 +147,8 @@ def test_a_clock_that_stands_still_keeps_journal_and_heap_bounded():
         policy.touch(pages[1:], now=0.0)
         policy.remove(pages[1:2])
         insert_one(policy, 1, ROOT, 0, now=0.0)
-    assert len(policy._late) <= 2 * 10 + lru_module.SPARE_ENTRIES
-    assert len(policy._keys) <= 2 * (lru_module.SPARE_ENTRIES + 2 * 10 + 10)
+    assert len(policy._late) <= 2 * 10 + recency_module.SPARE_ENTRIES
+    assert len(policy._keys) <= 2 * (recency_module.SPARE_ENTRIES + 2 * 10 + 10)
     policy.check_integrity()
     assert evicted(policy, 9, nothing_protected, 0.0, 0.5) == list(range(1, 10))
 

@@ -1,0 +1,94 @@
+/* Copies of pages in tiers: reserved, committed, dropped. See table.h. */
+#include "table.h"
+
+/* As begin; `settled` also makes the copies READY, leased and used once more. */
+static PyObject *place(Table *table, PyObject *const *arguments, bool settled) {
+    bool failed = false;
+    const int64_t tier = number_of(arguments[1], &failed);
+    const Py_ssize_t count = item_count(arguments[2]);
+    Rows rows;
+    if (failed || count < 0 || !rows_open(&rows, arguments[0], false)) return NULL;
+    bool usual = count == rows.count && tier_within(table, tier) && rows_within(&rows, table->rows);
+    for (Py_ssize_t i = 0; usual && i < count; i++) usual = *state(table, *row_at(&rows, i), tier) == ABSENT;
+    /* Slots are written first: they mean nothing while a copy is absent, should one of them be no number. */
+    for (Py_ssize_t i = 0; usual && !failed && i < count; i++) {
+        table->slot[tier * table->cells + *row_at(&rows, i)] = number_of(item(arguments[2], i), &failed);
+    }
+    for (Py_ssize_t i = 0; usual && !failed && i < count; i++) {
+        const int64_t row = *row_at(&rows, i);
+        *state(table, row, tier) = settled ? READY : WRITING;
+        table->leases[row] += settled;
+        table->uses[row] += settled;
+    }
+    rows_close(&rows);
+    return failed ? NULL : PyBool_FromLong(usual);
+}
+
+PyObject *table_begin(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    return expect_arguments("begin(rows, tier, slots)", given, 3) ? NULL : place((Table *)self, arguments, false);
+}
+
+PyObject *table_settle(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    return expect_arguments("settle(rows, tier, slots)", given, 3) ? NULL : place((Table *)self, arguments, true);
+}
+
+PyObject *table_commit(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    if (expect_arguments("commit(rows, tier)", given, 2)) return NULL;
+    Table *table = (Table *)self;
+    bool failed = false;
+    const int64_t tier = number_of(arguments[1], &failed);
+    Rows rows;
+    if (failed || !rows_open(&rows, arguments[0], false)) return NULL;
+    bool usual = tier_within(table, tier) && rows_within(&rows, table->rows);
+    for (Py_ssize_t i = 0; usual && i < rows.count; i++) usual = *state(table, *row_at(&rows, i), tier) == WRITING;
+    for (Py_ssize_t i = 0; usual && i < rows.count; i++) *state(table, *row_at(&rows, i), tier) = READY;
+    rows_close(&rows);
+    return PyBool_FromLong(usual);
+}
+
+static PyObject *drop_rows(Burial *burial, const Rows *rows, int64_t tier) {
+    Table *table = burial->table;
+    const int64_t *readers = table->readers + tier * table->cells, *slot = table->slot + tier * table->cells;
+    for (Py_ssize_t i = 0; i < rows->count; i++) {
+        const int64_t row = *row_at(rows, i);
+        if (*state(table, row, tier) == ABSENT || readers[row]) Py_RETURN_NONE;
+    }
+    PyObject *slots = PyList_New(rows->count);
+    if (!slots) return NULL;
+    for (Py_ssize_t i = 0; i < rows->count; i++) {
+        PyObject *number = PyLong_FromLongLong(slot[*row_at(rows, i)]);
+        if (!number || PyList_SetItem(slots, i, number)) {
+            Py_DECREF(slots);
+            return NULL;
+        }
+    }
+    for (Py_ssize_t i = 0; i < rows->count; i++) {
+        const int64_t row = *row_at(rows, i);
+        *state(table, row, tier) = ABSENT;
+        burial->hollow |= !table->copies[row] && table->leases[row];
+    }
+    reap(burial, rows);
+    if (burial->failed) {
+        Py_DECREF(slots);
+        return NULL;
+    }
+    return Py_BuildValue("(NLN)", slots, (long long)burial->unused, PyBool_FromLong(burial->hollow));
+}
+
+PyObject *table_drop(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    if (expect_arguments("drop(rows, tier, row_of, free_count)", given, 4)) return NULL;
+    Table *table = (Table *)self;
+    bool failed = false;
+    const int64_t tier = number_of(arguments[1], &failed);
+    Burial burial = {table, arguments[2], number_of(arguments[3], &failed), false, false};
+    Rows rows;
+    if (failed || !rows_open(&rows, arguments[0], false)) return NULL;
+    PyObject *answer = Py_None;
+    if (tier_within(table, tier) && rows_within(&rows, table->rows) && burial.unused >= 0) {
+        answer = drop_rows(&burial, &rows, tier);
+    } else {
+        Py_INCREF(answer);
+    }
+    rows_close(&rows);
+    return answer;
+}

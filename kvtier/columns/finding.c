@@ -1,0 +1,83 @@
+/* Which pages are there: rows by key, and what the columns say about rows. See table.h. */
+#include "table.h"
+
+#include <string.h>
+
+Py_ssize_t walk(const Table *table, PyObject *index, PyObject *keys, const Rows *out, bool visible) {
+    const Py_ssize_t count = item_count(keys);
+    if (count < 0) return -1;
+    if (out->count < count) {
+        PyErr_SetString(PyExc_ValueError, "less room for rows than there are keys");
+        return -1;
+    }
+    bool failed = false;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        fetch_ahead(keys, i, count);
+        const int64_t row = row_of(index, item(keys, i), &failed);
+        if (failed) return -1;
+        if ((uint64_t)row >= (uint64_t)table->rows || (visible && !(table->copies[row] & READY_ANYWHERE))) return i;
+        *row_at(out, i) = row;
+    }
+    return count;
+}
+
+PyObject *table_find(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    Rows out;
+    if (expect_arguments("find(row_of, keys, out)", given, 3) || !rows_open(&out, arguments[2], true)) return NULL;
+    const Py_ssize_t found = walk((Table *)self, arguments[0], arguments[1], &out, true);
+    rows_close(&out);
+    return found < 0 ? NULL : PyLong_FromSsize_t(found);
+}
+
+PyObject *table_claim(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    Rows out;
+    if (expect_arguments("claim(row_of, keys, out)", given, 3) || !rows_open(&out, arguments[2], true)) return NULL;
+    Table *table = (Table *)self;
+    const Py_ssize_t found = walk(table, arguments[0], arguments[1], &out, true);
+    for (Py_ssize_t i = 0; i < found; i++) {
+        table->leases[*row_at(&out, i)]++;
+        table->uses[*row_at(&out, i)]++;
+    }
+    rows_close(&out);
+    return found < 0 ? NULL : PyLong_FromSsize_t(found);
+}
+
+PyObject *table_links(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    if (expect_arguments("links(rows, parents, depths)", given, 3)) return NULL;
+    const Table *table = (Table *)self;
+    Rows rows[3];
+    int opened = 0;
+    while (opened < 3 && rows_open(&rows[opened], arguments[opened], opened > 0)) opened++;
+    const Py_ssize_t count = opened ? rows[0].count : 0;
+    const bool usual = opened == 3 && rows[1].count == count && rows[2].count == count && rows_within(&rows[0], table->rows);
+    bool attended = false;
+    for (Py_ssize_t i = 0; usual && i < count; i++) {
+        const int64_t row = *row_at(&rows[0], i);
+        *row_at(&rows[1], i) = table->parent[row];
+        *row_at(&rows[2], i) = table->depth[row];
+        attended |= !isnan(table->attention[row]);
+    }
+    for (int i = 0; i < opened; i++) rows_close(&rows[i]);
+    return opened < 3 ? NULL : PyLong_FromLong(usual ? attended : -1);
+}
+
+/* What pages are called: the first 8 bytes of their keys. */
+PyObject *table_names(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    if (expect_arguments("names(rows, out)", given, 2)) return NULL;
+    const Table *table = (Table *)self;
+    Rows rows, out;
+    if (!rows_open(&rows, arguments[0], false)) return NULL;
+    if (!rows_open(&out, arguments[1], true)) {
+        rows_close(&rows);
+        return NULL;
+    }
+    bool usual = rows_within(&rows, table->rows) && out.count == rows.count;
+    for (Py_ssize_t i = 0; usual && i < rows.count; i++) {
+        PyObject *key = table->key[*row_at(&rows, i)];
+        usual = key && PyBytes_Check(key) && PyBytes_Size(key) >= 8;
+        if (usual) memcpy(row_at(&out, i), PyBytes_AsString(key), 8);
+    }
+    rows_close(&out);
+    rows_close(&rows);
+    return PyBool_FromLong(usual);
+}

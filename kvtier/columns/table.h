@@ -1,0 +1,106 @@
+/* The page table's loops: what `kvtier.pages` does with columns, one row after the other instead of one NumPy call after the other. table.c
+   opens the columns, finding.c finds rows, chains.c makes them, reaping.c gives them up, copies.c and holding.c are what happens to pages.
+
+   A method that finds anything unusual answers False or None and has changed nothing: the same method in Python then does the work, or
+   says what is wrong. Row numbers that columns hold are checked like those from outside; NO_ROW and all that is out of range means the
+   last cell, which belongs to no row. */
+#pragma once
+
+#include "rows.h"
+
+enum { ABSENT, WRITING, READY, MOST_TIERS = 8 };
+static const uint64_t READY_ANYWHERE = 0x0202020202020202;
+
+typedef struct {
+    PyObject_HEAD
+    int64_t *parent, *children, *depth, *fill, *leases, *uses, *prefetched_from, *slot, *readers, *free;
+    double *pin_until, *attention;
+    uint64_t *copies;
+    uint8_t *used, *open;
+    PyObject **key, **parent_key;
+    Py_ssize_t cells, rows; /* rows is cells - 1: the last cell is nobody's */
+    Py_ssize_t tiers;
+    int held;
+    Py_buffer columns[17];
+} Table;
+
+static inline Py_ssize_t cell(const Table *table, int64_t row) { return (uint64_t)row < (uint64_t)table->rows ? row : table->rows; }
+
+static inline uint8_t *state(const Table *table, int64_t row, int64_t tier) { return (uint8_t *)&table->copies[row] + tier; }
+
+static inline bool is_empty(const Table *table, int64_t row) { return !table->copies[row] && !table->leases[row]; }
+
+static inline bool tier_within(const Table *table, int64_t tier) { return tier >= 0 && tier < table->tiers; }
+
+/* Whether a row may not leave a tier that the table has: a lease holds the device copy, or what it will be made from. */
+static inline bool is_held(const Table *table, int64_t row, int64_t tier) {
+    const bool leased = table->leases[row] && !(tier && *state(table, row, 0) == READY);
+    return leased || table->readers[tier * table->cells + row];
+}
+
+static inline void set_object(PyObject **place, PyObject *object) {
+    PyObject *before = *place;
+    Py_INCREF(object);
+    *place = object;
+    Py_XDECREF(before);
+}
+
+/* Keys were made, or last asked for, long ago: fetching this many ahead hides most of the wait for memory. */
+enum { AHEAD = 6 };
+
+static inline void fetch_ahead(PyObject *keys, Py_ssize_t index, Py_ssize_t count) {
+    if (index + AHEAD < count) __builtin_prefetch(item(keys, index + AHEAD));
+}
+
+/* The row of `key`, NO_ROW if there is none; `*failed` set if looking failed. */
+static inline int64_t row_of(PyObject *index, PyObject *key, bool *failed) {
+    PyObject *row = key ? PyDict_GetItemWithError(index, key) : NULL;
+    if (row) return number_of(row, failed);
+    if (PyErr_Occurred()) *failed = true;
+    return NO_ROW;
+}
+
+/* The table that this object is, NULL with an exception if it is none. */
+Table *table_of(PyObject *object);
+
+/* -- finding.c -- */
+
+/* Rows of keys[i] into out[i] up to the first without a row, or (`visible`) without a READY copy. How many; -1 with an exception. */
+Py_ssize_t walk(const Table *table, PyObject *index, PyObject *keys, const Rows *out, bool visible);
+
+PyObject *table_find(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *table_claim(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *table_links(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *table_names(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+
+/* -- chains.c -- */
+
+PyObject *table_add_chain(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *table_settle_chain(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+
+/* -- reaping.c -- */
+
+/* What goes while rows are given up. */
+typedef struct {
+    Table *table;
+    PyObject *index;
+    int64_t unused;
+    bool hollow, failed;
+} Burial;
+
+/* Removes those of these rows of which nothing is left: `PageTable._reap`, in the same order. */
+void reap(Burial *burial, const Rows *rows);
+
+/* -- copies.c -- */
+
+PyObject *table_begin(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *table_settle(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *table_commit(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *table_drop(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+
+/* -- holding.c -- */
+
+PyObject *table_lease(PyObject *self, PyObject *array);
+PyObject *table_use(PyObject *self, PyObject *array);
+PyObject *table_release(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *table_protect(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
