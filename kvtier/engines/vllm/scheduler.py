@@ -118,7 +118,7 @@ class SchedulerSide:
     def on_new_request(self, request: Any) -> None:
         """Requests whose prompt is not made of tokens are passed over."""
         if request.prompt_embeds is None:
-            keys = RequestKeys(request, self._namespace, self._size, self._revision(request.lora_request))
+            keys = RequestKeys(request, self._namespace, self._size, self._revision(request.lora_request), self._settings.media)
             self._requests[request.request_id] = RequestState(request, keys)
 
     def _revision(self, adapter: Any) -> str:
