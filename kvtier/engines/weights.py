@@ -38,8 +38,10 @@ def _add_pieces(digest: xxhash.xxh3_128, path: Path) -> None:
 
 
 def adapter_revision(path: str) -> str:
-    """The same for a LoRA adapter; empty for one that is not a folder here."""
-    return folder_revision(Path(path)) if os.path.isdir(path) else ""
+    """The same for a LoRA adapter, found where vLLM looks for it; empty for one that is not on this machine."""
+    folder = Path(os.path.expanduser(path))
+    found = folder if folder.is_dir() else _in_hub_cache(path, None, "adapter_config.json")
+    return folder_revision(found) if found is not None else ""
 
 
 def named_revision(name: str, revision: str | None = None) -> str:
@@ -56,21 +58,32 @@ def named_revision(name: str, revision: str | None = None) -> str:
     return (revision or "") if folder is None else folder_revision(folder)
 
 
-def model_revision(model: Any) -> str:
-    """Of a vLLM `ModelConfig`: its weights, wherever they are, and its configuration with all overrides."""
+def model_revision(model: Any, load_format: str, weights: str | None = None) -> str:
+    """Of a vLLM `ModelConfig`: its weights, wherever they are (or `weights`, what tells them apart), and its configuration, overrides too.
+
+    `load_format`: of vLLM's `LoadConfig`; "dummy" makes weights up.
+    """
     digest = xxhash.xxh3_128(json.dumps(model.hf_config.to_dict(), sort_keys=True, default=str).encode())
     digest.update(model.model_weights.encode())  # where they are elsewhere than the configuration
-    digest.update(named_revision(model.model, model.revision).encode())
+    digest.update((weights or named_revision(model.model, model.revision)).encode())
+    digest.update(json.dumps([load_format == "dummy", _rotated_for_long(model)]).encode())
     return digest.hexdigest()
 
 
-def _in_hub_cache(name: str, revision: str | None) -> Path | None:
+def _rotated_for_long(model: Any) -> list[bool]:
+    """For "longrope", by kind of layer: vLLM rotates all keys for long or all for short sequences, as `max_model_len` says."""
+    rope = getattr(model.hf_text_config, "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and kind.get("rope_type") == "longrope"]
+    return [model.max_model_len > kind["original_max_position_embeddings"] for kind in kinds]
+
+
+def _in_hub_cache(name: str, revision: str | None, file: str = "config.json") -> Path | None:
     """The folder of a model that an engine is given by its name; None if it is not there, or the name is none of Hugging Face's."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
+        found = try_to_load_from_cache(name, file, revision=revision)
     except HFValidationError:  # such as `name:quantization`
         return None
     return Path(found).parent if isinstance(found, str) else None

@@ -51,6 +51,8 @@ def settings_of(vllm_config: Any, kv_cache_config: Any) -> Settings:
     }.items():
         if degree > 1:
             raise ConfigError(f"the kvtier connector does not work with {feature} yet (here {degree}); use tensor parallelism")
+    if (role := vllm_config.kv_transfer_config.kv_role) != "kv_both":
+        raise ConfigError(f"kv_role is {role!r}; a kvtier connector stores and loads: set it to 'kv_both'")
     if vllm_config.speculative_config is not None:
         raise ConfigError("the kvtier connector is not tested with speculative decoding; start vLLM without it")
     spec = _only_group(kv_cache_config).kv_cache_spec
@@ -110,7 +112,7 @@ def _configured(vllm_config: Any, layout: PageLayout, workers: int) -> Config:
     whole = load_config(path, overrides=asked, base=base)
     if whole.host is None and whole.disk is None:
         raise ConfigError("kvtier has neither host nor disk here: there is nowhere to keep pages; give it host.capacity_bytes or disk.path")
-    given = whole.model.revision or model_revision(model)
+    given = model_revision(model, vllm_config.load_config.load_format, whole.model.revision)
     fixed: dict[str, object] = {
         "model.name": Path(model.model).name,
         "model.revision": f"{given}, {model.dtype}, quantization {model.quantization}",
