@@ -148,10 +148,10 @@ class TieredCache(Cache):  # type: ignore[misc]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._fed is None or not any(value is self for value in (*inputs, *named.values())):
             return None
-        check_inputs(named)
         ids = named.get("input_ids", inputs[0] if inputs else None)
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
             raise LayoutError("a forward pass with this cache needs input_ids, [sequences, tokens]: pages are named by their tokens")
+        check_inputs(named)
         if len(ids) % len(self._leases):
             raise LayoutError(
                 f"the forward pass has {len(ids)} sequences and its cache {len(self._leases)}; expected as many, or so many of each"
