@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from kvtier.cache import TieredKVCache
-from kvtier.engines.fed import Positions, check_mask
+from kvtier.engines.fed import Positions, alike_up_to, check_inputs, check_mask
 from kvtier.engines.models import check_named
 from kvtier.errors import LayoutError, MissingExtra, ModelError
 from kvtier.leases.budget import BudgetedLease
@@ -94,10 +94,15 @@ class BudgetedCache(Cache):  # type: ignore[misc]
         """Full pages of the passes before go to the lease; the ids of this one are noted, because pages are named by their tokens."""
         if not any(value is self for value in (*inputs, *named.values())):
             return
+        check_inputs(named)
         ids = named.get("input_ids", inputs[0] if inputs else None)
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or len(ids) != 1:
             raise LayoutError("on a device budget a forward pass needs the input_ids of one sequence, [1, tokens]: pages are named by them")
         check_mask(named.get("attention_mask"), [0], 1, len(self._fed) + ids.shape[1])
+        if len(self._fed) + ids.shape[1] > (longest := alike_up_to(model)):
+            raise ModelError(
+                f"{type(model).__name__} rotates all keys anew beyond {longest:.0f} tokens; a device budget holds no longer sequence"
+            )
         positions = Positions([0])
         positions.tell(model, named.get("position_ids"), len(self._fed), ids.shape[1])
         positions.check()

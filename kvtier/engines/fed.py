@@ -8,13 +8,17 @@ Used by the thread that runs the model.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from kvtier.errors import LayoutError
+
+_NO_MATTER = {"input_ids", "attention_mask", "position_ids", "cache_position", "labels", "logits_to_keep", "num_items_in_batch"}
+"""Arguments of a forward pass that KV does not depend on, or that are looked at here."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,31 @@ def check_mask(mask: object, padding: Sequence[int], rows: int, columns: int) ->
             f"the attention mask hides something else than this cache's padding ({', '.join(map(str, padding))} columns at the left); give "
             "the model what left_padded makes of these sequences, or this cache the mask too: TieredCache(..., attention_mask=mask)"
         )
+
+
+def check_inputs(named: Mapping[str, object]) -> None:
+    """LayoutError for arguments of a forward pass that KV depends on, such as images: pages are named by token ids alone."""
+    others = sorted(name for name, value in named.items() if name not in _NO_MATTER and _holds_tensors(value))
+    if others:
+        raise LayoutError(
+            f"a forward pass was given {', '.join(others)}: its KV depends on that, too, but pages are named by their tokens alone and "
+            "would be found by others; leave it out, or give the model one of transformers' own caches"
+        )
+
+
+def _holds_tensors(value: object) -> bool:
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return isinstance(value, torch.Tensor) or any(map(_holds_tensors, parts))
+
+
+def alike_up_to(model: Any) -> float:
+    """Tokens in a sequence up to which a Hugging Face model rotates its keys in one way; in longer ones, all are rotated in another."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]
+    bounds = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    bounds += [config.max_position_embeddings - 1 for kind in kinds if kind.get("rope_type") == "dynamic"]
+    return min(bounds, default=math.inf)
 
 
 class Positions:

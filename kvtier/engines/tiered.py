@@ -6,6 +6,7 @@ until `release`; one thread plays it. Contract checked against transformers 5.19
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from kvtier.cache import TieredKVCache
 from kvtier.engines.dense import Prefix, TieredLayer
-from kvtier.engines.fed import Fed, Positions, Row, check_mask, unpadded
+from kvtier.engines.fed import Fed, Positions, Row, alike_up_to, check_inputs, check_mask, unpadded
 from kvtier.engines.models import check_named
 from kvtier.engines.stopwatch import Stopwatch
 from kvtier.errors import LayoutError, MissingExtra
@@ -69,10 +70,14 @@ class TieredCache(Cache):  # type: ignore[misc]
         self._mask: Any = None
         self._padding = [width - len(sequence) for sequence in sequences]
         self._positions = Positions(self._padding)
+        self._alike_up_to = math.inf if model is None else alike_up_to(model)
+        self._columns_alike = math.inf
+        """Columns before the first that was computed in a sequence so long that its keys are rotated in another way."""
+        most = 0 if width - min(self._padding) > self._alike_up_to else width
         self._leases: list[Lease] = []
         try:
             for sequence, tenant in zip(sequences, salts, strict=True):
-                self._leases.append(cache.acquire(cache.lookup(sequence[: len(sequence) - 1], tenant)))
+                self._leases.append(cache.acquire(cache.lookup(sequence[: min(most, len(sequence) - 1)], tenant)))
             for lease in self._leases:
                 lease.wait_layers(1)
         except BaseException:
@@ -99,6 +104,7 @@ class TieredCache(Cache):  # type: ignore[misc]
         ids = named.get("input_ids", inputs[0] if inputs else None)
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
             raise LayoutError("a forward pass with this cache needs input_ids, [sequences, tokens]: pages are named by their tokens")
+        check_inputs(named)
         if len(ids) % len(self._leases):
             raise LayoutError(
                 f"the forward pass has {len(ids)} sequences and its cache {len(self._leases)}; expected as many, or so many of each"
@@ -112,6 +118,8 @@ class TieredCache(Cache):  # type: ignore[misc]
             if (positions := named.get("position_ids")) is not None:
                 named["position_ids"] = positions[..., -ids.shape[1] :]
         self._mask, columns = named.get("attention_mask"), self.get_seq_length()
+        if columns + ids.shape[1] - min(self._padding) > self._alike_up_to:
+            self._columns_alike = min(self._columns_alike, columns)
         if self._unseen:
             check_mask(self._mask, self._padding, len(ids), columns + ids.shape[1])
         self._positions.tell(model, named.get("position_ids"), columns, ids.shape[1])
@@ -187,6 +195,7 @@ class TieredCache(Cache):  # type: ignore[misc]
         candidates = [(_common(row.token_ids, sequence), index) for index, row in enumerate(rows) if row.prompt == prompt]
         length, row = max(candidates, default=(0, 0))
         start, pad = lease.tokens, self._padding[prompt]
+        length = int(min(length, self._columns_alike - pad))
         if length > start and self.get_seq_length():
             columns = slice(pad + start, pad + length)
             planes = [torch.stack((layer.keys[row, :, columns], layer.values[row, :, columns])) for layer in self.layers]

@@ -35,6 +35,8 @@ def layout_of(model: Any, page_tokens: int = 16) -> PageLayout:
     foreign = sorted(kinds - _KINDS)
     if getattr(config, "kv_lora_rank", None):
         foreign.append("latents")
+    if getattr(config, "is_encoder_decoder", False):
+        foreign.append("an encoder")
     if getattr(config, "num_kv_shared_layers", None):
         foreign.append("layers that share their KV")
     if foreign:

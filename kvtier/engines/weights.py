@@ -88,12 +88,23 @@ def only_revision(name: str) -> str:
     return _found_revision(folders[0])
 
 
-def model_revision(model: Any) -> str:
-    """Of a vLLM `ModelConfig`: its weights, wherever they are, and its configuration with all overrides. Raises as `named_revision`."""
+def model_revision(model: Any, load_format: str, weights: str | None = None) -> str:
+    """Of a vLLM `ModelConfig`: its weights, wherever they are (or `weights`, what tells them apart), and its configuration, overrides too.
+
+    `load_format`: of vLLM's `LoadConfig`; "dummy" makes weights up.
+    """
     digest = xxhash.xxh3_128(json.dumps(model.hf_config.to_dict(), sort_keys=True, default=str).encode())
     digest.update(model.model_weights.encode())  # where they are elsewhere than the configuration
-    digest.update(named_revision(model.model, model.revision).encode())
+    digest.update((weights or named_revision(model.model, model.revision)).encode())
+    digest.update(json.dumps([load_format == "dummy", _rotated_for_long(model)]).encode())
     return digest.hexdigest()
+
+
+def _rotated_for_long(model: Any) -> list[bool]:
+    """For "longrope", by kind of layer: vLLM rotates all keys for long or all for short sequences, as `max_model_len` says."""
+    rope = getattr(model.hf_text_config, "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and kind.get("rope_type") == "longrope"]
+    return [model.max_model_len > kind["original_max_position_embeddings"] for kind in kinds]
 
 
 def given_name(model: str) -> str:

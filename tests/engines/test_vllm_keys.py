@@ -85,7 +85,31 @@ def test_other_weights_are_another_revision(tmp_path):
         changed[eighth * part : (eighth + 1) * part] = b"\1" * part
         (tmp_path / "model.safetensors").write_bytes(changed)
         assert folder_revision(tmp_path) != first
-    assert adapter_revision(str(tmp_path)) == folder_revision(tmp_path)
+
+
+def test_adapters_have_the_revision_of_the_folder_that_vllm_reads(tmp_path, monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    (adapter := tmp_path / "adapter").mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file, revision: str(adapter / file))
+    assert {adapter_revision(name) for name in (str(adapter), "~/adapter", "someone/adapter")} == {folder_revision(adapter)}
+
+
+def test_what_vllm_computes_with_the_same_weights_in_another_way_is_another_revision(tmp_path):
+    pytest.importorskip("huggingface_hub")
+
+    def revision(max_model_len=4096, load_format="auto", weights=None, rope_type="longrope", **overrides):
+        rope = {"rope_type": rope_type, "original_max_position_embeddings": 4096}
+        text = SimpleNamespace(rope_parameters=rope, to_dict=lambda: {"rope_parameters": rope} | overrides)
+        model = SimpleNamespace(model=str(tmp_path), model_weights="", revision=None, hf_config=text, hf_text_config=text)
+        return model_revision(SimpleNamespace(**vars(model), max_model_len=max_model_len), load_format, weights)
+
+    assert revision(2048) == revision(4096)
+    assert revision(8192) == revision(16384)
+    assert revision(8192, rope_type="yarn") == revision(4096, rope_type="yarn")
+    variants = [revision(), revision(8192), revision(load_format="dummy"), revision(weights="1"), revision(weights="1", theta=2)]
+    assert len(set(variants)) == len(variants)
 
 
 def test_weights_that_are_one_file_or_are_told_by_another_name_have_a_revision(tmp_path):
@@ -93,7 +117,7 @@ def test_weights_that_are_one_file_or_are_told_by_another_name_have_a_revision(t
 
     def revision(model: str) -> str:
         known = SimpleNamespace(to_dict=dict)
-        return model_revision(SimpleNamespace(model=model, model_weights="", revision=None, hf_config=known))
+        return model_revision(SimpleNamespace(model=model, model_weights="", revision=None, hf_config=known, hf_text_config=known), "auto")
 
     (file := tmp_path / "model.gguf").write_bytes(b"one")
     first = revision(str(file))

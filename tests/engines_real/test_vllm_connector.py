@@ -18,7 +18,7 @@ from vllm.config import KVEventsConfig
 from vllm.distributed.kv_events import BlockStored, KVEventBatch
 
 from kvtier.engines.vllm.settings import for_rank, settings_of
-from kvtier.errors import KVTierError, LayoutError, ModelError, StoreLocked
+from kvtier.errors import ConfigError, KVTierError, LayoutError, ModelError, StoreLocked
 from kvtier.tiers.disk.record import HEADER_BYTES
 from tests.engines_real.conftest import running
 
@@ -328,6 +328,13 @@ def test_paths_and_sizes_are_taken_as_the_front_page_writes_them(model_folder):
     assert config.host is not None
     assert config.disk is not None
     assert (config.host.capacity_bytes, config.disk.path, config.disk.capacity_bytes) == (8 << 30, "/nvme/kv", 200 << 30)
+
+
+def test_a_role_that_only_stores_or_only_loads_is_refused(model_folder):
+    vllm_config, blocks = configured(model_folder, {}, {})
+    vllm_config.kv_transfer_config.kv_role = "kv_consumer"
+    with pytest.raises(ConfigError, match="set it to 'kv_both'"):
+        settings_of(vllm_config, blocks)
 
 
 def test_models_and_layouts_kvtier_cannot_hold_are_refused(model_folder):

@@ -207,15 +207,26 @@ def test_an_engine_with_the_weights_of_the_folder_finds_nothing_that_changed_one
         assert talk.ask(talk.prompt(4 * BLOCK + 3)) == (0, SAID["before"])
 
 
-@pytest.mark.timeout(300)  # an engine starts
-def test_two_images_with_the_same_text_share_no_page(tmp_path):
+def showing(seed):
+    """A prompt of one text with the image of this number."""
     from PIL import Image
 
-    def showing(seed):
-        pixels = np.random.default_rng(seed).integers(0, 255, (56, 56, 3), np.uint8)
-        return {"prompt": "Water boils at a lower temperature on a mountain. " * 35, "multi_modal_data": {"image": Image.fromarray(pixels)}}
+    pixels = np.random.default_rng(seed).integers(0, 255, (56, 56, 3), np.uint8)
+    return {"prompt": "Water boils at a lower temperature on a mountain. " * 35, "multi_modal_data": {"image": Image.fromarray(pixels)}}
 
-    with tiny_engine(tiny_blip(tmp_path / "model"), max_model_len=1024, limit_mm_per_prompt={"image": 1}) as talk:
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """The folder of a model that sees images."""
+    return tiny_blip(tmp_path_factory.mktemp("seeing") / "model")
+
+
+LOOKING: dict[str, Any] = {"max_model_len": 1024, "limit_mm_per_prompt": {"image": 1}}
+
+
+@pytest.mark.timeout(300)  # an engine starts
+def test_two_images_with_the_same_text_share_no_page(seeing):
+    with tiny_engine(seeing, **LOOKING) as talk:
         cold = [talk.ask(showing(image)) for image in range(3)]
         assert [cached for cached, _ in cold] == [0, 0, 0]
         assert len({tuple(said) for _, said in cold}) == 3
@@ -225,3 +236,17 @@ def test_two_images_with_the_same_text_share_no_page(tmp_path):
         assert min(cached for cached, _ in found) >= 2 * BLOCK
         talk.forget()
         assert talk.ask(showing(9))[0] == 0
+        SAID["shown 1"] = found[1][1]
+
+
+@pytest.mark.timeout(300)  # two engines start
+def test_images_that_vllm_only_counts_are_not_those_of_the_last_engine(seeing, tmp_path):
+    counting = LOOKING | {"mm_processor_cache_gb": 0, "enable_prefix_caching": False}
+    with tiny_engine(seeing, tmp_path, **counting) as talk:
+        text = talk.prompt(2 * BLOCK + 3)
+        asked = [talk.ask(showing(0)), talk.ask(text)]
+        assert [cached for cached, _ in asked] == [0, 0]
+        talk.let_kvtier_end()
+    with tiny_engine(seeing, tmp_path, **counting) as talk:
+        assert talk.ask(showing(1)) == (0, SAID["shown 1"]), "in vLLM both are the first image"
+        assert talk.ask(text) == (2 * BLOCK, asked[1][1]), "text is found"

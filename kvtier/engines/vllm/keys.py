@@ -21,21 +21,25 @@ def salt_of(request: Any, adapter_revision: str = "") -> str:
     return json.dumps([request.cache_salt or "", [lora.lora_name, lora.lora_path, adapter_revision] if lora is not None else None])
 
 
-def media_in(features: Any, start: int, end: int) -> str:
-    """What images and other media the tokens from `start` to `end` show, and where; empty if none."""
+def media_in(features: Any, start: int, end: int, apart: str = "") -> str:
+    """What images and other media the tokens from `start` to `end` show, and where; empty if none.
+
+    `apart`: what separates them from others of the same names.
+    """
     within = [
         [feature.identifier, feature.mm_position.offset - start]
         for feature in features
         if feature.mm_position.offset < end and feature.mm_position.offset + feature.mm_position.length > start
     ]
-    return json.dumps(within) if within else ""
+    return json.dumps([apart, within] if apart else within) if within else ""
 
 
 class RequestKeys:
     """Keys of one request's full pages, hashed as they are asked for."""
 
-    def __init__(self, request: Any, namespace: bytes, page_tokens: int, adapter_revision: str = "") -> None:
+    def __init__(self, request: Any, namespace: bytes, page_tokens: int, adapter_revision: str = "", media: str = "") -> None:
         self._request = request
+        self._media = media
         self._page_tokens = page_tokens
         self.root = root_key(namespace, salt_of(request, adapter_revision))
         self._keys: list[PageKey] = []
@@ -49,7 +53,7 @@ class RequestKeys:
                 self._keys += page_keys(tokens, size, self.before(known))
             else:
                 for page in range(known, pages):
-                    media = media_in(self._request.mm_features, page * size, (page + 1) * size)
+                    media = media_in(self._request.mm_features, page * size, (page + 1) * size, self._media)
                     parent = root_key(self.before(page), media) if media else self.before(page)
                     self._keys += page_keys(tokens[(page - known) * size : (page - known + 1) * size], size, parent)
         return self._keys[:pages]

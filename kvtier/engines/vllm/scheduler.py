@@ -121,7 +121,7 @@ class SchedulerSide:
         """Requests whose prompt is not made of tokens are passed over, and those for an adapter of which nothing is known yet."""
         adapter = self._revision(request.lora_request)
         if request.prompt_embeds is None and adapter is not None:
-            keys = RequestKeys(request, self._namespace, self._size, adapter)
+            keys = RequestKeys(request, self._namespace, self._size, adapter, self._settings.media)
             self._requests[request.request_id] = RequestState(request, keys)
 
     def _revision(self, adapter: Any) -> str | None:

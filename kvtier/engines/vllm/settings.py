@@ -6,6 +6,7 @@ Users give kvtier's own dotted keys in `kv_connector_extra_config` (`{"host.capa
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ class Settings:
     namespace: bytes
     """What the keys of all workers start from."""
     workers: int
+    media: str = ""
+    """What separates images and the like of this engine from those of others, where vLLM names them by number; else empty."""
 
 
 def settings_of(vllm_config: Any, kv_cache_config: Any) -> Settings:
@@ -58,7 +61,14 @@ def settings_of(vllm_config: Any, kv_cache_config: Any) -> Settings:
     workers = parallel.world_size
     config = _configured(vllm_config, layout, workers)
     identity = f"{config.model.revision}, {workers} workers, vLLM KV {spec.dtype}"
-    return Settings(config, layout, namespace(config.model.name, identity, layout), workers)
+    return Settings(config, layout, namespace(config.model.name, identity, layout), workers, _media(vllm_config))
+
+
+def _media(vllm_config: Any) -> str:
+    """vLLM hashes media only for a cache of its own: without one it counts them, and the next engine begins at the first again."""
+    multimodal = vllm_config.model_config.multimodal_config
+    hashed = multimodal is None or multimodal.mm_processor_cache_gb or vllm_config.cache_config.enable_prefix_caching
+    return "" if hashed else uuid.uuid4().hex
 
 
 def _only_group(kv_cache_config: Any) -> Any:
@@ -103,7 +113,7 @@ def _configured(vllm_config: Any, layout: PageLayout, workers: int) -> Config:
     whole = load_config(path, overrides=asked, base=base)
     if whole.host is None and whole.disk is None:
         raise ConfigError("kvtier has neither host nor disk here: there is nowhere to keep pages; give it host.capacity_bytes or disk.path")
-    given = whole.model.revision or model_revision(model)
+    given = model_revision(model, vllm_config.load_config.load_format, whole.model.revision)
     fixed: dict[str, object] = {
         "model.name": Path(given_name(model.model)).name,
         "model.revision": f"{given}, {model.dtype}, quantization {model.quantization}",
