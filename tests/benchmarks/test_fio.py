@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
 from kvtier.bench import fio
+
 from kvtier.errors import KVTierError
 
 
@@ -19,6 +19,6 @@ from kvtier.errors import KVTierError
 def test_an_answer_that_is_none_of_fios_is_one_clear_error(tmp_path, monkeypatch, script, said):
     (tmp_path / "fio").write_text(script)
     (tmp_path / "fio").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(KVTierError, match=said):
         fio.run(fio.Work(tmp_path / "file", "read", 4096, 1, 4096, 4096, direct=False))
