@@ -53,9 +53,16 @@ def run(work: Work) -> dict[str, Any]:
         *("--randrepeat=0", "--output-format=json"),
     ]
     environment = {**os.environ, **_IN_HUGE_PAGES}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=work.file.parent, env=environment)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=work.file.parent, env=environment)
+    except OSError as error:
+        raise KVTierError(f"fio cannot be started: {error.strerror}; without fio on PATH, a bare pool is the ceiling") from None
     if done.returncode != 0:
         why = (done.stderr or done.stdout).strip().splitlines()
         raise KVTierError(f"fio failed: {why[-1] if why else done.returncode}; without fio on PATH, a bare pool is the ceiling")
-    job: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
+    try:
+        job: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
+    except (ValueError, LookupError, TypeError):
+        said = f"{done.stdout.strip()!r:.80}"
+        raise KVTierError(f"fio gave no figures but {said}; is it fio 3? without fio on PATH, a bare pool is the ceiling") from None
     return job
