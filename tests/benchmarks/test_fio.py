@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from kvtier.bench import fio
+from benchmarks import fio
 
 from kvtier.errors import KVTierError
 
