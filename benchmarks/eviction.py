@@ -13,9 +13,9 @@ from pathlib import Path
 
 from kvtier.errors import KVTierError
 from kvtier.policy import A2CR, LRU, POLICIES, A2CRClassic, EvictionPolicy, make_policy
+from kvtier.replay.capacities import Capacity
 from kvtier.replay.lab import replay
 from kvtier.replay.optimum import Future
-from kvtier.replay.runs import Capacity
 from kvtier.replay.trace import Trace, read_trace
 
 from .ablations import PARTS, left_out

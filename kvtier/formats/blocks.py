@@ -22,9 +22,10 @@ import torch
 from kvtier.errors import LayoutError
 from kvtier.format_spec import FormatSpec
 from kvtier.formats.base import UINT8, Format, Payload, Stream, check_pages, check_rows, room_for, span_of, target_of
+from kvtier.formats.digests import digest_address
 from kvtier.formats.native import Expected, NativeCodecs
 from kvtier.formats.native import codecs as native_codecs
-from kvtier.formats.proof import LEAST_BYTES, Proof
+from kvtier.formats.proof import Proof
 from kvtier.layout import DTYPE_BYTES, PageLayout
 
 CHUNK_VALUES = 1 << 19
@@ -239,7 +240,8 @@ class BlockFormat(Format):
         not proven, and then nothing was written. LayoutError if `out` or a row does not fit.
         """
         plan = self._plan_of(layout)
-        if plan.native is None or plan.payload_bytes < LEAST_BYTES:
+        digest_of = digest_address()
+        if plan.native is None or not digest_of:
             return None
         native, described, _ = plan.native
         target_of(out, [], 0, layout.layers, layout)
@@ -247,7 +249,7 @@ class BlockFormat(Format):
 
         def receive(records: Sequence[Payload], keys: Sequence[bytes], rows: Sequence[int]) -> bytes:
             places = check_rows(rows, len(out), "decode")
-            return native.decode_proven(described, proof.packed, records, keys, out.data_ptr(), places, row_bytes)
+            return native.decode_proven(described, proof.packed, records, keys, out.data_ptr(), places, row_bytes, digest_of)
 
         return receive
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 LEAST_BYTES = 241
-"""The shortest range that compiled digests know: XXH3 does shorter ones another way."""
+"""The shortest range of which the lower half of the xxh3-128 is the xxh3-64: XXH3 does shorter ones another way."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from kvtier.policy import LRU, make_policy
 from kvtier.policy.admission import Regret
-from kvtier.replay.capacities import Capacity as Capacity
+from kvtier.replay.capacities import Capacity
 from kvtier.replay.capacities import Layout
 from kvtier.replay.lab import replay, seconds_since
 from kvtier.replay.link import Link, look_ahead

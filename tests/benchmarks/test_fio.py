@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks import fio
 
+from benchmarks import fio
 from kvtier.errors import KVTierError
 
 

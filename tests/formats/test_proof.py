@@ -15,6 +15,7 @@ from kvtier.errors import LayoutError
 from kvtier.formats import get_format, native
 from kvtier.formats.base import Payload
 from kvtier.formats.blocks import BlockFormat
+from kvtier.formats.digests import digest_address
 from kvtier.formats.proof import LEAST_BYTES, Proof
 from kvtier.layout import PageLayout
 
@@ -182,6 +183,16 @@ def test_what_is_no_proof_is_refused():
             receive([], [], [])
 
 
-def test_payloads_too_short_for_the_digest_have_no_receiver():
-    layout = PageLayout(layers=1, planes=1, page_tokens=1, kv_heads=1, head_dim=64, dtype="bf16")
-    assert form_of("raw").receiver(layout, proof_of(), memory_of(layout, 1)) is None
+def test_without_the_librarys_function_there_is_no_receiver(monkeypatch):
+    monkeypatch.setattr("kvtier.formats.blocks.digest_address", lambda: 0)
+    assert form_of("q4").receiver(LAYOUT, proof_of(), memory_of(LAYOUT, 1)) is None
+
+
+def test_the_installed_xxhash_has_the_function():
+    assert digest_address()
+
+
+@pytest.mark.parametrize("names", [("no_such_name",), ("XXH32",)])
+def test_what_is_not_there_or_another_function_is_not_called(monkeypatch, names):
+    monkeypatch.setattr("kvtier.formats.digests._NAMES", names)
+    assert digest_address.__wrapped__() == 0

@@ -64,11 +64,12 @@ class NativeCodecs(Protocol):
         target: int,
         rows: Sequence[int],
         row_bytes: int,
+        digest_of: int,
         /,
     ) -> bytes:
         """All layers of those records that prove themselves (`kvtier.formats.proof`, `Proof.packed`), each a head and a payload, perhaps
         more bytes, to address `target + rows[i] * row_bytes`; for each record 1, or 0 if it does not and nothing was written. Written past
-        the caches, for whoever reads it later. Payloads of 241 bytes or more."""
+        the caches, for whoever reads it later. `digest_of`: address of xxHash's `XXH3_128bits`, `kvtier.formats.digests`."""
 
     def features(self) -> str:
         """The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable"."""

@@ -6,7 +6,6 @@
 #include "dispatch.h"
 #include "plan.h"
 #include "proof.h"
-#include "xxh3.h"
 
 enum { LINE = 64, MOST_BLOCK_BYTES = 256 << 10 }; /* a larger block would not stay in a core's cache */
 
@@ -18,6 +17,7 @@ typedef struct {
 typedef struct {
     Plan plan;
     Proof proof;
+    DigestOf *digest_of;
     Py_buffer plan_bytes, proof_bytes;
     Arrival *arrivals;
     char *room, *address;
@@ -71,9 +71,9 @@ static int open_batch(Batch *batch, PyObject *const *arguments) {
     const char *error = plan_open(&batch->plan, batch->plan_bytes.buf, (size_t)batch->plan_bytes.len);
     if (!error && PyObject_GetBuffer(arguments[1], &batch->proof_bytes, PyBUF_SIMPLE)) goto failed;
     if (!error) error = proof_open(&batch->proof, batch->proof_bytes.buf, (size_t)batch->proof_bytes.len);
-    if (!error && batch->plan.payload_bytes < XXH3_LEAST_BYTES) error = "payloads of so few bytes cannot be proven";
     batch->address = PyLong_AsVoidPtr(arguments[4]);
     batch->row_bytes = PyLong_AsSize_t(arguments[6]);
+    batch->digest_of = (DigestOf *)PyLong_AsVoidPtr(arguments[7]);
     batch->count = PySequence_Size(records);
     const Py_ssize_t keys_given = PySequence_Size(keys), rows_given = PySequence_Size(rows);
     if (PyErr_Occurred()) goto failed;
@@ -119,7 +119,7 @@ static void decode_page(const Batch *batch, const Kernels *kernels, char *room, 
 PyObject *decode_proven(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     (void)self;
     Batch batch;
-    if (given != 7) return PyErr_Format(PyExc_TypeError, "decode_proven takes 7 arguments; %zd were given", given);
+    if (given != 8) return PyErr_Format(PyExc_TypeError, "decode_proven takes 8 arguments; %zd were given", given);
     if (open_batch(&batch, arguments)) return NULL;
     PyObject *flags = PyBytes_FromStringAndSize(NULL, batch.count);
     if (flags) {
@@ -129,7 +129,7 @@ PyObject *decode_proven(PyObject *self, PyObject *const *arguments, Py_ssize_t g
         for (Py_ssize_t i = 0; i < batch.count; i++) {
             const Arrival *const arrival = &batch.arrivals[i];
             const uint8_t *const record = arrival->record.buf;
-            good[i] = proven(&batch.proof, record, arrival->key.buf, (size_t)arrival->key.len, batch.plan.payload_bytes, kernels->digest);
+            good[i] = proven(&batch.proof, record, arrival->key.buf, (size_t)arrival->key.len, batch.plan.payload_bytes, batch.digest_of);
             if (good[i]) decode_page(&batch, kernels, room, record + batch.proof.head_bytes, batch.address + arrival->row * batch.row_bytes);
         }
         kernels->lines_arrive();

@@ -6,7 +6,6 @@
 
 typedef void Encode(const Shape *shape, const void *numbers, uint8_t *coded);
 typedef void Decode(const Shape *shape, const uint8_t *coded, void *numbers);
-typedef void Digest(const uint8_t *bytes, size_t count, uint64_t halves[2]);
 typedef void CopyFar(char *to, const char *from, size_t count);
 
 typedef struct {
@@ -14,7 +13,6 @@ typedef struct {
     int group; /* numbers handled at once: the Hadamard block must hold that many */
     Encode *encode[CODECS];
     Decode *decode[CODECS];
-    Digest *digest;
     CopyFar *copy_far;
     void (*lines_arrive)(void);
 } Kernels;

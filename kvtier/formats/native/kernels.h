@@ -20,7 +20,6 @@
 #include <string.h>
 
 #include "dispatch.h"
-#include "xxh3.h"
 
 /* FOR_HEAD_DIMS defines `name` from `name##_of`, which takes head_dim last: the usual ones as constants, so that loops over a vector unroll.
    FOR_DTYPES is the macro `call` with the dtype as a constant. SIZED is part of such functions. Where registers are no larger than any compiler
@@ -66,6 +65,5 @@
      .group = GROUP, \
      .encode = {encode_raw, encode_q8, encode_q6, encode_q4, encode_q3, encode_q8_0, encode_q4_0}, \
      .decode = {decode_raw, decode_q8, decode_q6, decode_q4, decode_q3, decode_q8_0, decode_q4_0}, \
-     .digest = digest, \
      .copy_far = copy_far, \
      .lines_arrive = lines_arrive}

@@ -294,38 +294,7 @@ static inline void rows_key(float results[16], const Floats rows[16]) {
     }
 }
 
-/* -- digests and copies: 8 words of 64 bits -------------------------------------------------------------------------------------- */
-
-typedef struct { __m256i half[2]; } Words;
-
-static inline Words words_load(const void *from) {
-    return (Words){{_mm256_loadu_si256(from), _mm256_loadu_si256((const __m256i *)from + 1)}};
-}
-
-static inline void words_store(void *to, Words a) {
-    for (int i = 0; i < 2; i++) _mm256_storeu_si256((__m256i *)to + i, a.half[i]);
-}
-
-static inline Words words_take(Words sums, const void *bytes, const void *secret) {
-    const Words owns = words_load(bytes), secrets = words_load(secret);
-    for (int i = 0; i < 2; i++) {
-        const __m256i own = owns.half[i], key = _mm256_xor_si256(own, secrets.half[i]);
-        const __m256i product = _mm256_mul_epu32(key, _mm256_srli_epi64(key, 32));
-        sums.half[i] = _mm256_add_epi64(sums.half[i], _mm256_add_epi64(product, _mm256_shuffle_epi32(own, 0x4E)));
-    }
-    return sums;
-}
-
-static inline Words words_stir(Words sums, const void *secret, uint32_t prime) {
-    const Words secrets = words_load(secret);
-    const __m256i factor = _mm256_set1_epi32((int)prime);
-    for (int i = 0; i < 2; i++) {
-        const __m256i mixed = _mm256_xor_si256(_mm256_xor_si256(sums.half[i], _mm256_srli_epi64(sums.half[i], 47)), secrets.half[i]);
-        const __m256i upper = _mm256_mul_epu32(_mm256_srli_epi64(mixed, 32), factor);
-        sums.half[i] = _mm256_add_epi64(_mm256_mul_epu32(mixed, factor), _mm256_slli_epi64(upper, 32));
-    }
-    return sums;
-}
+/* -- copies past the caches, a line at a time -------------------------------------------------------------------------------------- */
 
 static inline void line_copy_far(void *to, const void *from) {
     for (int i = 0; i < 2; i++) _mm256_stream_si256((__m256i *)to + i, _mm256_loadu_si256((const __m256i *)from + i));

@@ -421,24 +421,7 @@ static inline Floats extreme_keys(Floats a, int place) {
     return _mm512_castsi512_ps(_mm512_or_si512(rotated, _mm512_sub_epi32(before, _mm512_set1_epi32(2 * place))));
 }
 
-/* -- digests and copies: 8 words of 64 bits -------------------------------------------------------------------------------------- */
-
-typedef __m512i Words;
-
-static inline Words words_load(const void *from) { return _mm512_loadu_si512(from); }
-static inline void words_store(void *to, Words a) { _mm512_storeu_si512(to, a); }
-
-static inline Words words_take(Words sums, const void *bytes, const void *secret) {
-    const __m512i own = _mm512_loadu_si512(bytes), key = _mm512_xor_si512(own, _mm512_loadu_si512(secret));
-    const __m512i product = _mm512_mul_epu32(key, _mm512_srli_epi64(key, 32));
-    return _mm512_add_epi64(sums, _mm512_add_epi64(product, _mm512_shuffle_epi32(own, 0x4E)));
-}
-
-static inline Words words_stir(Words sums, const void *secret, uint32_t prime) {
-    const __m512i mixed = _mm512_xor_si512(_mm512_xor_si512(sums, _mm512_srli_epi64(sums, 47)), _mm512_loadu_si512(secret));
-    const __m512i factor = _mm512_set1_epi32((int)prime), upper = _mm512_mul_epu32(_mm512_srli_epi64(mixed, 32), factor);
-    return _mm512_add_epi64(_mm512_mul_epu32(mixed, factor), _mm512_slli_epi64(upper, 32));
-}
+/* -- copies past the caches, a line at a time -------------------------------------------------------------------------------------- */
 
 static inline void line_copy_far(void *to, const void *from) { _mm512_stream_si512(to, _mm512_loadu_si512(from)); }
 static inline void lines_arrive(void) { _mm_sfence(); }

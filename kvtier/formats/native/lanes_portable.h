@@ -206,32 +206,7 @@ static inline void rows_key(float results[16], const Floats rows[16]) {
     }
 }
 
-/* -- digests and copies: 8 words of 64 bits -------------------------------------------------------------------------------------- */
-
-typedef struct { uint64_t word[8]; } Words;
-
-static inline Words words_load(const void *from) {
-    Words words;
-    memcpy(words.word, from, sizeof words.word);
-    return words;
-}
-
-static inline void words_store(void *to, Words a) { memcpy(to, a.word, sizeof a.word); }
-
-static inline Words words_take(Words sums, const void *bytes, const void *secret) {
-    const Words own = words_load(bytes), secrets = words_load(secret);
-    for (int i = 0; i < 8; i++) {
-        const uint64_t key = own.word[i] ^ secrets.word[i];
-        sums.word[i] += own.word[i ^ 1] + (key & UINT32_MAX) * (key >> 32);
-    }
-    return sums;
-}
-
-static inline Words words_stir(Words sums, const void *secret, uint32_t prime) {
-    const Words secrets = words_load(secret);
-    for (int i = 0; i < 8; i++) sums.word[i] = (sums.word[i] ^ sums.word[i] >> 47 ^ secrets.word[i]) * prime;
-    return sums;
-}
+/* -- copies past the caches, a line at a time -------------------------------------------------------------------------------------- */
 
 static inline void line_copy_far(void *to, const void *from) { memcpy(to, from, 64); }
 static inline void lines_arrive(void) {}

@@ -3,36 +3,10 @@
 
 #include <string.h>
 
-#include "xxh3.h"
-
-const uint8_t XXH3_SECRET[XXH3_SECRET_BYTES] = {
-    0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c,
-    0xde, 0xd4, 0x6d, 0xe9, 0x83, 0x90, 0x97, 0xdb, 0x72, 0x40, 0xa4, 0xa4, 0xb7, 0xb3, 0x67, 0x1f,
-    0xcb, 0x79, 0xe6, 0x4e, 0xcc, 0xc0, 0xe5, 0x78, 0x82, 0x5a, 0xd0, 0x7d, 0xcc, 0xff, 0x72, 0x21,
-    0xb8, 0x08, 0x46, 0x74, 0xf7, 0x43, 0x24, 0x8e, 0xe0, 0x35, 0x90, 0xe6, 0x81, 0x3a, 0x26, 0x4c,
-    0x3c, 0x28, 0x52, 0xbb, 0x91, 0xc3, 0x00, 0xcb, 0x88, 0xd0, 0x65, 0x8b, 0x1b, 0x53, 0x2e, 0xa3,
-    0x71, 0x64, 0x48, 0x97, 0xa2, 0x0d, 0xf9, 0x4e, 0x38, 0x19, 0xef, 0x46, 0xa9, 0xde, 0xac, 0xd8,
-    0xa8, 0xfa, 0x76, 0x3f, 0xe3, 0x9c, 0x34, 0x3f, 0xf9, 0xdc, 0xbb, 0xc7, 0xc7, 0x0b, 0x4f, 0x1d,
-    0x8a, 0x51, 0xe0, 0x4b, 0xcd, 0xb4, 0x59, 0x31, 0xc8, 0x9f, 0x7e, 0xc9, 0xd9, 0x78, 0x73, 0x64,
-    0xea, 0xc5, 0xac, 0x83, 0x34, 0xd3, 0xeb, 0xc3, 0xc5, 0x81, 0xa0, 0xff, 0xfa, 0x13, 0x63, 0xeb,
-    0x17, 0x0d, 0xdd, 0x51, 0xb7, 0xf0, 0xda, 0x49, 0xd3, 0x16, 0x55, 0x26, 0x29, 0xd4, 0x68, 0x9e,
-    0x2b, 0x16, 0xbe, 0x58, 0x7d, 0x47, 0xa1, 0xfc, 0x8f, 0xf8, 0xb8, 0xd1, 0x7a, 0xd0, 0x31, 0xce,
-    0x45, 0xcb, 0x3a, 0x8f, 0x95, 0x16, 0x04, 0x28, 0xaf, 0xd7, 0xfb, 0xca, 0xbb, 0x4b, 0x40, 0x7e,
-};
-
 static uint64_t word_at(const uint8_t *bytes) {
     uint64_t word;
     memcpy(&word, bytes, sizeof word);
     return word;
-}
-
-uint64_t xxh3_merge(const uint64_t sums[8], const uint8_t *secret, uint64_t start) {
-    for (int i = 0; i < 4; i++, secret += 16) {
-        const unsigned __int128 product = (unsigned __int128)(sums[2 * i] ^ word_at(secret)) * (sums[2 * i + 1] ^ word_at(secret + 8));
-        start += (uint64_t)product ^ (uint64_t)(product >> 64);
-    }
-    start = (start ^ start >> 37) * XXH3_PRIME_MIX;
-    return start ^ start >> 32;
 }
 
 const char *proof_open(Proof *proof, const void *bytes, size_t size) {
@@ -44,7 +18,7 @@ const char *proof_open(Proof *proof, const void *bytes, size_t size) {
     }
     *proof = (Proof){(const uint8_t *)bytes + sizeof numbers, (size_t)numbers[0], (size_t)numbers[1], (size_t)numbers[2], (size_t)numbers[3]};
     if (size != sizeof numbers + 2 * proof->head_bytes) return "proof: expected a head and a mask as large as the head";
-    if (proof->checked_bytes < XXH3_LEAST_BYTES || proof->checked_bytes + 8 > proof->head_bytes) return "proof: no place for the head's digest";
+    if (proof->checked_bytes < LEAST_CHECKED_BYTES || proof->checked_bytes + 8 > proof->head_bytes) return "proof: no place for the head's digest";
     if (proof->digest_at + 16 > proof->head_bytes) return "proof: no place for the payload's digest";
     return NULL;
 }
@@ -56,12 +30,10 @@ static bool is_expected(const Proof *proof, const uint8_t *head) {
     return !wrong;
 }
 
-bool proven(const Proof *proof, const uint8_t *record, const void *key, size_t key_bytes, size_t payload_bytes, Digest *digest) {
-    uint64_t halves[2], claimed[2];
-    digest(record, proof->checked_bytes, halves);
-    if (halves[0] != word_at(record + proof->checked_bytes)) return false;
+bool proven(const Proof *proof, const uint8_t *record, const void *key, size_t key_bytes, size_t payload_bytes, DigestOf *digest_of) {
+    if (digest_of(record, proof->checked_bytes).low != word_at(record + proof->checked_bytes)) return false;
     if (!is_expected(proof, record) || memcmp(record + proof->key_at, key, key_bytes) != 0) return false;
-    digest(record + proof->head_bytes, payload_bytes, halves);
-    for (int i = 0; i < 2; i++) claimed[i] = __builtin_bswap64(word_at(record + proof->digest_at + 8 * (1 - i)));
-    return halves[0] == claimed[0] && halves[1] == claimed[1];
+    const Digest payload = digest_of(record + proof->head_bytes, payload_bytes);
+    const uint8_t *const claimed = record + proof->digest_at;
+    return __builtin_bswap64(payload.high) == word_at(claimed) && __builtin_bswap64(payload.low) == word_at(claimed + 8);
 }

@@ -4,9 +4,18 @@
 #ifndef KVTIER_PROOF_H
 #define KVTIER_PROOF_H
 
-#include "dispatch.h"
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
 
-enum { MOST_HEAD_BYTES = 1 << 16 };
+/* Of fewer bytes the lower half of the xxh3-128 is not the xxh3-64. */
+enum { LEAST_CHECKED_BYTES = 241, MOST_HEAD_BYTES = 1 << 16 };
+
+/* xxHash's own: XXH128_hash_t, and XXH3_128bits without a seed. */
+typedef struct {
+    uint64_t low, high;
+} Digest;
+typedef Digest DigestOf(const void *bytes, size_t count);
 
 typedef struct {
     const uint8_t *expected;
@@ -17,6 +26,6 @@ typedef struct {
 const char *proof_open(Proof *proof, const void *bytes, size_t size);
 
 /* Whether a record of a head and a payload says that it is what is expected, with this key, and its digests agree. */
-bool proven(const Proof *proof, const uint8_t *record, const void *key, size_t key_bytes, size_t payload_bytes, Digest *digest);
+bool proven(const Proof *proof, const uint8_t *record, const void *key, size_t key_bytes, size_t payload_bytes, DigestOf *digest_of);
 
 #endif
