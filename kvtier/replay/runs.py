@@ -14,8 +14,7 @@ import numpy as np
 
 from kvtier.policy import LRU, make_policy
 from kvtier.policy.admission import Regret
-from kvtier.replay.capacities import Capacity
-from kvtier.replay.capacities import Layout
+from kvtier.replay.capacities import Capacity, Layout
 from kvtier.replay.lab import replay, seconds_since
 from kvtier.replay.link import Link, look_ahead
 from kvtier.replay.optimum import OPTIMUM, Future
