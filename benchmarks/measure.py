@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import shutil
-import signal
 import statistics
 import sys
 import tempfile
@@ -103,16 +102,6 @@ def show(console: Console, rows: Sequence[Row], note: str) -> None:
         table.add_row(row.name, f"{row.value:.4g}", row.unit, *compared)
     console.print(table)
     console.print(note, style="dim")
-
-
-@contextmanager
-def stopped_in_order() -> Iterator[None]:
-    """While in here, SIGTERM ends this program as an exception does: what it started is stopped, its files go. For the main thread."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def free_bytes(folder: Path) -> int:

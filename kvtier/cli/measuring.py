@@ -11,6 +11,7 @@ import typer
 
 from kvtier.cli.output import check_json_target, check_writable, human_console, write_json
 from kvtier.cli.profile import profiled
+from kvtier.cli.stopping import stopped_in_order
 from kvtier.errors import KVTierError
 
 Number = TypeVar("Number", int, float)
@@ -37,7 +38,7 @@ def measured(
         kit.find_matplotlib()
         check_writable("--plot", plot)
     console = human_console(json)
-    with kit.stopped_in_order(), Progress(console=console, transient=True) as progress, profiled(profile):
+    with stopped_in_order(), Progress(console=console, transient=True) as progress, profiled(profile):
         rows = program.measure(kit.Run(repeats, tiny, progress), **options)
     machine = describe_machine()
     kit.show(console, rows, f"{machine['cpu']}, {machine['cores']} cores; medians of {repeats} repeats{note and '; '}{note}")

@@ -14,6 +14,7 @@ from kvtier.cli.app import app
 from kvtier.cli.config import SetOption
 from kvtier.cli.output import JsonOption, check_json_target, human_console, write_json
 from kvtier.cli.profile import ProfileOption, profiled
+from kvtier.cli.stopping import stopped_in_order
 from kvtier.config import parse_assignments, resolve_config
 from kvtier.errors import KVTierError
 from kvtier.job.workload import Size
@@ -64,7 +65,7 @@ def run(
         from kvtier.job.report import check_writable
 
         check_writable(report)
-    with _directory(store) as directory, _progress(console) as progress, profiled(profile):
+    with stopped_in_order(), _directory(store) as directory, _progress(console) as progress, profiled(profile):
         from kvtier.engines.models import load_model
         from kvtier.job.job import run_job
 

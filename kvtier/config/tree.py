@@ -110,7 +110,7 @@ class DiskConfig(_Section):
     path: FilePath = Field(description="Directory of the store; made if missing. Relative to the working directory; `~` is your home.")
     capacity_bytes: Bytes = Field(default=16 * GiB, gt=0, description="Disk space for copies.")
     format: PageFormat = Field(
-        default="q4", description="Page format (docs/formats.md): one name, or `{k, v, layers, stage}`. Only `raw` gains from a byte stage."
+        default="q4", description="Page format (docs/formats.md): one name, or `{k, v, layers, stage}`. Byte stages gain most on `raw`."
     )
     write_policy: WritePolicy = Field(default="write_back", description=_WRITE_POLICY)
     selective_uses: int = Field(default=2, ge=1, description=_SELECTIVE_USES)

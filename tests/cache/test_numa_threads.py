@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 
 import pytest
 
@@ -16,6 +17,15 @@ from tests.cache.rig import assert_right, hold, make_cache, push_out, put, run
 
 TOPOLOGY = read_topology()
 NODE = TOPOLOGY.memory_nodes[0]
+
+
+def named_threads(before):
+    """Names of threads that are not `before`, by system id: Python's, or, of threads that compiled code started, the system's."""
+    names = {thread.native_id: thread.name for thread in threading.enumerate()}
+    for thread in map(int, set(os.listdir("/proc/self/task")) - before):
+        with open(f"/proc/self/task/{thread}/comm") as comm:
+            names.setdefault(thread, comm.read().strip())
+    return names
 
 
 def test_workers_and_storage_threads_are_on_the_node_of_the_memory(tmp_path):
@@ -35,11 +45,7 @@ def test_workers_and_storage_threads_are_on_the_node_of_the_memory(tmp_path):
         assert sum(stats["mover"]["numa"]["taken"].values()) > 0
         assert stats["tiers"]["disk"]["achieved"]["io_cpus"] == cpus
         assert stats["tiers"]["host"]["achieved"]["numa_moves"] is None
-        names = {}
-        for thread in set(os.listdir("/proc/self/task")) - before:
-            with open(f"/proc/self/task/{thread}/comm") as comm:
-                names[int(thread)] = comm.read().strip()
-        kept = [thread for thread, name in names.items() if name.startswith("kvtier-io")]
+        kept = [thread for thread, name in named_threads(before).items() if name.startswith("kvtier-io")]
         assert kept
         assert all(os.sched_getaffinity(thread) == set(cpus) for thread in kept)
         cache.check_integrity()
