@@ -212,7 +212,7 @@ def test_batches_beams_crops_and_embeddings_are_refused(model):
     with open_cache(model) as cache, BudgetedCache(model, cache, PROMPT, BUDGET) as past:
         with pytest.raises(LayoutError, match="one sequence"):
             model(torch.tensor([PROMPT, PROMPT]), **cache_argument(past))
-        with pytest.raises(LayoutError, match="input_ids"):
+        with pytest.raises(LayoutError, match="inputs_embeds"):
             model(inputs_embeds=torch.zeros(1, 3, 64), **cache_argument(past))
         for call in (
             lambda: past.layers[0].crop(-1),

@@ -87,13 +87,14 @@ def test_other_weights_are_another_revision(tmp_path):
         assert folder_revision(tmp_path) != first
 
 
-def test_adapters_have_the_revision_of_the_folder_that_vllm_reads(tmp_path, monkeypatch):
-    huggingface_hub = pytest.importorskip("huggingface_hub")
+def test_adapters_have_the_revision_of_the_folder_that_vllm_reads(tmp_path, monkeypatch, hub):
     (adapter := tmp_path / "adapter").mkdir()
-    (adapter / "adapter_config.json").write_text("{}")
+    for folder in (adapter, hub("abc", "main", b"weights")):
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"weights")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file, revision: str(adapter / file))
-    assert {adapter_revision(name) for name in (str(adapter), "~/adapter", "someone/adapter")} == {folder_revision(adapter)}
+    assert {adapter_revision(name) for name in (str(adapter), "~/adapter", "someone/some-model")} == {folder_revision(adapter)}
 
 
 def test_what_vllm_computes_with_the_same_weights_in_another_way_is_another_revision(tmp_path):

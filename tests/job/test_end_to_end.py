@@ -76,6 +76,7 @@ def test_a_profile_that_damages_the_model_fails_the_run(tmp_path, monkeypatch):
         return pages
 
     monkeypatch.setattr(BlockFormat, "decode", lose)
+    monkeypatch.setattr(BlockFormat, "receiver", lambda *_: None)  # which decodes, too
     size = Size(
         sessions=4, turns=2, context_tokens=192, question_tokens=16, new_tokens=4, probe_tokens=48, device_share=0.4, host_share=0.4
     )
