@@ -16,8 +16,9 @@ that comes back must find at least half of what was sent before, or the run fail
   all processes for these.
 - `engines.SYSTEM.disk_bytes`: what the files occupy after all workloads; the ceiling is the smallest other system's.
 - `engines.SYSTEM.no_reuse`: time of some prompts that nobody sends again, one right after the other so that what goes on behind one answer
-  slows the next, over a plain engine's for such prompts in the same turn, less 1; the median of `--repeats` turns. `.no_reuse.cpu`: the
-  same of CPU seconds, until the system is at rest.
+  slows the next, over a plain engine's for such prompts in the same turn, less 1; the median of at least `--repeats` turns, in equal parts
+  after three starts of all systems, because two starts of the same one differ by more than its turns. `.no_reuse.cpu`: the same of CPU
+  seconds, until the system is at rest.
 """
 
 from __future__ import annotations
@@ -45,18 +46,19 @@ from .workloads import WORKLOADS, Request, Sizes, Workload, random_tokens
 BLOCK_TOKENS = LAYOUT.page_tokens
 NEW_TOKENS = 8
 UNIQUE_TOKENS, UNIQUE_IN_A_ROW = 1000, 4
-NO_REUSE = "no-reuse"
+NO_REUSE, NO_REUSE_STARTS = "no-reuse", 3
 ALL = (*WORKLOADS, NO_REUSE)
 GREETING_TOKENS = 3 * BLOCK_TOKENS + 10
 
 
 @dataclass
 class Plan:
-    """What is asked, of which model, where, on which cores; `repeats` turns without reuse."""
+    """What is asked, of which model, where, on which cores; `turns` without reuse after each of `starts` starts."""
 
     workloads: dict[str, Workload]
     document_tokens: int
-    repeats: int
+    starts: int
+    turns: int
     model: Path
     room: Path
     cores: Sequence[int]
@@ -78,7 +80,7 @@ class Plan:
     def pages(self) -> int:
         """Room for all pages that are ever stored."""
         asked = sum(each.new_tokens for each in self.workloads.values())
-        tokens = asked + self.repeats * UNIQUE_IN_A_ROW * self.unique_tokens + 4 * GREETING_TOKENS
+        tokens = asked + self.starts * self.turns * UNIQUE_IN_A_ROW * self.unique_tokens + (self.starts + 1) * GREETING_TOKENS
         return tokens // BLOCK_TOKENS + 2 * self.blocks
 
     def start(self, name: str, scarce: bool = False) -> Any:
@@ -120,7 +122,7 @@ def measure(
     rounds: int = 2,
     path: Path | None = None,
 ) -> list[Row]:
-    """The rows. `run.repeats` turns without reuse; files go into `path`.
+    """The rows. At least `run.repeats` turns without reuse; files go into `path`.
 
     KVTierError for options that make no sense and systems that fail, MissingExtra without vLLM, LMCache or a model.
     """
@@ -129,9 +131,11 @@ def measure(
         raise KVTierError(f"--workload {NO_REUSE} compares with a plain engine; name plain among --systems too")
     if unknown := set(workloads) - set(ALL):
         raise KVTierError(f"--workload {', '.join(sorted(unknown))}: expected some of {', '.join(ALL)}")
-    repeats = run.repeats
+    starts, turns = NO_REUSE_STARTS, -(-run.repeats // NO_REUSE_STARTS)
     if run.tiny:
-        contexts, document_tokens, rounds, repeats = min(contexts, 4), min(document_tokens, 400), 1, 1
+        contexts, document_tokens, rounds, starts, turns = min(contexts, 4), min(document_tokens, 400), 1, 2, 1
+    if NO_REUSE not in workloads:
+        starts = 0
     if contexts < 4 or rounds < 1 or not 3 * BLOCK_TOKENS <= document_tokens <= 8000:
         raise KVTierError(
             f"--contexts {contexts} --rounds {rounds} --document-tokens {document_tokens}: expected at least 4 contexts, so that the "
@@ -144,12 +148,12 @@ def measure(
     seen = {name: Seen() for name in systems}
     durable = sum(SYSTEMS[name].durable for name in systems)
     run.expect(
-        len(systems) + durable + sum(len(each.rounds) + len(each.after_restart) for each in chosen.values()) + bool(NO_REUSE in workloads)
+        max(1, starts) * len(systems) + durable + sum(len(each.rounds) + len(each.after_restart) for each in chosen.values()) + starts
     )
     with tempfile.TemporaryDirectory(prefix="kvtier-engines-", dir=path) as room:
         # Two threads that wait for each other at every operation take seconds per token where others use the processors too.
         cores = sorted(os.sched_getaffinity(0))[-1 if run.tiny else 0 :]
-        plan = Plan(chosen, document_tokens, repeats if NO_REUSE in workloads else 0, packaged_model(), Path(room), cores)
+        plan = Plan(chosen, document_tokens, starts, turns, packaged_model(), Path(room), cores)
         ask_all(run, plan, seen)
     return rows(seen)
 
@@ -170,10 +174,11 @@ def ask_all(run: Run, plan: Plan, seen: dict[str, Seen]) -> None:
             for name, each in served.items():
                 seen[name].cpu_s[title] = each.cpu_s() - began[name]
             tell(run, seen)
-        if plan.repeats:
-            run.step("prompts without reuse")
-            compare_without_reuse(plan, served, seen)
-            tell(run, seen)
+        if plan.starts:
+            compare_without_reuse(run, plan, 0, served, seen)
+    for start in range(1, plan.starts):
+        with ExitStack() as stack:
+            compare_without_reuse(run, plan, start, started(run, plan, list(seen), stack), seen)
     if not durable or not plan.workloads:
         return
     for name in durable:
@@ -247,8 +252,9 @@ def check(what: str, request: Request, answer: Answer) -> None:
         )
 
 
-def compare_without_reuse(plan: Plan, served: dict[str, Serving], seen: dict[str, Seen]) -> None:
-    """New prompts, some right after the other, asked of all systems in turn, beside the plain engine's time in the same turn."""
+def compare_without_reuse(run: Run, plan: Plan, start: int, served: dict[str, Serving], seen: dict[str, Seen]) -> None:
+    """New prompts, some right after the other, asked of all systems in turn, beside the plain engine's time in the same turn; after each
+    start of all, the first being number 0."""
 
     def ask(served: Serving) -> tuple[float, float]:
         prompts = [random_tokens(next(plan.fresh), plan.unique_tokens) for _ in range(UNIQUE_IN_A_ROW)]
@@ -259,7 +265,9 @@ def compare_without_reuse(plan: Plan, served: dict[str, Serving], seen: dict[str
         served.settle()
         return wall_s, served.cpu_s() - began_cpu_s
 
-    for number in range(plan.repeats):
+    run.step("prompts without reuse")
+    for number in range(start * plan.turns, (start + 1) * plan.turns):
         took = {name: ask(served[name]) for name in turned(list(served), number)}
         for name in took.keys() - {"plain"}:
             seen[name].no_reuse.append((took[name][0] / took["plain"][0], took[name][1] / took["plain"][1]))
+    tell(run, seen)
