@@ -330,13 +330,6 @@ def test_paths_and_sizes_are_taken_as_the_front_page_writes_them(model_folder):
     assert (config.host.capacity_bytes, config.disk.path, config.disk.capacity_bytes) == (8 << 30, "/nvme/kv", 200 << 30)
 
 
-def test_a_role_that_only_stores_or_only_loads_is_refused(model_folder):
-    vllm_config, blocks = configured(model_folder, {}, {})
-    vllm_config.kv_transfer_config.kv_role = "kv_consumer"
-    with pytest.raises(ConfigError, match="set it to 'kv_both'"):
-        settings_of(vllm_config, blocks)
-
-
 def test_models_and_layouts_kvtier_cannot_hold_are_refused(model_folder):
     from vllm.v1.kv_cache_interface import MLAAttentionSpec, SinkFullAttentionSpec, SlidingWindowSpec
 
