@@ -18,7 +18,7 @@ from vllm.config import KVEventsConfig
 from vllm.distributed.kv_events import BlockStored, KVEventBatch
 
 from kvtier.engines.vllm.settings import for_rank, settings_of
-from kvtier.errors import ConfigError, KVTierError, LayoutError, ModelError, StoreLocked
+from kvtier.errors import KVTierError, LayoutError, ModelError, StoreLocked
 from kvtier.tiers.disk.record import HEADER_BYTES
 from tests.engines_real.conftest import running
 
