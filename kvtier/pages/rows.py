@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,7 +26,13 @@ _NO_KEY = np.array(None)
 _FALSE, _TRUE = np.array(False), np.array(True)
 _NOT_PINNED, _NO_ATTENTION = np.array(-math.inf), np.array(math.nan)
 
-_PLAIN = (list, tuple)  # as in `table`: what the compiled loops want keys in
+_PLAIN = (list, tuple)  # made once: `list | tuple` would be made at every call
+_Item = TypeVar("_Item")
+
+
+def plain(items: Sequence[_Item]) -> Sequence[_Item]:
+    """A list or tuple with these items, as the compiled loops want them."""
+    return items if isinstance(items, _PLAIN) else list(items)
 
 
 class PageRows(PageColumns):
@@ -128,8 +135,7 @@ class PageRows(PageColumns):
         loops, rows = self.loops, np.empty(len(keys), WHOLE)
         if loops is None:
             return None
-        keys = keys if isinstance(keys, _PLAIN) else list(keys)
-        known = loops.add_chain(self._row_of, keys, before, depth, parent, self.page_tokens, self._size, self._free_count, rows)
+        known = loops.add_chain(self._row_of, plain(keys), before, depth, parent, self.page_tokens, self._size, self._free_count, rows)
         if known < 0:
             return None
         self._took(len(keys) - known)

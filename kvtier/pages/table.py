@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +21,8 @@ from kvtier.columns import WHOLE
 from kvtier.errors import IntegrityError
 from kvtier.keys import PageKey
 from kvtier.pages.columns import ABSENT, MOST_TIERS, NO_ROW, NO_TIER, READY, WRITING, Rows
-from kvtier.pages.rows import PageRows
+from kvtier.pages.rows import PageRows, plain
 from kvtier.tiers.base import PageId
-
-_Item = TypeVar("_Item")
 
 Links = tuple[Rows, Rows, NDArray[np.bool_] | None]
 """What comes before some rows: see `PageTable.links`."""
@@ -34,13 +31,6 @@ Links = tuple[Rows, Rows, NDArray[np.bool_] | None]
 _ONE, _NOBODY, _NO_TIER = np.array(1), np.array(0), np.array(NO_TIER)
 _ABSENT, _WRITING, _READY = (np.array(state, np.uint8) for state in (ABSENT, WRITING, READY))
 _READY_ANYWHERE = np.full(MOST_TIERS, READY, np.uint8).view(np.uint64)[0]
-
-_PLAIN = (list, tuple)  # made once: `list | tuple` would be made at every call
-
-
-def _plain(numbers: Sequence[_Item]) -> Sequence[_Item]:
-    """A list or tuple with these items, as the compiled loops want them."""
-    return numbers if isinstance(numbers, _PLAIN) else list(numbers)
 
 
 class PageTable(PageRows):
@@ -61,7 +51,7 @@ class PageTable(PageRows):
         """Rows of the longest prefix of `keys` of which every page has a READY copy somewhere."""
         if self.loops is not None:
             rows = np.empty(len(keys), WHOLE)
-            return rows[: self.loops.find(self._row_of, _plain(keys), rows)]
+            return rows[: self.loops.find(self._row_of, plain(keys), rows)]
         known = iter(map(self._row_of.get, keys).__next__, None)  # up to the first key without a row, or the last
         rows = np.fromiter(known, np.int64)
         visible = self._copies[rows] & _READY_ANYWHERE
@@ -71,7 +61,7 @@ class PageTable(PageRows):
         """`find`, `lease` and `use` at once."""
         if self.loops is not None:
             rows = np.empty(len(keys), WHOLE)
-            return rows[: self.loops.claim(self._row_of, _plain(keys), rows)]
+            return rows[: self.loops.claim(self._row_of, plain(keys), rows)]
         rows = self.find(keys)
         self.lease(rows)
         self.use(rows)
@@ -155,7 +145,7 @@ class PageTable(PageRows):
     def begin(self, rows: Rows | Sequence[int], tier: int, slots: Sequence[int]) -> None:
         """Reserve a copy per row: invisible until `commit`. IntegrityError, and nothing begun, if one already has or awaits one there."""
         rows = np.asarray(rows, WHOLE)
-        if self.loops is not None and self.loops.begin(rows, tier, _plain(slots)):
+        if self.loops is not None and self.loops.begin(rows, tier, plain(slots)):
             return
         state = self.state[tier]
         if np.count_nonzero(state[rows]):
@@ -165,7 +155,7 @@ class PageTable(PageRows):
 
     def settle(self, rows: Rows, tier: int, slots: Sequence[int]) -> None:
         """`begin`, `commit`, `lease` and `use` at once: copies that are already written. IntegrityError, and nothing done, as `begin`."""
-        if self.loops is None or not self.loops.settle(rows, tier, _plain(slots)):
+        if self.loops is None or not self.loops.settle(rows, tier, plain(slots)):
             self.begin(rows, tier, slots)
             self.commit(rows, tier)
             self.lease(rows)
@@ -178,8 +168,8 @@ class PageTable(PageRows):
         if (loops := self.loops) is not None:
             count = len(keys)
             rows, parents, depths = np.empty(count, WHOLE), np.empty(count, WHOLE), np.empty(count, WHOLE)
-            chain = (self._row_of, _plain(keys), before, depth, parent, self.page_tokens, self._size, self._free_count)
-            if loops.settle_chain(*chain, tier, _plain(slots), rows, parents, depths):
+            chain = (self._row_of, plain(keys), before, depth, parent, self.page_tokens, self._size, self._free_count)
+            if loops.settle_chain(*chain, tier, plain(slots), rows, parents, depths):
                 self._took(count)
                 return rows, (parents, depths, None)
         rows = self.add_chain(keys, before, depth, parent)

@@ -35,16 +35,16 @@ Holders = tuple[columns.TableLoops, int]
 """A table's loops and a tier: those who hold pages there."""
 
 
-class TableProtection:
+class TableProtection(ABC):
     """A `Protection` that may follow from the columns of a page table alone: compiled loops then look there and need not ask."""
 
     def holders(self) -> Holders | None:
         """Where to look, if no pages may not leave but those that `TableLoops.protect` names in that tier; else None."""
         return None
 
+    @abstractmethod
     def __call__(self, pages: Pages) -> Mask:
         """Which of these pages may not leave."""
-        raise NotImplementedError
 
 
 Names = Callable[[Pages], Pages]

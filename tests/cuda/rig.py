@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import torch
 from kvtier.cache import TieredKVCache
 from kvtier.layout import PageLayout
 from kvtier.leases.lease import Lease
+from kvtier.mover import lane
 from kvtier.testing.accelerator import LateAccelerator, LateStream
 from kvtier.tiers import gpu as gpu_module
-from tests.cache.rig import LAYOUT, kv_of, make_cache
+from tests.cache.rig import DEEP, LAYOUT, kv_of, make_cache, push_out, put, run
 
 HOST = 1
 """The tier below the GPU."""
@@ -51,6 +53,19 @@ def gpu_of(cache: TieredKVCache) -> LateAccelerator:
 def through_the_lane(monkeypatch: pytest.MonkeyPatch, cache: TieredKVCache) -> None:
     """From now on, the GPU reads nothing where the host tier has it: layers are copied one by one, once all pages are verified."""
     monkeypatch.setattr(cache._residency.tiers[HOST], "direct", lambda slots: np.zeros(len(slots), np.int64))
+
+
+@contextmanager
+def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[TieredKVCache, Any]]:
+    """A cache of pages of many layers with the two pages of `run(1, 2)` on the host, that come up one layer after the other, and the
+    stream they come by."""
+    monkeypatch.setattr(lane, "STEP_BYTES", 1)
+    with gpu_cache(monkeypatch, layout=DEEP, mover__workers=1) as cache:
+        put(cache, run(1, 2))
+        push_out(cache)
+        cache.flush()
+        through_the_lane(monkeypatch, cache)
+        yield cache, cache._residency.mover.staging._lanes[0].stream
 
 
 def _note(layers: list[torch.Tensor], pool: torch.Tensor, slots: torch.Tensor) -> None:

@@ -13,10 +13,9 @@ from kvtier.attention import on_device
 from kvtier.cache import TieredKVCache
 from kvtier.cuda.kernels import triton_version
 from kvtier.errors import DeviceError
-from kvtier.mover import lane
 from kvtier.testing.accelerator import LateAccelerator, LateStream
 from tests.cache.rig import DEEP, LAYOUT, PAGE, grow, hold, kv_of, make_cache, push_out, put, run, tiers_of
-from tests.cuda.rig import HOST, Engine, gpu_cache, gpu_of, through_the_lane
+from tests.cuda.rig import HOST, Engine, gpu_cache, gpu_of, layer_by_layer
 
 INTERPRETED = pytest.mark.skipif(triton_version() is None or torch.cuda.is_available(), reason="needs Triton's interpreter")
 
@@ -103,13 +102,7 @@ def test_a_write_does_not_overwrite_what_another_stream_has_yet_to_read(monkeypa
 
 
 def test_a_layer_is_read_while_the_next_is_not_even_launched(monkeypatch):
-    monkeypatch.setattr(lane, "STEP_BYTES", 1)
-    with gpu_cache(monkeypatch, layout=DEEP, mover__workers=1) as cache:
-        put(cache, run(1, 2))
-        push_out(cache)
-        cache.flush()
-        through_the_lane(monkeypatch, cache)
-        stream = cache._residency.mover.staging._lanes[0].stream
+    with layer_by_layer(monkeypatch) as (cache, stream):
         go_on, record, records = threading.Event(), stream.record, itertools.count()
 
         def held_before_the_second_layer():

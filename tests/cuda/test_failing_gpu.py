@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from kvtier.errors import DeviceError, TransferFailed
-from kvtier.mover import lane
 from kvtier.testing.accelerator import LateAccelerator, LateSpan
 from tests.cache.rig import DEEP, LAYOUT, PAGE, hold, push_out, put, run
-from tests.cuda.rig import Engine, gpu_cache, gpu_of, through_the_lane
+from tests.cuda.rig import Engine, gpu_cache, gpu_of, layer_by_layer
 
 
 @pytest.mark.parametrize("when", ["fail_at_launch", "fail_in_stream"])
@@ -44,29 +44,30 @@ def test_a_copy_that_fails_takes_its_own_transfer_along_and_no_other(monkeypatch
         cache.check_integrity()
 
 
-def test_a_restore_that_breaks_half_way_breaks_the_lease_and_frees_its_slots_only_when_its_copies_are_over(monkeypatch):
-    monkeypatch.setattr(lane, "STEP_BYTES", 1)
-    with gpu_cache(monkeypatch, layout=DEEP, mover__workers=1) as cache:
-        put(cache, run(1, 2))
-        push_out(cache)
-        cache.flush()
-        through_the_lane(monkeypatch, cache)
-        pool: Any = cache._residency.device
-        stream: Any = cache._residency.mover.staging._lanes[0].stream
-        copy, free, asked, steps = stream.copy, pool.free, threading.Event(), itertools.count()
-        pending: list[int] = []
+def breaking_at_the_second_layer(copy: Callable[..., None], asked: threading.Event) -> Callable[..., None]:
+    """`copy`, but for its second call, which fails once somebody has `asked`."""
+    steps = itertools.count()
 
-        def breaks_at_the_second_layer(*copies):
-            if next(steps) == 1:
-                assert asked.wait(20)
-                raise DeviceError("a cosmic ray")
-            copy(*copies)
+    def copies(*parts: object) -> None:
+        if next(steps) == 1:
+            assert asked.wait(20)
+            raise DeviceError("a cosmic ray")
+        copy(*parts)
+
+    return copies
+
+
+def test_a_restore_that_breaks_half_way_breaks_the_lease_and_frees_its_slots_only_when_its_copies_are_over(monkeypatch):
+    with layer_by_layer(monkeypatch) as (cache, stream):
+        pool: Any = cache._residency.device
+        copy, free, asked = stream.copy, pool.free, threading.Event()
+        pending: list[int] = []
 
         def noting(slots):
             pending.append(stream.pending)
             free(slots)
 
-        monkeypatch.setattr(stream, "copy", breaks_at_the_second_layer)
+        monkeypatch.setattr(stream, "copy", breaking_at_the_second_layer(stream.copy, asked))
         monkeypatch.setattr(pool, "free", noting)
         with cache.acquire(cache.lookup(run(1, 2))) as lease:
             lease.layer(0, timeout=20)
@@ -84,22 +85,9 @@ def test_a_restore_that_breaks_half_way_breaks_the_lease_and_frees_its_slots_onl
 
 def test_what_a_broken_restore_promised_to_a_second_lease_is_broken_too_and_not_brought_to_another_place(monkeypatch):
     """The second lease, which only went along, was told slots and read a layer; it must not be given the pages elsewhere without a word."""
-    monkeypatch.setattr(lane, "STEP_BYTES", 1)
-    with gpu_cache(monkeypatch, layout=DEEP, mover__workers=1) as cache:
-        put(cache, run(1, 2))
-        push_out(cache)
-        cache.flush()
-        through_the_lane(monkeypatch, cache)
-        stream: Any = cache._residency.mover.staging._lanes[0].stream
-        copy, asked, steps = stream.copy, threading.Event(), itertools.count()
-
-        def breaks_at_the_second_layer(*copies):
-            if next(steps) == 1:
-                assert asked.wait(20)
-                raise DeviceError("a cosmic ray")
-            copy(*copies)
-
-        monkeypatch.setattr(stream, "copy", breaks_at_the_second_layer)
+    with layer_by_layer(monkeypatch) as (cache, stream):
+        asked = threading.Event()
+        monkeypatch.setattr(stream, "copy", breaking_at_the_second_layer(stream.copy, asked))
         first = cache.acquire(cache.lookup(run(1, 2)))
         first.layer(0, timeout=20)
         with cache.acquire(cache.lookup(run(1, 2))) as second:
