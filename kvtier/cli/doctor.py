@@ -142,8 +142,18 @@ def _codecs() -> list[Finding]:
     native = codecs()
     return [
         Finding("native codecs", native is not None, f"compiled kernels for {native.features()}" if native else why_missing()),
+        _digests(),
         _triton(),
     ]
+
+
+def _digests() -> Finding:
+    from kvtier.formats.digests import digest_address
+
+    missing = "this build of the xxhash package exports no XXH3_128bits: pages are verified before they are decoded, restores take longer"
+    return Finding(
+        "digests while decoding", bool(digest_address()), "by the xxhash package's own function" if digest_address() else missing
+    )
 
 
 def _triton() -> Finding:

@@ -27,6 +27,14 @@ def test_doctor_names_a_missing_extra(capsys, monkeypatch):
     assert "pip install 'kvtier[report]'" in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_doctor_says_that_restores_take_longer_without_the_digest_for_compiled_code(capsys, monkeypatch):
+    monkeypatch.setattr("kvtier.formats.digests.digest_address", lambda: 0)
+    assert main(["doctor", "--json", "-"]) == 0
+    found = {item["what"]: item for item in json.loads(capsys.readouterr().out)}["digests while decoding"]
+    assert not found["there"]
+    assert "restores take longer" in found["meaning"]
+
+
 def test_doctor_refuses_a_directory_that_is_none(capsys):
     assert main(["doctor", "--path", "/nowhere"]) == 2
     assert "/nowhere is not a directory" in capsys.readouterr().err
