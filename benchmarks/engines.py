@@ -16,9 +16,10 @@ that comes back must find at least half of what was sent before, or the run fail
   all processes for these.
 - `engines.SYSTEM.disk_bytes`: what the files occupy after all workloads; the ceiling is the smallest other system's.
 - `engines.SYSTEM.no_reuse`: time of some prompts that nobody sends again, one right after the other so that what goes on behind one answer
-  slows the next, over a plain engine's for such prompts in the same turn, less 1; the median of at least `--repeats` turns, in equal parts
-  after three starts of all systems, because two starts of the same one differ by more than its turns. `.no_reuse.cpu`: the same of CPU
-  seconds, until the system is at rest.
+  slows the next, over a plain engine's for such prompts in the same turn, less 1. The two are alone on the machine: beside five engines a
+  plain one's turns differ by 15 %, beside one by 5 %. The median of at least `--repeats` turns, in equal parts after three starts of each
+  pair, because two starts of the same engine differ by more than its turns. `.no_reuse.cpu`: the same of CPU seconds, until the system is
+  at rest.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ GREETING_TOKENS = 3 * BLOCK_TOKENS + 10
 
 @dataclass
 class Plan:
-    """What is asked, of which model, where, on which cores; `turns` without reuse after each of `starts` starts."""
+    """What is asked, of which model, where, on which cores; `turns` without reuse after each of `starts` starts of each pair."""
 
     workloads: dict[str, Workload]
     document_tokens: int
@@ -147,9 +148,8 @@ def measure(
     chosen = {name: make(sizes) for name, make in WORKLOADS.items() if name in workloads}
     seen = {name: Seen() for name in systems}
     durable = sum(SYSTEMS[name].durable for name in systems)
-    run.expect(
-        max(1, starts) * len(systems) + durable + sum(len(each.rounds) + len(each.after_restart) for each in chosen.values()) + starts
-    )
+    rounds_in_all = sum(len(each.rounds) + len(each.after_restart) for each in chosen.values())
+    run.expect(bool(chosen) * (len(systems) + durable) + rounds_in_all + 3 * starts * (len(systems) - 1))
     with tempfile.TemporaryDirectory(prefix="kvtier-engines-", dir=path) as room:
         # Two threads that wait for each other at every operation take seconds per token where others use the processors too.
         cores = sorted(os.sched_getaffinity(0))[-1 if run.tiny else 0 :]
@@ -159,8 +159,19 @@ def measure(
 
 
 def ask_all(run: Run, plan: Plan, seen: dict[str, Seen]) -> None:
-    """All workloads, then prompts without reuse; then the durable systems once more, started anew with little memory."""
+    """All workloads; the durable systems once more, started anew with little memory; prompts without reuse."""
     durable = [name for name in seen if SYSTEMS[name].durable]
+    if plan.workloads:
+        ask_workloads(run, plan, seen, durable)
+        if durable:
+            ask_after_restart(run, plan, seen, durable)
+    for start, name in itertools.product(range(plan.starts), seen):
+        if name != "plain":
+            compare_without_reuse(run, plan, start, name, seen[name])
+
+
+def ask_workloads(run: Run, plan: Plan, seen: dict[str, Seen], durable: Sequence[str]) -> None:
+    """All workloads until the restart, of all systems side by side."""
     with ExitStack() as stack:
         served = started(run, plan, list(seen), stack)
         for title, workload in plan.workloads.items():
@@ -174,15 +185,12 @@ def ask_all(run: Run, plan: Plan, seen: dict[str, Seen]) -> None:
             for name, each in served.items():
                 seen[name].cpu_s[title] = each.cpu_s() - began[name]
             tell(run, seen)
-        if plan.starts:
-            compare_without_reuse(run, plan, 0, served, seen)
-    for start in range(1, plan.starts):
-        with ExitStack() as stack:
-            compare_without_reuse(run, plan, start, started(run, plan, list(seen), stack), seen)
-    if not durable or not plan.workloads:
-        return
     for name in durable:
         seen[name].disk_bytes = bytes_on_disk(stored_in(plan.room, name))  # with what an engine that ends writes
+
+
+def ask_after_restart(run: Run, plan: Plan, seen: dict[str, Seen], durable: Sequence[str]) -> None:
+    """What the workloads ask of systems that find nothing but their files, not even those in the page cache."""
     with ExitStack() as stack:
         served = started(run, plan, durable, stack, scarce=True)
         for title, workload in plan.workloads.items():
@@ -252,9 +260,8 @@ def check(what: str, request: Request, answer: Answer) -> None:
         )
 
 
-def compare_without_reuse(run: Run, plan: Plan, start: int, served: dict[str, Serving], seen: dict[str, Seen]) -> None:
-    """New prompts, some right after the other, asked of all systems in turn, beside the plain engine's time in the same turn; after each
-    start of all, the first being number 0."""
+def compare_without_reuse(run: Run, plan: Plan, start: int, name: str, found: Seen) -> None:
+    """New prompts, some right after the other, asked of a system and a plain engine in turn, nobody else being up; start 0 is the first."""
 
     def ask(served: Serving) -> tuple[float, float]:
         prompts = [random_tokens(next(plan.fresh), plan.unique_tokens) for _ in range(UNIQUE_IN_A_ROW)]
@@ -265,9 +272,10 @@ def compare_without_reuse(run: Run, plan: Plan, start: int, served: dict[str, Se
         served.settle()
         return wall_s, served.cpu_s() - began_cpu_s
 
-    run.step("prompts without reuse")
-    for number in range(start * plan.turns, (start + 1) * plan.turns):
-        took = {name: ask(served[name]) for name in turned(list(served), number)}
-        for name in took.keys() - {"plain"}:
-            seen[name].no_reuse.append((took[name][0] / took["plain"][0], took[name][1] / took["plain"][1]))
-    tell(run, seen)
+    with ExitStack() as stack:
+        served = started(run, plan, turned(["plain", name], start), stack)
+        run.step(f"{name} without reuse")
+        for number in range(plan.turns):
+            took = {each: ask(served[each]) for each in turned(["plain", name], number)}
+            found.no_reuse.append((took[name][0] / took["plain"][0], took[name][1] / took["plain"][1]))
+    tell(run, {name: found})

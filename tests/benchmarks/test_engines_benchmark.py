@@ -133,8 +133,9 @@ def test_every_request_is_asked_of_all_in_turn_and_of_the_durable_ones_after_a_r
     monkeypatch.setitem(sys.modules, "kvtier.engines.models", SimpleNamespace(packaged_model=lambda: tmp_path))
     systems = ["plain", "lmcache-ram", "kvtier-q8"]
     made = {row.name.removeprefix("engines."): row.value for row in engines.measure(Run(1, tiny=True), systems, path=tmp_path)}
-    assert [name for name, _ in starts] == [*systems, *systems, "kvtier-q8"]
-    assert starts[6][1] < starts[2][1], "little memory after the restart"
+    pairs = ["plain", "lmcache-ram", "plain", "kvtier-q8", "lmcache-ram", "plain", "kvtier-q8", "plain"]
+    assert [name for name, _ in starts] == [*systems, "kvtier-q8", *pairs], "without reuse each is alone with a plain engine"
+    assert starts[3][1] < starts[2][1], "little memory after the restart"
     documents = [(name, tuple(prompt)) for name, prompt in asked if len(prompt) == 440]
     assert len(documents) == 4 * (3 * 3 + 2)
     for turn in range(12):
@@ -146,7 +147,7 @@ def test_every_request_is_asked_of_all_in_turn_and_of_the_durable_ones_after_a_r
     assert made["plain.chat.ram"] == 1.0
     assert "kvtier-q8.no_reuse" in made
     unique = [name for name, prompt in asked if len(prompt) == 400]
-    turns = [*systems, *systems[1:], systems[0]]
+    turns = ["plain", "lmcache-ram", "plain", "kvtier-q8"] * 2
     assert unique == [name for name in turns for _ in range(engines.UNIQUE_IN_A_ROW)], "one right after the other, then the next system"
     assert "plain.no_reuse" not in made
     assert list(tmp_path.iterdir()) == []
