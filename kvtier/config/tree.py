@@ -160,8 +160,8 @@ class PolicyConfig(_Section):
     cleanup_interval: float = Field(
         default=60.0,
         gt=0,
-        description="Seconds between checkpoints of the disk store, which shorten the start after a crash; a2cr-classic: also between looks "
-        "for pages below the threshold.",
+        description="Seconds between checkpoints of the disk store, which shorten the start after a crash; a2cr-classic: also between "
+        "looks for pages below the threshold.",
     )
     adaptive: bool = Field(
         default=True, description="a2cr-classic: take threshold and decay from `bands`, by pressure, not from the two keys above."
