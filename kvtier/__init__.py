@@ -1,7 +1,19 @@
 """kvtier: a tiered KV cache for LLM serving.
 
-`TieredKVCache` is the public face. Names are loaded when first used, so that `kvtier.policy`, `kvtier.config` and the command line work
-without importing torch.
+    layout = PageLayout(layers=32, planes=2, page_tokens=16, kv_heads=8, head_dim=128, dtype="bf16")
+    with TieredKVCache.open("kvtier.yaml", layout) as cache:
+        with cache.acquire(cache.lookup(token_ids)) as lease:
+            block_table = lease.wait()
+            cache.append(lease, token_ids[lease.tokens:], kv)
+
+`TieredKVCache`: the cache; `help(kvtier.TieredKVCache)` describes its methods.
+`PageLayout`: shape and dtype of a page, as the engine produces it.
+`Match`, `Lease`: what `lookup` found, and a hold on pages.
+`Config`, `load_config`: the configuration tree (docs/configuration.md), and how it is read.
+`KVTierError`: the base of all errors; `kvtier.errors` has them, named for what the caller can do.
+
+`kvtier.engines.transformers` is for Hugging Face models, `kvtier.engines.vllm` is vLLM's connector; other engines: docs/.
+Names are loaded when first used, so that `kvtier.policy`, `kvtier.config` and the command line work without importing torch.
 """
 
 from __future__ import annotations

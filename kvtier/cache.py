@@ -325,8 +325,14 @@ class TieredKVCache:
     # -- the whole -------------------------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
-        """Everything countable as one nested dict of plain values: `tiers`, `links`, `admission` (`kvtier.policy.admission.Regret`,
-        counted where there is more than one tier), `prefetch`, `pages`, and what the machine allowed."""
+        """Counters since the cache was opened, and its state, as one nested dict of plain values.
+
+        `tiers` and `links` by name and `prefetch` are described in docs/cli.md (`kvtier run`); `tiers.<name>.achieved` is what the machine
+        allowed. `admission`: `kvtier.policy.admission.Regret`, counted where there is more than one tier. `mover`, `routing`, `prices`: who
+        carries pages, where requests attended, what restoring and computing take. `tokens_asked`: tokens of full pages that `acquire` was
+        asked for; `tokens_declined`: those cached and faster to compute. `pages`: pages known; `leased_pages`: those held. Reads /proc,
+        some milliseconds.
+        """
         routing = {
             "learned": self._attending_costs.as_json(),
             "threads": None if self._pool is None else self._pool.executor.report(),

@@ -123,6 +123,8 @@ on again by any key below it. A key that does not exist is an error that names t
 
 `_bytes` takes a whole number or text with a unit: `8GiB`, `64 MiB` (powers of 1024), `500MB` (powers of 1000). `_s` and `_ms` are
 seconds and milliseconds. `kvtier config show` prints the effective values and where each came from, `kvtier config check` tries files.
+
+Sections: {sections}
 """
 
 
@@ -130,7 +132,7 @@ def reference_markdown() -> str:
     """The text of docs/configuration.md."""
     from kvtier.config import Config, section_of
 
-    text = [_INTRODUCTION]
+    text = [_INTRODUCTION.replace("{sections}", " · ".join(f"[{name}](#{name})" for name in Config.model_fields))]
     for name, field in Config.model_fields.items():
         section = section_of(field.annotation)
         assert section is not None

@@ -30,7 +30,7 @@ def store_config(settings: Mapping[str, object]) -> Config:
 
 
 def stored_block_bytes(config: Config) -> int | None:
-    """Bytes of a block in the store that `config` names, for doors that are told only with the first block; None if there is none yet.
+    """Bytes of a block in the store that `config` names; None if there is none yet. For integrations that learn them with the first block.
 
     StoreError if there is one that cannot be read.
     """
@@ -41,7 +41,7 @@ def stored_block_bytes(config: Config) -> int | None:
 def check_new_store(config: Config) -> None:
     """Errors as of opening the store that `config` names, as far as they hang on its directory; leaves there what was there before.
 
-    For doors that open theirs with the first block, long after whoever configured them stopped looking.
+    For integrations that open theirs with the first block, long after whoever configured them stopped looking.
     """
     if config.disk is not None:
         directory = StoreDirectory(Path(config.disk.path))

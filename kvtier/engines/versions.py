@@ -1,4 +1,4 @@
-"""Which versions of serving engines the doors in this room are written for, and what is said where another one, or none, is installed."""
+"""Which versions of serving engines the integrations are written for, and what is said where another one, or none, is installed."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def require_engine(package: str) -> str:
             continue
         if found == supported or found.startswith((f"{supported}.", f"{supported}+")):
             return found
-        raise ConfigError(f"{name} {found} is installed; this door of kvtier is written for {package} {supported}, install that")
+        raise ConfigError(f"{name} {found} is installed; kvtier's integration is written for {package} {supported}: install that version")
     wild = ".*" if supported.count(".") == 1 else ""
-    raise MissingExtra(f"{package} is not installed here, and this door of kvtier is for it; pip install '{package}=={supported}{wild}'")
+    raise MissingExtra(f"{package} is not installed here; kvtier's integration needs it: pip install '{package}=={supported}{wild}'")
