@@ -141,7 +141,7 @@ class DiskTier(Tier):
         segment_slots = max(1, segment_bytes // self.slot_bytes)
         wanted = Description(self.layout, self.format.name, namespace.hex(), self.slot_bytes, segment_slots, self.capacity_bytes)
         found = self._directory.describe(wanted)
-        self._directory.check_space(self.capacity_bytes)
+        self._directory.check_space(self.capacity_bytes, found.capacity_bytes if found is not None else 0)
         description = reopened(found or wanted, self.capacity_bytes)
         try:
             self._directory.write(description)
