@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kvtier.cache import TieredKVCache
+from kvtier.engines.adapters import Adapters
 from kvtier.engines.budgeted import BudgetedCache, Select
 from kvtier.engines.models import cache_argument
 from kvtier.engines.tiered import TieredCache
@@ -52,10 +53,18 @@ def layout_of(model: Any, page_tokens: int = 16) -> PageLayout:
         layers=config.num_hidden_layers,
         planes=2,
         page_tokens=page_tokens,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        kv_heads=_kv_heads(config),
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         dtype=dtype,
     )
+
+
+def _kv_heads(config: Any) -> int:
+    """Heads whose keys and values are in the cache."""
+    heads: int = config.num_attention_heads
+    if config.model_type == "falcon":  # which computes fewer in its new architecture, but keeps a copy for every head
+        return heads if config.new_decoder_architecture else 1 if config.multi_query else config.num_kv_heads
+    return getattr(config, "num_key_value_heads", None) or heads
 
 
 def left_padded(sequences: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
@@ -77,7 +86,8 @@ def _turn(new_ids: Sequence[int] | torch.Tensor) -> list[int]:
 
 
 class Session:
-    """One conversation: the tokens so far, and turns played through the tiers. `salt` keeps tenants apart.
+    """One conversation: the tokens so far, and turns played through the tiers. `salt` keeps tenants apart. PEFT's adapters, those that are
+    on when a turn begins, are kept apart without.
 
     `device_pages` and `select`: see `BudgetedCache`.
     """
@@ -95,8 +105,8 @@ class Session:
         """Tokens of the last turn that came from the cache."""
 
     def prefetch(self, deadline: float | None = None) -> None:
-        """Hint that this session's next turn is near."""
-        self.cache.prefetch(self.token_ids, deadline, self.salt)
+        """Hint that this session's next turn is near, with the adapters that are on now."""
+        self.cache.prefetch(self.token_ids, deadline, Adapters.of(self.model).salt(self.salt))
 
     def generate(self, new_ids: Sequence[int] | torch.Tensor, **options: Any) -> list[int]:
         """Play one turn: append `new_ids`, generate with `options` (as for `model.generate`), return the generated tokens.
@@ -147,6 +157,8 @@ def generate_together(sessions: Sequence[Session], new_ids: Sequence[Sequence[in
 
 
 def _check_options(model: Any, options: dict[str, Any]) -> None:
+    if options.get("adapter_names"):
+        raise ModelError("adapter_names: a session's adapter is the one that is on; call set_adapter before its turn, and leave it out")
     if (_setting(model, options, "num_return_sequences") or 1) != 1 or _setting(model, options, "return_dict_in_generate"):
         raise ModelError(
             "a session continues one sequence of tokens: leave num_return_sequences and return_dict_in_generate out, or call "
