@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,8 @@ class Adapters:
     @classmethod
     def of(cls, model: Any) -> Adapters:
         """Those of a model, or of a `PeftModel`. ModelError for kinds whose KV depends on more than kvtier can see."""
+        if "peft" not in sys.modules:  # looking for its layers takes a millisecond or two in a large model
+            return cls(())
         inner = plain_model(model)
         layers = [(name, module) for name, module in inner.named_modules() if hasattr(module, "adapter_layer_names")]
         configs = getattr(model, "peft_config", None) or getattr(inner, "peft_config", None) or {}

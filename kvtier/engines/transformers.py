@@ -118,6 +118,7 @@ class Session:
             return generate_together([self], [new_ids], **options)[0]
         prompt = [*self.token_ids, *_turn(new_ids)]
         inputs = torch.tensor([prompt], device=self.model.device)
+        options.setdefault("use_cache", True)
         options.setdefault("prefill_chunk_size", self.device_pages * self.cache.layout.page_tokens)
         with BudgetedCache(self.model, self.cache, prompt, self.device_pages, self.salt, self.select) as past:
             output = self.model.generate(inputs, attention_mask=torch.ones_like(inputs), **cache_argument(past), **options)
@@ -144,6 +145,7 @@ def generate_together(sessions: Sequence[Session], new_ids: Sequence[Sequence[in
     if len({id(session) for session in sessions}) != len(sessions):
         raise ModelError("generate_together: a session is there twice; its second turn continues its first one")
     prompts = [[*session.token_ids, *_turn(new)] for session, new in zip(sessions, new_ids, strict=True)]
+    options.setdefault("use_cache", True)  # some models say no by themselves, as do most that were trained
     padding = options.setdefault("pad_token_id", _padding_token(model, options))
     with TieredCache(cache, prompts, [session.salt for session in sessions], model) as past:
         inputs = left_padded(prompts, padding, model.device)

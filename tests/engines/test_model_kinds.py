@@ -9,7 +9,9 @@ import pytest
 import torch
 import transformers
 
-from kvtier.engines.transformers import Session, generate_together, layout_of, left_padded
+from kvtier.cache import TieredKVCache
+from kvtier.engines.models import cache_argument
+from kvtier.engines.transformers import Session, TieredCache, generate_together, layout_of, left_padded
 from kvtier.errors import ModelError
 from tests.engines.rig import GENERATE, PROMPT, llama, open_cache
 
@@ -60,7 +62,7 @@ def made(name: str) -> Any:
     torch.manual_seed(4)
     kind, settings, _ = KINDS[name]
     config = getattr(transformers, f"{kind}Config")(**settings)
-    return getattr(transformers, f"{kind}ForCausalLM")._from_config(config).eval()
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 def plain(model: Any, prompts: list[list[int]]) -> list[list[int]]:
@@ -68,6 +70,19 @@ def plain(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     longest = inputs["input_ids"].shape[1]
     answers: list[list[int]] = model.generate(**inputs, **GENERATE)[:, longest:].tolist()
     return answers
+
+
+@torch.inference_mode()
+def next_token(model: Any, ids: list[int], **options: Any) -> torch.Tensor:
+    """Logits `[vocabulary]` behind these tokens."""
+    logits: torch.Tensor = model(torch.tensor([ids]), **options).logits[0, -1]
+    return logits
+
+
+def restored_next_token(model: Any, cache: TieredKVCache, salt: str) -> torch.Tensor:
+    with TieredCache(cache, PROMPT, salt, model) as past:
+        assert past.restored == 144
+        return next_token(model, PROMPT[144:], **cache_argument(past))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -89,7 +104,9 @@ def test_a_new_process_goes_on_with_what_the_last_one_kept(name, tmp_path):
         assert [each.restored for each in sessions] == [138, 48]
         zeros = torch.zeros(layout.layers, layout.planes, 144, layout.kv_heads, layout.head_dim)
         cache.put(PROMPT[:144], zeros, salt="zeros")
-        assert Session(model, cache, salt="zeros").generate(PROMPT, **GENERATE) != alone, "what is restored matters"
+        whole = next_token(model, PROMPT)
+        assert torch.allclose(restored_next_token(model, cache, ""), whole, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(restored_next_token(model, cache, "zeros"), whole, rtol=1e-2, atol=1e-2), "what is restored matters"
 
 
 def test_a_model_whose_kv_is_not_of_the_layout_is_refused_at_its_first_layer(tmp_path):
