@@ -256,7 +256,8 @@ def _in_torch(run: Run, name: str, layout: PageLayout, pages: torch.Tensor, ceil
     for layer, row in enumerate(format.places(layout)):
         for plane, place in enumerate(row):
             alike.setdefault((place.codec, place.shape, plane), []).append(layer)
-    blocks = {key: pages[:, layers, key[2]].flatten(0, 1).split(64) for key, layers in alike.items()}
+    planes = {key: pages[:, layers, key[2]].flatten(0, 1) for key, layers in alike.items()}
+    blocks = {key: [plane[first : first + 64] for first in range(0, len(plane), 64)] for key, plane in planes.items()}
     coded = {(codec, shape, plane): [codec.encode(some, shape) for some in each] for (codec, shape, plane), each in blocks.items()}
 
     def encode() -> None:

@@ -101,7 +101,7 @@ def _adapters_on(layer: Any) -> list[str]:
 def _parts(name: str, layer: Any) -> Iterator[tuple[str, Any]]:
     """Everything in one of PEFT's layers that belongs to the adapters that are on, or to all."""
     for held in (*layer.adapter_layer_names, *getattr(layer, "other_param_names", ())):
-        values = getattr(layer, held, None)
+        values: Any = getattr(layer, held, None)
         for adapter in _adapters_on(layer):
             if not hasattr(values, "keys"):
                 yield from _leaves(f"{name}.{held}", values)

@@ -43,7 +43,6 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 from kvtier.engines.vllm_blocks import known_blocks  # noqa: E402
 from kvtier.engines.vllm_requests import chunks_before  # noqa: E402
 
-
 log = logging.getLogger(__name__)
 
 
@@ -51,8 +50,8 @@ def warn_of_random_names(path: object) -> None:
     """One line if vLLM names chunks by hashes that begin with a seed of this process alone: a store in `path` outlives them."""
     if get_none_hash_seed() not in (DEFAULT_NONE_HASH_SEED, os.environ.get("PYTHONHASHSEED")):
         log.warning(
-            "kvtier: what this engine keeps in %s is found by no other, nor after a restart: with this --prefix-caching-hash-algo vLLM hashes "
-            "from a random seed. Set PYTHONHASHSEED to the same number for every engine, or leave the algorithm at sha256",
+            "kvtier: what this engine keeps in %s is found by no other, nor after a restart: with this --prefix-caching-hash-algo vLLM "
+            "hashes from a random seed. Set PYTHONHASHSEED to the same number for every engine, or leave the algorithm at sha256",
             path,
         )
 

@@ -175,7 +175,10 @@ def test_adapters_whose_kv_is_not_of_the_tokens_before_are_refused(tmp_path, con
 
 @pytest.mark.parametrize("kind", ["IA3Config", "VeraConfig", "LoHaConfig", "OFTConfig"])
 def test_other_kinds_are_told_apart_by_their_weights(tmp_path, kind):
-    made = {"IA3Config": {"feedforward_modules": [], "target_modules": ["k_proj", "v_proj"]}, "OFTConfig": {"r": 0, "oft_block_size": 8}}
+    made: dict[str, dict[str, Any]] = {
+        "IA3Config": {"feedforward_modules": [], "target_modules": ["k_proj", "v_proj"]},
+        "OFTConfig": {"r": 0, "oft_block_size": 8},
+    }
     settings: dict[str, Any] = {"target_modules": ["q_proj", "k_proj"], **made.get(kind, {})}
     model = peft.get_peft_model(base(), getattr(peft, kind)(**settings)).eval()
     with open_cache(model, tmp_path) as cache:
