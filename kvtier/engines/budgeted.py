@@ -78,7 +78,8 @@ class BudgetedCache(Cache):  # type: ignore[misc]
             raise LayoutError("BudgetedCache: an empty sequence has nothing to predict from; give at least one token")
         check_named(cache)
         self._adapters = Adapters.of(model)
-        salt, model = self._adapters.salt(salt), plain_model(model)
+        salt = self._adapters.salt(salt)
+        self._model, model = model, plain_model(model)
         kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
             raise ModelError(f"{type(model).__name__} has {', '.join(sorted(kinds))}; a device budget is for full attention in every layer")
@@ -94,7 +95,6 @@ class BudgetedCache(Cache):  # type: ignore[misc]
         self._unasked: list[int] = []
         layout = cache.layout
         super().__init__(layers=[BudgetedLayer(lease, index, choosing, self._unasked, layout) for index in range(layout.layers)])
-        self._model = model
         self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def _before_forward(self, model: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -114,7 +114,7 @@ class BudgetedCache(Cache):  # type: ignore[misc]
         positions.tell(model, named.get("position_ids"), len(self._fed), ids.shape[1])
         positions.check()
         if len(self._fed) == self.restored:
-            self._adapters.check(model)
+            self._adapters.check(self._model)
         self._keep_full_pages()
         self._fed += ids[0].tolist()
 

@@ -70,12 +70,12 @@ class TieredCache(Cache):  # type: ignore[misc]
         self._hook: Any = None
         self._fed: Fed | None = None
         self._mask: Any = None
-        self._model = plain_model(model)
+        self._model = model
         self._adapters = Adapters(()) if model is None else Adapters.of(model)
         salts = [self._adapters.salt(tenant) for tenant in salts]
         self._padding = [width - len(sequence) for sequence in sequences]
         self._positions = Positions(self._padding)
-        self._alike_up_to = math.inf if model is None else alike_up_to(self._model)
+        self._alike_up_to = math.inf if model is None else alike_up_to(model)
         self._columns_alike = math.inf
         """Columns before the first that was computed in a sequence so long that its keys are rotated in another way."""
         most = 0 if width - min(self._padding) > self._alike_up_to else width
@@ -99,7 +99,7 @@ class TieredCache(Cache):  # type: ignore[misc]
             self._fed = Fed(held, self._padding, prefix.columns)
             self._again = held[0] if len(held) == 1 else []
             self._unseen = True
-            self._hook = self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            self._hook = plain_model(model).register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def _before_forward(
         self, model: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
@@ -130,7 +130,7 @@ class TieredCache(Cache):  # type: ignore[misc]
         self._positions.tell(model, named.get("position_ids"), columns, ids.shape[1])
         if self._unseen:
             self._positions.check()
-            self._adapters.check(model)
+            self._adapters.check(self._model)
             self._unseen = False
         self._fed.feed(ids)
         return inputs, named
