@@ -6,13 +6,14 @@ are in `budgeted.py`. A `Session` is one thread's and owns the tokens of its con
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from kvtier.cache import TieredKVCache
-from kvtier.engines.adapters import Adapters
+from kvtier.engines.adapters import Adapters, plain_model
 from kvtier.engines.budgeted import BudgetedCache, Select
 from kvtier.engines.models import cache_argument
 from kvtier.engines.tiered import TieredCache
@@ -29,7 +30,7 @@ def layout_of(model: Any, page_tokens: int = 16) -> PageLayout:
     """The page layout of a Hugging Face causal language model.
 
     Pages hold all layers of their tokens, of sliding windows too. ModelError for models whose KV is not one K and one V of equal shape per
-    layer and token (linear attention, latents, layers that share their KV).
+    layer and token (linear attention, latents, layers that share their KV), or is not kept by a cache that can be given.
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -40,23 +41,24 @@ def layout_of(model: Any, page_tokens: int = 16) -> PageLayout:
         foreign.append("an encoder")
     if getattr(config, "num_kv_shared_layers", None):
         foreign.append("layers that share their KV")
+    if config.model_type == "moshi":
+        foreign.append("windows that are kept by transformers' own cache alone")
+    if not {"cache", "past_key_values"} & set(inspect.signature(plain_model(model).forward).parameters):
+        foreign.append("no KV cache in transformers")
     if foreign:
         raise ModelError(
             f"{type(model).__name__} has {', '.join(foreign)}; kvtier's Hugging Face cache holds models with full or sliding attention, "
             "one K and one V of equal shape in every layer"
         )
-    heads = config.num_attention_heads
     dtype = _DTYPES.get(model.dtype)
     if dtype is None:
         raise ModelError(f"the model computes in {model.dtype}; kvtier holds {', '.join(_DTYPES.values())}")
-    return PageLayout(
-        layers=config.num_hidden_layers,
-        planes=2,
-        page_tokens=page_tokens,
-        kv_heads=_kv_heads(config),
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        dtype=dtype,
-    )
+    try:
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return PageLayout(config.num_hidden_layers, 2, page_tokens, _kv_heads(config), head_dim, dtype)
+    except RuntimeError as error:  # transformers': an attribute that differs from layer to layer
+        raise ModelError(f"{type(model).__name__} has layers of unequal KV, which kvtier's cache cannot hold: {error}") from None
 
 
 def _kv_heads(config: Any) -> int:

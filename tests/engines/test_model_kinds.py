@@ -116,3 +116,20 @@ def test_a_model_whose_kv_is_not_of_the_layout_is_refused_at_its_first_layer(tmp
     what = r"layer 0 has keys and values of .* \(2, 16\) and \(2, 16\), but pages hold \(4, 16\)"
     with open_cache(other, tmp_path) as cache, pytest.raises(ModelError, match=what):
         Session(model, cache).generate(PROMPT, **GENERATE)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "why"),
+    [
+        ("Moshi", {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}, "own cache alone"),
+        ("OpenAIGPT", {"n_embd": 64, "n_layer": 2, "n_head": 4}, "no KV cache in transformers"),
+        ("Rwkv", {"hidden_size": 64, "num_hidden_layers": 2}, "no KV cache in transformers"),
+        ("Jamba", {"hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2}, "linear_attention"),
+        ("Gemma4Text", {"num_hidden_layers": 6, "hidden_size": 64}, "layers of unequal KV"),
+    ],
+)
+def test_models_that_pages_cannot_hold_are_refused_by_name(name, settings, why):
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**settings))
+    with pytest.raises(ModelError, match=why):
+        layout_of(model)
