@@ -6,9 +6,11 @@ the formats as tiers use them (native kernels where they are built). The ceiling
 memory can do. `threads.compute` and `threads.copy`, once for all formats: how many times as fast as one thread two are at what no memory
 slows down (encoding one page in the cache again and again) and at copying: the most that this machine's CPUs and memory give.
 `.1page`: microseconds for one page of 64 KiB that is in the cache, beside its copy; less is better. `.1page.cold`: the same
-for pages that are not. `.torch`: the torch reference. `q8.encode+checksum`: encoded and hashed (xxh3-64) page by page; `.share`: what the
-hash takes of that time, by a clock that is read around each hash: the difference of two runs would be lost in what either varies by. A
-format may be mixed, such as `q8/q4`.
+for pages that are not. Formats that name a layer which so small a page has not are without both. `.torch`: the torch reference, of
+formats without byte stage, which is the same with and without torch. `q8.encode+checksum`: encoded and hashed (xxh3-64) page by page;
+`.share`: what the hash takes of that time, by a clock that is read around each hash: the difference of two runs would be lost in what
+either varies by. Formats are named as in the configuration: `q8/q4`, `q4;0-1:q8`, `raw+zstd`; payloads with a byte stage are unpacked
+before they are decoded, within the time.
 """
 
 from __future__ import annotations
@@ -24,9 +26,8 @@ import numpy as np
 import torch
 import xxhash
 
-from kvtier.errors import KVTierError
-from kvtier.formats import BLOCK_CODECS, Format, Payload, get_format
-from kvtier.formats.blocks import BlockShape
+from kvtier.errors import KVTierError, LayoutError
+from kvtier.formats import BlockCodec, BlockFormat, BlockShape, Format, Payload, get_format
 from kvtier.formats.native import codecs as native_codecs
 from kvtier.formats.native import why_missing
 from kvtier.layout import PageLayout
@@ -51,17 +52,19 @@ FORMATS = ("q8", "q4", "q6", "q3", "q8_0", "q4_0")
 
 @dataclass(frozen=True)
 class Bench:
-    """Pages, room for their payloads and room to decode into."""
+    """Pages, room for their payloads, their payloads in it, and room to decode into."""
 
     layout: PageLayout
     format: Format
     pages: torch.Tensor
+    room: Sequence[Payload]
     payloads: Sequence[Payload]
     target: torch.Tensor
 
     def part(self, first: int, stop: int) -> Bench:
         """The same for pages `first` to `stop`."""
-        return Bench(self.layout, self.format, self.pages[first:stop], self.payloads[first:stop], self.target[first:stop])
+        some = slice(first, stop)
+        return Bench(self.layout, self.format, self.pages[some], self.room[some], self.payloads[some], self.target[some])
 
     def copy(self) -> None:
         """What no codec can beat by much: every byte once."""
@@ -69,11 +72,12 @@ class Bench:
 
     def encode(self) -> None:
         """All pages."""
-        self.format.encode(self.pages, self.layout, out=self.payloads)
+        self.format.encode(self.pages, self.layout, out=self.room)
 
     def decode(self) -> None:
         """All payloads."""
-        self.format.decode(self.payloads, self.layout, out=self.target)
+        payloads = self.payloads if self.format.fixed_size else self.format.unpack(self.payloads, self.layout)
+        self.format.decode(payloads, self.layout, out=self.target)
 
     def hash(self) -> None:
         """All payloads, for the result's sake."""
@@ -83,16 +87,16 @@ class Bench:
     def encode_and_hash(self) -> None:
         """Page by page, as a tier does: the payload is hashed while it is in the cache."""
         for row in range(len(self.pages)):
-            self.format.encode(self.pages, self.layout, [row], self.payloads[row : row + 1])
-            xxhash.xxh3_64_intdigest(self.payloads[row].data)
+            (payload,) = self.format.encode(self.pages, self.layout, [row], self.room[row : row + 1])
+            xxhash.xxh3_64_intdigest(payload.data)
 
     def share_of_hash(self) -> float:
         """`encode_and_hash` once more: the part of its time in which it hashed."""
         hashing, start = 0.0, perf_counter()
         for row in range(len(self.pages)):
-            self.format.encode(self.pages, self.layout, [row], self.payloads[row : row + 1])
+            (payload,) = self.format.encode(self.pages, self.layout, [row], self.room[row : row + 1])
             encoded = perf_counter()
-            xxhash.xxh3_64_intdigest(self.payloads[row].data)
+            xxhash.xxh3_64_intdigest(payload.data)
             hashing += perf_counter() - encoded
         return hashing / (perf_counter() - start)
 
@@ -104,17 +108,12 @@ def note() -> str:
 
 
 def measure(run: Run, layout: str = "smollm2", formats: Sequence[str] = FORMATS, size_bytes: int = 512 << 20) -> list[Row]:
-    """Rows of all `formats` on a layout of LAYOUTS, over `size_bytes` of pages. KVTierError for an unknown layout or format,
-    and for fewer than two pages or more than memory can be had for, before any is taken."""
+    """Rows of all `formats` on a layout of LAYOUTS, over `size_bytes` of pages. KVTierError for an unknown layout or format, for one that
+    cannot hold such pages, and for fewer than two pages or more than memory can be had for, before any is taken."""
     if layout not in LAYOUTS:
         raise KVTierError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
-    if not any(formats):
-        raise KVTierError(f"--formats is empty: no format was named; choose from {', '.join(BLOCK_CODECS)}")
-    unknown = [repr(name) for name in formats if not set(name.split("/", 1)) <= set(BLOCK_CODECS)]
-    if unknown:
-        known = ", ".join(BLOCK_CODECS)
-        raise KVTierError(f"--formats: unknown formats {', '.join(unknown)}; choose from {known}, or two of them as KEYS/VALUES")
     chosen = LAYOUTS[layout]
+    formats = _checked(formats, chosen)
     if size_bytes < 2 * chosen.page_bytes:
         least = f"two threads take a page each, {2 * chosen.page_bytes} bytes of {layout}"
         raise KVTierError(f"--size-bytes {size_bytes}: {least}; give at least that, better more than the caches hold")
@@ -130,6 +129,19 @@ def measure(run: Run, layout: str = "smollm2", formats: Sequence[str] = FORMATS,
         return rows + _two_threads_at_best(run, _bench(formats[0], chosen, pages, target))
     finally:
         torch.set_num_threads(threads)
+
+
+def _checked(names: Sequence[str], layout: PageLayout) -> list[str]:
+    """The canonical names of formats, each once. KVTierError for one that is none, or cannot hold pages of `layout`."""
+    checked: dict[str, None] = {}
+    for name in names:
+        try:
+            format = get_format(name.strip())
+            format.payload_bytes(layout)
+        except KVTierError as error:
+            raise KVTierError(f"--formats: {error}") from None
+        checked[format.name] = None
+    return list(checked)
 
 
 def _check_memory(size_bytes: int, count: int, layout: PageLayout, formats: Sequence[str]) -> None:
@@ -178,8 +190,8 @@ def _rows_of(run: Run, name: str, layout: PageLayout, pages: torch.Tensor, targe
 
 def _bench(name: str, layout: PageLayout, pages: torch.Tensor, target: torch.Tensor) -> Bench:
     format = get_format(name)
-    payloads = list(np.zeros((len(pages), format.payload_bytes(layout)), np.uint8))
-    return Bench(layout, format, pages, payloads, target)
+    room = list(np.zeros((len(pages), format.payload_bytes(layout)), np.uint8))
+    return Bench(layout, format, pages, room, format.encode(pages, layout, out=room), target)
 
 
 def _on_two_threads(bench: Bench, what: str) -> Callable[[], object]:
@@ -203,7 +215,7 @@ def _two_threads_at_best(run: Run, bench: Bench) -> list[Row]:
 
     def compute(which: int) -> None:
         own = small[which]
-        own.format.encode(own.pages, SMALL, [0] * times, [own.payloads[0]] * times)
+        own.format.encode(own.pages, SMALL, [0] * times, [own.room[0]] * times)
 
     def both() -> None:
         with ThreadPoolExecutor(2) as pool:
@@ -215,6 +227,10 @@ def _two_threads_at_best(run: Run, bench: Bench) -> list[Row]:
 
 
 def _one_page(run: Run, name: str) -> list[Row]:
+    try:
+        get_format(name).payload_bytes(SMALL)
+    except LayoutError:  # it names a layer that so small a page has not
+        return []
     rows = []
     for suffix, count in (("", 1), (".cold", COLD_BYTES // SMALL.page_bytes)):
         pages = make_pages(SMALL, 2 if run.tiny and count > 1 else count)
@@ -233,20 +249,24 @@ def _often(works: Sequence[Callable[[], None]], times: int) -> None:
 
 
 def _in_torch(run: Run, name: str, layout: PageLayout, pages: torch.Tensor, ceiling: float) -> list[Row]:
-    keys, _, values = name.partition("/")
-    codecs = [BLOCK_CODECS[keys], BLOCK_CODECS[values or keys]]
-    shapes = [BlockShape(layout.page_tokens, layout.kv_heads, layout.head_dim, layout.dtype, plane == 0) for plane in range(layout.planes)]
-    planes = [pages[:, :, plane].flatten(0, 1).contiguous() for plane in range(layout.planes)]
-    blocks = [[plane[first : first + 64] for first in range(0, len(plane), 64)] for plane in planes]
-    coded = [[codec.encode(some, shape) for some in each] for codec, each, shape in zip(codecs, blocks, shapes, strict=True)]
+    format = get_format(name)
+    if not isinstance(format, BlockFormat):
+        return []
+    alike: dict[tuple[BlockCodec, BlockShape, int], list[int]] = {}
+    for layer, row in enumerate(format.places(layout)):
+        for plane, place in enumerate(row):
+            alike.setdefault((place.codec, place.shape, plane), []).append(layer)
+    planes = {key: pages[:, layers, key[2]].flatten(0, 1) for key, layers in alike.items()}
+    blocks = {key: [plane[first : first + 64] for first in range(0, len(plane), 64)] for key, plane in planes.items()}
+    coded = {(codec, shape, plane): [codec.encode(some, shape) for some in each] for (codec, shape, plane), each in blocks.items()}
 
     def encode() -> None:
-        for codec, each, shape in zip(codecs, blocks, shapes, strict=True):
+        for (codec, shape, _), each in blocks.items():
             for some in each:
                 codec.encode(some, shape)
 
     def decode() -> None:
-        for codec, each, shape in zip(codecs, coded, shapes, strict=True):
+        for (codec, shape, _), each in coded.items():
             for some in each:
                 codec.decode(some, shape)
 

@@ -94,7 +94,7 @@ def eviction(
 @app.command()
 def codecs(
     layout: Annotated[str, typer.Option(help="Whose pages: smollm2 (3 heads of 64) or llama (8 of 128).")] = "smollm2",
-    formats: Annotated[str, typer.Option(metavar="NAME,...", help="Which formats.")] = "q8,q6,q4,q3,q8_0,q4_0",
+    formats: Annotated[str, typer.Option(metavar="NAME,...", help="As in the configuration.")] = "q8,q6,q4,q3,q8_0,q4_0",
     size_bytes: Annotated[str, typer.Option(metavar="SIZE", help="How many bytes of pages, like 512MiB.")] = "512MiB",
     repeats: RepeatsOption = 5,
     tiny: TinyOption = False,

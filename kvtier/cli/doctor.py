@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -17,6 +18,8 @@ from kvtier.errors import ConfigError, DeviceError, KVTierError
 if TYPE_CHECKING:
     from kvtier.cuda.surface import Accelerator
 
+_ROOM_BYTES = 256 << 10
+"""What a directory must have free for a disk tier to be tried in it: some pages, and what is written beside them."""
 _HUGE_PAGES = {
     "explicit": "2 MiB pages from the system's pool",
     "transparent": "2 MiB pages as the kernel finds them; vm.nr_hugepages would set some apart",
@@ -191,13 +194,21 @@ def _disk(path: Path | None) -> list[Finding]:
     from kvtier.layout import PageLayout
     from kvtier.tiers.disk import DiskTier
 
-    with tempfile.TemporaryDirectory(dir=path, prefix="kvtier-doctor-") as scratch:
-        disk = DiskTier(Path(scratch) / "store", PageLayout(1, 2, 16, 8, 128, "fp16"), get_format("raw"), 16 << 20, b"doctor")
+    where = path or Path(tempfile.gettempdir())
+    system = os.statvfs(where)
+    free = system.f_bavail * system.f_frsize
+    if system.f_blocks and free < _ROOM_BYTES:
+        short = f"{free} bytes are free there, and trying it takes {_ROOM_BYTES}; free {_ROOM_BYTES - free} more"
+        raise KVTierError(f"{where} cannot hold a disk tier: {short}, or name another directory with --path")
+    with tempfile.TemporaryDirectory(dir=where, prefix="kvtier-doctor-") as scratch:
+        disk = DiskTier(Path(scratch) / "store", PageLayout(1, 2, 16, 8, 128, "fp16"), get_format("raw"), _ROOM_BYTES // 2, b"doctor")
         got: Any = disk.report()
         disk.close()
-    holes = "evicted records give their space back" if got["punch_holes"] else "space of evicted records is reused, not given back"
+    holes = "evicted records give their space back"
+    if not got["punch_holes"]:
+        holes = "space of evicted records is reused, not given back; every copy takes the same, so byte stages (+lz4, +zstd) rest"
     return [
-        Finding("disk store", True, f"{got['engine']} files in {path or tempfile.gettempdir()}"),
+        Finding("disk store", True, f"{got['engine']} files in {where}"),
         Finding("direct I/O", got["engine"] == "direct", got["engine_instead"] or "disk pages pass the page cache by"),
         Finding("hole punching", got["punch_holes"], holes),
     ]

@@ -116,8 +116,9 @@ class DiskConfig(_Section):
     selective_uses: int = Field(default=2, ge=1, description=_SELECTIVE_USES)
     compress: Literal["always", "auto"] = Field(
         default="always",
-        description="When the byte stage of `format` works. `auto`: only while the bytes it saves would take longer to write and read than "
-        "packing them, as measured.",
+        description="When the byte stage of `format` works. `always`: to save room, so not where the file system cannot punch holes and "
+        "every copy takes the same. `auto`: only while the bytes it saves would take longer to write and read than packing them, as "
+        "measured.",
     )
     durability: Literal["process", "power"] = Field(
         default="process",

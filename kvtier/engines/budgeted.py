@@ -14,9 +14,12 @@ from typing import Any, Literal, get_args
 import torch
 
 from kvtier.cache import TieredKVCache
+from kvtier.engines.adapters import Adapters, plain_model
+from kvtier.engines.dense import check_kind
 from kvtier.engines.fed import Positions, alike_up_to, check_inputs, check_mask
 from kvtier.engines.models import check_named
 from kvtier.errors import LayoutError, MissingExtra, ModelError
+from kvtier.layout import PageLayout
 from kvtier.leases.budget import BudgetedLease
 
 try:
@@ -74,6 +77,9 @@ class BudgetedCache(Cache):  # type: ignore[misc]
         if len(token_ids) < 1:
             raise LayoutError("BudgetedCache: an empty sequence has nothing to predict from; give at least one token")
         check_named(cache)
+        self._adapters = Adapters.of(model)
+        salt = self._adapters.salt(salt)
+        self._model, model = model, plain_model(model)
         kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
             raise ModelError(f"{type(model).__name__} has {', '.join(sorted(kinds))}; a device budget is for full attention in every layer")
@@ -87,7 +93,8 @@ class BudgetedCache(Cache):  # type: ignore[misc]
         """Tokens that came from the tiers."""
         self._fed = match.ids[: lease.tokens].tolist()
         self._unasked: list[int] = []
-        super().__init__(layers=[BudgetedLayer(lease, index, choosing, self._unasked) for index in range(cache.layout.layers)])
+        layout = cache.layout
+        super().__init__(layers=[BudgetedLayer(lease, index, choosing, self._unasked, layout) for index in range(layout.layers)])
         self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def _before_forward(self, model: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -106,6 +113,8 @@ class BudgetedCache(Cache):  # type: ignore[misc]
         positions = Positions([0])
         positions.tell(model, named.get("position_ids"), len(self._fed), ids.shape[1])
         positions.check()
+        if len(self._fed) == self.restored:
+            self._adapters.check(self._model)
         self._keep_full_pages()
         self._fed += ids[0].tolist()
 
@@ -113,6 +122,7 @@ class BudgetedCache(Cache):  # type: ignore[misc]
         check_asked(self._unasked)
         tokens = (len(self._fed) - self.lease.tokens) // self._page_tokens * self._page_tokens
         if tokens:
+            self._adapters.check(self._model)
             kv = torch.stack([layer.take(tokens) for layer in self.layers])
             self.lease.append(self._fed[self.lease.tokens : self.lease.tokens + tokens], kv)
 
@@ -147,8 +157,9 @@ class BudgetedLayer(DynamicLayer):  # type: ignore[misc]
 
     is_croppable = False
 
-    def __init__(self, lease: BudgetedLease, index: int, choosing: bool, unasked: list[int]) -> None:
+    def __init__(self, lease: BudgetedLease, index: int, choosing: bool, unasked: list[int], layout: PageLayout) -> None:
         super().__init__()
+        self._unseen: PageLayout | None = layout
         self.keys: torch.Tensor
         self.values: torch.Tensor
         self._lease = lease
@@ -161,6 +172,9 @@ class BudgetedLayer(DynamicLayer):  # type: ignore[misc]
         if key_states.shape[0] != 1:
             raise LayoutError(f"the forward pass has {key_states.shape[0]} sequences; on a device budget there is one at a time")
         check_asked(self._unasked)
+        if self._unseen is not None:
+            check_kind(self._unseen, self._index, key_states, value_states)
+            self._unseen = None
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         if not self._lease.pages:
             return keys, values

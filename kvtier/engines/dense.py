@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from kvtier.engines.stopwatch import Stopwatch
-from kvtier.errors import LayoutError, MissingExtra
+from kvtier.errors import LayoutError, MissingExtra, ModelError
+from kvtier.layout import PageLayout
 from kvtier.leases.lease import Lease
 
 try:
@@ -53,17 +54,32 @@ def _planes(lease: Lease, layer: int, tokens: int) -> torch.Tensor:
     return pages.permute(1, 3, 0, 2, 4).flatten(2, 3)[:, :, :tokens]
 
 
+def check_kind(layout: PageLayout, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """ModelError where a layer's `[rows, kv_heads, tokens, head_dim]` are not what its pages hold."""
+    expected = (layout.kv_heads, layout.head_dim)
+    found = [(each.shape[1], each.shape[3]) if each.ndim == 4 else tuple(each.shape) for each in (keys, values)]
+    if found != [expected] * layout.planes:
+        raise ModelError(
+            f"layer {layer} has keys and values of (kv_heads, head_dim) {found[0]} and {found[1]}, but pages hold {expected}: the cache is "
+            "another model's (layout_of makes the right one), or this model's KV is not of one shape, which kvtier's cache cannot hold"
+        )
+
+
 class TieredLayer(DynamicLayer):  # type: ignore[misc]
     """One layer: a leased prefix that is gathered when the model first gets here, then what the model adds."""
 
-    def __init__(self, prefix: Prefix, index: int, stopwatch: Stopwatch) -> None:
+    def __init__(self, prefix: Prefix, index: int, stopwatch: Stopwatch, layout: PageLayout) -> None:
         super().__init__()
+        self._unseen: PageLayout | None = layout
         self._prefix: Prefix | None = prefix if prefix.columns else None
         self._index = index
         self._stopwatch = stopwatch
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """New `[rows, kv_heads, new, head_dim]` in, all `[rows, kv_heads, total, head_dim]` out; rows may be so many of each prompt."""
+        if self._unseen is not None:
+            check_kind(self._unseen, self._index, key_states, value_states)
+            self._unseen = None
         self._stopwatch.reached(self._index, self.get_seq_length(), key_states.shape[-2], key_states.device)
         with self._stopwatch.waiting():
             self._gather(key_states.device, len(key_states))

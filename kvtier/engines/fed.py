@@ -95,7 +95,13 @@ def check_mask(mask: object, padding: Sequence[int], rows: int, columns: int) ->
 
 
 def check_inputs(named: Mapping[str, object]) -> None:
-    """LayoutError for arguments of a forward pass that KV depends on, such as images: pages are named by token ids alone."""
+    """LayoutError for arguments of a forward pass that KV depends on, such as images: pages are named by token ids alone; and where caches
+    are switched off, because `generate` then feeds the whole sequence again with each token."""
+    if named.get("use_cache") is False:
+        raise LayoutError(
+            "use_cache is off (by the call, or by the model's generation_config or config), so every token would bring the whole sequence "
+            "into the cache again; say use_cache=True"
+        )
     others = sorted(name for name, value in named.items() if name not in _NO_MATTER and _holds_tensors(value))
     if others:
         raise LayoutError(

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from kvtier.cache import TieredKVCache
+from kvtier.engines.adapters import Adapters, plain_model
 from kvtier.engines.dense import Prefix, TieredLayer
 from kvtier.engines.fed import Fed, Positions, Row, alike_up_to, check_inputs, check_mask, unpadded
 from kvtier.engines.models import check_named
 from kvtier.engines.stopwatch import Stopwatch
-from kvtier.errors import LayoutError, MissingExtra
+from kvtier.errors import LayoutError, MissingExtra, ModelError
 from kvtier.leases.lease import Lease
 
 try:
@@ -43,8 +44,9 @@ class TieredCache(Cache):  # type: ignore[misc]
     At most all but one token are restored, because a model needs one to predict the next. `restored` counts them, over the batch;
     `restored_each` by sequence: the rows of a batch end in the same column, so each computes as many tokens as the row that needs most.
     `model` lets kvtier see what each row of the cache was fed (`commit`), whether its mask hides this padding and nothing else, and whether
-    its `position_ids` count all but that: else a LayoutError, before anything is computed. Without it a batch that grew (beams) cannot be
-    committed. Not to be copied: a second cache of the same sequence shares its pages.
+    its `position_ids` count all but that: else a LayoutError, before anything is computed; and which of PEFT's adapters are on, which have
+    pages of their own (`adapters.py`). Without it a batch that grew (beams) cannot be committed. Not to be copied: a second cache of the
+    same sequence shares its pages.
     """
 
     def __init__(
@@ -68,6 +70,9 @@ class TieredCache(Cache):  # type: ignore[misc]
         self._hook: Any = None
         self._fed: Fed | None = None
         self._mask: Any = None
+        self._model = model
+        self._adapters = Adapters(()) if model is None else Adapters.of(model)
+        salts = [self._adapters.salt(tenant) for tenant in salts]
         self._padding = [width - len(sequence) for sequence in sequences]
         self._positions = Positions(self._padding)
         self._alike_up_to = math.inf if model is None else alike_up_to(model)
@@ -88,13 +93,13 @@ class TieredCache(Cache):  # type: ignore[misc]
         self.restored = sum(self.restored_each)
         prefix = Prefix(self._leases, self.restored_each, columns if self.restored else 0)
         self._stopwatch = Stopwatch(cache.layout.layers)
-        super().__init__(layers=[TieredLayer(prefix, index, self._stopwatch) for index in range(cache.layout.layers)])
+        super().__init__(layers=[TieredLayer(prefix, index, self._stopwatch, cache.layout) for index in range(cache.layout.layers)])
         if model is not None:
             held = [list(sequence[:tokens]) for sequence, tokens in zip(sequences, self.restored_each, strict=True)]
             self._fed = Fed(held, self._padding, prefix.columns)
             self._again = held[0] if len(held) == 1 else []
             self._unseen = True
-            self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            self._hook = plain_model(model).register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def _before_forward(
         self, model: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
@@ -125,6 +130,7 @@ class TieredCache(Cache):  # type: ignore[misc]
         self._positions.tell(model, named.get("position_ids"), columns, ids.shape[1])
         if self._unseen:
             self._positions.check()
+            self._adapters.check(self._model)
             self._unseen = False
         self._fed.feed(ids)
         return inputs, named
@@ -176,6 +182,7 @@ class TieredCache(Cache):  # type: ignore[misc]
         if self._fed is not None and not self._unseen:
             check_mask(self._mask, self._padding, len(rows), self.get_seq_length())
             self._positions.check()
+            self._adapters.check(self._model)
         for lease in self._leases:
             lease.wait()
         total = 0
@@ -197,6 +204,8 @@ class TieredCache(Cache):  # type: ignore[misc]
         start, pad = lease.tokens, self._padding[prompt]
         length = int(min(length, self._columns_alike - pad))
         if length > start and self.get_seq_length():
+            if missed := [index for index, layer in enumerate(self.layers) if layer.get_seq_length() != self.get_seq_length()]:
+                raise ModelError(f"the model computed no KV in layer {missed[0]} of this cache, whose pages hold {self.tiered.layout}")
             columns = slice(pad + start, pad + length)
             planes = [torch.stack((layer.keys[row, :, columns], layer.values[row, :, columns])) for layer in self.layers]
             self.tiered.put(sequence[start:length], torch.stack(planes).transpose(2, 3), after=lease)

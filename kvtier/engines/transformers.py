@@ -6,12 +6,14 @@ are in `budgeted.py`. A `Session` is one thread's and owns the tokens of its con
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from kvtier.cache import TieredKVCache
+from kvtier.engines.adapters import Adapters, plain_model
 from kvtier.engines.budgeted import BudgetedCache, Select
 from kvtier.engines.models import cache_argument
 from kvtier.engines.tiered import TieredCache
@@ -28,7 +30,7 @@ def layout_of(model: Any, page_tokens: int = 16) -> PageLayout:
     """The page layout of a Hugging Face causal language model.
 
     Pages hold all layers of their tokens, of sliding windows too. ModelError for models whose KV is not one K and one V of equal shape per
-    layer and token (linear attention, latents, layers that share their KV).
+    layer and token (linear attention, latents, layers that share their KV), or is not kept by a cache that can be given.
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -39,23 +41,32 @@ def layout_of(model: Any, page_tokens: int = 16) -> PageLayout:
         foreign.append("an encoder")
     if getattr(config, "num_kv_shared_layers", None):
         foreign.append("layers that share their KV")
+    if config.model_type == "moshi":
+        foreign.append("windows that are kept by transformers' own cache alone")
+    if not {"cache", "past_key_values"} & set(inspect.signature(plain_model(model).forward).parameters):
+        foreign.append("no KV cache in transformers")
     if foreign:
         raise ModelError(
             f"{type(model).__name__} has {', '.join(foreign)}; kvtier's Hugging Face cache holds models with full or sliding attention, "
             "one K and one V of equal shape in every layer"
         )
-    heads = config.num_attention_heads
     dtype = _DTYPES.get(model.dtype)
     if dtype is None:
         raise ModelError(f"the model computes in {model.dtype}; kvtier holds {', '.join(_DTYPES.values())}")
-    return PageLayout(
-        layers=config.num_hidden_layers,
-        planes=2,
-        page_tokens=page_tokens,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        dtype=dtype,
-    )
+    try:
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return PageLayout(config.num_hidden_layers, 2, page_tokens, _kv_heads(config), head_dim, dtype)
+    except RuntimeError as error:  # transformers': an attribute that differs from layer to layer
+        raise ModelError(f"{type(model).__name__} has layers of unequal KV, which kvtier's cache cannot hold: {error}") from None
+
+
+def _kv_heads(config: Any) -> int:
+    """Heads whose keys and values are in the cache."""
+    heads: int = config.num_attention_heads
+    if config.model_type == "falcon":  # which computes fewer in its new architecture, but keeps a copy for every head
+        return heads if config.new_decoder_architecture else 1 if config.multi_query else config.num_kv_heads
+    return getattr(config, "num_key_value_heads", None) or heads
 
 
 def left_padded(sequences: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
@@ -77,7 +88,8 @@ def _turn(new_ids: Sequence[int] | torch.Tensor) -> list[int]:
 
 
 class Session:
-    """One conversation: the tokens so far, and turns played through the tiers. `salt` keeps tenants apart.
+    """One conversation: the tokens so far, and turns played through the tiers. `salt` keeps tenants apart. PEFT's adapters, those that are
+    on when a turn begins, are kept apart without.
 
     `device_pages` and `select`: see `BudgetedCache`.
     """
@@ -95,8 +107,8 @@ class Session:
         """Tokens of the last turn that came from the cache."""
 
     def prefetch(self, deadline: float | None = None) -> None:
-        """Hint that this session's next turn is near."""
-        self.cache.prefetch(self.token_ids, deadline, self.salt)
+        """Hint that this session's next turn is near, with the adapters that are on now."""
+        self.cache.prefetch(self.token_ids, deadline, Adapters.of(self.model).salt(self.salt))
 
     def generate(self, new_ids: Sequence[int] | torch.Tensor, **options: Any) -> list[int]:
         """Play one turn: append `new_ids`, generate with `options` (as for `model.generate`), return the generated tokens.
@@ -108,6 +120,7 @@ class Session:
             return generate_together([self], [new_ids], **options)[0]
         prompt = [*self.token_ids, *_turn(new_ids)]
         inputs = torch.tensor([prompt], device=self.model.device)
+        options.setdefault("use_cache", True)
         options.setdefault("prefill_chunk_size", self.device_pages * self.cache.layout.page_tokens)
         with BudgetedCache(self.model, self.cache, prompt, self.device_pages, self.salt, self.select) as past:
             output = self.model.generate(inputs, attention_mask=torch.ones_like(inputs), **cache_argument(past), **options)
@@ -134,6 +147,7 @@ def generate_together(sessions: Sequence[Session], new_ids: Sequence[Sequence[in
     if len({id(session) for session in sessions}) != len(sessions):
         raise ModelError("generate_together: a session is there twice; its second turn continues its first one")
     prompts = [[*session.token_ids, *_turn(new)] for session, new in zip(sessions, new_ids, strict=True)]
+    options.setdefault("use_cache", True)  # some models say no by themselves, as do most that were trained
     padding = options.setdefault("pad_token_id", _padding_token(model, options))
     with TieredCache(cache, prompts, [session.salt for session in sessions], model) as past:
         inputs = left_padded(prompts, padding, model.device)
@@ -147,6 +161,8 @@ def generate_together(sessions: Sequence[Session], new_ids: Sequence[Sequence[in
 
 
 def _check_options(model: Any, options: dict[str, Any]) -> None:
+    if options.get("adapter_names"):
+        raise ModelError("adapter_names: a session's adapter is the one that is on; call set_adapter before its turn, and leave it out")
     if (_setting(model, options, "num_return_sequences") or 1) != 1 or _setting(model, options, "return_dict_in_generate"):
         raise ModelError(
             "a session continues one sequence of tokens: leave num_return_sequences and return_dict_in_generate out, or call "

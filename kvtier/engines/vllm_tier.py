@@ -9,6 +9,8 @@ Written for vLLM 0.32 (`vllm.v1.kv_offload.tiering`, which vLLM calls experiment
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -26,7 +28,8 @@ from kvtier.tiers.lent import BlockLayout
 
 require_engine("vllm")
 
-from vllm.v1.kv_offload.base import (  # noqa: E402  # after the check
+from vllm.v1.core.kv_cache_utils import DEFAULT_NONE_HASH_SEED, get_none_hash_seed  # noqa: E402  # after the check
+from vllm.v1.kv_offload.base import (  # noqa: E402
     LookupResult,
     Medium,
     OffloadingSpec,
@@ -39,6 +42,18 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 
 from kvtier.engines.vllm_blocks import known_blocks  # noqa: E402
 from kvtier.engines.vllm_requests import chunks_before  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+
+def warn_of_random_names(path: object) -> None:
+    """One line if vLLM names chunks by hashes that begin with a seed of this process alone: a store in `path` outlives them."""
+    if get_none_hash_seed() not in (DEFAULT_NONE_HASH_SEED, os.environ.get("PYTHONHASHSEED")):
+        log.warning(
+            "kvtier: what this engine keeps in %s is found by no other, nor after a restart: with this --prefix-caching-hash-algo vLLM "
+            "hashes from a random seed. Set PYTHONHASHSEED to the same number for every engine, or leave the algorithm at sha256",
+            path,
+        )
 
 
 @dataclass(frozen=True)
@@ -90,6 +105,7 @@ class KvtierTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not the
         blocks = known_blocks(config, size) if loses_bits(own) else BlockLayout.opaque(size)
         self._store = BlockStore(own, blocks, facts)
         self._jobs: dict[int, _Job] = {}
+        self._seed_unseen = True
 
     @property
     def store(self) -> BlockStore:
@@ -106,6 +122,9 @@ class KvtierTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not the
         self._store.touch(list(keys))
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        if self._seed_unseen:  # vLLM makes its tiers before it chooses the seed
+            self._seed_unseen = False
+            warn_of_random_names(self._store.stats()["disk"]["path"])
         return RequestOffloadingContext()
 
     # -- what vLLM has moved ---------------------------------------------------------------------------------------------------

@@ -81,7 +81,8 @@ class Format(ABC):
         """
 
     def unpack(self, payloads: Sequence[Payload], layout: PageLayout) -> list[Payload]:
-        """Undo a byte stage, if this format has one; the result is what `decode` takes. Raises ValueError on a malformed payload."""
+        """Undo a byte stage, if this format has one; the result is what `decode` takes. ValueError on a payload that is malformed or not
+        contiguous."""
         return list(payloads)
 
     @abstractmethod
@@ -97,8 +98,8 @@ class Format(ABC):
 
         `layers` is a slice of the layer axis with step 1: decoding layer by layer gives the same numbers as decoding all at once.
         With `out` `[m, len(layers), ...]`, in CPU memory with contiguous rows (such as `pool[:, layers]`), page i goes to
-        `out[rows[i]]` (default: `out[i]`) and `out` is returned. ValueError if a payload has another size than `payload_bytes`, LayoutError
-        if `out` does not fit.
+        `out[rows[i]]` (default: `out[i]`) and `out` is returned. ValueError if a payload has another size than `payload_bytes` or is not
+        contiguous, LayoutError if `out` does not fit.
         """
 
     def streams(self, layout: PageLayout) -> tuple[Stream, ...]:
@@ -145,6 +146,12 @@ def check_rows(rows: Sequence[int] | None, places: int, what: str) -> Sequence[i
     if plain and not 0 <= min(plain) <= max(plain) < places:
         raise LayoutError(f"{what}: rows from {min(plain)} to {max(plain)} of {places} pages")
     return plain
+
+
+def described_bytes(payload: Payload) -> str:
+    """A payload that is none, for the error that says so."""
+    strides = "" if payload.flags.c_contiguous else f" with strides {payload.strides}"
+    return f"{payload.dtype} {payload.shape}{strides}"
 
 
 def room_for(count: int, payload_bytes: int, out: Sequence[Payload] | None) -> list[Payload]:

@@ -21,7 +21,7 @@ import torch
 
 from kvtier.errors import LayoutError
 from kvtier.format_spec import FormatSpec
-from kvtier.formats.base import UINT8, Format, Payload, Stream, check_pages, check_rows, room_for, span_of, target_of
+from kvtier.formats.base import UINT8, Format, Payload, Stream, check_pages, check_rows, described_bytes, room_for, span_of, target_of
 from kvtier.formats.digests import digest_address
 from kvtier.formats.native import Expected, NativeCodecs
 from kvtier.formats.native import codecs as native_codecs
@@ -217,10 +217,9 @@ class BlockFormat(Format):
             if native.decode_all(described, expected, payloads, out):
                 return out
         for payload in payloads:
-            if payload.dtype != UINT8 or payload.shape != (plan.payload_bytes,):
-                raise ValueError(
-                    f"{self.name} payload is {payload.dtype} {payload.shape}; expected uint8 ({plan.payload_bytes},) for {layout}"
-                )
+            if payload.dtype != UINT8 or payload.shape != (plan.payload_bytes,) or not payload.flags.c_contiguous:
+                wanted = f"contiguous uint8 ({plan.payload_bytes},) for {layout}"
+                raise ValueError(f"{self.name} payload is {described_bytes(payload)}; expected {wanted}")
         begin, end = span_of(layers, layout)
         out, rows = target_of(out, rows, len(payloads), end - begin, layout)
         if plan.native is None:

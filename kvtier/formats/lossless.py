@@ -31,7 +31,7 @@ import torch
 import zstandard
 
 from kvtier.errors import LayoutError
-from kvtier.formats.base import Format, Payload, Stream, check_pages, check_rows, room_for
+from kvtier.formats.base import Format, Payload, Stream, check_pages, check_rows, described_bytes, room_for
 from kvtier.layout import PageLayout
 
 PREFIX = struct.Struct("<BBHI")
@@ -208,8 +208,9 @@ def _numbers(planes: Sequence[Payload]) -> Payload:
 
 
 def _unpack(packed: Payload, streams: Sequence[Stream], stage: str, length: int) -> Payload:
-    if packed.dtype != np.uint8 or packed.ndim != 1 or len(packed) < PREFIX.size:
-        raise ValueError(f"{stage} payload is {packed.dtype} {packed.shape}; expected uint8 with at least {PREFIX.size} bytes")
+    if packed.dtype != np.uint8 or packed.ndim != 1 or not packed.flags.c_contiguous or len(packed) < PREFIX.size:
+        expected = f"contiguous uint8 of one dimension, at least {PREFIX.size} bytes"
+        raise ValueError(f"{stage} payload is {described_bytes(packed)}; expected {expected}")
     number, count, reserved, said = PREFIX.unpack(packed[: PREFIX.size].tobytes())
     if (reserved, said) != (0, length):
         raise ValueError(f"{stage} payload says reserved {reserved}, length {said}; expected 0, {length}")
@@ -247,7 +248,7 @@ def _bodies(packed: Payload, count: int, stage: str) -> Iterator[tuple[int, Payl
 
 def _part(coding: int, body: Payload, length: int, coder: Coder, stage: str) -> Payload:
     if coding == COMPRESSED and len(body) < length:
-        body = np.frombuffer(coder.decompress(np.ascontiguousarray(body), length), np.uint8)
+        body = np.frombuffer(coder.decompress(body, length), np.uint8)
     elif coding != STORED:
         raise ValueError(f"{stage} payload has a part coded {coding} with {len(body)} bytes; expected 0, or 1 with less than {length}")
     if len(body) != length:

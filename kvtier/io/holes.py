@@ -10,6 +10,8 @@ from collections.abc import Callable
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 """What file systems answer that cannot do it."""
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""What those answer that have no room, whatever else they can do."""
 
 
 def punch(file: int, offset: int, length: int) -> None:

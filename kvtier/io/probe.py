@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import tempfile
@@ -18,13 +17,13 @@ from kvtier.io.async_files import AsyncFilesEngine
 from kvtier.io.buffered import BufferedEngine
 from kvtier.io.direct import DirectEngine
 from kvtier.io.files import BLOCK_BYTES, FileEngine, Request, page_aligned
+from kvtier.io.holes import FULL
 from kvtier.io.pooled import DEPTH
 
 EngineName = Literal["direct", "buffered", "aiofiles"]
 EngineChoice = Literal["auto", "direct", "buffered", "aiofiles"]
 SECTOR_BYTES = 512
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _log = logging.getLogger(__name__)
 
 
@@ -88,7 +87,7 @@ def _refusal(engine: FileEngine, directory: Path) -> str | None:
                 engine.close(file)
     except OSError as error:
         # A full disk says nothing about the engine: the file was opened, which is where most refusals happen.
-        if error.errno in _FULL and engine.alignment_bytes in (1, BLOCK_BYTES):
+        if error.errno in FULL and engine.alignment_bytes in (1, BLOCK_BYTES):
             return None
         return error.strerror or str(error)
 

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 
@@ -25,7 +26,8 @@ MEMORY = 0.9
 
 
 class Packer:
-    """Writes pages into `tier` in its format. With `tier.compress` "auto" a byte stage rests while it costs more time than it saves."""
+    """Writes pages into `tier` in its format. A byte stage rests where it gains no room (`tier.refunds`), or, with `tier.compress` "auto",
+    while it costs more time than it saves."""
 
     def __init__(self, tier: Tier) -> None:
         self._tier = tier
@@ -35,11 +37,10 @@ class Packer:
     def encode(self, pages: torch.Tensor, rows: Sequence[int] | None, room: Sequence[Payload], first: Sequence[int]) -> list[Payload]:
         """As `Format.encode`; `room` as its `out`."""
         codec, layout = self._tier.format, self._tier.layout
-        if not isinstance(codec, Staged) or self._tier.compress == "always":
+        if not isinstance(codec, Staged):
             return codec.encode(pages, layout, rows, room, first)
-        if not self.economy.compress_next:
-            self.economy = self.economy.stored()
-            return codec.encode(pages, layout, rows, room, first, compress=False)
+        if (stage := self._stage()) != "measured":
+            return codec.encode(pages, layout, rows, room, first, compress=stage == "works")
         return self._pack(codec, codec.inner.encode(pages, layout, rows, None, first), room)
 
     def pack(self, plain: Sequence[Payload], room: Sequence[Payload]) -> list[Payload]:
@@ -47,12 +48,21 @@ class Packer:
         codec, layout = self._tier.format, self._tier.layout
         if not isinstance(codec, Staged):
             return list(plain)
-        if self._tier.compress == "always":
-            return codec.pack(plain, layout, room)
-        if not self.economy.compress_next:
-            self.economy = self.economy.stored()
-            return codec.store(plain, room)
+        match self._stage():
+            case "works":
+                return codec.pack(plain, layout, room)
+            case "rests":
+                return codec.store(plain, room)
         return self._pack(codec, plain, room)
+
+    def _stage(self) -> Literal["works", "rests", "measured"]:
+        """What the byte stage does with the next batch."""
+        if self._tier.compress == "always":
+            return "works" if self._tier.refunds else "rests"
+        if self.economy.compress_next:
+            return "measured"
+        self.economy = self.economy.stored()
+        return "rests"
 
     def _pack(self, codec: Staged, plain: Sequence[Payload], room: Sequence[Payload]) -> list[Payload]:
         """Compress, and learn what it took and saved."""

@@ -234,6 +234,16 @@ class FormatContract(FormatNumbers):
             with pytest.raises(ValueError, match=r"."):
                 format.decode(format.unpack([*payloads[:-1], wrong], layout), layout)
 
+    def test_payloads_that_are_not_contiguous_are_refused(self) -> None:
+        format, layout = self.make_format(), PageLayout(2, 2, 16, 2, self.head_dims[0])
+        payload = format.encode(make_pages(layout, "gaussian", 1, seed=0), layout)[0]
+        unpacked = format.unpack([payload], layout)[0]
+        with pytest.raises(ValueError, match="expected contiguous"):
+            format.decode(format.unpack([_apart(payload)], layout), layout)
+        for out in (None, torch.empty((1, *layout.shape), dtype=layout.torch_dtype)):
+            with pytest.raises(ValueError, match="expected contiguous"):
+                format.decode([_apart(unpacked)], layout, out=out)
+
     @law
     @given(st.data())
     def test_damaged_payloads_are_refused_or_decode_to_some_page(self, data: st.DataObject) -> None:
@@ -252,6 +262,11 @@ class FormatContract(FormatNumbers):
     def test_equal_formats_compare_equal(self) -> None:
         assert self.make_format() == self.make_format()
         assert hash(self.make_format()) == hash(self.make_format())
+
+
+def _apart(payload: Payload) -> Payload:
+    """The same bytes, every second one in memory."""
+    return np.repeat(payload, 2)[::2]
 
 
 def _resized(payload: Payload) -> list[Payload]:

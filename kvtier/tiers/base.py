@@ -128,6 +128,9 @@ class Tier(Slots):
     compress: Literal["always", "auto"] = "always"
     """Whether a byte stage of `format` may rest while it does not pay."""
 
+    refunds: bool = True
+    """Whether a payload of less than the most bytes leaves room to others. Where not, a byte stage gains none and only "auto" uses it."""
+
     @abstractmethod
     def store(self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload]) -> list[Refused | None]:
         """Write one copy per slot; None = written, whole. A refused slot holds no copy and still has to be freed by the caller.

@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from benchmarks import codecs
@@ -38,15 +39,40 @@ def test_bad_input_is_an_error_that_names_it(options):
     assert options[1].split(",")[-1] in str(done.exception)
 
 
+@pytest.mark.slow
+def test_formats_are_named_as_in_the_configuration(tmp_path):
+    target = tmp_path / "rows.json"
+    names = "raw+zstd, q4;0-1:q8,q4;29:q8,q8/q4+lz4"
+    assert main(["bench", "codecs", "--tiny", "--repeats", "1", "--formats", names, "--json", str(target)]) == 0
+    rows = {row["name"]: row for row in json.loads(target.read_text())["rows"]}
+    for name in map(str.strip, names.split(",")):
+        assert rows[f"{name}.encode"]["ratio"] > 0
+        assert rows[f"{name}.decode.2threads"]["ratio"] > 0
+        assert rows[f"{name}.encode+checksum"]["ratio"] > 0
+        assert (f"{name}.encode.torch" in rows) == ("+" not in name)
+        assert (f"{name}.decode.1page" in rows) == ("29" not in name)
+
+
+def test_a_byte_stage_is_undone_within_the_time():
+    pages = codecs.make_pages(codecs.SMALL, 3)
+    bench = codecs._bench("raw+zstd", codecs.SMALL, pages, torch.zeros_like(pages))
+    bench.encode()
+    assert max(map(len, bench.payloads)) < codecs.SMALL.page_bytes
+    bench.decode()
+    assert torch.equal(bench.target, pages)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--size-bytes", "1TiB"), r"--size-bytes 1099511627776: \d+ bytes of memory are needed .* \d+ can be had .*; give at most \d+"),
         (("--size-bytes", "0"), "--size-bytes 0: two threads take a page each, 737280 bytes of smollm2; give at least that"),
         (("--size-bytes", "1"), "--size-bytes 1: two threads take a page each"),
-        (("--formats", ""), "--formats is empty: no format was named; choose from"),
-        (("--formats", "q8/q5"), "unknown formats 'q8/q5'; choose from .* or two of them as KEYS/VALUES"),
-        (("--formats", "q8,"), "unknown formats ''; choose from"),
+        (("--formats", ""), "--formats: page format '': it is empty; known: raw"),
+        (("--formats", "q8/q5"), "--formats: unknown page format 'q8/q5': 'q5' is no codec; did you mean"),
+        (("--formats", "q8,"), "--formats: page format '': it is empty"),
+        (("--formats", "q8,raw+zsdt"), "--formats: page format 'raw.zsdt': no byte stage is called 'zsdt'; known: lz4, zstd"),
+        (("--formats", "q4;30:q8"), "--formats: format q4;30:q8: names layer 30, but the page layout has layers 0 to 29"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line_and_exit_code_2(capsys, options, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -38,6 +39,29 @@ def test_doctor_says_that_restores_take_longer_without_the_digest_for_compiled_c
 def test_doctor_refuses_a_directory_that_is_none(capsys):
     assert main(["doctor", "--path", "/nowhere"]) == 2
     assert "/nowhere is not a directory" in capsys.readouterr().err
+
+
+def only_free(monkeypatch, path: Path, free: int) -> None:
+    """As a file system answers that has no more room than this."""
+    real = os.statvfs(path)
+    blocks = free // real.f_frsize
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((real.f_bsize, real.f_frsize, 1 << 20, blocks, blocks, *real[5:10])))
+
+
+def test_a_disk_too_small_to_be_tried_is_told_in_words_that_the_user_knows(capsys, tmp_path, monkeypatch):
+    only_free(monkeypatch, tmp_path, 64 << 10)
+    assert main(["doctor", "--path", str(tmp_path)]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path} cannot hold a disk tier: 65536 bytes are free there, and trying it takes 262144; free 196608 more" in error
+    assert "capacity_bytes" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_with_little_room_is_tried(capsys, tmp_path, monkeypatch):
+    only_free(monkeypatch, tmp_path, 512 << 10)
+    assert main(["doctor", "--path", str(tmp_path), "--json", "-"]) == 0
+    findings = {item["what"]: item for item in json.loads(capsys.readouterr().out)}
+    assert findings["disk store"]["there"]
 
 
 def test_every_command_is_in_the_documents():

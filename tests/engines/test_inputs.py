@@ -16,10 +16,11 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from kvtier.engines.budgeted import BudgetedCache
 from kvtier.engines.models import cache_argument
 from kvtier.engines.transformers import Session, TieredCache, layout_of
 from kvtier.errors import LayoutError, ModelError
-from tests.engines.rig import GENERATE, PROMPT, SIZES, open_cache
+from tests.engines.rig import GENERATE, PROMPT, SIZES, llama, open_cache
 
 LONGER = PROMPT[:110]
 ROTATIONS: dict[str, dict[str, Any]] = {
@@ -63,6 +64,25 @@ def test_images_beside_the_tokens_are_refused(tmp_path):
         assert cache.lookup(ids).tokens == 0
         session = Session(model, cache)
         assert session.generate(PROMPT, **GENERATE) == plain(model, PROMPT), "text alone is served"
+
+
+def test_a_model_that_was_told_to_use_no_cache_uses_this_one(tmp_path):
+    """As most are left by their training; some are by default. Every token would bring the whole sequence into the cache again."""
+    model = llama(layers=2, initializer_range=0.15, use_cache=False)
+    said = plain(model, PROMPT, use_cache=True)
+    assert model.generation_config.use_cache is False
+    with open_cache(model, tmp_path) as cache:
+        for restored in (0, 144):
+            session = Session(model, cache)
+            assert session.generate(PROMPT, **GENERATE) == said
+            assert session.restored == restored
+        assert Session(model, cache, device_pages=12, select="exact").generate(PROMPT, **GENERATE) == said
+        inputs = torch.tensor([PROMPT])
+        for past in (TieredCache(cache, PROMPT, model=model), BudgetedCache(model, cache, PROMPT, 12)):
+            with past, pytest.raises(LayoutError, match="use_cache is off .*; say use_cache=True"):
+                model.generate(inputs, attention_mask=torch.ones_like(inputs), **cache_argument(past), **GENERATE)
+        with pytest.raises(LayoutError, match="use_cache is off"):
+            Session(model, cache).generate(PROMPT, use_cache=False, **GENERATE)
 
 
 def test_a_model_with_an_encoder_is_refused():

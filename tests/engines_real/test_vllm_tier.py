@@ -229,3 +229,27 @@ def test_a_model_whose_revision_vllm_does_not_tell_is_refused_unless_the_user_do
     folders[1].rmdir()
     make_tier(tmp_path / "other", "someone/some-model").shutdown()
     make_tier(tmp_path / "other", str(folders[0])).shutdown()  # as vLLM names it offline
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "seed", "warned"),
+    [("sha256", None, False), ("sha256_cbor", None, False), ("xxhash", None, True), ("xxhash_cbor", None, True), ("xxhash", "7", False)],
+)
+def test_names_that_end_with_the_process_are_warned_of_once(tmp_path, monkeypatch, caplog, algorithm, seed, warned):
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.kv_offload.base import ReqContext
+
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    if seed is not None:
+        monkeypatch.setenv("PYTHONHASHSEED", seed)
+    for name in ("NONE_HASH", "_NONE_HASH_SEED"):
+        monkeypatch.setattr(kv_cache_utils, name, None, raising=False)
+    tier = make_tier(tmp_path)
+    kv_cache_utils.init_none_hash(get_hash_fn_by_name(algorithm))  # as vLLM: after its tiers are made
+    for request in ("one", "two"):
+        tier.on_new_request(ReqContext(request))
+    said = [record.getMessage() for record in caplog.records if "PYTHONHASHSEED" in record.getMessage() and "kvtier" in record.name]
+    assert len(said) == warned
+    assert all(str(tmp_path) in line for line in said)
+    tier.shutdown()

@@ -12,7 +12,9 @@ from kvtier.formats.lossless import Staged
 from kvtier.layout import PageLayout
 from kvtier.mover.packing import Packer
 from kvtier.mover.transfer import Move
-from kvtier.tiers.base import PageId
+from kvtier.tiers.base import PageId, Refused
+from kvtier.tiers.disk import DiskTier
+from tests.tiers.faults import NoHolesEngine
 
 LAYOUT = PageLayout(2, 2, 16, 2, 64)
 PAGES = torch.randn(4, *LAYOUT.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -21,7 +23,7 @@ PAGES = torch.randn(4, *LAYOUT.shape, generator=torch.Generator().manual_seed(0)
 class Memory:
     """A tier that keeps payloads in a dictionary and takes `seconds` (of a clock that the test moves) to store them."""
 
-    name, layout = "memory", LAYOUT
+    name, layout, refunds = "memory", LAYOUT, True
 
     def __init__(self, format: str, compress: str, clock: list[float], seconds: float) -> None:
         self.format, self.compress = get_format(format), compress
@@ -75,3 +77,29 @@ def test_a_stage_rests_where_writing_is_faster_than_packing(monkeypatch):
 
 def test_a_stage_goes_on_where_writing_is_slow(monkeypatch):
     assert max(written(monkeypatch, "raw+zstd", "auto", 100.0)) < LAYOUT.page_bytes
+
+
+@pytest.mark.parametrize("packs_elsewhere", [False, True])
+def test_where_small_copies_take_the_room_of_large_ones_there_is_nothing_to_gain(tmp_path, caplog, packs_elsewhere):
+    """A file system without holes: said once, and the byte stage rests unless it is there to save time."""
+    tier = DiskTier(tmp_path, LAYOUT, get_format("raw+zstd"), 1 << 20, bytes(32), engine=NoHolesEngine())
+    assert len([record for record in caplog.records if "raw+zstd gains no room" in record.message]) == 1
+    packer = Packer(tier)
+    room = [np.empty(tier.format.payload_bytes(LAYOUT), np.uint8) for _ in range(4)]
+
+    def sizes() -> list[int]:
+        if packs_elsewhere:
+            return [len(payload) for payload in packer.pack(get_format("raw").encode(PAGES, LAYOUT), room)]
+        return [len(payload) for payload in packer.encode(PAGES, [0, 1, 2, 3], room, [])]
+
+    assert sizes() == [tier.format.payload_bytes(LAYOUT)] * 4
+    slots = tier.reserve(4)
+    assert slots is not None
+    pages = [PageId(bytes([n] * 32), bytes(32), 0) for n in range(4)]
+    assert tier.store(slots, pages, packer.encode(PAGES, [0, 1, 2, 3], room, [])) == [None] * 4
+    loaded = tier.load(slots, [page.key for page in pages], np.empty((4, tier.slot_bytes), np.uint8))
+    payloads = [payload for payload in loaded if not isinstance(payload, Refused)]
+    assert torch.equal(tier.format.decode(tier.format.unpack(payloads, LAYOUT), LAYOUT), PAGES)
+    tier.compress = "auto"
+    assert max(sizes()) < tier.format.payload_bytes(LAYOUT)
+    tier.close()

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
+from collections.abc import Iterable
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvtier.errors import ConfigError
 from kvtier.testing.tiers import get, holds, page_id, payload, put
 from kvtier.tiers.base import Refused
-from tests.tiers.disk import CAPACITY, SLOT, image_of, open_disk
+from kvtier.tiers.disk import DiskTier
+from tests.tiers.disk import CAPACITY, SLOT, VARIABLE, image_of, open_disk
 from tests.tiers.faults import FaultyEngine
 
 
@@ -141,25 +147,76 @@ def test_power_durability_refuses_what_could_not_be_synced(tmp_path):
     tier.close()
 
 
-def test_a_really_full_disk_serves_evicts_closes_and_reopens(small_disk):
-    path = small_disk / "store"
-    tier = open_disk(path, capacity=64 * SLOT)
-    held = dict(zip(range(20), put(tier, range(20)), strict=True))
-    with (small_disk / "somebody elses").open("wb", buffering=0) as other:
-        while other.write(bytes(4096)) == 4096:
-            if os.statvfs(small_disk).f_bavail == 0:
-                break
-    (slot,) = tier.reserve(1) or [-1]
-    assert tier.store([slot], [page_id(99)], [payload(tier, 99)]) == [Refused("disk full")]
-    tier.free([slot])
-    assert tier.reserve(1) is None
-    for number in range(30, 40):  # evicting makes room, one for one
+def fill(disk: Path) -> None:
+    """Somebody else takes all that is free."""
+    with (disk / "somebody elses").open("wb", buffering=0) as other, contextlib.suppress(OSError):
+        while other.write(bytes(4096)):
+            pass
+    assert os.statvfs(disk).f_bavail == 0
+
+
+def evict_and_store(tier: DiskTier, held: dict[int, int], numbers: Iterable[int]) -> None:
+    """Evicting makes room, one for one."""
+    for number in numbers:
         tier.free([held.pop(min(held))])
         held[number] = put(tier, [number])[0]
     assert all(holds(tier, slot, n) for n, slot in held.items())
     tier.check_integrity()
+
+
+def test_a_really_full_disk_serves_evicts_closes_and_reopens(small_disk, caplog):
+    path = small_disk / "store"
+    tier = open_disk(path, capacity=64 * SLOT)
+    held = dict(zip(range(20), put(tier, range(20)), strict=True))
+    fill(small_disk)
+    (slot,) = tier.reserve(1) or [-1]
+    assert tier.store([slot], [page_id(99)], [payload(tier, 99)]) == [Refused("disk full")]
+    tier.free([slot])
+    assert tier.reserve(1) is None
+    evict_and_store(tier, held, range(30, 40))
     tier.close()
-    again = open_disk(path, capacity=20 * SLOT)
+    for capacity in (20 * SLOT, 20 * SLOT):
+        again = open_disk(path, capacity=capacity)
+        assert {page.depth: slot for slot, page in again.recover()} == held
+        assert all(holds(again, slot, n) for n, slot in held.items())
+        again.close()
+    assert "free " not in caplog.text
+
+
+def test_a_store_is_opened_again_whoever_filled_the_disk_meanwhile(small_disk, caplog):
+    path = small_disk / "store"
+    tier = open_disk(path, capacity=64 * SLOT)
+    held = dict(zip(range(20), put(tier, range(20)), strict=True))
+    tier.close()
+    fill(small_disk)
+    again = open_disk(path, capacity=64 * SLOT)
+    assert f"{20 * SLOT} bytes are available (0 free, {20 * SLOT} held by the store) of disk.capacity_bytes {64 * SLOT}" in caplog.text
+    assert f"free {44 * SLOT} bytes for all of it" in caplog.text
     assert {page.depth: slot for slot, page in again.recover()} == held
-    assert all(holds(again, slot, n) for n, slot in held.items())
+    (slot,) = again.reserve(1) or [-1]
+    assert again.store([slot], [page_id(99)], [payload(again, 99)]) == [Refused("disk full")]
+    again.free([slot])
+    evict_and_store(again, held, range(30, 40))
+    again.close()
+    with pytest.raises(ConfigError, match=rf"is {65 * SLOT}, but .*; lower it, or free {45 * SLOT} bytes there"):
+        open_disk(path, capacity=65 * SLOT)
+    (small_disk / "somebody elses").unlink()
+    caplog.clear()
+    roomy = open_disk(path, capacity=64 * SLOT)
+    assert {page.depth: slot for slot, page in roomy.recover()} == held
+    assert not caplog.text
+    roomy.close()
+
+
+def test_a_full_disk_is_not_taken_for_one_without_holes(small_disk):
+    """On such a one there are only as many slots as whole ones fit: small copies in slots beyond would be cut off."""
+    tier = open_disk(small_disk / "store", format=VARIABLE, capacity=64 * SLOT)
+    small = np.arange(100, dtype=np.uint8)
+    for number in range(100):
+        assert tier.store(tier.reserve(1) or [], [page_id(number)], [small]) == [None]
+    tier.close()
+    fill(small_disk)
+    again = open_disk(small_disk / "store", format=VARIABLE, capacity=64 * SLOT)
+    assert again.report()["punch_holes"]
+    assert len(list(again.recover())) == 100
     again.close()

@@ -1,6 +1,7 @@
 """The keys of a request's pages: kvtier's own chained hashes over tokens, and over what else the KV depends on.
 
-vLLM's block hashes depend on a random seed of the process, so they cannot name pages that outlive it. What makes equal tokens unequal is
+vLLM's block hashes may depend on a random seed of the process (`xxhash` without PYTHONHASHSEED), and say nothing of model or layout, so
+they do not name pages that outlive it. What makes equal tokens unequal is
 the tenant's salt and the LoRA adapter (from the first page on) and images and the like (from the page they are in on). State: one list of
 keys per request, the scheduler's.
 """

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +28,7 @@ _OURS_BEFORE_DESCRIPTION = {_LOCK, _TEMPORARY, "lost+found"}
 _MAGIC = "kvtier disk store"
 _VERSION = 1
 _REMEDY = "use another disk.path, or delete this directory (its copies are only a cache)"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -180,19 +182,30 @@ class StoreDirectory:
         """Numbers of the segment files that exist, ascending."""
         return sorted(int(match[1]) for name in os.listdir(self.path) if (match := _SEGMENT.fullmatch(name)))
 
-    def check_space(self, capacity_bytes: int) -> None:
+    def check_space(self, capacity_bytes: int, before_bytes: int = 0) -> None:
         """ConfigError if the file system could not hold `capacity_bytes` of segments even if nobody else wrote to it.
 
-        One that gives no size of its own (ramfs, some in user space or across the network) is taken at no word: writes will show.
+        A store that had `before_bytes` when it was last opened may have as many again, whoever filled the disk meanwhile: what is in it can
+        be used, and a line in the log says what is missing. One that gives no size of its own (ramfs, some in user space or across the
+        network) is taken at no word: writes will show.
         """
         system = os.statvfs(self.path)
         if system.f_blocks == 0:
             return
         free = system.f_bavail * system.f_frsize
         held = sum(os.stat(self.segment_path(segment)).st_blocks * 512 for segment in self.segments())
-        if capacity_bytes > free + held:
-            available = f"{free + held} bytes are available ({free} free, {held} held by the store)"
-            raise ConfigError(f"disk.capacity_bytes is {capacity_bytes}, but on the file system of {self.path} {available}; lower it")
+        missing = capacity_bytes - free - held
+        if missing <= 0:
+            return
+        available = f"on the file system of {self.path} {free + held} bytes are available ({free} free, {held} held by the store)"
+        if capacity_bytes > before_bytes:
+            raise ConfigError(f"disk.capacity_bytes is {capacity_bytes}, but {available}; lower it, or free {missing} bytes there")
+        _log.warning(
+            "disk store: %s of disk.capacity_bytes %d; what is there is used and others leave for what comes; free %d bytes for all of it",
+            available,
+            capacity_bytes,
+            missing,
+        )
 
     def give_up(self) -> None:
         """Take back what was made here, and unlock: for a store that was refused. What was there before stays."""

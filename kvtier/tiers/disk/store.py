@@ -126,8 +126,10 @@ class DiskTier(Tier):
         sizes = (self._description.segment_slots, self.slot_bytes, depth)
         self._direct = DirectRecords(reader, self._directory, *sizes) if reader is not None else None
         self._recovered = not self._segments.numbers()
-        if not self._segments.punches:
-            _log.info("disk store %s: this file system cannot punch holes; every copy takes %d bytes", path, self.slot_bytes)
+        if not self.refunds:
+            rests = "" if format.fixed_size else f": {format.name} gains no room by its byte stage, so it rests (see disk.compress)"
+            level = logging.WARNING if rests else logging.INFO
+            _log.log(level, "disk store %s: this file system cannot punch holes; every copy takes %d bytes%s", path, self.slot_bytes, rests)
         self._book = SlotBook(self.slot_bytes, capacity_bytes, self._segments.punches, clock)
         owned = (str(self._directory.path), self._segments, self._book)
         self._tidier = Tidier(*owned, self._tally)
@@ -141,7 +143,7 @@ class DiskTier(Tier):
         segment_slots = max(1, segment_bytes // self.slot_bytes)
         wanted = Description(self.layout, self.format.name, namespace.hex(), self.slot_bytes, segment_slots, self.capacity_bytes)
         found = self._directory.describe(wanted)
-        self._directory.check_space(self.capacity_bytes)
+        self._directory.check_space(self.capacity_bytes, found.capacity_bytes if found is not None else 0)
         description = reopened(found or wanted, self.capacity_bytes)
         try:
             self._directory.write(description)
@@ -157,6 +159,10 @@ class DiskTier(Tier):
     def usable_bytes(self) -> int:
         """`capacity_bytes`, or what the tier held when the disk turned out to be full (tried again after 30 s)."""
         return self._book.usable_bytes
+
+    @property
+    def refunds(self) -> bool:  # type: ignore[override]
+        return self._segments.punches
 
     @property
     def free_slots(self) -> int:
