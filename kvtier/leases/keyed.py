@@ -2,8 +2,9 @@
 
 The engine names pages by the keys of `kvtier.keys`; its blocks are its own. Bytes go through the device tier, which is a staging area
 then: `store` fills slots of it and lets the cache write them further down, `restore` brings pages up and hands their slots out to be
-copied. What is held where is told as changes, so that a scheduler in another process can keep a mirror. `store` may run beside `restore`,
-each on one thread at a time; `changes` on any. State: the keys that changed since they were last asked for, under the cache's lock.
+copied. What is held where is told as changes, so that a scheduler in another process can keep a mirror. `store` runs on one thread at a
+time, `restore` beside it on one for pages that are near and on one for others (`any_far`); `changes` on any. State: the keys that changed
+since they were last asked for, under the cache's lock.
 """
 
 from __future__ import annotations
@@ -155,6 +156,11 @@ class KeyedPages:
             rows = residency.settle_in([keys[index]], parent_key, depth + index, table.row(parent_key), [slot])
             residency.house.tend(DEVICE, rows)
             residency.release(rows)
+
+    def any_far(self, keys: Sequence[PageKey]) -> bool:
+        """Whether any of these pages are further away than in the tier below the staging area, so that others should not wait for them."""
+        with self._residency.lock:
+            return bool((self._homes(keys) > DEVICE + 1).any())
 
     def restore(self, keys: Sequence[PageKey], hand_out: Carry, until_s: float | None = None) -> int:
         """Bring these pages up and hand them out, in order; how many came, counted up to the first one that did not.

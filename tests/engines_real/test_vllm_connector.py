@@ -330,6 +330,15 @@ def test_paths_and_sizes_are_taken_as_the_front_page_writes_them(model_folder):
     assert (config.host.capacity_bytes, config.disk.path, config.disk.capacity_bytes) == (8 << 30, "/nvme/kv", 200 << 30)
 
 
+@pytest.mark.parametrize(("asked", "policy"), [({}, "write_through"), ({"disk__write_policy": "write_back"}, "write_back")])
+def test_what_a_killed_engine_would_lose_is_on_disk_unless_users_say_otherwise(model_folder, tmp_path, asked, policy):
+    config = settings_of(*configured(model_folder, {"disk__path": str(tmp_path)} | asked, {})).config
+    assert config.host is not None
+    assert config.disk is not None
+    assert (config.host.write_policy, config.disk.write_policy) == ("write_through", policy)
+    assert settings_of(*configured(model_folder, {}, {})).config.disk is None
+
+
 def test_models_and_layouts_kvtier_cannot_hold_are_refused(model_folder):
     from vllm.v1.kv_cache_interface import MLAAttentionSpec, SinkFullAttentionSpec, SlidingWindowSpec
 

@@ -201,6 +201,47 @@ def test_a_load_has_the_time_that_its_request_has_not_waited_yet(monkeypatch):
     assert prices.restoring.observations == 1, "the next ones know that it takes so long"
 
 
+def test_time_in_which_vllm_has_no_place_for_a_request_is_no_wait_for_pages(monkeypatch):
+    engine, later = Engine(mover__patience_s=3), a_clock_to_turn(monkeypatch)
+    plan = engine.step(engine.request("a", range(9)))
+    waiting = engine.request("b", range(9))
+    assert engine.side.matched(waiting, 0) is None
+    engine.stored(plan)
+    for _ in range(9):  # others have the places, so vLLM does not ask
+        later(1.0)
+        engine.step()
+    assert engine.side.matched(waiting, 0) == 8
+    engine.side.allocated(waiting, [7, 8, 9], 8)
+    assert [load.within_s for load in engine.step().loads] == [pytest.approx(3.0, abs=0.1)]
+
+
+def test_a_request_that_runs_has_its_patience_again_when_it_is_preempted(monkeypatch):
+    engine, later = Engine(mover__patience_s=3), a_clock_to_turn(monkeypatch)
+    plan = engine.step(engine.request("a", range(9)))
+    waiting = engine.request("b", range(9))
+    assert engine.side.matched(waiting, 0) is None
+    later(3.1)
+    assert engine.side.matched(waiting, 0) == 0
+    engine.side.allocated(waiting, [7, 8, 9], 0)
+    engine.stored(plan)
+    later(60.0)
+    assert engine.side.matched(waiting, 0) == 8
+    engine.side.allocated(waiting, [7, 8, 9], 8)
+    assert [load.within_s for load in engine.step().loads] == [pytest.approx(3.0, abs=0.1)]
+
+
+def test_a_load_that_had_hardly_any_time_does_not_look_fast():
+    engine = with_slow_tiers()
+    prices = engine.side._prices
+    assert prices is not None
+    before = prices.restore_s([0, 1024])
+    request = engine.request("b", range(9))
+    engine.side.allocated(request, [7, 8, 9], 8)
+    engine.step()
+    engine.side.heard(WorkerReport({0: RankReport(0, loads=[LoadDone("b", 0, 0.001, late=True)])}))
+    assert prices.restore_s([0, 1024]) == before
+
+
 @pytest.mark.parametrize("late", [True, False])
 def test_a_request_whose_pages_did_not_come_computes_them_though_vllm_asks_again(late):
     engine = Engine()
@@ -282,6 +323,18 @@ def test_a_reset_forgets_at_once_and_late_reports_do_not_bring_pages_back():
     assert engine.step().generation == 1
     engine.side.heard(WorkerReport({0: RankReport(1)}))
     assert not engine.side.must_step
+
+
+def test_an_engine_without_requests_goes_on_until_blocks_are_copied_but_not_for_ever(monkeypatch):
+    engine, later = Engine(mover__patience_s=3), a_clock_to_turn(monkeypatch)
+    plan = engine.step(engine.request("a", range(9)))
+    goes_on = {"copying": engine.side.must_step}  # who sleeps now takes away what is being read
+    engine.stored(plan)
+    goes_on["copied"] = engine.side.must_step
+    engine.step(engine.request("b", range(100, 109)))
+    later(3.1)
+    goes_on["stuck"] = engine.side.must_step
+    assert goes_on == {"copying": True, "copied": False, "stuck": False}
 
 
 def test_what_is_kept_after_a_reset_has_keys_of_its_own():

@@ -4,7 +4,9 @@ subscriber hears them; more prompts than the tiers hold.
 
 from __future__ import annotations
 
+import random
 import socket
+import time
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +48,11 @@ def free_port() -> int:
         probe.bind(("localhost", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def preemptions(talk):
+    """How many requests vLLM preempted so far."""
+    return next(metric.value for metric in talk.llm.get_metrics() if metric.name == "vllm:num_preemptions")
 
 
 class TestOneEngine:
@@ -105,10 +112,12 @@ class TestOneEngine:
     def test_a_subscriber_hears_what_comes_to_host_and_disk_and_what_leaves(self, talk, told):
         talk.forget()
         told()
-        prompts = [talk.prompt(6 * BLOCK + 3, 400 * at) for at in range(6)]
+        prompts = [talk.prompt(6 * BLOCK + 3, 100 + 400 * at) for at in range(6)]  # none begins as what is on the disk already
         for prompt in prompts:
             talk.ask(prompt, tokens=1)
         talk.let_kvtier_end()
+        talk.worker.worker_side.cache.settle()
+        talk.ask(talk.prompt(3), tokens=1)  # with which vLLM hears of it
         events = told()
         stored = {
             medium: {
@@ -195,9 +204,52 @@ class TestCrowded:
         prompts = [talk.prompt(6 * BLOCK + 120, 90 * at) for at in range(5)]
         together = talk.ask(*prompts, tokens=20)
         assert [len(said) for _, said in together] == [20] * 5
-        preempted = next(metric.value for metric in talk.llm.get_metrics() if metric.name == "vllm:num_preemptions")
-        assert preempted > 0
+        assert preemptions(talk) > 0
         assert not talk.scheduler.scheduler_side._requests
+
+    def test_requests_that_load_wait_and_are_preempted_or_cancelled_leave_the_others_right(self, talk, monkeypatch):
+        from vllm import SamplingParams
+
+        chance, tokens = random.Random(0), BLOCK + 12
+        prompts = [talk.prompt(blocks * BLOCK + more, start) for start in range(0, 2500, 500) for blocks, more in ((3, 5), (6, 120))]
+        alone = [talk.ask(prompt, tokens=tokens)[1] for prompt in prompts]
+        talk.forget()
+        pages, engine = talk.worker.worker_side._pages, talk.llm.llm_engine
+        restore, loaded, preempted = pages.restore, talk.counted("loaded_pages"), preemptions(talk)
+
+        def slow_and_at_times_not_whole(keys, hand_out, until_s=None):
+            time.sleep(chance.random() * 0.02)
+            return restore(keys[: len(keys) - (chance.random() < 0.1)], hand_out, until_s)
+
+        monkeypatch.setattr(pages, "restore", slow_and_at_times_not_whole)
+        asked: dict[str, int] = {}
+        said: dict[str, list[int]] = {}
+
+        def step():
+            said.update({output.request_id: list(output.outputs[0].token_ids) for output in engine.step() if output.finished})
+
+        for number in range(40):
+            name = f"request {number}"
+            asked[name] = chance.randrange(len(prompts))
+            engine.add_request(name, prompts[asked[name]], SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
+            for _ in range(chance.choice((0, 1, 3, 20))):
+                step()
+            if chance.random() < 0.2:
+                engine.abort_request([cancelled := chance.choice([name for name in asked if name not in said])])
+                del asked[cancelled]
+            if chance.random() < 0.2:
+                talk.llm.reset_prefix_cache()
+        while engine.has_unfinished_requests():
+            step()
+        assert len(asked) > 20
+        assert all(said[name] == alone[prompt] for name, prompt in asked.items())
+        assert talk.counted("loaded_pages") > loaded
+        assert preemptions(talk) > preempted
+        monkeypatch.undo()
+        talk.forget()
+        side = talk.scheduler.scheduler_side
+        assert not any((side._requests, side._loading, side._fetching, side._keeping, side._fences))
+        talk.worker.worker_side.cache.check_integrity()
 
 
 @pytest.mark.timeout(300)  # an engine starts

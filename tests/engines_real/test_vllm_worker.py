@@ -207,6 +207,26 @@ def test_pages_in_memory_are_loaded_though_stores_and_loads_wait_for_a_disk_that
     engine.worker.close()
 
 
+def test_a_load_of_pages_in_memory_does_not_queue_behind_one_that_waits_for_a_disk(tmp_path, stuck):
+    engine = Engine(settings(tmp_path))
+    engine.store(0, 8)
+    engine.worker.close()
+    engine = Engine(settings(tmp_path, host_pages=16))
+    engine.store(8, 8)
+    stuck[-1].gate.clear()
+    loads = [LoadJob("disk", KEYS[:8], list(range(20, 28)), 600.0), LoadJob("memory", KEYS[8:16], list(range(28, 36)), 60.0)]
+    engine.worker.start_loads(StepPlan(0, loads=loads))
+    done: dict[str, int] = {}
+    while "memory" not in done:
+        done.update({each.request_id: each.pages for each in engine.worker.report()[0].loads})
+    assert done == {"memory": 8}
+    stuck[-1].gate.set()
+    while "disk" not in done:
+        done.update({each.request_id: each.pages for each in engine.worker.report()[0].loads})
+    assert done["disk"] == 8
+    engine.worker.close()
+
+
 def test_a_load_takes_as_long_as_it_took_not_until_the_next_report(tmp_path, monkeypatch):
     engine = Engine(settings(tmp_path))
     engine.store(0, 4)

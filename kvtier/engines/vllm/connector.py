@@ -121,7 +121,7 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self._scheduler.events()
 
     def has_pending_push_work(self) -> bool:
-        """Whether vLLM should step though it has nothing to do."""
+        """Whether vLLM should step though it has nothing to do, and not count itself as paused."""
         return self._scheduler.must_step
 
     def reset_cache(self) -> bool:

@@ -44,10 +44,12 @@ class RequestState:
     """Pages vLLM had itself when it last asked what there is to load."""
     declined: int = 0
     """Pages that were there then and are faster to compute."""
-    waiting_since_s: float | None = None
-    """When vLLM was first told to ask again."""
+    waited_s: float = 0.0
+    """For how long it waited for pages since it was last given blocks."""
+    told: tuple[int, float] | None = None
+    """The step in which vLLM was told to ask again, and when, if that was its last answer."""
     late: bool = False
-    """Whether that was too long ago when it last asked."""
+    """Whether it had waited too long when vLLM last asked."""
     failed: bool = False
     """Whether pages that were loaded for it did not come. vLLM asks again if none did, which must not begin anew what was waited for."""
     priced: tuple[bytes, int] = (b"", 0)
@@ -94,6 +96,7 @@ class SchedulerSide:
         """Store jobs under way, and the ranks that have not ended them."""
         self._next_job = 0
         self._storing = 0
+        self._last_store_s = 0.0
         self._fences: dict[int, set[int]] = {}
         """Block to the store jobs that read it."""
         self._generation = 0
@@ -101,6 +104,8 @@ class SchedulerSide:
         self._tiers: list[str] = []
         self._page_bytes = np.zeros(1, np.int64)
         self._prices: Prices | None = None
+        self._planned = 0
+        """Steps planned so far."""
         self._steps: deque[_Step] = deque()
         self._last_end_s = 0.0
 
@@ -149,13 +154,13 @@ class SchedulerSide:
         keys = state.keys.first((request.num_tokens - 1) // self._size)
         wanted = keys[first:]
         hits = self.mirror.prefix(wanted)
-        state.late = False
-        if (hits and wanted[0] in self._fetching) or (hits < len(wanted) and wanted[hits] in self._keeping):
-            state.late = self._patience_left_s(state) <= 0
-            if state.late:
-                return 0
-            if state.waiting_since_s is None:
-                state.waiting_since_s = time.perf_counter()
+        wait = (hits and wanted[0] in self._fetching) or (hits < len(wanted) and wanted[hits] in self._keeping)
+        self._add_wait(state)
+        state.late = bool(wait or hits) and self._patience_left_s(state) <= 0
+        if state.late:
+            return 0
+        if wait:
+            state.told = self._planned, time.perf_counter()
             self.counts.add("waits")
             return None
         if not hits:
@@ -166,10 +171,16 @@ class SchedulerSide:
         state.declined = hits - worth
         return worth * self._size
 
+    def _add_wait(self, state: RequestState) -> None:
+        """vLLM asks anew: since it was told to, the request waited for pages, unless vLLM had no place for it and passed over a step."""
+        if state.told is not None:
+            step, told_s = state.told
+            state.waited_s += time.perf_counter() - told_s if self._planned <= step + 1 else 0.0
+            state.told = None
+
     def _patience_left_s(self, state: RequestState) -> float:
         """Seconds that the request may still wait for pages."""
-        waited = 0.0 if state.waiting_since_s is None else time.perf_counter() - state.waiting_since_s
-        return self._settings.config.mover.patience_s - waited
+        return self._settings.config.mover.patience_s - state.waited_s
 
     def _worthwhile(self, state: RequestState, keys: Sequence[PageKey], prices: Prices) -> int:
         """How many of these pages, which follow those vLLM has itself, to load. Priced once for as long as they stay where they are."""
@@ -188,10 +199,10 @@ class SchedulerSide:
             return
         self.counts.add("declined_tokens", state.declined * self._size)
         self.counts.add("late", state.late)
-        state.declined, state.late = 0, False
+        within_s = self._patience_left_s(state)
+        state.declined, state.late, state.waited_s = 0, False, 0.0
         if not tokens:
             return
-        within_s, state.waiting_since_s = max(0.0, self._patience_left_s(state)), None
         first, pages = state.asked_from, tokens // self._size
         keys = state.keys.first(first + pages)[first:]
         self._loads.append(LoadJob(request.request_id, keys, list(blocks[first : first + pages]), within_s))
@@ -224,7 +235,10 @@ class SchedulerSide:
                 tokens = min(computed + output.num_scheduled_tokens[request_id], state.request.num_tokens)
                 state.fed = tokens // self._size
                 self._store(state, output.kv_connector_block_state.get_block_ids(request_id)[0], plan.stores)
+        self._planned += 1
         self._steps.append(_Step(time.perf_counter(), self._prefill(output)))
+        if plan.stores:
+            self._last_store_s = self._steps[-1].planned_s
         return plan
 
     def _fed(self, output: Any) -> list[tuple[str, int]]:
@@ -326,7 +340,9 @@ class SchedulerSide:
                 state.failed = True
             if loading is not None and (done.late or done.pages == len(loading.keys)) and self._prices is not None:
                 moved = np.array(loading.pages_by_tier) * self._page_bytes
-                if moved[1:].any():
+                foreseen_s = self._prices.restore_s(moved) or 0.0
+                # What was given up would have taken longer than this, which tells something only beyond what it should have taken.
+                if moved[1:].any() and not (done.late and done.seconds < foreseen_s):
                     self._prices.restored(moved, done.seconds)
 
     def received(self, request_ids: Sequence[str]) -> None:
@@ -380,5 +396,8 @@ class SchedulerSide:
 
     @property
     def must_step(self) -> bool:
-        """Whether a worker still has to hear of a reset."""
-        return any(generation < self._generation for generation in self._acknowledged)
+        """Whether there is something to do for an engine without requests: a worker has to hear of a reset, or has yet to say that it
+        copied blocks, which nobody may take away before (an engine that sleeps frees them all). For that nobody waits for ever."""
+        if any(generation < self._generation for generation in self._acknowledged):
+            return True
+        return bool(self._jobs) and time.perf_counter() - self._last_store_s < self._settings.config.mover.patience_s

@@ -106,11 +106,15 @@ def _configured(vllm_config: Any, layout: PageLayout, workers: int) -> Config:
     for key in _OURS:
         if key in asked:
             raise ConfigError(f"kv_connector_extra_config: {key} is not for you to set; the connector takes it from vLLM")
-    base = {
+    base: dict[str, object] = {
         "device": {"capacity_bytes": max(STAGING_BYTES, FEWEST_STAGED * layout.page_bytes) * workers},
         "host": {"write_policy": "write_through"},
     }
     whole = load_config(path, overrides=asked, base=base)
+    if whole.disk is not None:
+        # Nothing may be left for the end: `vllm serve` kills the processes of its engine as soon as it is told to stop.
+        base["disk"] = {"write_policy": "write_through"}
+        whole = load_config(path, overrides=asked, base=base)
     if whole.host is None and whole.disk is None:
         raise ConfigError("kvtier has neither host nor disk here: there is nowhere to keep pages; give it host.capacity_bytes or disk.path")
     given = model_revision(model, vllm_config.load_config.load_format, whole.model.revision)

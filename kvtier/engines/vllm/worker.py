@@ -1,9 +1,10 @@
 """The worker's side of the connector: its own tiered cache, and the bytes between that and vLLM's blocks.
 
-Two threads of its own carry stores and loads, so that a step waits for neither. A store job copies its blocks into the staging area, from
-where the cache writes them down; a load copies pages from there into the blocks of a request that waits, for as long as that may wait. A
-step that overwrites blocks of a store job makes it copy now what there is room for at once, and give up the rest: it waits for a copy, but
-for no disk. Blocks of one job are touched by one thread.
+Threads of its own carry stores and loads, so that a step waits for neither. A store job copies its blocks into the staging area, from
+where the cache writes them down; a load copies pages from there into the blocks of a request that waits, for as long as that may wait.
+Loads of pages that are all in host memory have a thread to themselves: they do not queue behind those that wait for a disk. A step that
+overwrites blocks of a store job makes it copy now what there is room for at once, and give up the rest: it waits for a copy, but for no
+disk. Blocks of one job are touched by one thread.
 State: vLLM's worker thread, but for what says otherwise.
 """
 
@@ -75,7 +76,8 @@ class WorkerSide:
         self._gpu: Accelerator | None = None
         self._generation = 0
         self._storer = ThreadPoolExecutor(1, "kvtier-store")
-        self._loader = ThreadPoolExecutor(1, "kvtier-load")
+        self._near_loader = ThreadPoolExecutor(1, "kvtier-load")
+        self._far_loader = ThreadPoolExecutor(1, "kvtier-load-far")
         self._keeping: dict[int, tuple[Keeping, Future[None]]] = {}
         self._loads: list[tuple[LoadJob, Future[LoadDone]]] = []
         self._unloaded: set[int] = set()
@@ -116,7 +118,8 @@ class WorkerSide:
     def start_loads(self, plan: StepPlan) -> None:
         """Begin to load; never waits."""
         for load in plan.loads:
-            self._loads.append((load, self._loader.submit(self._load, load, time.monotonic())))
+            loader = self._far_loader if self._pages.any_far(load.keys) else self._near_loader
+            self._loads.append((load, loader.submit(self._load, load, time.monotonic())))
 
     def start_stores(self, plan: StepPlan) -> None:
         """Begin to store what the step, which is over or queued on the device, computed."""
@@ -151,7 +154,7 @@ class WorkerSide:
                 self.counts.add("skipped_pages", len(job.keys) - kept, "overwritten" if keeping.enough.done() else "no room")
 
     def _load(self, load: LoadJob, told_s: float) -> LoadDone:
-        """Carry out a load job. On the load thread, which alone knows how long it took: steps ask seldom while they compute."""
+        """Carry out a load job. On a load thread, which alone knows how long it took: steps ask seldom while they compute."""
         assert self._blocks is not None
         blocks = self._blocks
 
@@ -234,12 +237,13 @@ class WorkerSide:
             keeping.hurry()
             if keeping.claim():
                 keeping.copied.set()
-        for thread in (self._storer, self._loader):
+        for thread in (self._storer, self._near_loader, self._far_loader):
             thread.submit(lambda: None).result()
 
     def close(self) -> None:
         """Stop. What is on its way into the tiers gets there, and what the disk does not have yet is written there."""
-        self._loader.shutdown(cancel_futures=True)
+        for loader in (self._near_loader, self._far_loader):
+            loader.shutdown(cancel_futures=True)
         self._storer.shutdown()
         self.cache.close()
 
