@@ -231,6 +231,10 @@ class BlockFormat(Format):
         native.decode(described, payloads, out.data_ptr(), rows, begin, end, row_values * DTYPE_BYTES[layout.dtype])
         return out
 
+    def receives(self, layout: PageLayout) -> bool:
+        """Whether there is a `receiver` for pages of this layout."""
+        return self._plan_of(layout).native is not None and digest_address() != 0
+
     def receiver(self, layout: PageLayout, proof: Proof, out: torch.Tensor) -> Receive | None:
         """What proves records and decodes them, each right after its proof, on the threads that read them; None where compiled kernels
         cannot.

@@ -425,9 +425,10 @@ static PyObject *pool_begin(PyObject *self, PyObject *arguments) {
     if (!pool->stopped) start_threads(pool, wanted);
     batch->helping = helping || !pool->started;
     if (count) enter_ring(pool, batch);
-    if (wanted >= pool->started) pthread_cond_broadcast(&pool->wake);
+    const bool all = wanted >= pool->started;
+    pthread_mutex_unlock(&pool->lock); /* before they are woken, or they would wait for it */
+    if (all) pthread_cond_broadcast(&pool->wake);
     else for (Py_ssize_t i = 0; i < wanted; i++) pthread_cond_signal(&pool->wake);
-    pthread_mutex_unlock(&pool->lock);
     Py_END_ALLOW_THREADS
     return (PyObject *)batch;
 }

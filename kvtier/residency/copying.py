@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FIRST_BYTES = 2 << 20
+"""Encoded bytes of the pages that are read while the others are planned: a fast disk is busy with them as long as that takes."""
+
 
 @dataclass(frozen=True)
 class Shortfall:
@@ -104,9 +107,7 @@ class Copying:
             self._hold_all(coming)
         try:
             queued: list[Transfer] = []
-            parts = self._parts(coming)
-            share = self._share(coming.rows) if len(parts) > 1 else 0
-            for part in parts:
+            for part, share in self._parts(coming):
                 slots = await residency.eviction.reserve(DEVICE, len(part), spare=residency.spare_slots if coming.is_far else 0)
                 with residency.lock:
                     transfers = self._plan_up(coming, part, slots, Priority.DEMAND, share)
@@ -160,18 +161,19 @@ class Copying:
         cold = (table.state[DEVICE][rows] == ABSENT) & (homes != NO_TIER)
         return _Coming(rows[cold], homes[cold])
 
-    def _share(self, rows: Rows) -> int:
-        """How many of these rows are for each worker, all carrying them."""
-        return -(-len(rows) // self._residency.config.mover.workers)
+    def _parts(self, coming: _Coming) -> list[tuple[Rows, int]]:
+        """What to make room for and to plan at once, and how many pages go together, 0 for a worker's share of them.
 
-    def _parts(self, coming: _Coming) -> list[Rows]:
-        """What to make room for and to plan at once: of pages that must be read, first one worker's share, so that these are being read
-        while the others are planned."""
-        homes = [self._residency.tiers[tier] for tier in coming.by_tier]
-        if all(not isinstance(home, Tier) or home.in_memory for home in homes):
-            return [coming.rows]
-        share = self._share(coming.rows)
-        return [coming.rows[:share], coming.rows[share:]]
+        Where pages are read by themselves once that has begun, a few go first: they are being read while the others are planned.
+        """
+        residency = self._residency
+        homes = [residency.tiers[tier] for tier in coming.by_tier]
+        if len(homes) != 1 or not isinstance(homes[0], Tier) or not homes[0].reads_ahead:
+            return [(coming.rows, 0)]
+        if residency.device.memory() is None or residency.config.mover.workers == 1:  # who would carry the others meanwhile?
+            return [(coming.rows, 0)]
+        first = max(1, FIRST_BYTES // homes[0].slot_bytes)
+        return [(part, len(part)) for part in (coming.rows[:first], coming.rows[first:]) if len(part)]
 
     def _hold_all(self, coming: _Coming) -> None:
         """Keep them where they come from. Lock held."""
@@ -212,7 +214,7 @@ class Copying:
         table.begin(rows, target, slots)
         moves = [*map(Move, rows.tolist(), table.page_ids(rows), table.slot[source][rows].tolist(), slots)]
         most = residency.mover.staging.pages_in_one(residency.tiers[source], residency.tiers[target])
-        size = max(1, min(most, share or self._share(rows)))
+        size = max(1, min(most, share or -(-len(moves) // residency.config.mover.workers)))
         transfers = []
         for node, part in self._cut(moves, source, target, size):
             transfer = Transfer(source, target, part, priority, len(part) * residency.layout.page_bytes, node)

@@ -126,6 +126,10 @@ class Tier(Slots):
     all_direct: bool = False
     """Whether `direct` knows every slot: a restore to a GPU then needs no memory of the mover's, however many pages it has."""
 
+    reads_ahead: bool = False
+    """Whether `place_ahead` begins reads and decoding that go on by themselves, on threads of the tier's, so that one transfer is enough to
+    keep all of these busy."""
+
     compress: Literal["always", "auto"] = "always"
     """Whether a byte stage of `format` may rest while it does not pay."""
 

@@ -3,8 +3,7 @@
 
 #define GROUP 64
 #define WITH_COLUMNS
-#define WITH_NIBBLES
-#define DECODES_FAR true
+#define DECODES_FAR 1
 #define PARTS 4        /* registers of floats */
 #define SHORT_PARTS 2  /* registers of 16-bit whole numbers */
 
@@ -117,14 +116,16 @@ static inline void group_store(void *numbers, const Floats group[PARTS], int dty
     block_store((char *)numbers + 32 * (dtype == FP32 ? 4 : 2), group + 2, dtype);
 }
 
-/* The same past the caches, to whole lines. */
-static inline void group_store_far(void *numbers, const Floats group[PARTS], int dtype) {
-    for (int part = 0; part < PARTS && dtype == FP32; part++) _mm512_stream_si512((void *)((char *)numbers + part * 64), _mm512_castps_si512(group[part]));
+/* The same past the caches, to whole lines of memory. */
+static inline void group_store_far(char *numbers, const Floats group[PARTS], int dtype) {
+    for (int part = 0; part < PARTS && dtype == FP32; part++) {
+        _mm512_stream_si512((void *)(numbers + part * 64), _mm512_castps_si512(group[part]));
+    }
     for (int half = 0; half < 2 && dtype != FP32; half++) {
         const Floats *const block = group + 2 * half;
         const __m512i low = _mm512_castsi256_si512(to_fp16_half_line(block[0]));
         const __m512i line = dtype == BF16 ? to_bf16_line(block[0], block[1]) : _mm512_inserti64x4(low, to_fp16_half_line(block[1]), 1);
-        _mm512_stream_si512((void *)((char *)numbers + half * 64), line);
+        _mm512_stream_si512((void *)(numbers + half * 64), line);
     }
 }
 
@@ -285,16 +286,16 @@ static inline Floats group_magnitude(const Floats group[PARTS]) {
 
 /* The rotation of 64 codes but for its last step, which group_widen does. Bit k of a code's index decides about step k. Steps are taken
    where they are cheapest: adjacent bytes and, in the end, adjacent 16-bit numbers meet in one multiply-add each; between them two
-   registers exchange halves, so that what has to meet lies in different registers. That moves numbers about; putting the codes
+   registers exchange halves, so that what has to meet lies in different registers. That moves numbers about; reading the codes
    in the right order in the first place brings every number to its place. */
-static inline void rotate_codes(Shorts group[SHORT_PARTS], __m512i codes) {
+static inline void group_rotate_codes(Shorts group[SHORT_PARTS], const int8_t *codes) {
     static const uint8_t order[64] = {
         0, 4, 16, 20, 32, 36, 48, 52, 1, 5, 17, 21, 33, 37, 49, 53,
         2, 6, 18, 22, 34, 38, 50, 54, 3, 7, 19, 23, 35, 39, 51, 55,
         8, 12, 24, 28, 40, 44, 56, 60, 9, 13, 25, 29, 41, 45, 57, 61,
         10, 14, 26, 30, 42, 46, 58, 62, 11, 15, 27, 31, 43, 47, 59, 63,
     };
-    const __m512i bytes = _mm512_permutexvar_epi8(_mm512_loadu_si512(order), codes);
+    const __m512i bytes = _mm512_permutexvar_epi8(_mm512_loadu_si512(order), _mm512_loadu_si512(codes));
     const __m512i ones = _mm512_set1_epi8(1), signs = _mm512_set1_epi16((int16_t)0xFF01), offset = _mm512_set1_epi8(-128);
     Shorts a = _mm512_maddubs_epi16(ones, bytes), b = _mm512_maddubs_epi16(_mm512_xor_si512(bytes, offset), signs);
     Shorts u = _mm512_shuffle_i64x2(a, b, 0x44), v = _mm512_shuffle_i64x2(a, b, 0xEE);
@@ -305,22 +306,6 @@ static inline void rotate_codes(Shorts group[SHORT_PARTS], __m512i codes) {
     a = shorts_add(u, v), b = shorts_sub(u, v);
     u = _mm512_unpacklo_epi32(a, b), v = _mm512_unpackhi_epi32(a, b);
     group[0] = shorts_add(u, v), group[1] = shorts_sub(u, v);
-}
-
-static inline void group_rotate_codes(Shorts group[SHORT_PARTS], const int8_t *codes) { rotate_codes(group, _mm512_loadu_si512(codes)); }
-
-/* What the table holds for 64 codes of 4 bits of a vector, from `start` on, packed as in bits.h; head_dim is 64 or a multiple of 128. */
-static inline __m512i nibble_values(const uint8_t *packed, int start, int head_dim, const int8_t table[16]) {
-    const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table));
-    __m512i codes;
-    if (head_dim == 64) {
-        const __m256i bytes = _mm256_loadu_si256((const void *)packed);
-        codes = _mm512_inserti64x4(_mm512_castsi256_si512(bytes), _mm256_srli_epi16(bytes, 4), 1);
-    } else {
-        codes = _mm512_loadu_si512(packed + start % (head_dim / 2));
-        if (start >= head_dim / 2) codes = _mm512_srli_epi16(codes, 4);
-    }
-    return _mm512_shuffle_epi8(all, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
 }
 
 static inline void group_widen(Floats group[PARTS], const Shorts whole[SHORT_PARTS]) {

@@ -4,7 +4,7 @@
 #include "half.h"
 
 #define GROUP 16
-#define DECODES_FAR false
+#define DECODES_FAR 0
 #define group_store_far group_store
 #define WITHOUT_CONSTANT_SIZES
 #define PARTS 1

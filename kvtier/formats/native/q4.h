@@ -198,8 +198,6 @@ typedef struct {
 INLINE void decode_run(const Shape *shape, void *numbers, const Sides *sides, const uint8_t *packed, const Levels levels, int start,
     int stop, int head_dim) {
     const float factor = (float)(1 / sqrt(hadamard_block(shape)) / levels.per_rms);
-    const bool as_packed = levels.bits == 4 && reads_nibbles(head_dim);
-    const int8_t *const table = as_packed ? levels.table->values : NULL;
     uint8_t codes[16 * MAX_HEAD_DIM];
     for (int first = start, head = 0; first < stop; first += 16) {
         const int count = fewer(stop - first, 16);
@@ -212,14 +210,13 @@ INLINE void decode_run(const Shape *shape, void *numbers, const Sides *sides, co
             factors[row] = fabsf(sides->supers[head]) * SCALE_STEP[step & 127] * factor;
             if (++head == shape->heads) head = 0;
             if (levels.bits == 8) memcpy(codes + row * head_dim, packed + vector * head_dim, (size_t)head_dim);
-            else if (!as_packed) unpack_codes(codes + row * head_dim, packed, vector, (size_t)(stop - start), head_dim, levels.bits);
+            else unpack_codes(codes + row * head_dim, packed, vector, (size_t)(stop - start), head_dim, levels.bits);
         }
-        for (int i = 0; i < count * head_dim && levels.bits != 8 && !as_packed; i += GROUP) {
+        for (int i = 0; i < count * head_dim && levels.bits != 8; i += GROUP) {
             group_lookup((int8_t *)codes + i, (const int8_t *)codes + i, levels.table->values);
         }
         char *const place = (char *)numbers + (size_t)first * head_dim * value_bytes(shape->dtype);
-        const uint8_t *const from = as_packed ? packed + (size_t)(first - start) * (head_dim / 2) : codes;
-        unrotate_rows(place, (const int8_t *)from, factors, shape->keys ? chosen : NULL, count, head_dim, shape->dtype, table, shape->far);
+        unrotate_rows(place, (const int8_t *)codes, factors, shape->keys ? chosen : NULL, count, head_dim, shape->dtype, shape->far);
     }
 }
 

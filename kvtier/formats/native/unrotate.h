@@ -2,20 +2,13 @@
    Products and sums are rounded one by one, as in the torch reference, so the bits are the same. */
 
 INLINE void unrotate_rows_of(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
-    int dtype, const int8_t *table, bool far, bool add_means, int block) {
+    int dtype, bool far, bool add_means, int block) {
     const int groups = block / GROUP;
     for (int row = 0; row < count; row++) {
         const Floats factor = floats_all(factors[row]);
         for (int start = 0; start < head_dim; start += block) {
             Shorts whole[MAX_BLOCK / GROUP][SHORT_PARTS];
             for (int group = 0; group < groups; group++) {
-#if defined(WITH_NIBBLES)
-                if (table) {
-                    const uint8_t *const packed = (const uint8_t *)codes + (size_t)row * (head_dim / 2);
-                    rotate_codes(whole[group], nibble_values(packed, start + group * GROUP, head_dim, table));
-                    continue;
-                }
-#endif
                 group_rotate_codes(whole[group], codes + (size_t)row * head_dim + start + group * GROUP);
             }
             for (int distance = 1; distance < groups; distance *= 2) {
@@ -45,39 +38,43 @@ INLINE void unrotate_rows_of(char *numbers, const int8_t *codes, const float *fa
 
 /* The block is a constant in each case, so that its loops unroll and the block stays in registers. */
 INLINE void unrotate_rows_as(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
-    int dtype, const int8_t *table, bool far, bool add_means) {
+    int dtype, bool far, bool add_means) {
 #if defined(WITHOUT_CONSTANT_SIZES)
-    unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, table, far, add_means, head_dim & -head_dim);
+    unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, far, add_means, head_dim & -head_dim);
 #else
     switch (head_dim & -head_dim) {
 #if GROUP <= 16
-    case 16: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, table, far, add_means, 16); break;
-    case 32: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, table, far, add_means, 32); break;
+    case 16: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, far, add_means, 16); break;
+    case 32: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, far, add_means, 32); break;
 #endif
-    case 64: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, table, far, add_means, 64); break;
-    case 128: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, table, far, add_means, 128); break;
-    case 256: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, table, far, add_means, 256); break;
+    case 64: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, far, add_means, 64); break;
+    case 128: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, far, add_means, 128); break;
+    case 256: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, far, add_means, 256); break;
     }
 #endif
 }
 
-/* `count` vectors, one after the other, as numbers of `dtype`; `means` is NULL or the row to add to each vector. `table` is NULL, or what
-   codes of 4 bits stand for, if `codes` are such, packed as in bits.h: where `reads_nibbles`. With `far`, past the caches, to whole lines of
-   memory. */
-static void unrotate_rows(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
-    int dtype, const int8_t *table, bool far) {
-#define UNROTATE_ROWS(dtype) unrotate_rows_as(numbers, codes, factors, NULL, count, head_dim, dtype, table, far, false)
-#define UNROTATE_REDUCED_ROWS(dtype) unrotate_rows_as(numbers, codes, factors, means, count, head_dim, dtype, table, far, true)
+/* `count` vectors, one after the other, as numbers of `dtype`; `means` is NULL or the row to add to each vector. */
+static void unrotate_near(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
+    int dtype) {
+#define UNROTATE_ROWS(dtype) unrotate_rows_as(numbers, codes, factors, NULL, count, head_dim, dtype, false, false)
+#define UNROTATE_REDUCED_ROWS(dtype) unrotate_rows_as(numbers, codes, factors, means, count, head_dim, dtype, false, true)
     if (means) FOR_DTYPES(dtype, UNROTATE_REDUCED_ROWS)
     else FOR_DTYPES(dtype, UNROTATE_ROWS)
 }
 
-/* Whether `unrotate_rows` unpacks codes of 4 bits by itself. */
-static inline bool reads_nibbles(int head_dim) {
-#if defined(WITH_NIBBLES)
-    return head_dim == GROUP || head_dim % (2 * GROUP) == 0;
-#else
-    (void)head_dim;
-    return false;
-#endif
+/* The same past the caches, to whole lines of memory. Apart, because a branch in the innermost loop would cost a fifth of the whole. */
+static void unrotate_far(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
+    int dtype) {
+#define UNROTATE_ROWS_FAR(dtype) unrotate_rows_as(numbers, codes, factors, NULL, count, head_dim, dtype, true, false)
+#define UNROTATE_REDUCED_ROWS_FAR(dtype) unrotate_rows_as(numbers, codes, factors, means, count, head_dim, dtype, true, true)
+    if (means) FOR_DTYPES(dtype, UNROTATE_REDUCED_ROWS_FAR)
+    else FOR_DTYPES(dtype, UNROTATE_ROWS_FAR)
+}
+
+/* `unrotate_near`, or with `far` the other. */
+INLINE void unrotate_rows(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
+    int dtype, bool far) {
+    if (DECODES_FAR && far) unrotate_far(numbers, codes, factors, means, count, head_dim, dtype);
+    else unrotate_near(numbers, codes, factors, means, count, head_dim, dtype);
 }

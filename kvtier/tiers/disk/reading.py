@@ -75,6 +75,11 @@ class RecordReader:
         next(placing)
         return placing
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether `place_ahead` begins where files are open."""
+        return self._segments.engine.reads_ahead and isinstance(self._format, BlockFormat) and self._format.receives(self._layout)
+
     def _receiver(self, memory: torch.Tensor) -> Receive | None:
         return self._format.receiver(self._layout, self._proof, memory) if isinstance(self._format, BlockFormat) else None
 

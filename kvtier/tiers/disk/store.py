@@ -222,6 +222,10 @@ class DiskTier(Tier):
         return self._reader.place_ahead(slots, keys, staging, memory, rows)
 
     @property
+    def reads_ahead(self) -> bool:  # type: ignore[override]
+        return self._reader.reads_ahead
+
+    @property
     def reads_directly(self) -> bool:
         """Whether records can be read straight into a GPU's memory."""
         return self._direct is not None
