@@ -3,6 +3,7 @@
    State: what was held when the object was made, and a flag for each record, which belongs to the thread that takes its group. */
 #include "arrivals.h"
 
+#include <sched.h>
 #include <stdlib.h>
 
 #include "dispatch.h"
@@ -76,6 +77,7 @@ static void take_group(void *context, Py_ssize_t group, int64_t read) {
         if (!proven(&self->proof, record, arrival->key.buf, (size_t)arrival->key.len, self->plan.payload_bytes, self->digest_of)) continue;
         decode_page(self, kernels, room, record + self->proof.head_bytes, self->address + arrival->row * self->row_bytes);
         arrival->good = 1;
+        sched_yield(); /* to threads that woke to read on: they would wait for milliseconds, since this one only computes */
     }
     kernels->lines_arrive();
     free(memory);
