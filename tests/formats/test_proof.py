@@ -137,13 +137,17 @@ def test_law_1_a_sound_record_of_another_page_or_kind_is_not_decoded(features):
 
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize(("tokens", "heads"), [(1, 1), (16, 3), (256, 8)])
-def test_targets_and_blocks_of_any_size_and_alignment_get_every_byte_and_nothing_beside_them(features, shift, tokens, heads):
-    layout = PageLayout(layers=2, planes=2, page_tokens=tokens, kv_heads=heads, head_dim=128, dtype="fp32")
-    form = form_of("q8")
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("q8", "fp32"), ("q4", "bf16"), ("q6", "fp16"), ("q3", "bf16"), ("q4_0", "bf16"), ("raw", "fp16")]
+)
+def test_targets_and_blocks_of_any_size_and_alignment_get_every_byte_and_nothing_beside_them(features, shift, tokens, heads, name, dtype):
+    layout = PageLayout(layers=2, planes=2, page_tokens=tokens, kv_heads=heads, head_dim=128, dtype=dtype)
+    form = form_of(name)
     payloads = payloads_of(form, layout, 2)
-    room = torch.full((3 * layout.page_bytes // 4 + 64,), UNTOUCHED)
-    start = (-room.data_ptr() % 64) // 4 + shift
-    memory = room[start : start + 3 * layout.page_bytes // 4].view(3, *layout.shape)
+    size, values = layout.torch_dtype.itemsize, 3 * layout.values
+    room = torch.full((values + 64,), UNTOUCHED, dtype=layout.torch_dtype)
+    start = (-room.data_ptr() % 64) // size + shift
+    memory = room[start : start + values].view(3, *layout.shape)
     receive = form.receiver(layout, proof_of(), memory)
     assert receive is not None
     assert prove(receive, [record_of(payload, KEYS[0]) for payload in payloads], KEYS[:1] * 2, [2, 0]) == b"\1\1", features
