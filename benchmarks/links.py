@@ -183,7 +183,7 @@ def _measure_restore(run: Run, layout: PageLayout, path: Path | None, form: str)
     pages = tokens // layout.page_tokens
     kv, prefixes = made_kv(layout, tokens), [token_ids(index, tokens) for index in range(PREFIXES)]
     copy = PlainCopy(pages * layout.page_bytes, "disk", "device")
-    with open_cache(layout, Room(pages, disk=(PREFIXES + 1) * pages), path, form) as cache:
+    with open_cache(layout, Room(pages, disk=(PREFIXES + 1) * pages, disk_format=form), path) as cache:
         for ids in prefixes:
             cache.put(ids, kv)
             cache.flush()

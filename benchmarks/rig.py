@@ -71,11 +71,12 @@ def token_ids(sequence: int, tokens: int) -> Ids:
 
 @dataclass(frozen=True)
 class Room:
-    """How many pages each tier holds; 0: there is no such tier."""
+    """How many pages each tier holds; 0: there is no such tier. And the format of those on disk."""
 
     device: int
     host: int = 0
     disk: int = 0
+    disk_format: str = DISK_FORMAT
 
 
 def store_bytes(layout: PageLayout, pages: int, form: str = DISK_FORMAT) -> int:
@@ -96,16 +97,14 @@ def _capacity_bytes(layout: PageLayout, form: str, pages: int) -> int:
 
 
 @contextmanager
-def open_cache(
-    layout: PageLayout, room: Room, path: Path | None = None, disk_format: str = DISK_FORMAT, **options: object
-) -> Iterator[TieredKVCache]:
-    """A cache in the default formats, but perhaps for the disk, closed at the end; its disk store is a directory of its own in `path`, gone
+def open_cache(layout: PageLayout, room: Room, path: Path | None = None, **options: object) -> Iterator[TieredKVCache]:
+    """A cache in the default formats, or that of `room`, closed at the end; its disk store is a directory of its own in `path`, gone
     afterwards.
 
     `options`: configuration keys with `__` for the dot, over those of a cache that moves nothing by itself. KVTierError if the directory
     has no room for the store.
     """
-    check_room(path, store_bytes(layout, room.disk, disk_format))
+    check_room(path, store_bytes(layout, room.disk, room.disk_format))
     with scratch_folder(path) as folder:
         changes: dict[str, object] = {
             "pages.page_tokens": layout.page_tokens,
@@ -114,7 +113,7 @@ def open_cache(
             "mover.queue_bytes": 1 << 40,
             "policy.cleanup_interval": 86400.0,
         }
-        for name, pages, form in (("host", room.host, "q8"), ("disk", room.disk, disk_format)):
+        for name, pages, form in (("host", room.host, "q8"), ("disk", room.disk, room.disk_format)):
             if not pages:
                 changes[name] = None
                 continue
