@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from itertools import chain
 
 from kvtier.formats.base import Format, Payload
-from kvtier.keys import PageKey
 from kvtier.layout import PageLayout
 from kvtier.mover.behind import WriteBehind
 from kvtier.mover.lane import Lane
@@ -266,7 +265,7 @@ def _arriving(
                 yield indices[place], unpacked
 
 
-def _copies_of(moves: Sequence[Move]) -> tuple[list[int], list[PageKey]]:
+def _copies_of(moves: Sequence[Move]) -> tuple[list[int], list[bytes]]:
     """The slots that these are read from, and the keys that must be found there."""
     return [move.source_slot for move in moves], [move.page.key for move in moves]
 
