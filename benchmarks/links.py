@@ -12,7 +12,8 @@ of one that is not on the device. Gather, encode, checksum, store and all bookke
 `restore.disk->device`: a 2,048-token prefix that is only on the disk, cold, until it is verified and decoded on the device, in GB/s of
 encoded bytes, beside fio (else the bare pool) reading as many bytes in blocks of 256 KiB, or of a page's copy if that is larger, 8 at once.
 All read into memory of one kind (`fio.py`). `.bare`: the bare pool beside fio. `.ms`: how long one prefix takes, beside a copy of as many
-bytes as its pages have.
+bytes as its pages have. Of the default format; `restore.disk->device.FORMAT`, `.FORMAT.bare` and `.FORMAT.ms` are the same of others, each
+beside fio reading its own bytes: where that is near, the disk is what a restore waits for, else the decoding.
 
 Ceilings take turns with what they are compared to. No cache ever copies from disk to host, so there is no such link.
 """
@@ -56,6 +57,8 @@ SIZES_BYTES = (0, MiB, 4 * MiB, 16 * MiB, 64 * MiB)
 """Page bytes of one transfer; 0: a single page."""
 TINY_SIZES_BYTES = (0, MiB)
 PREFIX_TOKENS, TINY_PREFIX_TOKENS = 2048, 256
+RESTORED = ("q4", "q8", "raw")
+"""Formats of the disk tier that a prefix is restored from: the default, whose rows bear no name of a format, and others."""
 PREFIXES = 8
 """So many lie on the disk and are restored in turn, while the device holds one: were there room for more, a policy would keep pages of
 several, and those that come next would not all come from the disk."""
@@ -93,12 +96,12 @@ def measure(run: Run, layout: str = "smollm2", path: Path | None = None) -> list
     """
     pages_of = layout_named(layout, run.tiny)
     counts = sorted({max(1, size // pages_of.page_bytes) for size in (TINY_SIZES_BYTES if run.tiny else SIZES_BYTES)})
-    run.expect(3 * len(counts) + run.repeats + 1)
+    run.expect(3 * len(counts) + len(RESTORED) * (run.repeats + 1))
     most = counts[-1]
     # A plain file beside the store has as many blocks as one round, or all prefixes, have pages, at most.
     rounds = store_bytes(pages_of, 4 * most) + max(store_bytes(pages_of, _sequences(most, count) * count) for count in counts)
     prefix_pages = _prefix_tokens(run) // pages_of.page_tokens
-    prefixes = store_bytes(pages_of, (PREFIXES + 1) * prefix_pages) + store_bytes(pages_of, PREFIXES * prefix_pages)
+    prefixes = max(sum(store_bytes(pages_of, more * prefix_pages, form) for more in (PREFIXES + 1, PREFIXES)) for form in RESTORED)
     check_room(path, max(rounds, prefixes))
     rows = []
     # In the last one pages are written through to the host, and `flush` copies on from there. The host is the smaller one, or `flush` would
@@ -114,7 +117,9 @@ def measure(run: Run, layout: str = "smollm2", path: Path | None = None) -> list
             for count in counts:
                 run.step(f"{_size(count, pages_of)} {' and '.join(links)}")
                 rows += _measure_pair(run, cache, count, most, down, up, path)
-    return rows + _measure_restore(run, pages_of, path)
+    for form in RESTORED:
+        rows += _measure_restore(run, pages_of, path, form)
+    return rows
 
 
 def _measure_pair(run: Run, cache: TieredKVCache, pages: int, device_pages: int, down: str, up: str | None, path: Path | None) -> list[Row]:
@@ -172,13 +177,13 @@ def _put(cache: TieredKVCache, ids: Ids, kv: torch.Tensor) -> None:
     cache.settle()
 
 
-def _measure_restore(run: Run, layout: PageLayout, path: Path | None) -> list[Row]:
-    run.step("writing prefixes to the disk")
+def _measure_restore(run: Run, layout: PageLayout, path: Path | None, form: str) -> list[Row]:
+    run.step(f"writing prefixes in {form} to the disk")
     tokens = _prefix_tokens(run)
     pages = tokens // layout.page_tokens
     kv, prefixes = made_kv(layout, tokens), [token_ids(index, tokens) for index in range(PREFIXES)]
     copy = PlainCopy(pages * layout.page_bytes, "disk", "device")
-    with open_cache(layout, Room(pages, disk=(PREFIXES + 1) * pages), path) as cache:
+    with open_cache(layout, Room(pages, disk=(PREFIXES + 1) * pages, disk_format=form), path) as cache:
         for ids in prefixes:
             cache.put(ids, kv)
             cache.flush()
@@ -190,10 +195,11 @@ def _measure_restore(run: Run, layout: PageLayout, path: Path | None) -> list[Ro
     restored, bare, copied = (statistics.median(took[name]) for name in ("restore", "bare", "copy"))
     bare_speed = blocks * file.block_bytes / bare / 1e9
     fio_speed = statistics.median(took["fio"]) / 1e9 if took["fio"] else None
+    name = "restore.disk->device" + ("" if form == RESTORED[0] else f".{form}")
     return [
-        Row("restore.disk->device", encoded_bytes / restored / 1e9, "GB/s", bare_speed if fio_speed is None else fio_speed),
-        Row("restore.disk->device.bare", bare_speed, "GB/s", fio_speed),
-        Row("restore.disk->device.ms", restored * 1e3, "ms", copied * 1e3),
+        Row(name, encoded_bytes / restored / 1e9, "GB/s", bare_speed if fio_speed is None else fio_speed),
+        Row(f"{name}.bare", bare_speed, "GB/s", fio_speed),
+        Row(f"{name}.ms", restored * 1e3, "ms", copied * 1e3),
     ]
 
 

@@ -36,6 +36,7 @@ from .codecs import LAYOUTS
 from .measure import free_bytes, scratch_folder
 
 TINY_LAYOUT = PageLayout(layers=2, planes=2, page_tokens=16, kv_heads=2, head_dim=64, dtype="bf16")
+DISK_FORMAT = "q4"
 LEAST_CYCLE_BYTES = 256 << 20
 """What a plain copy walks through before it comes back to the same bytes."""
 _SLOT_OVERHEAD_BYTES = 8192
@@ -70,16 +71,17 @@ def token_ids(sequence: int, tokens: int) -> Ids:
 
 @dataclass(frozen=True)
 class Room:
-    """How many pages each tier holds; 0: there is no such tier."""
+    """How many pages each tier holds; 0: there is no such tier. And the format of those on disk."""
 
     device: int
     host: int = 0
     disk: int = 0
+    disk_format: str = DISK_FORMAT
 
 
-def store_bytes(layout: PageLayout, pages: int) -> int:
-    """What the files of a disk tier for `pages` pages take at most; no other file with as many encoded pages takes more."""
-    return _capacity_bytes(layout, "q4", pages) + _STORE_OVERHEAD_BYTES if pages else 0
+def store_bytes(layout: PageLayout, pages: int, form: str = DISK_FORMAT) -> int:
+    """What the files of a disk tier for `pages` pages in this format take at most; no other file with as many encoded pages takes more."""
+    return _capacity_bytes(layout, form, pages) + _STORE_OVERHEAD_BYTES if pages else 0
 
 
 def check_room(path: Path | None, needed_bytes: int) -> None:
@@ -96,12 +98,13 @@ def _capacity_bytes(layout: PageLayout, form: str, pages: int) -> int:
 
 @contextmanager
 def open_cache(layout: PageLayout, room: Room, path: Path | None = None, **options: object) -> Iterator[TieredKVCache]:
-    """A cache in the default formats, closed at the end; its disk store is a directory of its own in `path`, gone afterwards.
+    """A cache in the default formats, or that of `room`, closed at the end; its disk store is a directory of its own in `path`, gone
+    afterwards.
 
     `options`: configuration keys with `__` for the dot, over those of a cache that moves nothing by itself. KVTierError if the directory
     has no room for the store.
     """
-    check_room(path, store_bytes(layout, room.disk))
+    check_room(path, store_bytes(layout, room.disk, room.disk_format))
     with scratch_folder(path) as folder:
         changes: dict[str, object] = {
             "pages.page_tokens": layout.page_tokens,
@@ -110,7 +113,7 @@ def open_cache(layout: PageLayout, room: Room, path: Path | None = None, **optio
             "mover.queue_bytes": 1 << 40,
             "policy.cleanup_interval": 86400.0,
         }
-        for name, pages, form in (("host", room.host, "q8"), ("disk", room.disk, "q4")):
+        for name, pages, form in (("host", room.host, "q8"), ("disk", room.disk, room.disk_format)):
             if not pages:
                 changes[name] = None
                 continue

@@ -23,7 +23,7 @@ from kvtier.errors import LayoutError
 from kvtier.format_spec import FormatSpec
 from kvtier.formats.base import UINT8, Format, Payload, Stream, check_pages, check_rows, described_bytes, room_for, span_of, target_of
 from kvtier.formats.digests import digest_address
-from kvtier.formats.native import Expected, NativeCodecs
+from kvtier.formats.native import Arrivals, Expected, NativeCodecs
 from kvtier.formats.native import codecs as native_codecs
 from kvtier.formats.proof import Proof
 from kvtier.layout import DTYPE_BYTES, PageLayout
@@ -33,8 +33,8 @@ CHUNK_VALUES = 1 << 19
 
 _ALL = slice(None)
 
-Receive = Callable[[Sequence[Payload], Sequence[bytes], Sequence[int]], bytes]
-"""`receive(records, keys, rows)`: see `BlockFormat.receiver`."""
+Receive = Callable[[Sequence[Payload], Sequence[int], Sequence[bytes], Sequence[int]], Arrivals]
+"""`receive(records, counts, keys, rows)`: see `BlockFormat.receiver`."""
 
 NATIVE_DTYPES = {"bf16": 0, "fp16": 1, "fp32": 2}
 
@@ -230,13 +230,17 @@ class BlockFormat(Format):
         native.decode(described, payloads, out.data_ptr(), rows, begin, end, row_values * DTYPE_BYTES[layout.dtype])
         return out
 
-    def receiver(self, layout: PageLayout, proof: Proof, out: torch.Tensor) -> Receive | None:
-        """What proves records and decodes them, each right after its proof, in one call without the interpreter's lock; None where compiled
-        kernels cannot.
+    def receives(self, layout: PageLayout) -> bool:
+        """Whether there is a `receiver` for pages of this layout."""
+        return self._plan_of(layout).native is not None and digest_address() != 0
 
-        A record is a head that `proof` describes and a payload, perhaps more bytes behind. `receive(records, keys, rows)` decodes record i
-        into `out[rows[i]]`, `out` as for `decode`, if it proves to be the copy of `keys[i]`. It gives a byte for each: 1, or 0 if that is
-        not proven, and then nothing was written. LayoutError if `out` or a row does not fit.
+    def receiver(self, layout: PageLayout, proof: Proof, out: torch.Tensor) -> Receive | None:
+        """What proves records and decodes them, each right after its proof, on the threads that read them; None where compiled kernels
+        cannot.
+
+        A record is a head that `proof` describes and a payload, perhaps more bytes behind. `receive(records, counts, keys, rows)` gives
+        what is to be told of groups of records that were read (`NativeCodecs.arrivals`): record i is decoded into `out[rows[i]]`, `out` as
+        for `decode`, if it proves to be the copy of `keys[i]`. LayoutError if `out` or a row does not fit.
         """
         plan = self._plan_of(layout)
         digest_of = digest_address()
@@ -246,9 +250,9 @@ class BlockFormat(Format):
         target_of(out, [], 0, layout.layers, layout)
         row_bytes = layout.page_bytes if out.is_contiguous() else out.stride(0) * DTYPE_BYTES[layout.dtype]
 
-        def receive(records: Sequence[Payload], keys: Sequence[bytes], rows: Sequence[int]) -> bytes:
+        def receive(records: Sequence[Payload], counts: Sequence[int], keys: Sequence[bytes], rows: Sequence[int]) -> Arrivals:
             places = check_rows(rows, len(out), "decode")
-            return native.decode_proven(described, proof.packed, records, keys, out.data_ptr(), places, row_bytes, digest_of)
+            return native.arrivals(described, proof.packed, records, counts, keys, out.data_ptr(), places, row_bytes, digest_of)
 
         return receive
 

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,17 @@ SomeOutcomes = Generator[list[Outcome], None, None]
 """All that ended meanwhile, one at least."""
 
 
+class Then(Protocol):
+    """What is to be done with requests of a batch once they were read. Several threads may call it at once, each about another request."""
+
+    def take(self, index: int, read: int, /) -> None:
+        """So many bytes of request `index` were read, or less than 0: the system said no."""
+
+    def function(self) -> tuple[int, int]:
+        """Address of compiled code that does the same, `void (*)(void *context, Py_ssize_t index, int64_t read)`, on any thread and without
+        the interpreter's lock, and its context, which lives as long as this."""
+
+
 class FileEngine(ABC):
     """Positioned I/O on regular files. Single calls raise OSError when the system does; batches say it per request.
 
@@ -64,6 +75,8 @@ class FileEngine(ABC):
     alignment_bytes: int
     cpus: tuple[int, ...] = ()
     """CPUs that the engine's own threads are kept on; any, if there are none."""
+    reads_ahead: bool = False
+    """Whether `read_then` goes on by itself once it has begun, and begins without waiting."""
 
     def keep_on(self, cpus: Sequence[int]) -> None:
         """Keep threads that the engine starts from now on on these CPUs, near the memory that they read and write. Where the system
@@ -99,6 +112,16 @@ class FileEngine(ABC):
         with closing(self.read_each(requests)) as outcomes:
             for outcome in outcomes:
                 yield [outcome]
+
+    def read_then(self, requests: Sequence[Request], then: Then, at_once: int) -> SomeOutcomes:
+        """As `read_some`, of requests that `then` is told of first: by the caller's thread, or by at most `at_once` of the engine's own, of
+        all batches together, while the others read. With `reads_ahead` the first `next` only begins, and gives an empty list."""
+        del at_once  # of the caller there is one
+        with closing(self.read_some(requests)) as groups:
+            for group in groups:
+                for index, outcome in group:
+                    then.take(index, -1 if isinstance(outcome, OSError) else outcome)
+                yield group
 
     @abstractmethod
     def write_all(self, requests: Sequence[Request]) -> list[OSError | None]:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Protocol
 
 from kvtier.extensions import load_extension
-from kvtier.io.files import Outcomes, Request, SomeOutcomes
+from kvtier.io.files import Outcome, Outcomes, Request, SomeOutcomes, Then
 
 
 class _Batch(Protocol):
@@ -25,8 +25,9 @@ class _Batch(Protocol):
 
 
 class _Threads(Protocol):
-    def begin(self, requests: list[Request], writing: bool, helping: bool, /) -> _Batch:
-        """Start on a batch. `helping`: calls of `ended` carry requests, too."""
+    def begin(self, requests: list[Request], writing: bool, helping: bool, /, *then: object) -> _Batch:
+        """Start on a batch. `helping`: calls of `ended` carry requests, too. `then`: nothing, or the addresses of a function that is told
+        of each request that was read and of its context, whose owner is kept, and how many threads may be in such functions at once."""
 
     def keep_on(self, cpus: list[int], /) -> None:
         """Keep threads that start from now on on these CPUs, if the system lets them; any, for none."""
@@ -55,14 +56,19 @@ class NativePool:
 
     def some(self, requests: Sequence[Request], writing: bool, helping: bool) -> SomeOutcomes:
         """The same, each time all that ended meanwhile."""
-        if not requests:
-            return
-        batch = self._threads.begin(list(requests), writing, helping or self._depth == 1 or len(requests) == 1)
-        try:
-            while outcomes := batch.ended():
-                yield [(index, outcome if outcome >= 0 else OSError(-outcome, os.strerror(-outcome))) for index, outcome in outcomes]
-        finally:
-            batch.withdraw()
+        if requests:
+            yield from _told(self._threads.begin(list(requests), writing, helping or self._alone(requests)))
+
+    def then(self, requests: Sequence[Request], then: Then, at_once: int) -> SomeOutcomes:
+        """Reads of these: an empty list once they are begun, and all at the end, when `then` was told of each by one of the threads, by at
+        most `at_once` at a time."""
+        if requests:
+            batch = self._threads.begin(list(requests), False, self._alone(requests), *then.function(), then, at_once)
+            yield from _told(batch, first=[])
+
+    def _alone(self, requests: Sequence[Request]) -> bool:
+        """Whether the caller carries them all."""
+        return self._depth == 1 or len(requests) == 1
 
     def keep_on(self, cpus: Sequence[int]) -> None:
         """Keep threads that start from now on on these CPUs, if the system lets them; any, for none."""
@@ -71,6 +77,16 @@ class NativePool:
     def stop(self) -> None:
         """End the threads once all batches are done. Safe to call twice."""
         self._threads.stop()
+
+
+def _told(batch: _Batch, first: list[Outcome] | None = None) -> SomeOutcomes:
+    try:
+        if first is not None:
+            yield first
+        while outcomes := batch.ended():
+            yield [(index, outcome if outcome >= 0 else OSError(-outcome, os.strerror(-outcome))) for index, outcome in outcomes]
+    finally:
+        batch.withdraw()
 
 
 def make(depth: int, alignment_bytes: int) -> NativePool | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kvtier.errors import AlignmentError, Closed
 from kvtier.io import holes, native_pool
-from kvtier.io.files import BLOCK_BYTES, Bytes, FileEngine, Outcomes, Request, SomeOutcomes, address_of, page_aligned
+from kvtier.io.files import BLOCK_BYTES, Bytes, FileEngine, Outcomes, Request, SomeOutcomes, Then, address_of, page_aligned
 from kvtier.io.pool import RequestPool
 
 DEPTH = 8
@@ -38,6 +38,7 @@ class PooledEngine(FileEngine):
         self._stopped = False
         self._pool = RequestPool(depth, f"kvtier-{self.name}")
         self._native_pool = native_pool.make(depth, alignment_bytes) if self.native else None
+        self.reads_ahead = self._native_pool is not None and depth > 1
 
     def keep_on(self, cpus: Sequence[int]) -> None:
         super().keep_on(cpus)
@@ -68,6 +69,12 @@ class PooledEngine(FileEngine):
             return super().read_some(requests)
         self._check_all(requests, filled=True)
         return self._native_pool.some(requests, writing=False, helping=False)
+
+    def read_then(self, requests: Sequence[Request], then: Then, at_once: int) -> SomeOutcomes:
+        if self._native_pool is None:
+            return super().read_then(requests, then, at_once)
+        self._check_all(requests, filled=True)
+        return self._native_pool.then(requests, then, at_once)
 
     def write_all(self, requests: Sequence[Request]) -> list[OSError | None]:
         self._check_all(requests, filled=False)

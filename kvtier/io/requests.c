@@ -1,8 +1,9 @@
 /* Batches of reads and writes on a few threads of their own, which never take the interpreter's lock: what `kvtier.io.pool` does, without
    Python at each request. `kvtier/io/native_pool.py` says what each call means.
 
-   A pool's lock guards the pool and all its batches; it is never held during a system call. A batch keeps the memory of its requests (as
-   buffers) until it is gone, and it is not gone before its requests under way have ended. */
+   A pool's lock guards the pool and all its batches; it is never held during a system call, nor during what a batch wants done with what
+   was read. A batch keeps the memory of its requests (as buffers) until it is gone, and it is not gone before its requests under way have
+   ended. */
 #define _GNU_SOURCE
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -16,26 +17,34 @@
 #include <time.h>
 #include <unistd.h>
 
-#define STACK_BYTES (256 << 10)
+#define STACK_BYTES (1 << 20) /* what is to be done with what was read may need some of it */
 #define MOST_CPUS (1 << 16)
 #define SIGNALS_EVERY_NS 100000000 /* so long a waiting caller may be deaf to Ctrl-C */
 
-typedef struct {
+typedef struct Batch Batch;
+typedef struct Request Request;
+
+struct Request {
     int file;
     int64_t offset;
     Py_buffer memory;
     int64_t outcome; /* bytes carried, or -errno */
-} Request;
+    Batch *batch;
+    Request *next; /* of a queue: requests that were read and await what is to be done then */
+};
 
-typedef struct Batch Batch;
+/* What is to be done with a request that was read: `index` of its batch, bytes or -errno. */
+typedef void Then(void *context, Py_ssize_t index, int64_t outcome);
 
 typedef struct {
     PyObject_HEAD
     pthread_mutex_t lock;
     pthread_cond_t wake;
     Batch *next; /* of a ring: batches with requests that nobody has begun */
+    Request *waiting, *last; /* the ends of the queue */
     pthread_t *threads;
     int depth, started;
+    int working; /* threads that do what is to be done with what was read */
     int64_t alignment;
     bool stopped;
     cpu_set_t *cpus; /* threads that start are kept on these; NULL: any */
@@ -50,6 +59,10 @@ struct Batch {
     Py_ssize_t *order; /* requests as they ended */
     Py_ssize_t count, begun, ended, told;
     bool writing, helping;
+    Then *then; /* NULL: nothing is to be done */
+    void *context;
+    PyObject *owner; /* of the context */
+    int at_once; /* `working` threads with which nothing more of this batch is begun */
     pthread_cond_t progress;
 };
 
@@ -93,16 +106,48 @@ static void leave_ring(Pool *pool, Batch *batch) {
     batch->before = batch->after = NULL;
 }
 
+/* All that was begun has ended, and nothing more will begin. */
+static bool is_over(const Batch *batch) { return batch->ended == batch->begun && !batch->after; }
+
+/* A request has ended. Whoever waits for a batch of which more is to be done has no use for a part of it. */
+static void note(Request *request) {
+    Batch *batch = request->batch;
+    batch->order[batch->ended++] = request - batch->requests;
+    if (!batch->then || is_over(batch)) pthread_cond_broadcast(&batch->progress);
+}
+
+/* Does what is to be done with what was read, oldest first, while there is some and not enough threads do so already. Otherwise the thread
+   goes on to read: those that work look again before they leave. The pool's lock is held, but for the work. */
+static void work(Pool *pool) {
+    while (pool->waiting && pool->working < pool->waiting->batch->at_once) {
+        Request *request = pool->waiting;
+        Batch *batch = request->batch;
+        pool->waiting = request->next;
+        pool->working++;
+        pthread_mutex_unlock(&pool->lock);
+        batch->then(batch->context, request - batch->requests, request->outcome);
+        pthread_mutex_lock(&pool->lock);
+        pool->working--;
+        note(request);
+    }
+}
+
 /* The next request of a batch that has one. The pool's lock is held, but for the system call. */
 static void carry_one(Pool *pool, Batch *batch) {
-    const Py_ssize_t index = batch->begun++;
-    Request *request = &batch->requests[index];
+    Request *request = &batch->requests[batch->begun++];
     if (batch->begun == batch->count) leave_ring(pool, batch);
     pthread_mutex_unlock(&pool->lock);
     request->outcome = batch->writing ? write_whole(request) : read_whole(request, pool->alignment);
     pthread_mutex_lock(&pool->lock);
-    batch->order[batch->ended++] = index;
-    pthread_cond_broadcast(&batch->progress);
+    if (!batch->then) {
+        note(request);
+        return;
+    }
+    request->next = NULL;
+    if (pool->waiting) pool->last->next = request;
+    else pool->waiting = request;
+    pool->last = request;
+    work(pool);
 }
 
 static void *run(void *argument) {
@@ -177,12 +222,16 @@ static void batch_free(PyObject *self) {
     }
     PyMem_Free(batch->requests);
     PyMem_Free(batch->order);
+    Py_XDECREF(batch->owner);
     Py_XDECREF((PyObject *)batch->pool);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
 }
 
-/* Until something ended that was not told, or nothing is left to wait for, or it is time to look for signals. */
+/* Whether there is something to tell; of a batch of which more is to be done, all at once. */
+static bool can_tell(const Batch *batch) { return is_over(batch) || (!batch->then && batch->told < batch->ended); }
+
+/* Until there is something to tell, or it is time to look for signals. */
 static void wait_a_while(Batch *batch) {
     Pool *pool = batch->pool;
     struct timespec until;
@@ -191,9 +240,9 @@ static void wait_a_while(Batch *batch) {
     until.tv_sec += until.tv_nsec / 1000000000;
     until.tv_nsec %= 1000000000;
     pthread_mutex_lock(&pool->lock);
-    if (batch->told == batch->ended) {
+    if (!can_tell(batch)) {
         if (batch->helping && batch->after) carry_one(pool, batch);
-        else if (batch->ended < batch->begun || batch->after) pthread_cond_timedwait(&batch->progress, &pool->lock, &until);
+        else pthread_cond_timedwait(&batch->progress, &pool->lock, &until);
     }
     pthread_mutex_unlock(&pool->lock);
 }
@@ -202,17 +251,17 @@ static PyObject *batch_ended(PyObject *self, PyObject *nothing) {
     (void)nothing;
     Batch *batch = (Batch *)self;
     Py_ssize_t ended;
-    bool over;
+    bool tells;
     do {
         if (PyErr_CheckSignals()) return NULL;
         Py_BEGIN_ALLOW_THREADS
         wait_a_while(batch);
         pthread_mutex_lock(&batch->pool->lock);
         ended = batch->ended;
-        over = ended == batch->begun && !batch->after;
+        tells = can_tell(batch);
         pthread_mutex_unlock(&batch->pool->lock);
         Py_END_ALLOW_THREADS
-    } while (ended == batch->told && !over);
+    } while (!tells);
     PyObject *outcomes = PyList_New(ended - batch->told);
     for (Py_ssize_t i = 0; outcomes && batch->told < ended; i++, batch->told++) {
         const Py_ssize_t index = batch->order[batch->told];
@@ -340,17 +389,27 @@ static int take_request(Request *request, PyObject *given, bool writing) {
 
 static PyObject *pool_begin(PyObject *self, PyObject *arguments) {
     Pool *pool = (Pool *)self;
-    PyObject *given;
-    int writing, helping;
-    if (!PyArg_ParseTuple(arguments, "O!pp", &PyList_Type, &given, &writing, &helping)) return NULL;
+    PyObject *given, *owner = NULL;
+    int writing, helping, at_once = 0;
+    unsigned long long then = 0, context = 0;
+    if (!PyArg_ParseTuple(arguments, "O!pp|KKOi", &PyList_Type, &given, &writing, &helping, &then, &context, &owner, &at_once)) return NULL;
+    if ((then || owner) && !(then && owner && at_once >= 1)) {
+        return PyErr_Format(PyExc_ValueError, "a function at %llu, %d at once; expected an address and 1 or more", then, at_once);
+    }
     Batch *batch = (Batch *)PyType_GenericAlloc(batch_type, 0);
     if (!batch) return NULL;
+    batch->then = (Then *)(uintptr_t)then;
+    batch->context = (void *)(uintptr_t)context;
+    batch->owner = owner;
+    Py_XINCREF(owner);
+    batch->at_once = at_once;
     const Py_ssize_t count = PyList_Size(given);
     batch->requests = PyMem_Calloc((size_t)count + 1, sizeof(Request));
     batch->order = PyMem_Calloc((size_t)count + 1, sizeof(Py_ssize_t));
     bool failed = !batch->requests || !batch->order;
     if (failed) PyErr_NoMemory();
     for (; !failed && batch->count < count; batch->count++) {
+        batch->requests[batch->count].batch = batch;
         failed = take_request(&batch->requests[batch->count], PyList_GetItem(given, batch->count), writing);
     }
     if (failed || pthread_cond_init(&batch->progress, NULL)) {
@@ -366,9 +425,10 @@ static PyObject *pool_begin(PyObject *self, PyObject *arguments) {
     if (!pool->stopped) start_threads(pool, wanted);
     batch->helping = helping || !pool->started;
     if (count) enter_ring(pool, batch);
-    if (wanted >= pool->started) pthread_cond_broadcast(&pool->wake);
+    const bool all = wanted >= pool->started;
+    pthread_mutex_unlock(&pool->lock); /* before they are woken, or they would wait for it */
+    if (all) pthread_cond_broadcast(&pool->wake);
     else for (Py_ssize_t i = 0; i < wanted; i++) pthread_cond_signal(&pool->wake);
-    pthread_mutex_unlock(&pool->lock);
     Py_END_ALLOW_THREADS
     return (PyObject *)batch;
 }

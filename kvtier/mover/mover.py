@@ -1,7 +1,8 @@
 """The mover: carries transfers between tiers on its own event loop and workers.
 
 Threads. `submit`, `urge` and `cancel` may be called from any thread; the queues belong to `_lock` (never held while bytes move);
-picking and finishing happen on the loop thread; bytes move on worker threads (`kvtier.mover.stage`). `on_finished` is called on the
+picking and finishing happen on the loop thread, and the begin of reads that then go on by themselves; bytes move on worker threads
+(`kvtier.mover.stage`). `on_finished` is called on the
 loop thread before the transfer's future is set, so whoever waits for the future finds the outcome already in the page table.
 
 On a GPU, workers launch copies on side streams and sleep until they are done; the engine's thread launches nothing and waits for nothing.
@@ -27,7 +28,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from kvtier.errors import Closed, DeviceError
-from kvtier.mover.stage import carry
+from kvtier.mover.stage import Ahead, begin, carry
 from kvtier.mover.staging import StagingPool
 from kvtier.mover.transfer import Outcome, Priority, Transfer
 from kvtier.mover.workers import Workers
@@ -172,13 +173,24 @@ class Mover:
     def _pump(self) -> None:
         while transfer := self._next():
             self._count(transfer, 1)
+            ahead = self._begin(transfer)
             try:
-                running = self.workers.submit(transfer.node, self._carry, transfer)
+                running = self.workers.submit(transfer.node, self._carry, transfer, ahead)
             except Closed:
+                if ahead is not None:
+                    ahead.close()
                 transfer.cancelled = True
                 self._ended(transfer, Outcome(cancelled=True))
                 continue
             running.add_done_callback(partial(self._carried, transfer))
+
+    def _begin(self, transfer: Transfer) -> Ahead | None:
+        """Reads that go on while a worker is being woken, and while this thread plans the next transfer."""
+        try:
+            return begin(transfer, self.tiers, self.staging)
+        except Exception:  # the loop must not die: the worker meets the same fault, and says so
+            log.exception("transfer %s -> %s cannot begin ahead", self.tiers[transfer.source].name, self.tiers[transfer.target].name)
+            return None
 
     def _is_at_files(self, link: Link) -> bool:
         return self._touches_files[link[0]] or self._touches_files[link[1]]
@@ -226,10 +238,10 @@ class Mover:
 
     # -- worker threads --------------------------------------------------------------------------------------------------------
 
-    def _carry(self, transfer: Transfer) -> Outcome:
+    def _carry(self, transfer: Transfer, ahead: Ahead | None) -> Outcome:
         start = time.perf_counter()
         try:
-            moved = carry(transfer, self.tiers, self.staging)
+            moved = carry(transfer, self.tiers, self.staging, ahead)
         except Exception as error:  # a worker must not die: the transfer fails, is counted, and the log has the trace
             log.exception("transfer %s -> %s failed", self.tiers[transfer.source].name, self.tiers[transfer.target].name)
             reason = Refused("gpu" if isinstance(error, DeviceError) else "internal")

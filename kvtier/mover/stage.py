@@ -5,7 +5,8 @@ device, the pages of a transfer count as placed only when all of them are verifi
 that fails later; the mover's owner therefore makes device-bound transfers no larger than one round (`StagingPool.pages_in_one`). From
 memory, layers are then decoded one after the other and announced as they are placed. From files, where reading is what takes long, each
 page is decoded as soon as its bytes are verified, by the tier itself where it can, while others are still being read, and all layers are
-announced at the end. Towards files, a piece is written while the next is made (`behind.py`). To and from a GPU, see `lane.py`.
+announced at the end; where the tier can do that without a worker, it begins before one is awake (`begin`, on the mover's loop). Towards
+files, a piece is written while the next is made (`behind.py`). To and from a GPU, see `lane.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain
 
 from kvtier.formats.base import Format, Payload
 from kvtier.layout import PageLayout
@@ -22,16 +25,56 @@ from kvtier.mover.packing import Packer
 from kvtier.mover.plan import layers_per_step, pages_per_arrival, pages_per_write, pieces
 from kvtier.mover.staging import Scratch, StagingPool
 from kvtier.mover.transfer import Move, Transfer
-from kvtier.tiers.base import DeviceSlots, Refused, Slots, Tier
+from kvtier.tiers.base import DeviceSlots, Placed, Refused, Slots, Tier
 from kvtier.tiers.disk import DiskTier
 from kvtier.tiers.gpu import GpuPool
 
 log = logging.getLogger(__name__)
 
 
-def carry(transfer: Transfer, tiers: Sequence[Slots], staging: StagingPool) -> int:
-    """Move the pages; refusals go to `transfer.refused` by index. Returns the encoded bytes that crossed the link."""
+@dataclass(frozen=True)
+class Ahead:
+    """Reads of a transfer that go on before a worker takes it up, and the scratch memory they are in. To be closed by whoever has it."""
+
+    copies: Placed
+    scratch: Scratch
+    staging: StagingPool
+
+    def close(self) -> None:
+        """End the reads and give the memory back."""
+        try:
+            self.copies.close()
+        finally:
+            self.staging.give_back(self.scratch)
+
+
+def begin(transfer: Transfer, tiers: Sequence[Slots], staging: StagingPool) -> Ahead | None:
+    """Begin to read the pages of a transfer that a thread is free for, without waiting; None where that cannot be."""
     source, target = tiers[transfer.source], tiers[transfer.target]
+    memory = target.memory() if isinstance(target, DeviceSlots) else None
+    if memory is None or not isinstance(source, Tier) or source.in_memory or len(transfer.moves) > staging.pages_in_one(source, target):
+        return None
+    scratch = staging.take()
+    if scratch is None:
+        return None
+    copies: Placed | None = None
+    try:
+        copies = source.place_ahead(*_copies_of(transfer.moves), scratch.encoded, memory, [move.target_slot for move in transfer.moves])
+    finally:
+        if copies is None:
+            staging.give_back(scratch)
+    return None if copies is None else Ahead(copies, scratch, staging)
+
+
+def carry(transfer: Transfer, tiers: Sequence[Slots], staging: StagingPool, ahead: Ahead | None = None) -> int:
+    """Move the pages; refusals go to `transfer.refused` by index. Returns the encoded bytes that crossed the link.
+
+    `ahead`: what `begin` gave for it.
+    """
+    source, target = tiers[transfer.source], tiers[transfer.target]
+    if ahead is not None and isinstance(source, Tier) and isinstance(target, DeviceSlots):
+        with closing(ahead):
+            return _restore(transfer, 0, transfer.moves, source, target, ahead.scratch, ahead.copies)
     moved = 0
     with staging.borrow() as scratch:
         step = staging.pages_in_one(source, target)
@@ -69,11 +112,19 @@ def _offload(
     return writes.moved
 
 
-def _restore(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: DeviceSlots, scratch: Scratch) -> int:
+def _restore(
+    transfer: Transfer,
+    start: int,
+    moves: Sequence[Move],
+    source: Tier,
+    target: DeviceSlots,
+    scratch: Scratch,
+    ahead: Placed | None = None,
+) -> int:
     if source.in_memory:
         moved = _restore_by_layer(transfer, start, moves, source, target, scratch)
     else:
-        moved = _restore_as_read(transfer, start, moves, source, target, scratch)
+        moved = _restore_as_read(transfer, start, moves, source, target, scratch, ahead)
     if start + len(moves) == len(transfer.moves):
         transfer.placed(source.layout.layers)
     return moved
@@ -97,12 +148,14 @@ def _restore_by_layer(transfer: Transfer, start: int, moves: Sequence[Move], sou
     return moved
 
 
-def _restore_as_read(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: DeviceSlots, scratch: Scratch) -> int:
+def _restore_as_read(
+    transfer: Transfer, start: int, moves: Sequence[Move], source: Tier, target: DeviceSlots, scratch: Scratch, ahead: Placed | None
+) -> int:
     at_once = pages_per_arrival(source.layout.page_bytes, len(scratch.pages))
     slots: list[int] = []
     payloads: list[Payload] = []
     moved = 0
-    for index, arrived in _arriving(transfer, range(start, start + len(moves)), source, target, scratch):
+    for index, arrived in _arriving(transfer, range(start, start + len(moves)), source, target, scratch, ahead):
         if isinstance(arrived, int):
             moved += arrived
             continue
@@ -180,7 +233,7 @@ def _loaded(
 ) -> Iterator[tuple[int, Payload]]:
     """Verified payloads of these moves as they become ready, with the index of their move; refusals are noted and left out."""
     moves = [transfer.moves[index] for index in indices]
-    slots, keys = [move.source_slot for move in moves], [move.page.key for move in moves]
+    slots, keys = _copies_of(moves)
     with closing(source.load_each(slots, keys, scratch.encoded)) as copies:
         for place, payload in copies:
             if isinstance(payload, Refused):
@@ -192,23 +245,29 @@ def _loaded(
 
 
 def _arriving(
-    transfer: Transfer, indices: Sequence[int], source: Tier, target: DeviceSlots, scratch: Scratch
+    transfer: Transfer, indices: Sequence[int], source: Tier, target: DeviceSlots, scratch: Scratch, ahead: Placed | None
 ) -> Iterator[tuple[int, Payload | int]]:
-    """As `_loaded`, or instead of a payload how many bytes the tier has decoded to where they belong."""
+    """As `_loaded`, or instead of a payload how many bytes the tier has decoded to where they belong. `ahead`: what has begun already."""
     memory = target.memory()
     if memory is None:
         yield from _loaded(transfer, indices, source, scratch)
         return
     moves = [transfer.moves[index] for index in indices]
-    slots, keys = [move.source_slot for move in moves], [move.page.key for move in moves]
-    with closing(source.place_each(slots, keys, scratch.encoded, memory, [move.target_slot for move in moves])) as copies:
-        for place, copy in copies:
+    if ahead is None:
+        ahead = source.place_some(*_copies_of(moves), scratch.encoded, memory, [move.target_slot for move in moves])
+    with closing(ahead) as groups:
+        for place, copy in chain.from_iterable(groups):
             if isinstance(copy, int):
                 yield indices[place], copy
             elif isinstance(copy, Refused):
                 _lose(transfer, indices[place], copy)
             elif (unpacked := _unpacked(transfer, indices[place], source, copy)) is not None:
                 yield indices[place], unpacked
+
+
+def _copies_of(moves: Sequence[Move]) -> tuple[list[int], list[bytes]]:
+    """The slots that these are read from, and the keys that must be found there."""
+    return [move.source_slot for move in moves], [move.page.key for move in moves]
 
 
 def _unpacked(transfer: Transfer, index: int, source: Tier, payload: Payload) -> Payload | None:

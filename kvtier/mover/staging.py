@@ -101,6 +101,18 @@ class StagingPool:
             room.close()
         self._lanes, self._direct = [], []
 
+    def take(self) -> Scratch | None:
+        """Scratch memory for a transfer that a thread is free for, to be given back; None where workers are on nodes, since nobody knows
+        yet which of them will carry it."""
+        try:
+            return self._idle[None].get_nowait() if None in self._idle else None
+        except queue.Empty:
+            return None
+
+    def give_back(self, scratch: Scratch) -> None:
+        """End of `take`."""
+        self._idle[scratch.node].put(scratch)
+
     @contextmanager
     def borrow(self) -> Iterator[Scratch]:
         """Scratch memory of a worker of the caller's node, given back at the end. There is one per worker, so this never waits long."""

@@ -19,12 +19,16 @@ import numpy as np
 from kvtier.errors import Closed
 from kvtier.mover.transfer import Move, Outcome, Priority, Transfer, ended
 from kvtier.pages import ABSENT, DEVICE, NO_TIER, READY, WRITING, Rows
+from kvtier.tiers.base import Tier
 from kvtier.tiers.host import HostTier
 
 if TYPE_CHECKING:
     from kvtier.residency.residency import Residency
 
 log = logging.getLogger(__name__)
+
+FIRST_BYTES = 2 << 20
+"""Encoded bytes of the pages that are read while the others are planned: a fast disk is busy with them as long as that takes."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +106,14 @@ class Copying:
             coming = self._cold(np.array(list(rows), np.int64))
             self._hold_all(coming)
         try:
-            slots = await residency.eviction.reserve(DEVICE, len(coming.rows), spare=residency.spare_slots if coming.is_far else 0)
-            with residency.lock:
-                transfers = self._plan_up(coming, coming.rows, slots, Priority.DEMAND)
-            queued = self._submit(transfers)
+            queued: list[Transfer] = []
+            for part, share in self._parts(coming):
+                slots = await residency.eviction.reserve(DEVICE, len(part), spare=residency.spare_slots if coming.is_far else 0)
+                with residency.lock:
+                    transfers = self._plan_up(coming, part, slots, Priority.DEMAND, share)
+                queued += self._submit(transfers)
+                if len(slots) < len(part):
+                    break
             launched(queued)
             await ended(queued)
         finally:
@@ -153,6 +161,20 @@ class Copying:
         cold = (table.state[DEVICE][rows] == ABSENT) & (homes != NO_TIER)
         return _Coming(rows[cold], homes[cold])
 
+    def _parts(self, coming: _Coming) -> list[tuple[Rows, int]]:
+        """What to make room for and to plan at once, and how many pages go together, 0 for a worker's share of them.
+
+        Where pages are read by themselves once that has begun, a few go first: they are being read while the others are planned.
+        """
+        residency = self._residency
+        homes = [residency.tiers[tier] for tier in coming.by_tier]
+        if len(homes) != 1 or not isinstance(homes[0], Tier) or not homes[0].reads_ahead:
+            return [(coming.rows, 0)]
+        if residency.device.memory() is None or residency.config.mover.workers == 1:  # who would carry the others meanwhile?
+            return [(coming.rows, 0)]
+        first = max(1, FIRST_BYTES // homes[0].slot_bytes)
+        return [(part, len(part)) for part in (coming.rows[:first], coming.rows[first:]) if len(part)]
+
     def _hold_all(self, coming: _Coming) -> None:
         """Keep them where they come from. Lock held."""
         for tier, part in coming.by_tier.items():
@@ -163,14 +185,14 @@ class Copying:
             for tier, part in coming.by_tier.items():
                 self.let_go(part, tier)
 
-    def _plan_up(self, coming: _Coming, wanted: Rows, slots: Sequence[int], priority: Priority) -> list[Transfer]:
+    def _plan_up(self, coming: _Coming, wanted: Rows, slots: Sequence[int], priority: Priority, share: int = 0) -> list[Transfer]:
         """Transfers of the first of `wanted` into these device slots, those too many being freed. Lock held."""
         residency = self._residency
         chosen = self._choose(wanted, DEVICE, slots)
         transfers, used = [], 0
         for tier, part in coming.by_tier.items():
             some = chosen if len(coming.by_tier) == 1 else chosen[np.isin(chosen, part)]
-            transfers += self._plan(some, tier, DEVICE, slots[used : used + len(some)], priority)
+            transfers += self._plan(some, tier, DEVICE, slots[used : used + len(some)], priority, share)
             used += len(some)
             if priority == Priority.PREFETCH:
                 residency.hinted.mark(some, tier)
@@ -184,14 +206,15 @@ class Copying:
         residency.tiers[target].free(slots[len(chosen) :])
         return chosen
 
-    def _plan(self, rows: Rows, source: int, target: int, slots: Sequence[int], priority: Priority) -> list[Transfer]:
-        """Transfers for these rows, small enough for one staging round and for all workers to share; copies begin. Lock held."""
+    def _plan(self, rows: Rows, source: int, target: int, slots: Sequence[int], priority: Priority, share: int = 0) -> list[Transfer]:
+        """Transfers for these rows, small enough for one staging round and for all workers to share, or of `share` pages; copies begin.
+        Lock held."""
         residency = self._residency
         table = residency.table
         table.begin(rows, target, slots)
         moves = [*map(Move, rows.tolist(), table.page_ids(rows), table.slot[source][rows].tolist(), slots)]
         most = residency.mover.staging.pages_in_one(residency.tiers[source], residency.tiers[target])
-        size = max(1, min(most, -(-len(moves) // residency.config.mover.workers)))
+        size = max(1, min(most, share or -(-len(moves) // residency.config.mover.workers)))
         transfers = []
         for node, part in self._cut(moves, source, target, size):
             transfer = Transfer(source, target, part, priority, len(part) * residency.layout.page_bytes, node)

@@ -38,7 +38,7 @@ def open_tiers(config: Config, layout: PageLayout, namespace: bytes) -> tuple[De
         if config.host is not None:
             tiers.append(_open_host(config.host, layout, device))
         if config.disk is not None:
-            tiers.append(_open_disk(config.disk, layout, namespace, device, _worker_cpus(tiers)))
+            tiers.append(_open_disk(config.disk, layout, namespace, device, _worker_cpus(tiers), config.mover.workers))
     except BaseException:
         close_tiers(tiers)
         raise
@@ -50,9 +50,9 @@ def _open_host(own: HostConfig, layout: PageLayout, device: DevicePool) -> HostT
     return HostTier(*sizes, own.mlock, own.pin, own.huge_pages, own.numa, own.numa_nodes, str(device.place), device.accelerator)
 
 
-def _open_disk(own: DiskConfig, layout: PageLayout, namespace: bytes, device: DevicePool, cpus: Sequence[int]) -> DiskTier:
+def _open_disk(own: DiskConfig, layout: PageLayout, namespace: bytes, device: DevicePool, cpus: Sequence[int], workers: int) -> DiskTier:
     sizes = (Path(own.path), layout, get_format(own.format), own.capacity_bytes)
-    disk = DiskTier(*sizes, namespace, own.durability, own.io_engine, own.io_depth, cpus=cpus, gpu=device.accelerator)
+    disk = DiskTier(*sizes, namespace, own.durability, own.io_engine, own.io_depth, cpus=cpus, gpu=device.accelerator, decoders=workers)
     disk.compress = own.compress
     return disk
 

@@ -9,6 +9,7 @@ Needs pytest and Hypothesis (`pip install kvtier[test]`).
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import time
@@ -54,6 +55,40 @@ def pieces(file: int, memory: Bytes, blocks: int = 1, start: int = 0) -> list[Re
 def threads() -> set[str]:
     """The threads of this process, Python's and others, by number."""
     return set(os.listdir("/proc/self/task"))
+
+
+class Told:
+    """What an engine tells of requests that were read (`FileEngine.read_then`): what was in `memory` at that moment, block by block as
+    `pieces` cuts it, and how many threads told at once. `pause_s`: how long it takes to be told."""
+
+    def __init__(self, memory: Bytes, pause_s: float = 0.0) -> None:
+        self.found: dict[int, tuple[int, bytes]] = {}
+        self.twice: list[int] = []
+        self.most_at_once = 0
+        self._memory = memory
+        self._pause_s = pause_s
+        self._now = 0
+        self._lock = threading.Lock()
+        self._compiled = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int64)(self._called)
+
+    def take(self, index: int, read: int, /) -> None:
+        """Note it."""
+        with self._lock:
+            self._now += 1
+            self.most_at_once = max(self.most_at_once, self._now)
+        time.sleep(self._pause_s)
+        with self._lock:
+            self.twice += [index] if index in self.found else []
+            self.found[index] = read, self._memory[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES].tobytes()
+            self._now -= 1
+
+    def function(self) -> tuple[int, int]:
+        """The same for compiled code."""
+        return ctypes.cast(self._compiled, ctypes.c_void_p).value or 0, id(self)
+
+    def _called(self, context: int, index: int, read: int) -> None:
+        assert context == id(self)
+        self.take(index, read)
 
 
 def ended(others: Collection[str]) -> bool:
@@ -171,6 +206,47 @@ class FileEngineContract:
             assert isinstance(outcomes.pop(0), OSError)
             assert outcomes == dict.fromkeys(range(1, 4), BLOCK_BYTES)
             np.testing.assert_array_equal(read[BLOCK_BYTES:], written[BLOCK_BYTES:])
+
+    @pytest.mark.parametrize("count", [0, 1, 2, 40])
+    @pytest.mark.parametrize("depth", [1, 4])
+    @pytest.mark.parametrize("at_once", [1, 2])
+    def test_what_was_read_is_told_of_once_each_before_it_is_yielded(self, tmp_path: Path, count: int, depth: int, at_once: int) -> None:
+        with self.opened(tmp_path, depth) as (engine, file):
+            written, read = filled(max(1, count)), page_aligned(max(1, count) * BLOCK_BYTES)
+            engine.write_all(pieces(file, written))
+            told, reads = Told(read, 0.001), pieces(file, read)[:count]
+            for group in engine.read_then(reads, told, at_once):
+                assert {index for index, _ in group} <= set(told.found)
+            assert told.found == {i: (BLOCK_BYTES, written[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES].tobytes()) for i in range(count)}
+            assert told.twice == []
+            assert told.most_at_once <= at_once
+
+    def test_a_read_that_fails_is_told_of_as_less_than_0_bytes_and_a_short_one_as_what_came(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as (engine, file):
+            engine.pwrite(file, 0, filled(3))
+            os.truncate(tmp_path / "data", 2 * BLOCK_BYTES + 100)
+            read = page_aligned(4 * BLOCK_BYTES)
+            told, reads = Told(read), pieces(file, read)
+            nowhere = 1 << 20  # no file has this number
+            outcomes = dict(
+                each for group in engine.read_then([reads[0], Request(nowhere, 0, reads[1].buffer), *reads[2:]], told, 2) for each in group
+            )
+            assert {index: got for index, (got, _) in told.found.items() if index != 1} == {0: BLOCK_BYTES, 2: 100, 3: 0}
+            assert told.found[1][0] < 0
+            assert isinstance(outcomes.pop(1), OSError)
+            assert outcomes == {0: BLOCK_BYTES, 2: 100, 3: 0}
+
+    def test_after_a_batch_was_left_early_nobody_is_told_of_it(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path, depth=3) as (engine, file):
+            engine.write_all(pieces(file, filled(64), 16))
+            read = page_aligned(64 * BLOCK_BYTES)
+            told = Told(read, 0.001)
+            batch = engine.read_then(pieces(file, read), told, 2)
+            next(batch)
+            batch.close()
+            before = dict(told.found)
+            list(engine.read_each(pieces(file, page_aligned(64 * BLOCK_BYTES))))
+            assert told.found == before
 
     def test_after_a_batch_was_left_early_nobody_writes_into_its_buffers(self, tmp_path: Path) -> None:
         with self.opened(tmp_path, depth=3) as (engine, file):

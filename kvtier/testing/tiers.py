@@ -13,6 +13,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -126,13 +127,13 @@ class TierContract:
                     np.testing.assert_array_equal(data, payload(tier, index))
             assert list(tier.load_each([], [], staging(tier, 0))) == []
 
-    def test_place_each_gives_what_load_each_gives_or_has_decoded_it_where_it_belongs(self, tmp_path: Path) -> None:
+    def test_place_some_gives_what_load_each_gives_or_has_decoded_it_where_it_belongs(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as tier:
             slots = put(tier, range(7))
             keys = [page_id(n).key for n in (0, 1, 2, 99, 4, 5, 6)]
             rows, untouched = [5, 0, 7, 2, 6, 3, 1], 2.5
             memory = torch.full((8, *LAYOUT.shape), untouched, dtype=LAYOUT.torch_dtype)
-            found = dict(tier.place_each(slots, keys, staging(tier, 7), memory, rows))
+            found = dict(each for group in tier.place_some(slots, keys, staging(tier, 7), memory, rows) for each in group)
             assert sorted(found) == list(range(7))
             assert found[3] == Refused("key")
             for index, copy in found.items():
@@ -144,7 +145,7 @@ class TierContract:
                     np.testing.assert_array_equal(copy, payload(tier, index))
                 assert torch.equal(memory[rows[index]].view(torch.uint8), expected.view(torch.uint8))
             assert (memory[4] == untouched).all()
-            assert list(tier.place_each([], [], staging(tier, 0), memory, [])) == []
+            assert [*chain.from_iterable(tier.place_some([], [], staging(tier, 0), memory, []))] == []
 
     def test_what_load_each_gave_stays_right_while_the_next_are_read(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as tier:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -42,8 +43,8 @@ class Refused:
 
 Loaded = Generator[tuple[int, Payload | Refused], None, None]
 """(index, payload or why not), as copies become ready."""
-Placed = Generator[tuple[int, int | Payload | Refused], None, None]
-"""The same, or how many payload bytes were verified and decoded to where they belong."""
+Placed = Generator[list[tuple[int, int | Payload | Refused]], None, None]
+"""Some of them at a time, or instead of a payload how many bytes of it were verified and decoded to where they belong."""
 FinishStore = Callable[[], list[Refused | None]]
 
 
@@ -125,6 +126,10 @@ class Tier(Slots):
     all_direct: bool = False
     """Whether `direct` knows every slot: a restore to a GPU then needs no memory of the mover's, however many pages it has."""
 
+    reads_ahead: bool = False
+    """Whether `place_ahead` begins reads and decoding that go on by themselves, on threads of the tier's, so that one transfer is enough to
+    keep all of these busy."""
+
     compress: Literal["always", "auto"] = "always"
     """Whether a byte stage of `format` may rest while it does not pay."""
 
@@ -165,16 +170,25 @@ class Tier(Slots):
         """
         yield from enumerate(self.load(slots, keys, staging))
 
-    def place_each(
+    def place_some(
         self, slots: Sequence[int], keys: Sequence[PageKey], staging: NDArray[np.uint8], memory: torch.Tensor, rows: Sequence[int]
     ) -> Placed:
-        """As `load_each`, for a caller who decodes each payload into `memory[rows[i]]`, of what `DeviceSlots.memory` gives: tiers that do
-        both at once, which is faster, do both. What they give as a payload is still to be decoded.
+        """As `load_each`, each time some or none, for a caller who decodes each payload into `memory[rows[i]]`, of what
+        `DeviceSlots.memory` gives: tiers that do both at once, which is faster, do both. What they give as a payload is still to be
+        decoded.
 
         A row is written only by a copy that proved itself.
         """
         del memory, rows
-        yield from self.load_each(slots, keys, staging)
+        return one_by_one(self.load_each(slots, keys, staging))
+
+    def place_ahead(
+        self, slots: Sequence[int], keys: Sequence[PageKey], staging: NDArray[np.uint8], memory: torch.Tensor, rows: Sequence[int]
+    ) -> Placed | None:
+        """As `place_some`, already begun, and going on by itself, for a caller who may not wait and has another thread see to the rest: it
+        has to be closed, whether anything is asked of it or not. None from tiers that cannot, or not now."""
+        del slots, keys, staging, memory, rows
+        return None
 
     def direct(self, slots: Sequence[int]) -> Addresses:
         """Where in registered host memory the payload of each of these slots is or will be, for a GPU that copies by itself; 0 for those
@@ -202,3 +216,10 @@ class Tier(Slots):
     def checkpoint(self) -> bool:
         """Make what was stored survive a power failure, as far as this tier can; False if that failed. Does I/O, like `tidy`."""
         return True
+
+
+def one_by_one(loaded: Loaded) -> Placed:
+    """What `load_each` gives as what `place_some` gives."""
+    with closing(loaded):
+        for each in loaded:
+            yield [each]

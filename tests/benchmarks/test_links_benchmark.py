@@ -23,7 +23,8 @@ def test_a_tiny_run_reports_every_link_and_leaves_nothing(capsys, tmp_path: Path
     assert main(["bench", "links", "--tiny", "--repeats", "1", "--path", str(folder), "--json", "-", "--plot", str(plot)]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
     expected = {f"links.{link}.{size}.{what}" for link in LINKS for size in ("1page", "1MiB") for what in ("encoded", "page", "p50", "p99")}
-    assert set(rows) == expected | {f"restore.disk->device{what}" for what in ("", ".bare", ".ms")}
+    restores = {f"restore.disk->device{form}{what}" for form in ("", ".q8", ".raw") for what in ("", ".bare", ".ms")}
+    assert set(rows) == expected | restores
     for name, row in rows.items():
         assert row["value"] > 0, name
         assert row["ceiling"] is None or row["ratio"] == pytest.approx(row["value"] / row["ceiling"])
@@ -33,6 +34,10 @@ def test_a_tiny_run_reports_every_link_and_leaves_nothing(capsys, tmp_path: Path
             bits = 16 * encoded["value"] / whole["value"]
             assert 7.9 < bits < 8.7 if link in ("device->host", "host->device") else 4.0 < bits < 5.5, "copies are q8 and q4, counted once"
             assert rows[f"links.{link}.{size}.p50"]["value"] <= rows[f"links.{link}.{size}.p99"]["value"]
+    bytes_of = {
+        form: rows[f"restore.disk->device{form}"]["value"] * rows[f"restore.disk->device{form}.ms"]["value"] for form in ("", ".q8", ".raw")
+    }
+    assert 1.6 < bytes_of[".q8"] / bytes_of[""] < 2.1 < 3.2 < bytes_of[".raw"] / bytes_of[""] < 4.1, "each is in its own bytes"
     assert list(folder.iterdir()) == []
     assert plot.read_text().startswith("<?xml")
 

@@ -1,4 +1,4 @@
-"""Records proven and decoded in one call: digests are xxhash's, only what proves itself is decoded, bad input is refused before that."""
+"""Records proven and decoded as they are read: digests are xxhash's, only what proves itself is decoded, bad input is refused at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvtier.errors import LayoutError
 from kvtier.formats import get_format, native
 from kvtier.formats.base import Payload
-from kvtier.formats.blocks import BlockFormat
+from kvtier.formats.blocks import BlockFormat, Receive
 from kvtier.formats.digests import digest_address
 from kvtier.formats.proof import LEAST_BYTES, Proof
 from kvtier.layout import PageLayout
@@ -72,6 +72,14 @@ def form_of(name: str) -> BlockFormat:
     return form
 
 
+def prove(receive: Receive, records: list[Any], keys: list[bytes], rows: list[int]) -> bytes:
+    """Which of these are placed, each read alone and whole."""
+    arrivals = receive(records, [1] * len(records), keys, rows)
+    for index, record in enumerate(records):
+        arrivals.take(index, len(record))
+    return arrivals.placed()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     name=st.sampled_from(["raw", "q8", "q6", "q4"]),
@@ -89,7 +97,7 @@ def test_digests_of_any_length_are_those_of_xxhash(features, name, tokens, heads
     memory = memory_of(layout, 2)
     receive = form.receiver(layout, proof_of(**sizes), memory)
     assert receive is not None
-    assert receive([record_of(each, KEYS[0], **sizes, seed=seed) for each in payloads], KEYS[:1] * 2, [1, 0]) == b"\1\1", features
+    assert prove(receive, [record_of(each, KEYS[0], **sizes, seed=seed) for each in payloads], KEYS[:1] * 2, [1, 0]) == b"\1\1", features
     assert torch.equal(memory[[1, 0]].view(torch.uint8), form.decode(payloads, layout).view(torch.uint8))
 
 
@@ -106,7 +114,7 @@ def test_law_1_a_flipped_bit_anywhere_leaves_that_record_alone_undecoded(feature
     offset = int(where * (HEAD_BYTES + len(payloads[2])))
     # Behind the head's digest nothing is covered, nor expected to be anything.
     means_nothing = CHECKED_BYTES + 8 <= offset < HEAD_BYTES
-    assert receive(records, KEYS, rows) == bytes([1, 1, means_nothing, 1, 1]), features
+    assert prove(receive, records, KEYS, rows) == bytes([1, 1, means_nothing, 1, 1]), features
     expected = memory_of(LAYOUT, 6)
     good = [place for place in range(5) if place != 2 or means_nothing]
     expected[[rows[place] for place in good]] = form.decode([payloads[place] for place in good], LAYOUT)
@@ -123,26 +131,69 @@ def test_law_1_a_sound_record_of_another_page_or_kind_is_not_decoded(features):
     memory = memory_of(LAYOUT, 2)
     receive = form.receiver(LAYOUT, proof_of(), memory)
     assert receive is not None
-    assert receive([record_of(payload, KEYS[1]), other_kind], KEYS[:1] * 2, [0, 1]) == b"\0\0", features
+    assert prove(receive, [record_of(payload, KEYS[1]), other_kind], KEYS[:1] * 2, [0, 1]) == b"\0\0", features
     assert (memory == UNTOUCHED).all()
 
 
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize(("tokens", "heads"), [(1, 1), (16, 3), (256, 8)])
-def test_targets_and_blocks_of_any_size_and_alignment_get_every_byte_and_nothing_beside_them(features, shift, tokens, heads):
-    layout = PageLayout(layers=2, planes=2, page_tokens=tokens, kv_heads=heads, head_dim=128, dtype="fp32")
-    form = form_of("q8")
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("q8", "fp32"), ("q4", "bf16"), ("q6", "fp16"), ("q3", "bf16"), ("q4_0", "bf16"), ("raw", "fp16")]
+)
+def test_targets_and_blocks_of_any_size_and_alignment_get_every_byte_and_nothing_beside_them(features, shift, tokens, heads, name, dtype):
+    layout = PageLayout(layers=2, planes=2, page_tokens=tokens, kv_heads=heads, head_dim=128, dtype=dtype)
+    form = form_of(name)
     payloads = payloads_of(form, layout, 2)
-    room = torch.full((3 * layout.page_bytes // 4 + 64,), UNTOUCHED)
-    start = (-room.data_ptr() % 64) // 4 + shift
-    memory = room[start : start + 3 * layout.page_bytes // 4].view(3, *layout.shape)
+    size, values = layout.torch_dtype.itemsize, 3 * layout.values
+    room = torch.full((values + 64,), UNTOUCHED, dtype=layout.torch_dtype)
+    start = (-room.data_ptr() % 64) // size + shift
+    memory = room[start : start + values].view(3, *layout.shape)
     receive = form.receiver(layout, proof_of(), memory)
     assert receive is not None
-    assert receive([record_of(payload, KEYS[0]) for payload in payloads], KEYS[:1] * 2, [2, 0]) == b"\1\1", features
+    assert prove(receive, [record_of(payload, KEYS[0]) for payload in payloads], KEYS[:1] * 2, [2, 0]) == b"\1\1", features
     assert torch.equal(memory[[2, 0]], form.decode(payloads, layout))
     assert (memory[1] == UNTOUCHED).all()
     assert (room[:start] == UNTOUCHED).all()
     assert (room[start + memory.numel() :] == UNTOUCHED).all()
+
+
+@pytest.mark.parametrize("read", [-1, 0, 1, "one less", "two", "two and a bit", "all"])
+def test_law_1_of_records_read_together_only_those_that_are_whole_are_decoded(features, read):
+    form = form_of("q4")
+    payloads = payloads_of(form, LAYOUT, 4)
+    room = np.concatenate([record_of(payload, key) for payload, key in zip(payloads, KEYS[:4], strict=True)])
+    size = len(room) // 4
+    records = [room[place * size : (place + 1) * size] for place in range(4)]
+    memory, rows = memory_of(LAYOUT, 4), [3, 1, 0, 2]
+    receive = form.receiver(LAYOUT, proof_of(), memory)
+    assert receive is not None
+    arrivals = receive(records, [3, 1], KEYS[:4], rows)
+    names = {"one less": size - 1, "two": 2 * size, "two and a bit": 2 * size + 1, "all": 3 * size}
+    whole = {"two": 2, "two and a bit": 2, "all": 3}.get(read, 0)
+    arrivals.take(0, names.get(read, read))
+    expected = memory_of(LAYOUT, 4)
+    expected[rows[:whole]] = form.decode(payloads[:whole], LAYOUT)
+    assert arrivals.placed() == bytes([*[1] * whole, *[0] * (4 - whole)]), features
+    assert torch.equal(memory.view(torch.uint8), expected.view(torch.uint8))
+    arrivals.take(1, size)
+    assert arrivals.placed()[3] == 1
+    assert torch.equal(memory[2], form.decode(payloads[3:], LAYOUT)[0])
+
+
+@pytest.mark.parametrize("counts", [[], [1], [3], [2, 1], [1, 1, -1, 1], [1, 2]])
+def test_groups_that_do_not_make_the_records_are_refused(counts):
+    form = form_of("q4")
+    record, memory = record_of(payloads_of(form, LAYOUT, 1)[0], KEYS[0]), memory_of(LAYOUT, 2)
+    receive = form.receiver(LAYOUT, proof_of(), memory)
+    assert receive is not None
+    with pytest.raises(ValueError, match="2 records"):
+        receive([record, record], counts, KEYS[:1] * 2, [0, 1])
+    whole = receive([record, record], [0, 2, 0], KEYS[:1] * 2, [0, 1])
+    for group in (-1, 3):
+        with pytest.raises(IndexError):
+            whole.take(group, len(record))
+    assert whole.placed() == b"\0\0"
+    assert (memory == UNTOUCHED).all()
 
 
 def test_bad_input_is_refused_before_anything_is_written():
@@ -161,7 +212,7 @@ def test_bad_input_is_refused_before_anything_is_written():
     ]
     for records, keys, rows, error in bad:
         with pytest.raises(error):
-            receive(records, keys, rows)
+            prove(receive, records, keys, rows)
     assert (memory == UNTOUCHED).all()
     with pytest.raises(LayoutError):
         form.receiver(LAYOUT, proof_of(), memory[:, :1])
@@ -180,7 +231,7 @@ def test_what_is_no_proof_is_refused():
         receive = form.receiver(LAYOUT, bad, memory)
         assert receive is not None
         with pytest.raises(ValueError, match="proof"):
-            receive([], [], [])
+            prove(receive, [], [], [])
 
 
 def test_without_the_librarys_function_there_is_no_receiver(monkeypatch):

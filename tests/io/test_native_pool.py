@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from kvtier.io import native_pool
 from kvtier.io.files import BLOCK_BYTES, Request, page_aligned
-from kvtier.testing.engines import ended, filled, pieces, threads
+from kvtier.testing.engines import Told, ended, filled, pieces, threads
 
 pytestmark = pytest.mark.skipif(bool(native_pool.why_missing()), reason=f"the extension is {native_pool.why_missing()}")
 
@@ -80,6 +81,65 @@ def test_a_batch_keeps_its_memory_until_nobody_writes_there(pool, file):
             next(batch)
         del batch
         gc.collect()
+
+
+def test_threads_that_may_tell_no_more_go_on_reading_and_all_is_told_at_the_end(pool, file):
+    class Gated(Told):
+        def take(self, index: int, read: int, /) -> None:
+            entered.release()
+            assert opened.wait(10)
+            super().take(index, read)
+
+    memory, others = page_aligned(64 * BLOCK_BYTES), page_aligned(64 * BLOCK_BYTES)
+    entered, opened = threading.Semaphore(0), threading.Event()
+    told, groups = Gated(memory), []
+    waiting = threading.Thread(target=lambda: groups.extend(pool.then(pieces(file, memory), told, 2)))
+    waiting.start()
+    try:
+        for _ in range(2):
+            assert entered.acquire(timeout=10)
+        carried = sorted(pool.each(pieces(file, others), False, False))
+        assert carried == [(i, BLOCK_BYTES) for i in range(64)], "the third thread reads"
+        assert not entered.acquire(blocking=False)
+        assert groups == [[]], "begun, and nothing ended"
+    finally:
+        opened.set()
+    waiting.join()
+    assert [sorted(group) for group in groups] == [[], [(i, BLOCK_BYTES) for i in range(64)]]
+    assert sorted(told.found) == list(range(64))
+    assert told.most_at_once == 2
+
+
+def test_two_batches_tell_no_more_at_once_than_one(pool, file):
+    memory = page_aligned(64 * BLOCK_BYTES)
+    told = Told(memory, 0.001)
+    callers = [threading.Thread(target=lambda: [*pool.then(pieces(file, memory)[:32], told, 2)]) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert sorted(told.found) == sorted(told.twice) == list(range(32))
+    assert told.most_at_once == 2
+
+
+def test_a_batch_that_was_left_waits_until_nobody_is_told_of_it(pool, file):
+    memory = page_aligned(64 * BLOCK_BYTES)
+    told = Told(memory, 0.002)
+    batch = pool._threads.begin(pieces(file, memory), False, False, *told.function(), told, 1)
+    while not told.found:
+        time.sleep(0.001)
+    batch.withdraw()
+    before = len(told.found)
+    time.sleep(0.05)
+    assert len(told.found) == before
+
+
+@pytest.mark.parametrize("then", [(0, 0, None, 1), (1, 0, None, 0), (1,), ("", 0, None, 1)])
+def test_what_is_no_function_is_refused_and_nothing_is_begun(pool, file, then):
+    memory = page_aligned(4 * BLOCK_BYTES)
+    with pytest.raises((TypeError, ValueError)):
+        pool._threads.begin(pieces(file, memory), False, False, *then)
+    assert not memory.any()
 
 
 def test_a_pool_that_is_forgotten_ends_its_threads(file):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from kvtier.formats import get_format, native
+from kvtier.io.files import page_aligned
 from kvtier.layout import PageLayout
 from kvtier.testing.tiers import page_id, staging
 from kvtier.tiers.base import Refused
@@ -43,7 +45,8 @@ def placed(tier: DiskTier, numbers: list[int], keys: list[int] | None = None) ->
     """What came of slots `numbers`, page i into row i, and the rows."""
     memory = torch.full((PAGES, *LAYOUT.shape), UNTOUCHED, dtype=torch.bfloat16)
     wanted = [page_id(n).key for n in keys or numbers]
-    return dict(tier.place_each(numbers, wanted, staging(tier, len(numbers)), memory, list(range(len(numbers))))), memory
+    groups = tier.place_some(numbers, wanted, staging(tier, len(numbers)), memory, list(range(len(numbers))))
+    return dict(each for group in groups for each in group), memory
 
 
 def check(found: dict[int, Any], memory: torch.Tensor, numbers: list[int], refused: dict[int, str]) -> None:
@@ -102,27 +105,62 @@ def test_law_1_a_record_of_another_format_or_layout_is_refused(tier, tmp_path):
 
 @needs_native
 def test_reads_that_fail_are_refused_and_the_others_placed(tier, monkeypatch):
-    read_some = type(tier._segments.engine).read_some
+    read_then = type(tier._segments.engine).read_then
 
-    def failing(requests):
-        for group in read_some(tier._segments.engine, requests):
-            yield [(index, OSError(errno.EIO, "broken") if requests[index].offset == 0 else got) for index, got in group]
+    def failing(requests, *others):
+        nowhere = 1 << 20  # no file has this number
+        return read_then(tier._segments.engine, [each._replace(file=nowhere) if each.offset == 0 else each for each in requests], *others)
 
-    monkeypatch.setattr(tier._segments.engine, "read_some", failing)
+    monkeypatch.setattr(tier._segments.engine, "read_then", failing)
     numbers = [0, 7, 8, 2]
-    check(*placed(tier, numbers), numbers, {0: "io: broken"})
+    check(*placed(tier, numbers), numbers, {0: f"io: {os.strerror(errno.EBADF)}"})
 
 
 @needs_native
-def test_after_it_was_left_early_nobody_writes_into_staging_or_memory(tier):
-    memory, rows = torch.full((PAGES, *LAYOUT.shape), UNTOUCHED, dtype=torch.bfloat16), staging(tier, PAGES)
-    each = tier.place_each(list(range(PAGES)), [page_id(n).key for n in range(PAGES)], rows, memory, list(range(PAGES)))
-    next(each)
-    each.close()
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_after_it_was_left_early_nobody_writes_into_staging_or_memory(tier, ahead, taken):
+    memory, rows = torch.full((PAGES, *LAYOUT.shape), UNTOUCHED, dtype=torch.bfloat16), page_aligned(PAGES * tier.slot_bytes)
+    room = rows.reshape(PAGES, tier.slot_bytes)
+    place = tier.place_ahead if ahead else tier.place_some
+    some = place(list(range(PAGES)), [page_id(n).key for n in range(PAGES)], room, memory, list(range(PAGES)))
+    for _ in range(taken):
+        next(some)
+    some.close()
     memory[:], rows[:] = UNTOUCHED, 0xEE
     check(*placed(tier, list(range(PAGES))), list(range(PAGES)), {})
     assert (memory == UNTOUCHED).all()
     assert (rows == 0xEE).all()
+    tier.close()
+
+
+@needs_native
+def test_what_was_begun_ahead_goes_on_by_itself_and_gives_the_same(tier):
+    tier.free([3])
+    flip(segment(tier._directory.path), 5 * tier.slot_bytes + 1000, 3)
+    memory, numbers = torch.full((PAGES, *LAYOUT.shape), UNTOUCHED, dtype=torch.bfloat16), list(range(PAGES))
+    room = page_aligned(PAGES * tier.slot_bytes).reshape(PAGES, tier.slot_bytes)
+    some = tier.place_ahead(numbers, [page_id(n).key for n in numbers], room, memory, numbers)
+    deadline = time.monotonic() + 10
+    while (memory[[n for n in numbers if n not in (3, 5)]] == UNTOUCHED).any() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    found = dict(each for group in some for each in group)
+    check(found, memory, numbers, {3: "key", 5: "checksum"})
+
+
+@pytest.mark.parametrize("why", ["kernels", "threads", "file"])
+def test_nothing_is_begun_ahead_where_that_might_wait(tier, monkeypatch, why):
+    if why == "kernels":
+        monkeypatch.setattr(type(Q4), "receiver", lambda *_: None)
+    elif why == "threads":
+        tier._segments.engine.reads_ahead = False
+    else:
+        monkeypatch.setattr(tier._segments, "_files", {})
+        monkeypatch.setattr(tier._segments, "file", lambda _: pytest.fail("opened"))
+    memory = torch.full((PAGES, *LAYOUT.shape), UNTOUCHED, dtype=torch.bfloat16)
+    assert tier.place_ahead([0, 1], [page_id(n).key for n in (0, 1)], staging(tier, 2), memory, [0, 1]) is None
+    assert (memory == UNTOUCHED).all()
+    monkeypatch.undo()
 
 
 def test_without_compiled_kernels_payloads_are_given_to_be_decoded(tier, monkeypatch):

@@ -25,6 +25,21 @@ Expected = tuple[type, object, object, tuple[int, ...]]
 """A tensor's type, its `layout`, its `dtype` and the shape of one page."""
 
 
+class Arrivals(Protocol):
+    """Records that are being read; see `NativeCodecs.arrivals`. Keeps their memory. Groups may be taken by several threads at once, each
+    group by one."""
+
+    def take(self, group: int, read: int, /) -> None:
+        """So many bytes of a group were read, or less than 0: decodes those of its records that are whole and prove themselves."""
+
+    def function(self) -> tuple[int, int]:
+        """Address of what does the same, `void (*)(void *context, Py_ssize_t group, int64_t read)`, on any thread and without the
+        interpreter's lock, and its context, which lives as long as this."""
+
+    def placed(self) -> bytes:
+        """For each record 1 if it was decoded, else 0: nothing was written then."""
+
+
 class NativeCodecs(Protocol):
     """What the extension offers.
 
@@ -55,21 +70,23 @@ class NativeCodecs(Protocol):
     def decode_all(self, plan: bytes, expected: Expected, payloads: object, pages: object, /) -> bool:
         """The same the other way: all layers of a list of payloads to as many pages."""
 
-    def decode_proven(
+    def arrivals(
         self,
         plan: bytes,
         proof: bytes,
         records: Sequence[Payload],
+        counts: Sequence[int],
         keys: Sequence[bytes],
         target: int,
         rows: Sequence[int],
         row_bytes: int,
         digest_of: int,
         /,
-    ) -> bytes:
-        """All layers of those records that prove themselves (`kvtier.formats.proof`, `Proof.packed`), each a head and a payload, perhaps
-        more bytes, to address `target + rows[i] * row_bytes`; for each record 1, or 0 if it does not and nothing was written. Written past
-        the caches, for whoever reads it later. `digest_of`: address of xxHash's `XXH3_128bits`, `kvtier.formats.digests`."""
+    ) -> Arrivals:
+        """Records to come, in groups that are read at once, `counts` says how many records each, one right behind the other in memory. Each
+        is a head and a payload, perhaps more bytes; all layers of those that prove themselves (`kvtier.formats.proof`, `Proof.packed`) are
+        decoded to address `target + rows[i] * row_bytes`, past the caches, for whoever reads them later. `digest_of`: address of xxHash's
+        `XXH3_128bits`, `kvtier.formats.digests`."""
 
     def features(self) -> str:
         """The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable"."""

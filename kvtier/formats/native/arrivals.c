@@ -1,7 +1,10 @@
-/* See arrivals.h. Each record is decoded right after it was proven, while it is in the cache; numbers go past the caches, block by block
-   through a little memory that stays in them. All checks of arguments come before the first byte is written, the interpreter's lock is
-   released meanwhile. */
+/* See arrivals.h. Each record is decoded right after it was proven, while it is in the cache; numbers go past the caches, by the codecs
+   themselves or block by block through a little memory that stays in them. All checks of arguments come before the first byte is written.
+   State: what was held when the object was made, and a flag for each record, which belongs to the thread that takes its group. */
 #include "arrivals.h"
+
+#include <sched.h>
+#include <stdlib.h>
 
 #include "dispatch.h"
 #include "plan.h"
@@ -12,101 +15,43 @@ enum { LINE = 64, MOST_BLOCK_BYTES = 256 << 10 }; /* a larger block would not st
 typedef struct {
     Py_buffer record, key;
     size_t row;
+    char good;
 } Arrival;
 
 typedef struct {
+    PyObject_HEAD
     Plan plan;
     Proof proof;
     DigestOf *digest_of;
     Py_buffer plan_bytes, proof_bytes;
     Arrival *arrivals;
-    char *room, *address;
+    Py_ssize_t *begins; /* of the groups, and the end of the last one */
+    char *address;
     size_t row_bytes;
-    Py_ssize_t count, held;
-} Batch;
+    Py_ssize_t count, held, groups;
+} Arrivals;
 
-static void close_batch(Batch *batch) {
-    while (batch->held > 0) {
-        Arrival *const arrival = &batch->arrivals[--batch->held];
-        PyBuffer_Release(&arrival->record);
-        PyBuffer_Release(&arrival->key);
-    }
-    PyMem_Free(batch->arrivals);
-    PyMem_Free(batch->room);
-    PyBuffer_Release(&batch->proof_bytes);
-    PyBuffer_Release(&batch->plan_bytes);
+static PyTypeObject *arrivals_type;
+
+/* -- without the interpreter's lock ------------------------------------------------------------------------------------------ */
+
+/* Whether a codec writes past the caches by itself: it rotates, and each vector is whole lines of memory. */
+static bool decodes_far(const Arrivals *self, const Kernels *kernels, int codec) {
+    const size_t vector_bytes = (size_t)self->plan.shape.head_dim * value_bytes(self->plan.shape.dtype);
+    const bool rotates = codec == Q8 || codec == Q6 || codec == Q4 || codec == Q3;
+    return rotates && kernels->decodes_far && !(((uintptr_t)self->address | self->row_bytes | vector_bytes) % LINE);
 }
 
-static int hold_buffer(Py_buffer *buffer, PyObject *list, Py_ssize_t index) {
-    PyObject *object = PySequence_GetItem(list, index);
-    const int failed = !object || PyObject_GetBuffer(object, buffer, PyBUF_SIMPLE);
-    Py_XDECREF(object);
-    return failed ? -1 : 0;
-}
-
-static int hold_arrival(Batch *batch, PyObject *records, PyObject *keys, PyObject *rows) {
-    Arrival *const arrival = &batch->arrivals[batch->held];
-    *arrival = (Arrival){0};
-    PyObject *row = PySequence_GetItem(rows, batch->held);
-    const Py_ssize_t number = row ? PyLong_AsSsize_t(row) : -1;
-    Py_XDECREF(row);
-    if (number == -1 && PyErr_Occurred()) return -1;
-    const Py_ssize_t place = batch->held++;
-    if (hold_buffer(&arrival->record, records, place) || hold_buffer(&arrival->key, keys, place)) return -1;
-    const size_t expected = batch->proof.head_bytes + batch->plan.payload_bytes;
-    arrival->row = (size_t)number;
-    if (number < 0) PyErr_Format(PyExc_ValueError, "row %zd of a batch of pages; expected 0 or more", number);
-    else if ((size_t)arrival->record.len < expected) {
-        PyErr_Format(PyExc_ValueError, "a record has %zd bytes; expected %zu or more", arrival->record.len, expected);
-    } else if (batch->proof.key_at + (size_t)arrival->key.len > batch->proof.head_bytes) {
-        PyErr_Format(PyExc_ValueError, "a key of %zd bytes does not fit into the head", arrival->key.len);
-    }
-    return PyErr_Occurred() ? -1 : 0;
-}
-
-static int open_batch(Batch *batch, PyObject *const *arguments) {
-    PyObject *const records = arguments[2], *const keys = arguments[3], *const rows = arguments[5];
-    *batch = (Batch){0};
-    if (PyObject_GetBuffer(arguments[0], &batch->plan_bytes, PyBUF_SIMPLE)) return -1;
-    const char *error = plan_open(&batch->plan, batch->plan_bytes.buf, (size_t)batch->plan_bytes.len);
-    if (!error && PyObject_GetBuffer(arguments[1], &batch->proof_bytes, PyBUF_SIMPLE)) goto failed;
-    if (!error) error = proof_open(&batch->proof, batch->proof_bytes.buf, (size_t)batch->proof_bytes.len);
-    batch->address = PyLong_AsVoidPtr(arguments[4]);
-    batch->row_bytes = PyLong_AsSize_t(arguments[6]);
-    batch->digest_of = (DigestOf *)PyLong_AsVoidPtr(arguments[7]);
-    batch->count = PySequence_Size(records);
-    const Py_ssize_t keys_given = PySequence_Size(keys), rows_given = PySequence_Size(rows);
-    if (PyErr_Occurred()) goto failed;
-    if (!error && (keys_given != batch->count || rows_given != batch->count)) error = "as many keys and rows as records are needed";
-    if (error) {
-        PyErr_SetString(PyExc_ValueError, error);
-        goto failed;
-    }
-    batch->arrivals = PyMem_Malloc((size_t)(batch->count + 1) * sizeof(Arrival));
-    const size_t block = block_bytes(&batch->plan.shape);
-    batch->room = PyMem_Malloc((block > MOST_BLOCK_BYTES ? 0 : block) + LINE);
-    if (!batch->arrivals || !batch->room) {
-        PyErr_NoMemory();
-        goto failed;
-    }
-    while (batch->held < batch->count) {
-        if (hold_arrival(batch, records, keys, rows)) goto failed;
-    }
-    return 0;
-failed:
-    close_batch(batch);
-    return -1;
-}
-
-static void decode_page(const Batch *batch, const Kernels *kernels, char *room, const uint8_t *payload, char *numbers) {
-    const size_t plane_bytes = block_bytes(&batch->plan.shape);
-    for (int layer = 0; layer < batch->plan.layers; layer++) {
-        for (int plane = 0; plane < batch->plan.planes; plane++, numbers += plane_bytes) {
-            const Entry entry = plan_entry(&batch->plan, layer, plane);
+static void decode_page(const Arrivals *self, const Kernels *kernels, char *room, const uint8_t *payload, char *numbers) {
+    const size_t plane_bytes = block_bytes(&self->plan.shape);
+    for (int layer = 0; layer < self->plan.layers; layer++) {
+        for (int plane = 0; plane < self->plan.planes; plane++, numbers += plane_bytes) {
+            Entry entry = plan_entry(&self->plan, layer, plane);
             const uint8_t *const coded = payload + entry.offset;
+            entry.shape.far = decodes_far(self, kernels, entry.codec);
             if (entry.codec == RAW) {
                 kernels->copy_far(numbers, (const char *)coded, plane_bytes);
-            } else if (plane_bytes > MOST_BLOCK_BYTES) {
+            } else if (entry.shape.far || !room) {
                 kernels->decode[entry.codec](&entry.shape, coded, numbers);
             } else {
                 kernels->decode[entry.codec](&entry.shape, coded, room);
@@ -116,25 +61,167 @@ static void decode_page(const Batch *batch, const Kernels *kernels, char *room, 
     }
 }
 
-PyObject *decode_proven(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    (void)self;
-    Batch batch;
-    if (given != 8) return PyErr_Format(PyExc_TypeError, "decode_proven takes 8 arguments; %zd were given", given);
-    if (open_batch(&batch, arguments)) return NULL;
-    PyObject *flags = PyBytes_FromStringAndSize(NULL, batch.count);
-    if (flags) {
-        char *const good = PyBytes_AsString(flags), *const room = batch.room + (LINE - (uintptr_t)batch.room % LINE) % LINE;
-        const Kernels *const kernels = kernels_for(chosen_set(), &batch.plan.shape);
-        Py_BEGIN_ALLOW_THREADS;
-        for (Py_ssize_t i = 0; i < batch.count; i++) {
-            const Arrival *const arrival = &batch.arrivals[i];
-            const uint8_t *const record = arrival->record.buf;
-            good[i] = proven(&batch.proof, record, arrival->key.buf, (size_t)arrival->key.len, batch.plan.payload_bytes, batch.digest_of);
-            if (good[i]) decode_page(&batch, kernels, room, record + batch.proof.head_bytes, batch.address + arrival->row * batch.row_bytes);
-        }
-        kernels->lines_arrive();
-        Py_END_ALLOW_THREADS;
+/* Group `group` was read, so many bytes of it, or less than 0: those of its records that are whole and prove themselves are decoded. */
+static void take_group(void *context, Py_ssize_t group, int64_t read) {
+    const Arrivals *const self = context;
+    const Kernels *const kernels = kernels_for(chosen_set(), &self->plan.shape);
+    const size_t block = block_bytes(&self->plan.shape);
+    char *const memory = block > MOST_BLOCK_BYTES ? NULL : malloc(block + LINE);
+    char *const room = memory ? memory + (LINE - (uintptr_t)memory % LINE) % LINE : NULL;
+    const Arrival *const first = &self->arrivals[self->begins[group]];
+    for (Py_ssize_t i = self->begins[group]; i < self->begins[group + 1] && read > 0; i++) {
+        Arrival *const arrival = &self->arrivals[i];
+        const uint8_t *const record = arrival->record.buf;
+        const size_t before = (size_t)(record - (const uint8_t *)first->record.buf), size = (size_t)arrival->record.len;
+        if (size > (size_t)read || before > (size_t)read - size) break;
+        if (!proven(&self->proof, record, arrival->key.buf, (size_t)arrival->key.len, self->plan.payload_bytes, self->digest_of)) continue;
+        decode_page(self, kernels, room, record + self->proof.head_bytes, self->address + arrival->row * self->row_bytes);
+        arrival->good = 1;
+        sched_yield(); /* to threads that woke to read on: they would wait for milliseconds, since this one only computes */
     }
-    close_batch(&batch);
+    kernels->lines_arrive();
+    free(memory);
+}
+
+/* -- with it ----------------------------------------------------------------------------------------------------------------- */
+
+static int hold_buffer(Py_buffer *buffer, PyObject *list, Py_ssize_t index) {
+    PyObject *object = PySequence_GetItem(list, index);
+    const int failed = !object || PyObject_GetBuffer(object, buffer, PyBUF_SIMPLE);
+    Py_XDECREF(object);
+    return failed ? -1 : 0;
+}
+
+static Py_ssize_t number_at(PyObject *list, Py_ssize_t index) {
+    PyObject *object = PySequence_GetItem(list, index);
+    const Py_ssize_t number = object ? PyLong_AsSsize_t(object) : -1;
+    Py_XDECREF(object);
+    return number;
+}
+
+static int hold_arrival(Arrivals *self, PyObject *records, PyObject *keys, PyObject *rows) {
+    Arrival *const arrival = &self->arrivals[self->held];
+    const Py_ssize_t number = number_at(rows, self->held);
+    if (number == -1 && PyErr_Occurred()) return -1;
+    const Py_ssize_t place = self->held++;
+    if (hold_buffer(&arrival->record, records, place) || hold_buffer(&arrival->key, keys, place)) return -1;
+    const size_t expected = self->proof.head_bytes + self->plan.payload_bytes;
+    arrival->row = (size_t)number;
+    if (number < 0) PyErr_Format(PyExc_ValueError, "row %zd of a batch of pages; expected 0 or more", number);
+    else if ((size_t)arrival->record.len < expected) {
+        PyErr_Format(PyExc_ValueError, "a record has %zd bytes; expected %zu or more", arrival->record.len, expected);
+    } else if (self->proof.key_at + (size_t)arrival->key.len > self->proof.head_bytes) {
+        PyErr_Format(PyExc_ValueError, "a key of %zd bytes does not fit into the head", arrival->key.len);
+    }
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+/* Where each group begins. */
+static int set_groups(Arrivals *self, PyObject *counts) {
+    Py_ssize_t begin = 0;
+    for (Py_ssize_t group = 0; group < self->groups; group++) {
+        const Py_ssize_t count = number_at(counts, group);
+        if (count == -1 && PyErr_Occurred()) return -1;
+        if (count < 0 || count > self->count - begin) break;
+        self->begins[group] = begin;
+        begin += count;
+        self->begins[group + 1] = begin;
+    }
+    if (begin == self->count && self->begins[self->groups] == begin) return 0;
+    PyErr_Format(PyExc_ValueError, "the groups do not make %zd records together", self->count);
+    return -1;
+}
+
+static int open_arrivals(Arrivals *self, PyObject *const *arguments) {
+    PyObject *const records = arguments[2], *const counts = arguments[3], *const keys = arguments[4], *const rows = arguments[6];
+    if (PyObject_GetBuffer(arguments[0], &self->plan_bytes, PyBUF_SIMPLE)) return -1;
+    const char *error = plan_open(&self->plan, self->plan_bytes.buf, (size_t)self->plan_bytes.len);
+    if (!error && PyObject_GetBuffer(arguments[1], &self->proof_bytes, PyBUF_SIMPLE)) return -1;
+    if (!error) error = proof_open(&self->proof, self->proof_bytes.buf, (size_t)self->proof_bytes.len);
+    self->address = PyLong_AsVoidPtr(arguments[5]);
+    self->row_bytes = PyLong_AsSize_t(arguments[7]);
+    self->digest_of = (DigestOf *)PyLong_AsVoidPtr(arguments[8]);
+    self->count = PySequence_Size(records);
+    self->groups = PySequence_Size(counts);
+    const Py_ssize_t keys_given = PySequence_Size(keys), rows_given = PySequence_Size(rows);
+    if (PyErr_Occurred()) return -1;
+    if (!error && (keys_given != self->count || rows_given != self->count)) error = "as many keys and rows as records are needed";
+    if (error) {
+        PyErr_SetString(PyExc_ValueError, error);
+        return -1;
+    }
+    self->arrivals = PyMem_Calloc((size_t)self->count + 1, sizeof(Arrival));
+    self->begins = PyMem_Calloc((size_t)self->groups + 1, sizeof(Py_ssize_t));
+    if (!self->arrivals || !self->begins) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    while (self->held < self->count) {
+        if (hold_arrival(self, records, keys, rows)) return -1;
+    }
+    return set_groups(self, counts);
+}
+
+PyObject *make_arrivals(PyObject *module, PyObject *const *arguments, Py_ssize_t given) {
+    (void)module;
+    if (given != 9) return PyErr_Format(PyExc_TypeError, "arrivals takes 9 arguments; %zd were given", given);
+    Arrivals *self = (Arrivals *)PyType_GenericAlloc(arrivals_type, 0);
+    if (self && open_arrivals(self, arguments)) Py_CLEAR(self);
+    return (PyObject *)self;
+}
+
+static void free_arrivals(PyObject *object) {
+    Arrivals *self = (Arrivals *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    while (self->held > 0) {
+        Arrival *const arrival = &self->arrivals[--self->held];
+        PyBuffer_Release(&arrival->record);
+        PyBuffer_Release(&arrival->key);
+    }
+    PyMem_Free(self->arrivals);
+    PyMem_Free(self->begins);
+    PyBuffer_Release(&self->proof_bytes);
+    PyBuffer_Release(&self->plan_bytes);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
+    Py_DECREF(type);
+}
+
+static PyObject *take(PyObject *object, PyObject *arguments) {
+    const Arrivals *self = (Arrivals *)object;
+    Py_ssize_t group;
+    long long read;
+    if (!PyArg_ParseTuple(arguments, "nL", &group, &read)) return NULL;
+    if (group < 0 || group >= self->groups) return PyErr_Format(PyExc_IndexError, "group %zd of %zd", group, self->groups);
+    Py_BEGIN_ALLOW_THREADS;
+    take_group(object, group, read);
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
+static PyObject *function(PyObject *object, PyObject *nothing) {
+    (void)nothing;
+    return Py_BuildValue("(NN)", PyLong_FromVoidPtr((void *)(uintptr_t)take_group), PyLong_FromVoidPtr(object));
+}
+
+static PyObject *placed(PyObject *object, PyObject *nothing) {
+    (void)nothing;
+    const Arrivals *self = (Arrivals *)object;
+    PyObject *flags = PyBytes_FromStringAndSize(NULL, self->count);
+    for (Py_ssize_t i = 0; flags && i < self->count; i++) PyBytes_AsString(flags)[i] = self->arrivals[i].good;
     return flags;
+}
+
+static PyMethodDef methods[] = {
+    {"take", take, METH_VARARGS, "A group was read: what proves itself is decoded."},
+    {"function", function, METH_NOARGS, "Addresses of what does as `take`, without the interpreter's lock, and of its context."},
+    {"placed", placed, METH_NOARGS, "A byte for each record: 1 if it was decoded."},
+    {NULL, NULL, 0, NULL},
+};
+static PyType_Slot slots[] = {{Py_tp_dealloc, free_arrivals}, {Py_tp_methods, methods}, {0, NULL}};
+static PyType_Spec spec = {"kvtier.formats.native._codecs.Arrivals", sizeof(Arrivals), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                           slots};
+
+int prepare_arrivals(void) {
+    if (!arrivals_type) arrivals_type = (PyTypeObject *)PyType_FromSpec(&spec);
+    return arrivals_type ? 0 : -1;
 }

@@ -13,6 +13,7 @@ typedef struct {
     int group; /* numbers handled at once: the Hadamard block must hold that many */
     Encode *encode[CODECS];
     Decode *decode[CODECS];
+    bool decodes_far; /* whether codecs that rotate obey `Shape.far` */
     CopyFar *copy_far;
     void (*lines_arrive)(void);
 } Kernels;

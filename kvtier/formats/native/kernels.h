@@ -3,8 +3,9 @@
    A group is GROUP numbers, as PARTS registers of floats or SHORT_PARTS of 16-bit whole numbers. The lanes files offer: arithmetic on
    registers (floats_*, shorts_*; floats_fused may round once or twice and is for sums that need not be exact), the largest magnitude
    (magnitude_max; NaN counts as larger than everything; group_magnitude, of a group), the total or largest magnitude of each of 16
-   registers (rows_sum, rows_magnitude), groups from and to memory (group_load, group_store), sums over rows (group_sums), the +-1
-   Hadamard transform of groups from memory (groups_load_rotated, GROUPS_AT_ONCE side by side) and of codes (group_rotate_codes, then
+   registers (rows_sum, rows_magnitude), groups from and to memory (group_load, group_store; group_store_far, past the caches where
+   DECODES_FAR), sums over rows (group_sums), the +-1 Hadamard transform of groups from memory (groups_load_rotated, GROUPS_AT_ONCE side by
+   side) and of codes (group_rotate_codes, then
    group_widen to floats), rounding to codes (group_round; groups_levels, LEVELS_AT_ONCE side by side; group_values back to floats),
    table look-up, and 16 fp16 numbers at once (halves_*). For ggml blocks of 32 numbers in BLOCK_PARTS registers of floats:
    from and to memory (block_load, block_store, block_from_bytes), rounded to the nearest, halves away from zero, of magnitude up to 127
@@ -65,5 +66,6 @@
      .group = GROUP, \
      .encode = {encode_raw, encode_q8, encode_q6, encode_q4, encode_q3, encode_q8_0, encode_q4_0}, \
      .decode = {decode_raw, decode_q8, decode_q6, decode_q4, decode_q3, decode_q8_0, decode_q4_0}, \
+     .decodes_far = DECODES_FAR, \
      .copy_far = copy_far, \
      .lines_arrive = lines_arrive}

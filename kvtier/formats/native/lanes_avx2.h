@@ -2,6 +2,8 @@
 #include <immintrin.h>
 
 #define GROUP 16
+#define DECODES_FAR 0
+#define group_store_far group_store
 #define PARTS 2        /* registers of floats */
 #define SHORT_PARTS 1  /* registers of 16-bit whole numbers */
 

@@ -3,6 +3,7 @@
 
 #define GROUP 64
 #define WITH_COLUMNS
+#define DECODES_FAR 1
 #define PARTS 4        /* registers of floats */
 #define SHORT_PARTS 2  /* registers of 16-bit whole numbers */
 
@@ -113,6 +114,19 @@ static inline void block_store(void *numbers, const Floats block[BLOCK_PARTS], i
 static inline void group_store(void *numbers, const Floats group[PARTS], int dtype) {
     block_store(numbers, group, dtype);
     block_store((char *)numbers + 32 * (dtype == FP32 ? 4 : 2), group + 2, dtype);
+}
+
+/* The same past the caches, to whole lines of memory. */
+static inline void group_store_far(char *numbers, const Floats group[PARTS], int dtype) {
+    for (int part = 0; part < PARTS && dtype == FP32; part++) {
+        _mm512_stream_si512((void *)(numbers + part * 64), _mm512_castps_si512(group[part]));
+    }
+    for (int half = 0; half < 2 && dtype != FP32; half++) {
+        const Floats *const block = group + 2 * half;
+        const __m512i low = _mm512_castsi256_si512(to_fp16_half_line(block[0]));
+        const __m512i line = dtype == BF16 ? to_bf16_line(block[0], block[1]) : _mm512_inserti64x4(low, to_fp16_half_line(block[1]), 1);
+        _mm512_stream_si512((void *)(numbers + half * 64), line);
+    }
 }
 
 /* In one register: lane i meets lane i ^ distance; the lower becomes the sum, the upper the difference. Multiplying by +-1 is exact. */

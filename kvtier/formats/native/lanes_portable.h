@@ -4,6 +4,8 @@
 #include "half.h"
 
 #define GROUP 16
+#define DECODES_FAR 0
+#define group_store_far group_store
 #define WITHOUT_CONSTANT_SIZES
 #define PARTS 1
 #define SHORT_PARTS 1

@@ -124,6 +124,6 @@ static __attribute__((noinline)) void decode_means(float *means, const Shape *sh
             unpack_nibbles(codes + row * head_dim, coded + 2 * shape->heads + (first + row) * (head_dim / 2), head_dim);
         }
         for (int i = 0; i < count * head_dim; i += GROUP) group_lookup((int8_t *)codes + i, (const int8_t *)codes + i, LEVELS4.values);
-        unrotate_rows((char *)(means + first * head_dim), (const int8_t *)codes, factors, NULL, count, head_dim, FP32);
+        unrotate_rows((char *)(means + first * head_dim), (const int8_t *)codes, factors, NULL, count, head_dim, FP32, false);
     }
 }

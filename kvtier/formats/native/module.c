@@ -261,7 +261,7 @@ static PyObject *supports(PyObject *self, PyObject *const *arguments, Py_ssize_t
         if (number == -1 && PyErr_Occurred()) return NULL;
         numbers[i] = number < INT32_MIN || number > INT32_MAX ? -1 : (int)number;
     }
-    const Shape shape = {numbers[1], numbers[2], numbers[3], numbers[4], false, false};
+    const Shape shape = {numbers[1], numbers[2], numbers[3], numbers[4], false, false, false};
     return PyBool_FromLong(shape_supported(&shape) && codec_supported(numbers[0], &shape));
 }
 
@@ -300,6 +300,7 @@ static int prepare(PyObject *module) {
     for (int i = 0; i < NAMES; i++) {
         if (!names[i] && !(names[i] = PyUnicode_InternFromString(texts[i]))) return -1;
     }
+    if (prepare_arrivals()) return -1;
     tables_fill();
     int set = 0;
     while (!set_available(set)) set++;
@@ -312,7 +313,7 @@ static PyMethodDef methods[] = {
     {"encode_all", (PyCFunction)(void (*)(void))encode_all, METH_FASTCALL, "All pages of a usual tensor to payloads; False if it is none."},
     {"decode", (PyCFunction)(void (*)(void))decode, METH_FASTCALL, "Payloads to pages."},
     {"decode_all", (PyCFunction)(void (*)(void))decode_all, METH_FASTCALL, "Payloads to all pages of a usual tensor; False if it is none."},
-    {"decode_proven", (PyCFunction)(void (*)(void))decode_proven, METH_FASTCALL, "Records to pages, those that prove themselves."},
+    {"arrivals", (PyCFunction)(void (*)(void))make_arrivals, METH_FASTCALL, "Records that are being read, to be proven and decoded."},
     {"supports", (PyCFunction)(void (*)(void))supports, METH_FASTCALL, "Whether there are kernels for a codec and block shape."},
     {"features", features, METH_NOARGS, "The instruction set in use."},
     {"available", available, METH_NOARGS, "The instruction sets this CPU and build have, fastest first."},

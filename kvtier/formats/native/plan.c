@@ -19,7 +19,7 @@ const char *plan_open(Plan *plan, const void *bytes, size_t size) {
     int64_t payload_bytes;
     if (size < HEAD_BYTES + sizeof payload_bytes) return "plan: too short; expected a head of 8 int32, 16 bytes per block, an int64";
     memcpy(head, bytes, sizeof head);
-    plan->shape = (Shape){head[0], head[3], head[4], head[5], false, false};
+    plan->shape = (Shape){head[0], head[3], head[4], head[5], false, false, false};
     plan->layers = head[1];
     plan->planes = head[2];
     if (plan->layers < 1 || plan->layers > 4096) return "plan: expected 1 to 4096 layers";

@@ -216,7 +216,7 @@ INLINE void decode_run(const Shape *shape, void *numbers, const Sides *sides, co
             group_lookup((int8_t *)codes + i, (const int8_t *)codes + i, levels.table->values);
         }
         char *const place = (char *)numbers + (size_t)first * head_dim * value_bytes(shape->dtype);
-        unrotate_rows(place, (const int8_t *)codes, factors, shape->keys ? chosen : NULL, count, head_dim, shape->dtype);
+        unrotate_rows(place, (const int8_t *)codes, factors, shape->keys ? chosen : NULL, count, head_dim, shape->dtype, shape->far);
     }
 }
 

@@ -74,7 +74,7 @@ INLINE void decode_q6_of(const Shape *shape, const uint8_t *coded, void *numbers
         }
         for (int i = 0; i < count * head_dim; i++) codes[i] -= 32;
         char *const place = (char *)numbers + (size_t)first * head_dim * value_bytes(shape->dtype);
-        unrotate_rows(place, (const int8_t *)codes, factors, shape->keys ? chosen : NULL, count, head_dim, shape->dtype);
+        unrotate_rows(place, (const int8_t *)codes, factors, shape->keys ? chosen : NULL, count, head_dim, shape->dtype, shape->far);
     }
 }
 

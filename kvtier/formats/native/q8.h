@@ -50,7 +50,7 @@ INLINE void decode_q8_of(const Shape *shape, const uint8_t *coded, void *numbers
         load_scales(factors, coded + block_values(shape) + 2 * first, count);
         for (int i = 0; i < 16; i++) factors[i] *= norm;
         char *const place = (char *)numbers + (size_t)first * head_dim * value_bytes(shape->dtype);
-        unrotate_rows(place, (const int8_t *)coded + (size_t)first * head_dim, factors, NULL, count, head_dim, shape->dtype);
+        unrotate_rows(place, (const int8_t *)coded + (size_t)first * head_dim, factors, NULL, count, head_dim, shape->dtype, shape->far);
     }
 }
 

@@ -15,6 +15,7 @@ typedef struct {
     int dtype, tokens, heads, head_dim;
     bool keys;   /* plane 0 of a page with two planes: Q6, Q4 and Q3 subtract its mean */
     bool begins; /* to be encoded as the begin of a sequence; when decoding, the block says it */
+    bool far;    /* to be decoded past the caches, into whole lines of memory, by codecs that rotate, where kernels say that they obey this */
 } Shape;
 
 /* Limits that keep every temporary on the stack: a tile of rotated vectors, one number per token, one vector per head. */

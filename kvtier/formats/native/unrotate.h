@@ -2,7 +2,7 @@
    Products and sums are rounded one by one, as in the torch reference, so the bits are the same. */
 
 INLINE void unrotate_rows_of(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
-    int dtype, bool add_means, int block) {
+    int dtype, bool far, bool add_means, int block) {
     const int groups = block / GROUP;
     for (int row = 0; row < count; row++) {
         const Floats factor = floats_all(factors[row]);
@@ -28,7 +28,9 @@ INLINE void unrotate_rows_of(char *numbers, const int8_t *codes, const float *fa
                     values[part] = floats_mul(values[part], factor);
                     if (add_means) values[part] = floats_add(values[part], floats_load(means[row] + place + part * (GROUP / PARTS)));
                 }
-                group_store(numbers + ((size_t)row * head_dim + place) * value_bytes(dtype), values, dtype);
+                char *const to = numbers + ((size_t)row * head_dim + place) * value_bytes(dtype);
+                if (far) group_store_far(to, values, dtype);
+                else group_store(to, values, dtype);
             }
         }
     }
@@ -36,27 +38,43 @@ INLINE void unrotate_rows_of(char *numbers, const int8_t *codes, const float *fa
 
 /* The block is a constant in each case, so that its loops unroll and the block stays in registers. */
 INLINE void unrotate_rows_as(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
-    int dtype, bool add_means) {
+    int dtype, bool far, bool add_means) {
 #if defined(WITHOUT_CONSTANT_SIZES)
-    unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, add_means, head_dim & -head_dim);
+    unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, far, add_means, head_dim & -head_dim);
 #else
     switch (head_dim & -head_dim) {
 #if GROUP <= 16
-    case 16: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, add_means, 16); break;
-    case 32: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, add_means, 32); break;
+    case 16: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, far, add_means, 16); break;
+    case 32: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, far, add_means, 32); break;
 #endif
-    case 64: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, add_means, 64); break;
-    case 128: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, add_means, 128); break;
-    case 256: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, add_means, 256); break;
+    case 64: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, far, add_means, 64); break;
+    case 128: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, far, add_means, 128); break;
+    case 256: unrotate_rows_of(numbers, codes, factors, means, count, head_dim, dtype, far, add_means, 256); break;
     }
 #endif
 }
 
 /* `count` vectors, one after the other, as numbers of `dtype`; `means` is NULL or the row to add to each vector. */
-static void unrotate_rows(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
+static void unrotate_near(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
     int dtype) {
-#define UNROTATE_ROWS(dtype) unrotate_rows_as(numbers, codes, factors, NULL, count, head_dim, dtype, false)
-#define UNROTATE_REDUCED_ROWS(dtype) unrotate_rows_as(numbers, codes, factors, means, count, head_dim, dtype, true)
+#define UNROTATE_ROWS(dtype) unrotate_rows_as(numbers, codes, factors, NULL, count, head_dim, dtype, false, false)
+#define UNROTATE_REDUCED_ROWS(dtype) unrotate_rows_as(numbers, codes, factors, means, count, head_dim, dtype, false, true)
     if (means) FOR_DTYPES(dtype, UNROTATE_REDUCED_ROWS)
     else FOR_DTYPES(dtype, UNROTATE_ROWS)
+}
+
+/* The same past the caches, to whole lines of memory. Apart, because a branch in the innermost loop would cost a fifth of the whole. */
+static void unrotate_far(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
+    int dtype) {
+#define UNROTATE_ROWS_FAR(dtype) unrotate_rows_as(numbers, codes, factors, NULL, count, head_dim, dtype, true, false)
+#define UNROTATE_REDUCED_ROWS_FAR(dtype) unrotate_rows_as(numbers, codes, factors, means, count, head_dim, dtype, true, true)
+    if (means) FOR_DTYPES(dtype, UNROTATE_REDUCED_ROWS_FAR)
+    else FOR_DTYPES(dtype, UNROTATE_ROWS_FAR)
+}
+
+/* `unrotate_near`, or with `far` the other. */
+INLINE void unrotate_rows(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
+    int dtype, bool far) {
+    if (DECODES_FAR && far) unrotate_far(numbers, codes, factors, means, count, head_dim, dtype);
+    else unrotate_near(numbers, codes, factors, means, count, head_dim, dtype);
 }

@@ -55,6 +55,11 @@ class Segments:
             self.engine.close(file)
         return ours
 
+    def are_open(self, slots: Iterable[int]) -> bool:
+        """Whether the files of all these slots are open, so that nobody waits for that."""
+        with self._lock:
+            return all(segment in self._files for segment in {slot // self.segment_slots for slot in slots})
+
     def segment_of(self, slot: int) -> int:
         """The segment a slot is in."""
         return slot // self.segment_slots

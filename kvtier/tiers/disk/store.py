@@ -59,8 +59,9 @@ class DiskTier(Tier):
     worker: the first makes freed copies unfindable for good, the second shortens the next start after a crash.
 
     `engine` is a name for `kvtier.io.probe.choose_engine`, with `depth` requests at once, or an engine, from then on the tier's. Stores
-    written by one engine open with every other. `cpus`: those that an engine made here keeps its threads on, any without. The engine "gds"
-    is `direct`, and records can also be read straight into the memory of `gpu` (`reading_directly`).
+    written by one engine open with every other. `cpus`: those that an engine made here keeps its threads on, any without; at most
+    `decoders` of them decode pages at once (`place_some`), the others read meanwhile. The engine "gds" is `direct`, and records can also be
+    read straight into the memory of `gpu` (`reading_directly`).
 
     Raises ConfigError (path, capacity or engine impossible), StoreLocked, LayoutError (store of another layout), StoreError (foreign,
     damaged, newer, or of another format or namespace). Nothing new is left there then, and what was there stays.
@@ -81,6 +82,7 @@ class DiskTier(Tier):
         clock: Callable[[], float] = time.monotonic,
         cpus: Sequence[int] = (),
         gpu: Accelerator | None = None,
+        decoders: int = 1,
     ) -> None:
         if durability not in get_args(Durability):
             raise ConfigError(f"disk.durability is {durability!r}; expected one of {', '.join(get_args(Durability))}")
@@ -133,7 +135,7 @@ class DiskTier(Tier):
         self._book = SlotBook(self.slot_bytes, capacity_bytes, self._segments.punches, clock)
         owned = (str(self._directory.path), self._segments, self._book)
         self._tidier = Tidier(*owned, self._tally)
-        self._reader = RecordReader(self._operation, self._segments, self._book, self._tally, layout, format)
+        self._reader = RecordReader(self._operation, self._segments, self._book, self._tally, layout, format, decoders)
         first = self._description.synced_sequence + 1
         self._writer = RecordWriter(*owned, self._tidier, self._tally, layout, format, first, durability == "power")
 
@@ -213,11 +215,21 @@ class DiskTier(Tier):
         """As of every tier; while the caller works on one payload, the next are being read. `close` waits for the generator's end."""
         return self._reader.load_each(slots, keys, staging)
 
-    def place_each(
+    def place_some(
         self, slots: Sequence[int], keys: Sequence[PageKey], staging: NDArray[np.uint8], memory: torch.Tensor, rows: Sequence[int]
     ) -> Placed:
-        """As of every tier; where there are compiled kernels, all that arrived meanwhile is verified and decoded in one call of theirs."""
-        return self._reader.place_each(slots, keys, staging, memory, rows)
+        """As of every tier; where there are compiled kernels, each read is verified and decoded by threads that read, while others read."""
+        return self._reader.place_some(slots, keys, staging, memory, rows)
+
+    def place_ahead(
+        self, slots: Sequence[int], keys: Sequence[PageKey], staging: NDArray[np.uint8], memory: torch.Tensor, rows: Sequence[int]
+    ) -> Placed | None:
+        """As of every tier: where threads of compiled code read and decode, from files that are open."""
+        return self._reader.place_ahead(slots, keys, staging, memory, rows)
+
+    @property
+    def reads_ahead(self) -> bool:  # type: ignore[override]
+        return self._reader.reads_ahead
 
     @property
     def reads_directly(self) -> bool:
