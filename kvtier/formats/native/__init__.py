@@ -21,8 +21,8 @@ CPU_VARIABLE = "KVTIER_CPU"
 """Names one of `available()`, so that a wide CPU shows what a narrower one would do."""
 
 
-Expected = tuple[type, object, object, tuple[int, ...]]
-"""A tensor's type, its `layout`, its `dtype` and the shape of one page."""
+Expected = tuple[type, object, object]
+"""The type of a tensor, what it has for DLPack's exchange in C (`__dlpack_c_exchange_api__`) and its `is_neg`."""
 
 
 class NativeCodecs(Protocol):
@@ -38,14 +38,16 @@ class NativeCodecs(Protocol):
     def supports(self, codec: int, dtype: int, tokens: int, heads: int, head_dim: int, /) -> bool:
         """Whether there are kernels for such blocks: a Hadamard block of 16 to 256 and sizes that fit the stack."""
 
-    def encode(self, plan: bytes, source: int, rows: Sequence[int], outs: Sequence[Payload], begins: bytes, /) -> None:
+    def encode(self, plan: bytes, source: int, rows: Sequence[int], outs: Sequence[Payload], begins: bytes, digest_of: int, /) -> bytes:
         """Page `rows[i]` of the contiguous pages at address `source` into the writable buffer `outs[i]`; one that begins a sequence if
-        `begins[i]` is not 0; with no `begins` at all none does."""
+        `begins[i]` is not 0; with no `begins` at all none does. `digest_of`: address of xxHash's `XXH3_128bits`
+        (`kvtier.formats.digests`), or 0; gives the digests of all payloads by that, one behind the other, as `xxhash.xxh3_128_digest`
+        gives them; made right after each was encoded."""
 
-    def encode_all(self, plan: bytes, expected: Expected, pages: object, outs: object, /) -> bool:
-        """All of the usual case in one call: True if `pages` is a contiguous CPU tensor of what is `expected` and `outs` a list of as
-        many writable uint8 arrays of one dimension and a payload's size; they are encoded then, none as the begin of a sequence. Else
-        nothing is written."""
+    def encode_all(self, plan: bytes, expected: Expected, pages: object, outs: object, digest_of: int, /) -> bytes | None:
+        """All of the usual case in one call, as `encode`: if `pages` is a contiguous CPU tensor of that very type, of as many pages of the
+        plan as `outs` has writable uint8 arrays of one dimension and a payload's size, and `outs` a list; none of them begins a sequence. Else
+        None, and nothing is written."""
 
     def decode(
         self, plan: bytes, payloads: Sequence[Payload], target: int, rows: Sequence[int], first: int, stop: int, row_bytes: int, /
@@ -53,7 +55,7 @@ class NativeCodecs(Protocol):
         """Layers `first` to `stop` of `payloads[i]` to address `target + rows[i] * row_bytes`."""
 
     def decode_all(self, plan: bytes, expected: Expected, payloads: object, pages: object, /) -> bool:
-        """The same the other way: all layers of a list of payloads to as many pages."""
+        """The same the other way: all layers of a list of payloads to as many pages; whether that was the case."""
 
     def decode_proven(
         self,
@@ -69,7 +71,7 @@ class NativeCodecs(Protocol):
     ) -> bytes:
         """All layers of those records that prove themselves (`kvtier.formats.proof`, `Proof.packed`), each a head and a payload, perhaps
         more bytes, to address `target + rows[i] * row_bytes`; for each record 1, or 0 if it does not and nothing was written. Written past
-        the caches, for whoever reads it later. `digest_of`: address of xxHash's `XXH3_128bits`, `kvtier.formats.digests`."""
+        the caches, for whoever reads it later. `digest_of`: as for `encode`, and not 0."""
 
     def features(self) -> str:
         """The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable"."""
