@@ -6,8 +6,9 @@ the formats as tiers use them (native kernels where they are built). The ceiling
 memory can do. `threads.compute` and `threads.copy`, once for all formats: how many times as fast as one thread two are at what no memory
 slows down (encoding one page in the cache again and again) and at copying: the most that this machine's CPUs and memory give.
 `.1page`: microseconds for one page of 64 KiB that is in the cache, beside its copy; less is better. `.1page.cold`: the same
-for pages that are not. `.torch`: the torch reference. `q8.encode+checksum`: encoded, each payload digested (xxh3-128) as soon as it is made, as
-tiers ask for it; `.share`: what that takes of the time, of calls with and without it that alternate. A format may be mixed, such as `q8/q4`.
+for pages that are not. `.torch`: the torch reference. `q8.encode+checksum`: encoded, each payload digested (xxh3-128) as soon as it is
+made, as for tiers; `.share`: what that takes of the time, of calls with and without it that alternate. A format may be mixed, such as
+`q8/q4`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from kvtier.formats.native import why_missing
 from kvtier.layout import PageLayout
 from kvtier.memory.limits import available_memory
 
-from .measure import Row, Run, seconds, side_by_side
+from .measure import Row, Run, side_by_side
+from .measure import seconds as seconds_of
 
 LAYOUTS = {
     "smollm2": PageLayout(layers=30, planes=2, page_tokens=16, kv_heads=3, head_dim=64, dtype="bf16"),
@@ -91,7 +93,7 @@ class Bench:
         taken: list[list[float]] = [[], []]
         for first in range(0, len(self.pages) // together * together, together):
             some, hashed = self.part(first, first + together), (first // together + turn) % 2
-            taken[hashed].append(seconds(some.encode_and_hash if hashed else some.encode))
+            taken[hashed].append(seconds_of(some.encode_and_hash if hashed else some.encode))
         alone, both = map(statistics.median, taken)
         return (both - alone) / both
 

@@ -22,7 +22,7 @@ import torch
 from kvtier.errors import LayoutError
 from kvtier.format_spec import FormatSpec
 from kvtier.formats.base import UINT8, Format, Payload, Stream, check_pages, check_rows, room_for, span_of, target_of
-from kvtier.formats.digests import DIGEST_BYTES, digest_address, digests_of
+from kvtier.formats.digests import digest_address, digests_of
 from kvtier.formats.native import Expected, NativeCodecs
 from kvtier.formats.native import codecs as native_codecs
 from kvtier.formats.proof import Proof
@@ -184,6 +184,11 @@ class BlockFormat(Format):
         out: Sequence[Payload] | None = None,
         first: Collection[int] = (),
     ) -> list[Payload]:
+        plan = self._plan_of(layout)
+        if rows is None and out is not None and not first and plan.native is not None and USUAL is not None:
+            native, described = plan.native
+            if native.encode_all(described, USUAL, pages, out, 0) is not None:
+                return list(out)
         return self._encode(pages, layout, rows, out, first, 0)[0]
 
     def encode_with_digests(
@@ -194,10 +199,14 @@ class BlockFormat(Format):
         out: Sequence[Payload] | None = None,
         first: Collection[int] = (),
     ) -> tuple[list[Payload], list[bytes]]:
-        payloads, digests = self._encode(pages, layout, rows, out, first, digest_address())
-        if not digests:
-            return payloads, digests_of(payloads)
-        return payloads, [digests[place : place + DIGEST_BYTES] for place in range(0, len(digests), DIGEST_BYTES)]
+        plan, digest_of = self._plan_of(layout), digest_address()
+        if rows is None and out is not None and not first and plan.native is not None and USUAL is not None and digest_of:
+            native, described = plan.native
+            digests = native.encode_all(described, USUAL, pages, out, digest_of)
+            if digests is not None:
+                return list(out), digests
+        payloads, digests = self._encode(pages, layout, rows, out, first, digest_of)
+        return payloads, digests_of(payloads) if digests is None else digests
 
     def _encode(
         self,
@@ -207,14 +216,9 @@ class BlockFormat(Format):
         out: Sequence[Payload] | None,
         first: Collection[int],
         digest_of: int,
-    ) -> tuple[list[Payload], bytes]:
-        """As `encode`; and the digests of all payloads, where compiled kernels made them by the function at `digest_of`, if any."""
+    ) -> tuple[list[Payload], list[bytes] | None]:
+        """As `encode`, in any case; and the digests where compiled kernels made them, by the function at `digest_of`, if any."""
         plan = self._plan_of(layout)
-        if rows is None and not first and plan.native is not None and out is not None and USUAL is not None:
-            native, described = plan.native
-            digests = native.encode_all(described, USUAL, pages, out, digest_of)
-            if digests is not None:
-                return list(out), digests
         given = check_pages(pages, layout)
         if pages.is_neg():
             pages = pages.resolve_neg()  # kernels read the memory, which says nothing of a sign that torch has put off
@@ -223,14 +227,15 @@ class BlockFormat(Format):
         if plan.native is not None and pages.is_cpu and pages.is_contiguous():
             native, described = plan.native
             begins = bytes(index in first for index in range(len(rows))) if first else b""
-            return payloads, native.encode(described, pages.data_ptr(), rows, payloads, begins, digest_of)
+            made = native.encode(described, pages.data_ptr(), rows, payloads, begins, digest_of)
+            return payloads, made if digest_of else None
         if pages.is_cuda:
             self._encode_on_device(pages, layout, rows, payloads, first)
-            return payloads, b""
+            return payloads, None
         for special in (False, True):
             some = [index for index in range(len(rows)) if (index in first) == special]
             self._encode_reference(pages, layout, [rows[i] for i in some], [payloads[i] for i in some], special)
-        return payloads, b""
+        return payloads, None
 
     def decode(
         self,

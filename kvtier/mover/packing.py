@@ -36,8 +36,8 @@ class Packer:
         self._bytes_per_s = 0.0
 
     def encode(self, pages: torch.Tensor, rows: Sequence[int] | None, room: Sequence[Payload], first: Sequence[int]) -> Encoded:
-        """As `Format.encode_with_digests`; `room` as its `out`. No digests behind a byte stage: its bytes are made one payload at a time, and
-        the tier digests them as well."""
+        """As `Format.encode_with_digests`; `room` as its `out`. No digests behind a byte stage: tiers make them as well from
+        what that gives."""
         codec, layout = self._tier.format, self._tier.layout
         if not isinstance(codec, Staged):
             return codec.encode_with_digests(pages, layout, rows, room, first)

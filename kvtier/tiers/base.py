@@ -134,9 +134,9 @@ class Tier(Slots):
     ) -> list[Refused | None]:
         """Write one copy per slot; None = written, whole. A refused slot holds no copy and still has to be freed by the caller.
 
-        `digests`: the xxh3-128 of each payload (`Format.encode_with_digests`), from callers who know them: then nobody has to read payloads once
-        more to prove the copies later. Payloads are read, not kept. Never raises for a full or failing medium; IntegrityError for slots that are not reserved
-        or already hold a copy.
+        `digests`: the xxh3-128 of each payload (`Format.encode_with_digests`), from callers who know them: then nobody has to read payloads
+        once more to prove the copies later. Payloads are read, not kept. Never raises for a full or failing medium; IntegrityError for
+        slots that are not reserved or already hold a copy.
         """
 
     def begin_store(

@@ -107,7 +107,7 @@ class TestTheExtension:
         pages = usual_pages(self.LAYOUT, 3)
         plan, size = plan_of("q8", self.LAYOUT)
         room = list(np.zeros((3, size), np.uint8))
-        assert codecs.encode_all(plan, USUAL, pages, room, 0) == b""
+        assert codecs.encode_all(plan, USUAL, pages, room, 0) == []
         assert np.array_equal(room, encode(codecs, "q8", pages, self.LAYOUT))
         target = torch.zeros_like(pages)
         assert codecs.decode_all(plan, USUAL, room, target)

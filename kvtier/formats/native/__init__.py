@@ -38,16 +38,18 @@ class NativeCodecs(Protocol):
     def supports(self, codec: int, dtype: int, tokens: int, heads: int, head_dim: int, /) -> bool:
         """Whether there are kernels for such blocks: a Hadamard block of 16 to 256 and sizes that fit the stack."""
 
-    def encode(self, plan: bytes, source: int, rows: Sequence[int], outs: Sequence[Payload], begins: bytes, digest_of: int, /) -> bytes:
+    def encode(
+        self, plan: bytes, source: int, rows: Sequence[int], outs: Sequence[Payload], begins: bytes, digest_of: int, /
+    ) -> list[bytes]:
         """Page `rows[i]` of the contiguous pages at address `source` into the writable buffer `outs[i]`; one that begins a sequence if
         `begins[i]` is not 0; with no `begins` at all none does. `digest_of`: address of xxHash's `XXH3_128bits`
-        (`kvtier.formats.digests`), or 0; gives the digests of all payloads by that, one behind the other, as `xxhash.xxh3_128_digest`
-        gives them; made right after each was encoded."""
+        (`kvtier.formats.digests`), or 0 for none; gives the digest of each payload, as `xxhash.xxh3_128_digest` does, made right after
+        it was encoded."""
 
-    def encode_all(self, plan: bytes, expected: Expected, pages: object, outs: object, digest_of: int, /) -> bytes | None:
+    def encode_all(self, plan: bytes, expected: Expected, pages: object, outs: object, digest_of: int, /) -> list[bytes] | None:
         """All of the usual case in one call, as `encode`: if `pages` is a contiguous CPU tensor of that very type, of as many pages of the
-        plan as `outs` has writable uint8 arrays of one dimension and a payload's size, and `outs` a list; none of them begins a sequence. Else
-        None, and nothing is written."""
+        plan as `outs`, a list, has writable uint8 arrays of one dimension and a payload's size; none of them begins a sequence. Else None,
+        and nothing is written."""
 
     def decode(
         self, plan: bytes, payloads: Sequence[Payload], target: int, rows: Sequence[int], first: int, stop: int, row_bytes: int, /

@@ -11,6 +11,7 @@
 typedef struct {
     Py_buffer payload;
     size_t row;
+    char *digest; /* where the payload's digest goes, if one is wanted */
 } Page;
 
 typedef struct {

@@ -31,11 +31,21 @@ static int hold_begins(Wishes *wishes, const Batch *batch, PyObject *begins) {
     return -1;
 }
 
-/* Encodes all pages of a batch, each payload digested while it is in the cache; the digests. */
+/* A list of room for the digests of all pages; nobody else has seen it when it is filled. */
+static PyObject *room_for_digests(const Batch *batch) {
+    PyObject *digests = PyList_New(batch->count);
+    for (Py_ssize_t i = 0; digests && i < batch->count; i++) {
+        PyObject *digest = PyBytes_FromStringAndSize(NULL, DIGEST_BYTES);
+        if (digest) batch->pages[i].digest = PyBytes_AsString(digest);
+        if (!digest || PyList_SetItem(digests, i, digest)) Py_CLEAR(digests);
+    }
+    return digests;
+}
+
+/* Encodes all pages of a batch, each payload digested, if that is wished, while it is in the cache; the digests. */
 static PyObject *encode_batch(const Batch *batch, const Wishes *wishes) {
-    PyObject *digests = PyBytes_FromStringAndSize(NULL, wishes->digest_of ? batch->count * DIGEST_BYTES : 0);
+    PyObject *digests = wishes->digest_of ? room_for_digests(batch) : PyList_New(0);
     if (!digests) return NULL;
-    char *const first_digest = PyBytes_AsString(digests);
     const Kernels *kernels = kernels_for(chosen_set(), &batch->plan.shape);
     const size_t plane_bytes = block_bytes(&batch->plan.shape), page_bytes = batch->plan.layers * batch->plan.layer_bytes;
     Py_BEGIN_ALLOW_THREADS;
@@ -49,7 +59,7 @@ static PyObject *encode_batch(const Batch *batch, const Wishes *wishes) {
                 kernels->encode[entry.codec](&entry.shape, numbers, payload + entry.offset);
             }
         }
-        if (wishes->digest_of) put_digest(first_digest + i * DIGEST_BYTES, wishes->digest_of(payload, batch->plan.payload_bytes));
+        if (wishes->digest_of) put_digest(batch->pages[i].digest, wishes->digest_of(payload, batch->plan.payload_bytes));
     }
     Py_END_ALLOW_THREADS;
     return digests;
