@@ -94,6 +94,12 @@ static bool load_heads(Loaded *loaded, __m512i *pairs, Means *means, const Shape
     return usual;
 }
 
+/* Has memory brought nearer that is likely to be encoded next: the strides in which columns read it are not what CPUs foresee. */
+static const char *fetch_ahead(const char *from, size_t count) {
+    for (size_t at = 0; at < count; at += LINE_BYTES) __builtin_prefetch(from + at, 0, 2);
+    return from + count;
+}
+
 /* A whole block, the mean of keys at `coded_mean`; false, and nothing of use written, if a number is none or too large. The CPU gets the next
    columns to load before the codes of those that wait for roots and quotients. */
 static bool encode_columns(const Shape *shape, const char *numbers, uint8_t *coded_mean, uint8_t *supers, uint8_t *steps, uint8_t *packed) {
@@ -107,9 +113,11 @@ static bool encode_columns(const Shape *shape, const char *numbers, uint8_t *cod
     Floats scales[KEPT_SCALES / COLUMN_TOKENS];
     __mmask16 reduced[KEPT_SCALES / COLUMN_TOKENS];
     Tokens tokens;
+    const char *ahead = numbers + block_bytes(shape);
     for (int next = 0, head = 0; next <= heads * column_batches(shape); next++) {
         Columns *const ready = &columns[next % 2], *const own = &columns[1 - next % 2];
         if (next < heads * column_batches(shape)) {
+            ahead = fetch_ahead(ahead, COLUMN_TOKENS * packed_bytes * 4);
             if (head == 0) tokens = tokens_of(shape, numbers, next / heads * COLUMN_TOKENS);
             const bool with_means = shape->keys && next < heads;
             const int place = with_means ? head % together : 0;
