@@ -7,10 +7,9 @@ memory can do. `threads.compute` and `threads.copy`, once for all formats: how m
 slows down (encoding one page in the cache again and again) and at copying: the most that this machine's CPUs and memory give.
 `.1page`: microseconds for one page of 64 KiB that is in the cache, beside its copy; less is better. `.1page.cold`: the same
 for pages that are not. Formats that name a layer which so small a page has not are without both. `.torch`: the torch reference, of
-formats without byte stage, which is the same with and without torch. `q8.encode+checksum`: encoded and hashed (xxh3-64) page by page;
-`.share`: what the hash takes of that time, by a clock that is read around each hash: the difference of two runs would be lost in what
-either varies by. Formats are named as in the configuration: `q8/q4`, `q4;0-1:q8`, `raw+zstd`; payloads with a byte stage are unpacked
-before they are decoded, within the time.
+formats without byte stage, which is the same with and without torch. `q8.encode+checksum`: encoded, each payload digested (xxh3-128) as
+soon as it is made, as for tiers; `.share`: what that takes of the time, of calls with and without it that alternate. Formats are named as
+in the configuration: `q8/q4`, `q4;0-1:q8`, `raw+zstd`; payloads with a byte stage are unpacked before they are decoded, within the time.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
 
 import numpy as np
 import torch
@@ -34,6 +32,7 @@ from kvtier.layout import PageLayout
 from kvtier.memory.limits import available_memory
 
 from .measure import Row, Run, side_by_side
+from .measure import seconds as seconds_of
 
 LAYOUTS = {
     "smollm2": PageLayout(layers=30, planes=2, page_tokens=16, kv_heads=3, head_dim=64, dtype="bf16"),
@@ -41,6 +40,8 @@ LAYOUTS = {
 }
 SMALL = PageLayout(layers=4, planes=2, page_tokens=16, kv_heads=4, head_dim=64, dtype="bf16")
 """A page of 64 KiB."""
+HASHED_TOGETHER = 8
+"""Pages of each call with or without digests: few, so that what the machine does meanwhile meets both."""
 COLD_BYTES = 64 << 20
 """So many bytes of small pages, one after the other, are in no cache when their turn comes again."""
 TORCH_BYTES = 16 << 20
@@ -82,23 +83,22 @@ class Bench:
     def hash(self) -> None:
         """All payloads, for the result's sake."""
         for payload in self.payloads:
-            xxhash.xxh3_64_intdigest(payload.data)
+            xxhash.xxh3_128_intdigest(payload.data)
 
     def encode_and_hash(self) -> None:
-        """Page by page, as a tier does: the payload is hashed while it is in the cache."""
-        for row in range(len(self.pages)):
-            (payload,) = self.format.encode(self.pages, self.layout, [row], self.room[row : row + 1])
-            xxhash.xxh3_64_intdigest(payload.data)
+        """All pages, and what proves the payloads."""
+        self.format.encode_with_digests(self.pages, self.layout, out=self.room)
 
-    def share_of_hash(self) -> float:
-        """`encode_and_hash` once more: the part of its time in which it hashed."""
-        hashing, start = 0.0, perf_counter()
-        for row in range(len(self.pages)):
-            (payload,) = self.format.encode(self.pages, self.layout, [row], self.room[row : row + 1])
-            encoded = perf_counter()
-            xxhash.xxh3_64_intdigest(payload.data)
-            hashing += perf_counter() - encoded
-        return hashing / (perf_counter() - start)
+    def share_of_hash(self, turn: int) -> float:
+        """The part of the time of `encode_and_hash` that is not that of `encode`: medians of calls that alternate, from one `turn` to the
+        next the other way round."""
+        together = min(HASHED_TOGETHER, len(self.pages) // 2)
+        taken: list[list[float]] = [[], []]
+        for first in range(0, len(self.pages) // together * together, together):
+            some, hashed = self.part(first, first + together), (first // together + turn) % 2
+            taken[hashed].append(seconds_of(some.encode_and_hash if hashed else some.encode))
+        alone, both = map(statistics.median, taken)
+        return (both - alone) / both
 
 
 def note() -> str:
@@ -178,7 +178,7 @@ def _rows_of(run: Run, name: str, layout: PageLayout, pages: torch.Tensor, targe
         rows.append(Row(f"{name}.{what}.2threads.copy", count / both / 1e9, "GB/s", count / copies / 1e9))
     run.step(f"{name} and checksum")
     hashed, alone = side_by_side([bench.encode_and_hash, bench.hash], run.repeats)
-    share = statistics.median(bench.share_of_hash() for _ in range(run.repeats))
+    share = statistics.median(bench.share_of_hash(turn) for turn in range(run.repeats))
     rows.append(Row(f"{name}.encode+checksum", count / hashed / 1e9, "GB/s", count / copy / 1e9))
     rows.append(Row(f"{name}.encode+checksum.share", share, "of the time"))
     rows.append(Row(f"{name}.checksum", sum(map(len, bench.payloads)) / alone / 1e9, "GB/s of payload"))
@@ -236,9 +236,10 @@ def _one_page(run: Run, name: str) -> list[Row]:
         pages = make_pages(SMALL, 2 if run.tiny and count > 1 else count)
         bench, times = _bench(name, SMALL, pages, torch.zeros_like(pages)), (10 if run.tiny else 1000) // len(pages) or 1
         parts = [bench.part(row, row + 1) for row in range(len(pages))]
-        works = [partial(_often, [getattr(part, what) for part in parts], times) for what in ("copy", "encode", "decode")]
+        whats = {"copy": "copy", "encode": "encode", "encode+checksum": "encode_and_hash", "decode": "decode"}
+        works = [partial(_often, [getattr(part, what) for part in parts], times) for what in whats.values()]
         copy, *coded = (taken / times / len(pages) * 1e6 for taken in side_by_side(works, run.repeats))
-        rows += [Row(f"{name}.{what}.1page{suffix}", taken, "us", copy) for what, taken in zip(("encode", "decode"), coded, strict=True)]
+        rows += [Row(f"{name}.{what}.1page{suffix}", taken, "us", copy) for what, taken in zip(list(whats)[1:], coded, strict=True)]
     return rows
 
 

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvtier.errors import LayoutError
+from kvtier.formats.digests import digests_of
 from kvtier.layout import PageLayout
 
 Payload = NDArray[np.uint8]
@@ -79,6 +80,18 @@ class Format(ABC):
         if shape or dtype differ or `out` is too small. NaN, infinities and extreme values encode to what the format's documentation
         states, never raise.
         """
+
+    def encode_with_digests(
+        self,
+        pages: torch.Tensor,
+        layout: PageLayout,
+        rows: Sequence[int] | None = None,
+        out: Sequence[Payload] | None = None,
+        first: Collection[int] = (),
+    ) -> tuple[list[Payload], list[bytes]]:
+        """As `encode`; and the xxh3-128 of each payload, as `xxhash.xxh3_128_digest` gives it: what tiers prove copies by."""
+        payloads = self.encode(pages, layout, rows, out, first)
+        return payloads, digests_of(payloads)
 
     def unpack(self, payloads: Sequence[Payload], layout: PageLayout) -> list[Payload]:
         """Undo a byte stage, if this format has one; the result is what `decode` takes. ValueError on a payload that is malformed or not

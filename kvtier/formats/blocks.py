@@ -22,7 +22,7 @@ import torch
 from kvtier.errors import LayoutError
 from kvtier.format_spec import FormatSpec
 from kvtier.formats.base import UINT8, Format, Payload, Stream, check_pages, check_rows, described_bytes, room_for, span_of, target_of
-from kvtier.formats.digests import digest_address
+from kvtier.formats.digests import digest_address, digests_of
 from kvtier.formats.native import Arrivals, Expected, NativeCodecs
 from kvtier.formats.native import codecs as native_codecs
 from kvtier.formats.proof import Proof
@@ -37,6 +37,10 @@ Receive = Callable[[Sequence[Payload], Sequence[int], Sequence[bytes], Sequence[
 """`receive(records, counts, keys, rows)`: see `BlockFormat.receiver`."""
 
 NATIVE_DTYPES = {"bf16": 0, "fp16": 1, "fp32": 2}
+
+_EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+USUAL: Expected | None = None if _EXCHANGE is None else (torch.Tensor, _EXCHANGE, torch.Tensor.is_neg)
+"""What the native codecs see by that a tensor is a usual one; None with older versions of torch, where Python's checks do."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class _Plan:
     places: tuple[tuple[Place, ...], ...]
     payload_bytes: int
     streams: tuple[Stream, ...]
-    native: tuple[NativeCodecs, bytes, Expected] | None
+    native: tuple[NativeCodecs, bytes] | None
 
     def blocks(self, payload: Payload, first: int, stop: int, plane: int) -> Payload:
         """The blocks of one plane for layers `first` to `stop`, all coded alike: a view `[layers, block bytes]` of the payload."""
@@ -181,27 +185,57 @@ class BlockFormat(Format):
         first: Collection[int] = (),
     ) -> list[Payload]:
         plan = self._plan_of(layout)
-        if rows is None and not first and plan.native is not None and out is not None:
-            native, described, expected = plan.native
-            if native.encode_all(described, expected, pages, out):
+        if rows is None and out is not None and not first and plan.native is not None and USUAL is not None:
+            native, described = plan.native
+            if native.encode_all(described, USUAL, pages, out, 0) is not None:
                 return list(out)
+        return self._encode(pages, layout, rows, out, first, 0)[0]
+
+    def encode_with_digests(
+        self,
+        pages: torch.Tensor,
+        layout: PageLayout,
+        rows: Sequence[int] | None = None,
+        out: Sequence[Payload] | None = None,
+        first: Collection[int] = (),
+    ) -> tuple[list[Payload], list[bytes]]:
+        plan, digest_of = self._plan_of(layout), digest_address()
+        if rows is None and out is not None and not first and plan.native is not None and USUAL is not None and digest_of:
+            native, described = plan.native
+            digests = native.encode_all(described, USUAL, pages, out, digest_of)
+            if digests is not None:
+                return list(out), digests
+        payloads, digests = self._encode(pages, layout, rows, out, first, digest_of)
+        return payloads, digests_of(payloads) if digests is None else digests
+
+    def _encode(
+        self,
+        pages: torch.Tensor,
+        layout: PageLayout,
+        rows: Sequence[int] | None,
+        out: Sequence[Payload] | None,
+        first: Collection[int],
+        digest_of: int,
+    ) -> tuple[list[Payload], list[bytes] | None]:
+        """As `encode`, in any case; and the digests where compiled kernels made them, by the function at `digest_of`, if any."""
+        plan = self._plan_of(layout)
         given = check_pages(pages, layout)
         if pages.is_neg():
             pages = pages.resolve_neg()  # kernels read the memory, which says nothing of a sign that torch has put off
         rows = range(given) if rows is None else check_rows(rows, given, "encode")
         payloads = room_for(len(rows), plan.payload_bytes, out)
         if plan.native is not None and pages.is_cpu and pages.is_contiguous():
-            native, described, _ = plan.native
+            native, described = plan.native
             begins = bytes(index in first for index in range(len(rows))) if first else b""
-            native.encode(described, pages.data_ptr(), rows, payloads, begins)
-            return payloads
+            made = native.encode(described, pages.data_ptr(), rows, payloads, begins, digest_of)
+            return payloads, made if digest_of else None
         if pages.is_cuda:
             self._encode_on_device(pages, layout, rows, payloads, first)
-            return payloads
+            return payloads, None
         for special in (False, True):
             some = [index for index in range(len(rows)) if (index in first) == special]
             self._encode_reference(pages, layout, [rows[i] for i in some], [payloads[i] for i in some], special)
-        return payloads
+        return payloads, None
 
     def decode(
         self,
@@ -212,9 +246,9 @@ class BlockFormat(Format):
         rows: Sequence[int] | None = None,
     ) -> torch.Tensor:
         plan = self._plan_of(layout)
-        if rows is None and plan.native is not None and out is not None and layers == _ALL:
-            native, described, expected = plan.native
-            if native.decode_all(described, expected, payloads, out):
+        if rows is None and plan.native is not None and out is not None and layers == _ALL and USUAL is not None:
+            native, described = plan.native
+            if native.decode_all(described, USUAL, payloads, out):
                 return out
         for payload in payloads:
             if payload.dtype != UINT8 or payload.shape != (plan.payload_bytes,) or not payload.flags.c_contiguous:
@@ -225,7 +259,7 @@ class BlockFormat(Format):
         if plan.native is None:
             self._decode_reference(payloads, layout, begin, end, out, rows)
             return out
-        native, described, _ = plan.native
+        native, described = plan.native
         row_values = (end - begin) * layout.strides[0] if out.is_contiguous() else out.stride(0)
         native.decode(described, payloads, out.data_ptr(), rows, begin, end, row_values * DTYPE_BYTES[layout.dtype])
         return out
@@ -246,7 +280,7 @@ class BlockFormat(Format):
         digest_of = digest_address()
         if plan.native is None or not digest_of:
             return None
-        native, described, _ = plan.native
+        native, described = plan.native
         target_of(out, [], 0, layout.layers, layout)
         row_bytes = layout.page_bytes if out.is_contiguous() else out.stride(0) * DTYPE_BYTES[layout.dtype]
 
@@ -327,7 +361,7 @@ def _streams(places: Sequence[Sequence[Place]]) -> tuple[Stream, ...]:
     return tuple(Stream(elements[key], tuple(spans)) for key, spans in alike.items())
 
 
-def _native_plan(places: Sequence[Sequence[Place]], layout: PageLayout, payload_bytes: int) -> tuple[NativeCodecs, bytes, Expected] | None:
+def _native_plan(places: Sequence[Sequence[Place]], layout: PageLayout, payload_bytes: int) -> tuple[NativeCodecs, bytes] | None:
     native = native_codecs()
     if native is None:
         return None
@@ -338,8 +372,7 @@ def _native_plan(places: Sequence[Sequence[Place]], layout: PageLayout, payload_
             return None
     head = struct.pack("<8i", geometry[0], layout.layers, layout.planes, *geometry[1:], len(entries), 0)
     body = b"".join(struct.pack("<iiq", place.codec.native_id, place.shape.keys, place.offset) for place in entries)
-    expected = torch.Tensor, torch.strided, layout.torch_dtype, layout.shape
-    return native, head + body + struct.pack("<q", payload_bytes), expected
+    return native, head + body + struct.pack("<q", payload_bytes)
 
 
 def _chunks(pages: int, layout: PageLayout, runs: Iterator[tuple[int, int]]) -> Iterator[tuple[slice, int, int]]:

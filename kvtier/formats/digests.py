@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
+
+from kvtier.formats.proof import LEAST_BYTES
+
+DIGEST_BYTES = 16
 
 _NAMES = "XXH3_128bits_dispatch", "XXH3_128bits"
 """The first takes the CPU's widest instructions; https://xxhash.com/doc/v0.8.3/group___x_x_h3__family.html"""
@@ -21,6 +28,18 @@ class _Halves(ctypes.Structure):
     """XXH128_hash_t."""
 
     _fields_ = (("low", ctypes.c_uint64), ("high", ctypes.c_uint64))
+
+
+def short_digest(payload: NDArray[np.uint8], digest: bytes | None) -> int:
+    """The xxh3-64 of a contiguous payload: half of its xxh3-128, where that is known."""
+    if digest is None or payload.size < LEAST_BYTES:
+        return xxhash.xxh3_64_intdigest(payload.data)
+    return int.from_bytes(digest[DIGEST_BYTES // 2 :], "big")
+
+
+def digests_of(payloads: Iterable[NDArray[np.uint8]]) -> list[bytes]:
+    """The xxh3-128 of each, by the package."""
+    return [xxhash.xxh3_128_digest(payload.data) for payload in payloads]
 
 
 @lru_cache(maxsize=1)

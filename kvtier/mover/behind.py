@@ -24,12 +24,12 @@ class WriteBehind:
         self._packer = packer
         self._settle: Callable[[], None] = _nothing
 
-    def store(self, indices: Sequence[int], payloads: Sequence[Payload], last: bool) -> None:
+    def store(self, indices: Sequence[int], payloads: Sequence[Payload], digests: Sequence[bytes] | None, last: bool) -> None:
         """Start to write one payload per index of a move; their memory is free again afterwards. Waits for the piece before.
 
         `last`: no other piece follows, so that the worker has nothing else to do than to write this one itself.
         """
-        begun = self._packer.begin([self._transfer.moves[index] for index in indices], payloads, ahead=not last)
+        begun = self._packer.begin([self._transfer.moves[index] for index in indices], payloads, digests, ahead=not last)
         sizes = [len(payload) for payload in payloads]
         before, self._settle = self._settle, lambda: self._note(indices, sizes, begun())
         before()

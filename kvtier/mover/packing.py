@@ -21,6 +21,9 @@ from kvtier.tiers.base import FinishStore, Refused, Tier
 
 log = logging.getLogger(__name__)
 
+Encoded = tuple[list[Payload], list[bytes] | None]
+"""Payloads, and their xxh3-128 where it was made with them."""
+
 MEMORY = 0.9
 """Weight that the measured write bandwidth keeps at each further write."""
 
@@ -34,14 +37,15 @@ class Packer:
         self.economy = StageEconomy()
         self._bytes_per_s = 0.0
 
-    def encode(self, pages: torch.Tensor, rows: Sequence[int] | None, room: Sequence[Payload], first: Sequence[int]) -> list[Payload]:
-        """As `Format.encode`; `room` as its `out`."""
+    def encode(self, pages: torch.Tensor, rows: Sequence[int] | None, room: Sequence[Payload], first: Sequence[int]) -> Encoded:
+        """As `Format.encode_with_digests`; `room` as its `out`. No digests behind a byte stage: tiers make them as well from
+        what that gives."""
         codec, layout = self._tier.format, self._tier.layout
         if not isinstance(codec, Staged):
-            return codec.encode(pages, layout, rows, room, first)
+            return codec.encode_with_digests(pages, layout, rows, room, first)
         if (stage := self._stage()) != "measured":
-            return codec.encode(pages, layout, rows, room, first, compress=stage == "works")
-        return self._pack(codec, codec.inner.encode(pages, layout, rows, None, first), room)
+            return codec.encode(pages, layout, rows, room, first, compress=stage == "works"), None
+        return self._pack(codec, codec.inner.encode(pages, layout, rows, None, first), room), None
 
     def pack(self, plain: Sequence[Payload], room: Sequence[Payload]) -> list[Payload]:
         """What `encode` gives, of payloads that were encoded elsewhere, by the format without its byte stage."""
@@ -76,14 +80,17 @@ class Packer:
                 log.info("tier %s: %s now %s", self._tier.name, codec.name, "compresses" if self.economy.pays else "only stores")
         return packed
 
-    def begin(self, moves: Sequence[Move], payloads: Sequence[Payload], ahead: bool) -> FinishStore:
+    def begin(self, moves: Sequence[Move], payloads: Sequence[Payload], digests: Sequence[bytes] | None, ahead: bool) -> FinishStore:
         """Start to store one payload per move in its target slot; as `Tier.begin_store`, or, unless `ahead`, `Tier.store`.
 
         Bandwidth is what is stored in the time the caller waits: what is written while it does something else costs nothing.
         """
         start = time.perf_counter()
         slots, pages = [move.target_slot for move in moves], [move.page for move in moves]
-        finish = self._tier.begin_store(slots, pages, payloads) if ahead else partial(list, self._tier.store(slots, pages, payloads))
+        if ahead:
+            finish = self._tier.begin_store(slots, pages, payloads, digests)
+        else:
+            finish = partial(list, self._tier.store(slots, pages, payloads, digests))
         begun_s, sizes = time.perf_counter() - start, [len(payload) for payload in payloads]
 
         def finished() -> list[Refused | None]:

@@ -105,10 +105,10 @@ def _offload(
             slots, room = [move.source_slot for move in some], list(scratch.encoded[: len(some)])
             memory, first = source.memory(), _first(some)
             if memory is not None:
-                payloads = packer.encode(memory, slots, room, first)
+                encoded = packer.encode(memory, slots, room, first)
             else:
-                payloads = packer.encode(source.gather(slots), None, room, first)
-            writes.store(range(start + piece.start, start + piece.stop), payloads, piece.stop == len(moves))
+                encoded = packer.encode(source.gather(slots), None, room, first)
+            writes.store(range(start + piece.start, start + piece.stop), *encoded, piece.stop == len(moves))
     return writes.moved
 
 
@@ -210,7 +210,9 @@ def _recode(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier,
     layout, same = source.layout, source.format.name == target.format.name
     with closing(WriteBehind(transfer, packer)) as writes:
         for piece in pieces(len(moves), _pages_at_once(len(moves), target, scratch)):
-            indices, payloads = [], []
+            indices: list[int] = []
+            payloads: list[Payload] = []
+            digests: list[bytes] | None = None
             for index, payload in _loaded(transfer, range(start + piece.start, start + piece.stop), source, scratch, unpack=not same):
                 indices.append(index)
                 payloads.append(payload)
@@ -218,8 +220,8 @@ def _recode(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier,
                 pages = source.format.decode(payloads, layout, out=scratch.pages)[: len(payloads)]
                 # What was loaded is decoded by now, so its room is free again.
                 first = _first([transfer.moves[index] for index in indices])
-                payloads = packer.encode(pages, None, list(scratch.encoded[: len(payloads)]), first)
-            writes.store(indices, payloads, piece.stop == len(moves))
+                payloads, digests = packer.encode(pages, None, list(scratch.encoded[: len(payloads)]), first)
+            writes.store(indices, payloads, digests, piece.stop == len(moves))
     return writes.moved
 
 
@@ -294,7 +296,7 @@ def _place(target: DeviceSlots, slots: Sequence[int], payloads: Sequence[Payload
 def _store(transfer: Transfer, indices: Sequence[int], packer: Packer, payloads: Sequence[Payload]) -> int:
     """Write one payload per index into its move's target slot; returns the bytes written."""
     with closing(WriteBehind(transfer, packer)) as writes:
-        writes.store(indices, payloads, last=True)
+        writes.store(indices, payloads, None, last=True)
     return writes.moved
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -142,6 +143,19 @@ class FormatContract(FormatNumbers):
             assert row[0] == GUARD
             assert (row[1 + len(payload) :] == GUARD).all()
         assert (memory[len(rows)] == GUARD).all()
+
+    @law
+    @given(st.data())
+    def test_digests_are_those_of_the_payloads_that_encode_gives(self, data: st.DataObject) -> None:
+        format, layout = self.make_format(), data.draw(self.layouts())
+        batch = data.draw(pages(layout))
+        rows = data.draw(st.none() | st.lists(st.integers(0, len(batch) - 1), max_size=4))
+        first = range(data.draw(st.integers(0, 2)))
+        count = len(batch) if rows is None else len(rows)
+        out = list(np.zeros((count, format.payload_bytes(layout)), np.uint8)) if data.draw(st.booleans()) else None
+        payloads, digests = format.encode_with_digests(batch, layout, rows, out, first)
+        assert same_payloads(payloads, format.encode(batch, layout, rows, None, first))
+        assert digests == [xxhash.xxh3_128_digest(payload.data) for payload in payloads]
 
     def test_out_that_cannot_take_the_payloads_is_refused_before_anything_is_written(self) -> None:
         format, layout = self.make_format(), PageLayout(2, 2, 16, 2, self.head_dims[0])

@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from kvtier.errors import IntegrityError
+from kvtier.formats.digests import digests_of
 from kvtier.layout import PageLayout
 from kvtier.testing.copies import LAYOUT, get, holds, page_id, payload, put, staging
 from kvtier.testing.tier_operations import TierOperations
@@ -276,6 +277,16 @@ class TierContract:
             assert tier.store(slots, [page_id(1)], [payload(tier, 1)]) == [None]
             assert holds(tier, slots[0], 1)
             assert holds(tier, other, 2)
+
+    def test_copies_stored_with_their_digests_come_back(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            slots = tier.reserve(3)
+            assert slots is not None
+            data = [payload(tier, number) for number in (1, 2, 3)]
+            digests = digests_of(data)
+            assert tier.store(slots[:1], [page_id(1)], data[:1], digests[:1]) == [None]
+            assert tier.begin_store(slots[1:], [page_id(2), page_id(3)], data[1:], digests[1:])() == [None, None]
+            assert all(holds(tier, slot, number) for slot, number in zip(slots, (1, 2, 3), strict=True))
 
     def test_freed_copies_are_gone_and_their_slots_serve_again(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as tier:

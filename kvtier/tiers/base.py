@@ -137,20 +137,25 @@ class Tier(Slots):
     """Whether a payload of less than the most bytes leaves room to others. Where not, a byte stage gains none and only "auto" uses it."""
 
     @abstractmethod
-    def store(self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload]) -> list[Refused | None]:
+    def store(
+        self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload], digests: Sequence[bytes] | None = None
+    ) -> list[Refused | None]:
         """Write one copy per slot; None = written, whole. A refused slot holds no copy and still has to be freed by the caller.
 
-        Payloads are read, not kept. Never raises for a full or failing medium; IntegrityError for slots that are not reserved
-        or already hold a copy.
+        `digests`: the xxh3-128 of each payload (`Format.encode_with_digests`), from callers who know them: then nobody has to read payloads
+        once more to prove the copies later. Payloads are read, not kept. Never raises for a full or failing medium; IntegrityError for
+        slots that are not reserved or already hold a copy.
         """
 
-    def begin_store(self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload]) -> FinishStore:
+    def begin_store(
+        self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload], digests: Sequence[bytes] | None = None
+    ) -> FinishStore:
         """Start to `store`, and give what waits for the end and answers as `store`: the caller makes the next payloads meanwhile.
 
         The memory of the payloads is the caller's again when this returns. What it gives is to be called once, whatever happens, before the
         slots are freed.
         """
-        outcomes = self.store(slots, pages, payloads)
+        outcomes = self.store(slots, pages, payloads, digests)
         return lambda: outcomes
 
     @abstractmethod

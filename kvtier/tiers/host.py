@@ -11,7 +11,7 @@ import logging
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, repeat
 
 import numpy as np
 import xxhash
@@ -21,6 +21,7 @@ from kvtier.cuda.registration import Registration
 from kvtier.cuda.surface import Accelerator, Addresses
 from kvtier.errors import ConfigError, IntegrityError
 from kvtier.formats.base import Format, Payload
+from kvtier.formats.digests import short_digest
 from kvtier.keys import PageKey
 from kvtier.layout import PageLayout
 from kvtier.memory.arena import Arena, Switch
@@ -161,9 +162,11 @@ class HostTier(Tier):
         if self._moves is not None:
             self._moves.freed(slots)
 
-    def store(self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload]) -> list[Refused | None]:
+    def store(
+        self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload], digests: Sequence[bytes] | None = None
+    ) -> list[Refused | None]:
         self._check_reserved(slots)
-        return [self._write(*copy) for copy in zip(slots, pages, payloads, strict=True)]
+        return [self._write(*copy) for copy in zip(slots, pages, payloads, digests or repeat(None, len(slots)), strict=True)]
 
     def load(self, slots: Sequence[int], keys: Sequence[PageKey], staging: NDArray[np.uint8]) -> list[Payload | Refused]:  # noqa: ARG002
         if self._moves is not None:
@@ -273,7 +276,7 @@ class HostTier(Tier):
             if not 0 <= slot < len(self._key) or not self._reserved[slot]:
                 raise IntegrityError(f"host: slot {slot} is not reserved")
 
-    def _write(self, slot: int, page: PageId, payload: Payload) -> Refused | None:
+    def _write(self, slot: int, page: PageId, payload: Payload, digest: bytes | None) -> Refused | None:
         if self._closed:
             return Refused("closed")
         if payload.dtype != _UINT8 or payload.shape != (self._payload_bytes,):
@@ -282,7 +285,7 @@ class HostTier(Tier):
             raise IntegrityError(f"host: slot {slot} already holds a copy; free it before storing another one")
         payload = np.ascontiguousarray(payload)
         # Of the source, not of the arena: a copy that went wrong on the way must not prove itself right.
-        self._checksum[slot] = xxhash.xxh3_64_intdigest(payload.data)
+        self._checksum[slot] = short_digest(payload, digest)
         if payload.base is not self._bytes.base or payload.ctypes.data != self._address + slot * self.slot_bytes:
             self._bytes[slot] = payload  # else a GPU wrote it here itself, where `direct` told it to
         self._key[slot] = page.key

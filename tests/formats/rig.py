@@ -110,7 +110,7 @@ def usual_pages(layout: PageLayout, count: int = 3) -> torch.Tensor:
 def encode(codecs, name: str, pages: torch.Tensor, layout: PageLayout, begins: bool = False) -> list[np.ndarray]:
     plan, size = plan_of(name, layout)
     payloads = list(np.zeros((len(pages), size), np.uint8))
-    codecs.encode(plan, pages.data_ptr(), range(len(pages)), payloads, bytes([begins] * len(pages)))
+    codecs.encode(plan, pages.data_ptr(), range(len(pages)), payloads, bytes([begins] * len(pages)), 0)
     return payloads
 
 

@@ -119,7 +119,7 @@ class TestAgainstTheReference:
         pages = usual_pages(layout)
         plan, size = plan_of(name, layout)
         room = np.full((3, size + 128), GUARD, np.uint8)
-        codecs.encode(plan, pages.data_ptr(), [2, 0, 1], [row[61 : 61 + size] for row in room], b"\0\1\0")
+        codecs.encode(plan, pages.data_ptr(), [2, 0, 1], [row[61 : 61 + size] for row in room], b"\0\1\0", 0)
         assert (room[:, :61] == GUARD).all()
         assert (room[:, 61 + size :] == GUARD).all()
         payloads = [row[61 : 61 + size] for row in room]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvtier.formats.blocks import USUAL
 from kvtier.layout import PageLayout
 from tests.formats.rig import GUARD, decode, encode, needs_native, plan_of, usual_pages
 
@@ -36,7 +37,7 @@ class TestTheExtension:
                 plan, size = plan_of("q4", layout)
                 payloads = list(np.zeros((4, size), np.uint8))
                 before = counted[0]
-                codecs.encode(plan, pages.data_ptr(), range(4), payloads, bytes(4))
+                codecs.encode(plan, pages.data_ptr(), range(4), payloads, bytes(4), 0)
                 during = max(during, counted[0] - before)
         finally:
             done.set()
@@ -69,7 +70,7 @@ class TestTheExtension:
         bad_plans += [plan[:-8] + struct.pack("<q", value) for value in (-1, size - 1)]
         for bad in bad_plans:
             with pytest.raises(ValueError, match="plan"):
-                codecs.encode(bad, address, rows, outs, bytes(2))
+                codecs.encode(bad, address, rows, outs, bytes(2), 0)
         for bad_rows, bad_outs, error in [
             ([0], outs, ValueError),
             ([0, -1], outs, ValueError),
@@ -78,20 +79,27 @@ class TestTheExtension:
             (["0", 1], outs, TypeError),
         ]:
             with pytest.raises(error):
-                codecs.encode(plan, address, bad_rows, bad_outs, bytes(2))
+                codecs.encode(plan, address, bad_rows, bad_outs, bytes(2), 0)
             with pytest.raises(error):
                 codecs.decode(plan, bad_outs, address, bad_rows, 0, 2, layout.page_bytes)
         with pytest.raises(ValueError, match="read-only"):
-            codecs.encode(plan, address, rows, [outs[0], read_only], bytes(2))
+            codecs.encode(plan, address, rows, [outs[0], read_only], bytes(2), 0)
         for begins, error in ((b"\0", ValueError), (bytes(3), ValueError), (None, TypeError)):
             with pytest.raises(error):
-                codecs.encode(plan, address, rows, outs, begins)
+                codecs.encode(plan, address, rows, outs, begins, 0)
         for first, stop in ((-1, 1), (1, 0), (0, 3)):
             with pytest.raises(ValueError, match="layers"):
                 codecs.decode(plan, outs, address, rows, first, stop, layout.page_bytes)
-        for call in (codecs.encode, codecs.decode, codecs.supports):
+        for call in (codecs.encode, codecs.encode_all, codecs.decode, codecs.decode_all, codecs.supports):
             with pytest.raises(TypeError):
                 call(plan)
+        with pytest.raises(TypeError):
+            codecs.encode(plan, address, rows, outs, bytes(2), None)
+        for expected in (None, (torch.Tensor,), (torch.Tensor, None, torch.Tensor.is_neg)):
+            with pytest.raises((TypeError, ValueError)):
+                codecs.encode_all(plan, expected, pages, outs, 0)
+            with pytest.raises((TypeError, ValueError)):
+                codecs.decode_all(plan, expected, outs, pages)
         assert (room == GUARD).all()
         assert torch.equal(pages, usual_pages(layout, 2))
 
@@ -99,10 +107,10 @@ class TestTheExtension:
         pages = usual_pages(self.LAYOUT, 3)
         plan, size = plan_of("q8", self.LAYOUT)
         room = list(np.zeros((3, size), np.uint8))
-        assert codecs.encode_all(plan, (torch.Tensor, torch.strided, torch.bfloat16, self.LAYOUT.shape), pages, room)
+        assert codecs.encode_all(plan, USUAL, pages, room, 0) == []
         assert np.array_equal(room, encode(codecs, "q8", pages, self.LAYOUT))
         target = torch.zeros_like(pages)
-        assert codecs.decode_all(plan, (torch.Tensor, torch.strided, torch.bfloat16, self.LAYOUT.shape), room, target)
+        assert codecs.decode_all(plan, USUAL, room, target)
         assert torch.equal(target, decode(codecs, "q8", room, self.LAYOUT))
 
     @pytest.mark.parametrize(
@@ -129,7 +137,7 @@ class TestTheExtension:
         plan, size = plan_of("q8", self.LAYOUT)
         room = np.full((3, size), GUARD, np.uint8)
         pages, places = spoil(usual_pages(self.LAYOUT, 3), list(room))
-        assert not codecs.encode_all(plan, (torch.Tensor, torch.strided, torch.bfloat16, self.LAYOUT.shape), pages, places)
+        assert codecs.encode_all(plan, USUAL, pages, places, 0) is None
         assert (room == GUARD).all()
         assert all((place.view(np.uint8) == GUARD).all() for place in places)
 
@@ -138,7 +146,7 @@ class TestTheExtension:
         plan, size = plan_of("q8", self.LAYOUT)
         target = torch.full((3, *self.LAYOUT.shape), 7.0, dtype=torch.float16 if change == "dtype" else torch.bfloat16)
         payloads = [np.zeros(size - (change == "payload"), np.uint8)] * (2 if change == "rows" else 3)
-        assert not codecs.decode_all(plan, (torch.Tensor, torch.strided, torch.bfloat16, self.LAYOUT.shape), payloads, target)
+        assert not codecs.decode_all(plan, USUAL, payloads, target)
         assert (target == 7).all()
 
     def test_a_sign_that_torch_has_put_off_is_left_to_the_general_call(self, codecs):
@@ -146,11 +154,11 @@ class TestTheExtension:
         put_off = torch._neg_view(usual_pages(layout, 1))
         plan, size = plan_of("q8", layout)
         room = np.full((1, size), GUARD, np.uint8)
-        assert not codecs.encode_all(plan, (torch.Tensor, torch.strided, torch.float32, layout.shape), put_off, list(room))
+        assert codecs.encode_all(plan, USUAL, put_off, list(room), 0) is None
         assert (room == GUARD).all()
 
     def test_no_pages_are_no_work(self, codecs):
-        codecs.encode(plan_of("q8", self.LAYOUT)[0], 0, [], [], b"")
+        codecs.encode(plan_of("q8", self.LAYOUT)[0], 0, [], [], b"", 0)
         codecs.decode(plan_of("q8", self.LAYOUT)[0], [], 0, [], 0, 2, 0)
 
     @pytest.mark.parametrize(

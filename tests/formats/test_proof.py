@@ -15,7 +15,7 @@ from kvtier.errors import LayoutError
 from kvtier.formats import get_format, native
 from kvtier.formats.base import Payload
 from kvtier.formats.blocks import BlockFormat, Receive
-from kvtier.formats.digests import digest_address
+from kvtier.formats.digests import digest_address, short_digest
 from kvtier.formats.proof import LEAST_BYTES, Proof
 from kvtier.layout import PageLayout
 
@@ -78,6 +78,27 @@ def prove(receive: Receive, records: list[Any], keys: list[bytes], rows: list[in
     for index, record in enumerate(records):
         arrivals.take(index, len(record))
     return arrivals.placed()
+
+
+@given(payload=st.binary(max_size=600))
+def test_the_short_digest_of_any_payload_is_that_of_xxhash(payload):
+    array = np.frombuffer(payload, np.uint8)
+    assert short_digest(array, xxhash.xxh3_128_digest(payload)) == short_digest(array, None) == xxhash.xxh3_64_intdigest(payload)
+
+
+@pytest.mark.parametrize("name", ["raw", "q8", "q4"])
+@pytest.mark.parametrize("known", [True, False])
+def test_digests_made_while_encoding_are_those_of_the_payloads(features, monkeypatch, name, known):
+    if not known:
+        monkeypatch.setattr("kvtier.formats.blocks.digest_address", lambda: 0)
+    form = form_of(name)
+    pages = torch.randn((3, *LAYOUT.shape), generator=torch.Generator().manual_seed(7)).to(LAYOUT.torch_dtype)
+    room = list(np.zeros((3, form.payload_bytes(LAYOUT)), np.uint8))
+    for rows, out, first in ((None, room, ()), (None, room, (1,)), (None, None, ()), ([2, 0], None, (1,)), ([], None, ())):
+        payloads, digests = form.encode_with_digests(pages, LAYOUT, rows, out, first)
+        assert digests == [xxhash.xxh3_128_digest(payload.data) for payload in payloads], features
+        expected = form.encode(pages, LAYOUT, rows, None, first)
+        assert all(np.array_equal(a, b) for a, b in zip(payloads, expected, strict=True))
 
 
 @settings(max_examples=60, deadline=None)

@@ -40,7 +40,7 @@ class Notes:
         self.events: list[tuple[str, int]] = []
         self.refuses = refuses
 
-    def begin(self, moves, payloads, ahead):
+    def begin(self, moves, payloads, digests, ahead):
         self.events.append(("begun" if ahead else "stored", moves[0].row))
 
         def finish():
@@ -54,7 +54,7 @@ def test_a_piece_is_waited_for_only_when_the_next_one_is_on_its_way():
     transfer, notes = transfer_of(HOST, DISK, 6), Notes(refuses=(1, 4))
     with closing(WriteBehind(transfer, notes)) as writes:  # type: ignore[arg-type]
         for start in (0, 2, 4):
-            writes.store([start, start + 1], [np.zeros(10 + start, np.uint8)] * 2, last=start == 4)
+            writes.store([start, start + 1], [np.zeros(10 + start, np.uint8)] * 2, None, last=start == 4)
             assert writes.moved == {0: 0, 2: 10, 4: 10 + 24}[start], "what is being written does not count yet"
     assert writes.moved == 10 + 24 + 14
     assert transfer.refused == {1: Refused("disk full"), 4: Refused("disk full")}
@@ -65,7 +65,7 @@ def test_a_piece_is_waited_for_only_when_the_next_one_is_on_its_way():
 def test_what_was_begun_is_waited_for_when_the_next_piece_cannot_be_made():
     transfer, notes = transfer_of(HOST, DISK, 2), Notes()
     writes = WriteBehind(transfer, notes)  # type: ignore[arg-type]
-    writes.store([0], [np.zeros(10, np.uint8)], last=False)
+    writes.store([0], [np.zeros(10, np.uint8)], None, last=False)
     with pytest.raises(MemoryError), closing(writes):
         raise MemoryError
     assert notes.events == [("begun", 0), ("waited for", 0)]
@@ -88,8 +88,8 @@ class Watched(DiskTier):
         self.most_under_way = 0
         self.begun = 0
 
-    def begin_store(self, slots, pages, payloads):
-        finish = super().begin_store(slots, pages, payloads)
+    def begin_store(self, slots, pages, payloads, digests=None):
+        finish = super().begin_store(slots, pages, payloads, digests)
         self.under_way += 1
         self.begun += 1
         self.most_under_way = max(self.most_under_way, self.under_way)

@@ -46,9 +46,9 @@ class SlowTier(HostTier):
         self.asked: list[tuple[str, list[int]]] = []
         self.fails: Exception | None = None
 
-    def store(self, slots, pages, payloads):
+    def store(self, slots, pages, payloads, digests=None):
         self._pass("store", slots)
-        return super().store(slots, pages, payloads)
+        return super().store(slots, pages, payloads, digests)
 
     def load(self, slots, keys, staging):
         assert len(slots) <= len(staging)

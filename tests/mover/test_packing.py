@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kvtier.formats import get_format
+from kvtier.formats.digests import digests_of
 from kvtier.formats.economy import BEFORE_JUDGING
 from kvtier.formats.lossless import Staged
 from kvtier.layout import PageLayout
@@ -30,7 +31,7 @@ class Memory:
         self.clock, self.seconds = clock, seconds
         self.copies: dict[int, np.ndarray] = {}
 
-    def store(self, slots, pages, payloads):
+    def store(self, slots, pages, payloads, digests):
         self.clock[0] += self.seconds
         self.copies.update({slot: payload.copy() for slot, payload in zip(slots, payloads, strict=True)})
         return [None] * len(slots)
@@ -53,12 +54,19 @@ def written(monkeypatch, format: str, compress: str, seconds: float, batches: in
     sizes = []
     for _ in range(batches):
         room = [np.empty(tier.format.payload_bytes(LAYOUT), np.uint8) for _ in range(4)]
-        payloads = packer.encode(PAGES, [0, 1, 2, 3], room, [])
-        assert packer.begin(moves, payloads, ahead=False)() == [None] * 4
+        payloads, digests = packer.encode(PAGES, [0, 1, 2, 3], room, [])
+        assert packer.begin(moves, payloads, digests, ahead=False)() == [None] * 4
         decoded = tier.format.decode(tier.format.unpack([tier.copies[n] for n in range(4)], LAYOUT), LAYOUT)
         assert torch.equal(decoded, PAGES)
         sizes.append(len(tier.copies[0]))
     return sizes
+
+
+def test_payloads_come_with_their_digests_unless_a_stage_makes_them():
+    for name, known in (("q4", True), ("q4+zstd", False)):
+        tier = Memory(name, "always", [0.0], 0.0)
+        payloads, digests = Packer(tier).encode(PAGES, [2, 0], list(np.zeros((2, 1 << 14), np.uint8)), [1])  # type: ignore[arg-type]
+        assert digests == (digests_of(payloads) if known else None)
 
 
 @pytest.mark.parametrize("compress", ["always", "auto"])
@@ -90,13 +98,13 @@ def test_where_small_copies_take_the_room_of_large_ones_there_is_nothing_to_gain
     def sizes() -> list[int]:
         if packs_elsewhere:
             return [len(payload) for payload in packer.pack(get_format("raw").encode(PAGES, LAYOUT), room)]
-        return [len(payload) for payload in packer.encode(PAGES, [0, 1, 2, 3], room, [])]
+        return [len(payload) for payload in packer.encode(PAGES, [0, 1, 2, 3], room, [])[0]]
 
     assert sizes() == [tier.format.payload_bytes(LAYOUT)] * 4
     slots = tier.reserve(4)
     assert slots is not None
     pages = [PageId(bytes([n] * 32), bytes(32), 0) for n in range(4)]
-    assert tier.store(slots, pages, packer.encode(PAGES, [0, 1, 2, 3], room, [])) == [None] * 4
+    assert tier.store(slots, pages, packer.encode(PAGES, [0, 1, 2, 3], room, [])[0]) == [None] * 4
     loaded = tier.load(slots, [page.key for page in pages], np.empty((4, tier.slot_bytes), np.uint8))
     payloads = [payload for payload in loaded if not isinstance(payload, Refused)]
     assert torch.equal(tier.format.decode(tier.format.unpack(payloads, LAYOUT), LAYOUT), PAGES)

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kvtier.formats import Format, get_format
+from kvtier.formats.digests import digests_of
 from kvtier.layout import PageLayout
-from kvtier.testing.tiers import LAYOUT, TierContract, page_id
+from kvtier.testing.tiers import LAYOUT, TierContract, get, holds, page_id, payload
+from kvtier.tiers.base import Refused
 from kvtier.tiers.disk import DiskTier
 from kvtier.tiers.disk.record import HEADER_BYTES
 
@@ -86,3 +88,19 @@ class DiskContract(TierContract):
 
     def corrupt(self, tier, slot) -> None:
         flip(segment(tier._directory.path), slot * SLOT + HEADER_BYTES + 5)
+
+    def test_law_1_a_copy_is_judged_by_the_digest_that_came_with_it(self, tmp_path) -> None:
+        judged_by_digests(self, tmp_path)
+
+
+def judged_by_digests(contract: TierContract, tmp_path: Path) -> None:
+    """For tiers that take a caller's digests: bytes that were others when they were digested are not given."""
+    with contract.opened(tmp_path) as tier:
+        slots = tier.reserve(2)
+        assert slots is not None
+        data = [payload(tier, number) for number in (1, 3)]
+        digests = digests_of(data)
+        data[1][:] ^= 1
+        assert tier.store(slots, [page_id(1), page_id(3)], data, digests) == [None, None]
+        assert holds(tier, slots[0], 1)
+        assert get(tier, slots[1], page_id(3).key) == Refused("checksum")

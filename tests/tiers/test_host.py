@@ -22,6 +22,7 @@ from kvtier.testing.tiers import LAYOUT, TierContract, get, page_id, put
 from kvtier.tiers.base import Refused
 from kvtier.tiers.host import HostTier
 from tests.memory.kernel import is_mapped, locked_bytes, resident
+from tests.tiers.disk import judged_by_digests
 
 RAW, Q8 = get_format("raw"), get_format("q8")
 
@@ -32,6 +33,9 @@ class TestHostContract(TierContract):
 
     def corrupt(self, tier, slot) -> None:
         tier._bytes[slot, 17] ^= 1
+
+    def test_law_1_a_copy_is_judged_by_the_digest_that_came_with_it(self, tmp_path) -> None:
+        judged_by_digests(self, tmp_path)
 
 
 def test_slots_are_cache_line_aligned_and_the_arena_has_exactly_their_size():

@@ -21,8 +21,8 @@ CPU_VARIABLE = "KVTIER_CPU"
 """Names one of `available()`, so that a wide CPU shows what a narrower one would do."""
 
 
-Expected = tuple[type, object, object, tuple[int, ...]]
-"""A tensor's type, its `layout`, its `dtype` and the shape of one page."""
+Expected = tuple[type, object, object]
+"""The type of a tensor, what it has for DLPack's exchange in C (`__dlpack_c_exchange_api__`) and its `is_neg`."""
 
 
 class Arrivals(Protocol):
@@ -53,14 +53,18 @@ class NativeCodecs(Protocol):
     def supports(self, codec: int, dtype: int, tokens: int, heads: int, head_dim: int, /) -> bool:
         """Whether there are kernels for such blocks: a Hadamard block of 16 to 256 and sizes that fit the stack."""
 
-    def encode(self, plan: bytes, source: int, rows: Sequence[int], outs: Sequence[Payload], begins: bytes, /) -> None:
+    def encode(
+        self, plan: bytes, source: int, rows: Sequence[int], outs: Sequence[Payload], begins: bytes, digest_of: int, /
+    ) -> list[bytes]:
         """Page `rows[i]` of the contiguous pages at address `source` into the writable buffer `outs[i]`; one that begins a sequence if
-        `begins[i]` is not 0; with no `begins` at all none does."""
+        `begins[i]` is not 0; with no `begins` at all none does. `digest_of`: address of xxHash's `XXH3_128bits`
+        (`kvtier.formats.digests`), or 0 for none; gives the digest of each payload, as `xxhash.xxh3_128_digest` does, made right after
+        it was encoded."""
 
-    def encode_all(self, plan: bytes, expected: Expected, pages: object, outs: object, /) -> bool:
-        """All of the usual case in one call: True if `pages` is a contiguous CPU tensor of what is `expected` and `outs` a list of as
-        many writable uint8 arrays of one dimension and a payload's size; they are encoded then, none as the begin of a sequence. Else
-        nothing is written."""
+    def encode_all(self, plan: bytes, expected: Expected, pages: object, outs: object, digest_of: int, /) -> list[bytes] | None:
+        """All of the usual case in one call, as `encode`: if `pages` is a contiguous CPU tensor of that very type, of as many pages of the
+        plan as `outs`, a list, has writable uint8 arrays of one dimension and a payload's size; none of them begins a sequence. Else None,
+        and nothing is written."""
 
     def decode(
         self, plan: bytes, payloads: Sequence[Payload], target: int, rows: Sequence[int], first: int, stop: int, row_bytes: int, /
@@ -68,7 +72,7 @@ class NativeCodecs(Protocol):
         """Layers `first` to `stop` of `payloads[i]` to address `target + rows[i] * row_bytes`."""
 
     def decode_all(self, plan: bytes, expected: Expected, payloads: object, pages: object, /) -> bool:
-        """The same the other way: all layers of a list of payloads to as many pages."""
+        """The same the other way: all layers of a list of payloads to as many pages; whether that was the case."""
 
     def arrivals(
         self,
@@ -85,8 +89,8 @@ class NativeCodecs(Protocol):
     ) -> Arrivals:
         """Records to come, in groups that are read at once, `counts` says how many records each, one right behind the other in memory. Each
         is a head and a payload, perhaps more bytes; all layers of those that prove themselves (`kvtier.formats.proof`, `Proof.packed`) are
-        decoded to address `target + rows[i] * row_bytes`, past the caches, for whoever reads them later. `digest_of`: address of xxHash's
-        `XXH3_128bits`, `kvtier.formats.digests`."""
+        decoded to address `target + rows[i] * row_bytes`, past the caches, for whoever reads them later. `digest_of`: as for `encode`, and
+        not 0."""
 
     def features(self) -> str:
         """The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable"."""

@@ -9,6 +9,11 @@ static uint64_t word_at(const uint8_t *bytes) {
     return word;
 }
 
+void put_digest(void *to, Digest digest) {
+    const uint64_t halves[2] = {__builtin_bswap64(digest.high), __builtin_bswap64(digest.low)};
+    memcpy(to, halves, sizeof halves);
+}
+
 const char *proof_open(Proof *proof, const void *bytes, size_t size) {
     int64_t numbers[4];
     if (size < sizeof numbers) return "proof: too short; expected 4 int64, an expected head and its mask";
@@ -19,7 +24,7 @@ const char *proof_open(Proof *proof, const void *bytes, size_t size) {
     *proof = (Proof){(const uint8_t *)bytes + sizeof numbers, (size_t)numbers[0], (size_t)numbers[1], (size_t)numbers[2], (size_t)numbers[3]};
     if (size != sizeof numbers + 2 * proof->head_bytes) return "proof: expected a head and a mask as large as the head";
     if (proof->checked_bytes < LEAST_CHECKED_BYTES || proof->checked_bytes + 8 > proof->head_bytes) return "proof: no place for the head's digest";
-    if (proof->digest_at + 16 > proof->head_bytes) return "proof: no place for the payload's digest";
+    if (proof->digest_at + DIGEST_BYTES > proof->head_bytes) return "proof: no place for the payload's digest";
     return NULL;
 }
 
@@ -33,7 +38,7 @@ static bool is_expected(const Proof *proof, const uint8_t *head) {
 bool proven(const Proof *proof, const uint8_t *record, const void *key, size_t key_bytes, size_t payload_bytes, DigestOf *digest_of) {
     if (digest_of(record, proof->checked_bytes).low != word_at(record + proof->checked_bytes)) return false;
     if (!is_expected(proof, record) || memcmp(record + proof->key_at, key, key_bytes) != 0) return false;
-    const Digest payload = digest_of(record + proof->head_bytes, payload_bytes);
-    const uint8_t *const claimed = record + proof->digest_at;
-    return __builtin_bswap64(payload.high) == word_at(claimed) && __builtin_bswap64(payload.low) == word_at(claimed + 8);
+    uint8_t digest[DIGEST_BYTES];
+    put_digest(digest, digest_of(record + proof->head_bytes, payload_bytes));
+    return memcmp(digest, record + proof->digest_at, DIGEST_BYTES) == 0;
 }

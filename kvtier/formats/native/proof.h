@@ -9,13 +9,16 @@
 #include <stdint.h>
 
 /* Of fewer bytes the lower half of the xxh3-128 is not the xxh3-64. */
-enum { LEAST_CHECKED_BYTES = 241, MOST_HEAD_BYTES = 1 << 16 };
+enum { LEAST_CHECKED_BYTES = 241, MOST_HEAD_BYTES = 1 << 16, DIGEST_BYTES = 16 };
 
 /* xxHash's own: XXH128_hash_t, and XXH3_128bits without a seed. */
 typedef struct {
     uint64_t low, high;
 } Digest;
 typedef Digest DigestOf(const void *bytes, size_t count);
+
+/* As xxhash.xxh3_128_digest gives it: the upper half first, each half big-endian. */
+void put_digest(void *to, Digest digest);
 
 typedef struct {
     const uint8_t *expected;

@@ -184,21 +184,27 @@ class DiskTier(Tier):
         for a slot reserved again before that, once its new copy is stored."""
         self._book.free(slots)
 
-    def store(self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload]) -> list[Refused | None]:
-        return self._begin_store(slots, pages, payloads, ahead=False)()
+    def store(
+        self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload], digests: Sequence[bytes] | None = None
+    ) -> list[Refused | None]:
+        return self._begin_store(slots, pages, payloads, digests, ahead=False)()
 
-    def begin_store(self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload]) -> FinishStore:
+    def begin_store(
+        self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload], digests: Sequence[bytes] | None = None
+    ) -> FinishStore:
         """As of every tier; the records are written by threads of this one. `close` waits until all that was begun is finished."""
-        return self._begin_store(slots, pages, payloads, ahead=True)
+        return self._begin_store(slots, pages, payloads, digests, ahead=True)
 
-    def _begin_store(self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload], ahead: bool) -> FinishStore:
+    def _begin_store(
+        self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload], digests: Sequence[bytes] | None, ahead: bool
+    ) -> FinishStore:
         self._book.check_held(slots)
         with contextlib.ExitStack() as stack:
             if not stack.enter_context(self._operation()):
                 return lambda: [Refused("closed")] * len(slots)
-            if not len(slots) == len(pages) == len(payloads):
+            if not len(slots) == len(pages) == len(payloads) == len(slots if digests is None else digests):
                 raise ValueError(f"{len(slots)} slots, {len(pages)} pages and {len(payloads)} payloads; expected as many of each")
-            writing = self._writer.begin(slots, pages, payloads, ahead)
+            writing = self._writer.begin(slots, pages, payloads, digests, ahead)
             running = stack.pop_all()
 
         def finish() -> list[Refused | None]:

@@ -116,20 +116,23 @@ class RecordWriter:
         with self._lock:
             return min(self._in_flight, default=self.next_sequence) - 1
 
-    def begin(self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload], ahead: bool = True) -> Writing:
+    def begin(
+        self, slots: Sequence[int], pages: Sequence[PageId], payloads: Sequence[Payload], digests: Sequence[bytes] | None, ahead: bool
+    ) -> Writing:
         """Compose and start to write one record per slot; `finish` must follow. What the payloads are in is free again afterwards.
 
         IntegrityError if one of the slots holds a copy. Without `ahead`, the caller has nothing else to do: its own thread writes the last
         records, which saves waking another.
         """
         side = self._side()
+        known = [None] * len(slots) if digests is None else digests
         at_once = records_at_once(self._segments.slot_bytes, _SCRATCH_BYTES)
         writing = Writing(slots, self._begin_sequence(len(slots)))
         try:
             for start in range(0, len(slots), at_once):
                 part = slice(start, start + at_once)
                 rows = side.half()[: len(slots[part])]
-                lengths, stale, crowded = self._compose(slots[part], writing.first + start, pages[part], payloads[part], rows)
+                lengths, stale, crowded = self._compose(slots[part], writing.first + start, pages[part], payloads[part], known[part], rows)
                 write = partial(self._write, slots[part], lengths, stale, crowded, rows)
                 if ahead or part.stop < len(slots):
                     writing.parts.append(side.start(write))
@@ -189,14 +192,20 @@ class RecordWriter:
             self._in_flight.discard(writing.first)
 
     def _compose(
-        self, slots: Sequence[int], first: int, pages: Sequence[PageId], payloads: Sequence[Payload], rows: Bytes
+        self,
+        slots: Sequence[int],
+        first: int,
+        pages: Sequence[PageId],
+        payloads: Sequence[Payload],
+        digests: Sequence[bytes | None],
+        rows: Bytes,
     ) -> tuple[list[int], list[int], bool]:
         """Put records into `rows`: their bytes (0: the payload is none of this format), how far earlier ones in their slots may reach, and
         whether the blocks of freed copies should be given back first."""
         lengths, stale, crowded = [0] * len(slots), [0] * len(slots), False
-        for i, (slot, page, payload) in enumerate(zip(slots, pages, payloads, strict=True)):
+        for i, (slot, page, payload, digest) in enumerate(zip(slots, pages, payloads, digests, strict=True)):
             if self._fits(payload):
-                lengths[i] = self._compose_one(first + i, page, payload, rows[i])
+                lengths[i] = self._compose_one(first + i, page, payload, digest, rows[i])
                 stale[i], more = self._book.claim(slot, lengths[i])
                 crowded |= more
         return lengths, stale, crowded
@@ -205,9 +214,9 @@ class RecordWriter:
         whole = payload.nbytes == self._most_payload_bytes or not self._format.fixed_size
         return payload.dtype == np.uint8 and payload.ndim == 1 and payload.nbytes <= self._most_payload_bytes and whole
 
-    def _compose_one(self, sequence: int, page: PageId, payload: Payload, row: Bytes) -> int:
+    def _compose_one(self, sequence: int, page: PageId, payload: Payload, digest: bytes | None, row: Bytes) -> int:
         payload = np.ascontiguousarray(payload)
-        checksum = record.payload_checksum(payload)
+        checksum = record.payload_checksum(payload) if digest is None else digest
         header = record.Header(sequence, page, self._layout.fingerprint, self._format_hash, payload.nbytes, checksum)
         return len(record.compose(header, payload, row))
 
