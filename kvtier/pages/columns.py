@@ -75,7 +75,7 @@ class PageColumns:
         self.loops: compiled.TableLoops | None = None
         """The compiled loops over the columns, until these grow; None where there are none."""
         self._grow(1024)
-        self._row_of: compiled.RowIndex = {} if self.loops is None or (loops := compiled.loops()) is None else loops.Index()
+        self._row_of = self._index()
 
     def __len__(self) -> int:
         """Rows in use, hollow and open ones included."""
@@ -109,6 +109,11 @@ class PageColumns:
         links = (self.parent, self.slot, self.readers, self.children, self.depth, self.fill, self.leases, self.uses, self.prefetched_from)
         others = (self.pin_until, self.attention, self._copies, self._used, self._open, self.key, self.parent_key, self._free)
         return loops.Table(*links, *others)
+
+    def _index(self) -> compiled.RowIndex:
+        """An empty index of rows by key: one that the compiled loops take where they are, else a dict."""
+        loops = compiled.loops()
+        return {} if self.loops is None or loops is None else loops.Index()
 
     def check_integrity(self) -> None:
         """IntegrityError if the columns contradict each other. Slow; for tests."""

@@ -32,7 +32,8 @@ def test_it_is_a_dict(history):
         if row is not None:
             ours[bytes(bytearray(key))] = plain[key] = row  # an equal key, not the same
         elif key in plain:
-            del ours[key], plain[key]
+            del ours[key]
+            del plain[key]
         else:
             with pytest.raises(KeyError):
                 del ours[key]
@@ -52,7 +53,8 @@ def test_it_stays_a_dict_while_it_fills_and_grows_and_empties():
             if len(plain) < target:
                 ours[key] = plain[key] = int(chance.integers(0, 2**32))
             elif key in plain:
-                del ours[key], plain[key]
+                del ours[key]
+                del plain[key]
         assert dict(ours.items()) == plain
         for number in range(6000):
             key = number.to_bytes(32, "big")
