@@ -1,17 +1,17 @@
 """Compiled loops over the columns of the page table, of the policies and of free lists: `loops()` gives them, or None where the
 extension was not built or does not load.
 
-The state stays where it is, in NumPy columns and Python objects with one owner; the loops hold nothing but views of the columns, and
-keep the interpreter's lock. Each does what a few lines of NumPy beside its caller do, to the same bits. One that meets anything unusual
+The state stays where it is, in NumPy columns and objects with one owner; the loops hold nothing but views of the columns, and keep the
+interpreter's lock. Each does what a few lines of NumPy beside its caller do, to the same bits. One that meets anything unusual
 (a row out of range, a copy that is not there, a full journal) answers False, None or -1 and has changed nothing: those lines then
 do the work, or raise the error. Indices are checked, whatever columns and arguments hold; a wrong type is a TypeError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,27 @@ WHOLE = np.dtype(np.int64)
 """What their items are, made once: for a new array NumPy takes a third less time than with `np.int64`."""
 Column = NDArray[Any]
 Reals = NDArray[np.float64]
-Index = dict[bytes, int]
-"""Rows by page key."""
+
+
+class RowIndex(Protocol):
+    """Rows by page key: of a dict, what page tables need. Keys are bytes, rows whole numbers from 0 to below 2**32."""
+
+    @overload
+    def get(self, key: bytes, /) -> int | None: ...
+
+    @overload
+    def get(self, key: bytes, default: int, /) -> int: ...
+
+    def __setitem__(self, key: bytes, row: int, /) -> None: ...
+
+    def __delitem__(self, key: bytes, /) -> None: ...
+
+    def __contains__(self, key: object, /) -> bool: ...
+
+    def __len__(self) -> int: ...
+
+    def items(self) -> Iterable[tuple[bytes, int]]:
+        """Keys with their rows, in any order."""
 
 
 class TableLoops(Protocol):
@@ -34,10 +53,10 @@ class TableLoops(Protocol):
     Methods that give rows up take the number of entries on the free list and answer with the new one, and whether a row became hollow.
     """
 
-    def find(self, row_of: Index, keys: Sequence[bytes], out: Numbers, /) -> int:
+    def find(self, row_of: RowIndex, keys: Sequence[bytes], out: Numbers, /) -> int:
         """Rows of the visible prefix of `keys` into `out`; how many."""
 
-    def claim(self, row_of: Index, keys: Sequence[bytes], out: Numbers, /) -> int:
+    def claim(self, row_of: RowIndex, keys: Sequence[bytes], out: Numbers, /) -> int:
         """`find`, and one more holder and use of each."""
 
     def names(self, rows: Numbers, out: Numbers, /) -> bool:
@@ -48,7 +67,7 @@ class TableLoops(Protocol):
 
     def add_chain(
         self,
-        row_of: Index,
+        row_of: RowIndex,
         keys: Sequence[bytes],
         before: bytes,
         depth: int,
@@ -66,7 +85,7 @@ class TableLoops(Protocol):
 
     def settle_chain(
         self,
-        row_of: Index,
+        row_of: RowIndex,
         keys: Sequence[bytes],
         before: bytes,
         depth: int,
@@ -92,7 +111,7 @@ class TableLoops(Protocol):
     def commit(self, rows: Numbers, tier: int, /) -> bool:
         """WRITING copies become READY ones."""
 
-    def drop(self, rows: Numbers, tier: int, row_of: Index, free_count: int, /) -> tuple[list[int], int, bool] | None:
+    def drop(self, rows: Numbers, tier: int, row_of: RowIndex, free_count: int, /) -> tuple[list[int], int, bool] | None:
         """Copies that nobody reads go, and rows with them: their slots first in the answer."""
 
     def lease(self, rows: Numbers, /) -> bool:
@@ -101,11 +120,15 @@ class TableLoops(Protocol):
     def use(self, rows: Numbers, /) -> bool:
         """One more use of each."""
 
-    def release(self, rows: Numbers, row_of: Index, free_count: int, /) -> tuple[int, bool] | None:
+    def release(self, rows: Numbers, row_of: RowIndex, free_count: int, /) -> tuple[int, bool] | None:
         """One holder less of each, none of which is an open page."""
 
     def protect(self, rows: Numbers, tier: int, out: NDArray[np.bool_], /) -> bool:
         """Into `out` which of these are leased (where that counts) or being read in `tier`."""
+
+
+NewChain = tuple[TableLoops, RowIndex, Sequence[bytes], bytes, int, int, int, int, int, int, Sequence[int]]
+"""What `SpellLoops.settle` has to know of a page table, and of the pages that are to settle there: its arguments but for the last two."""
 
 
 class OrderLoops(Protocol):
@@ -175,6 +198,28 @@ class SpellLoops(Protocol):
     def insert(self, pages: Numbers, parents: Numbers, depths: Numbers, names: Numbers, now: float, /) -> int:
         """Pages come, of which some are ghosts, and those that the same request used before are of another kind from now on."""
 
+    def settle(
+        self,
+        table: TableLoops,
+        row_of: RowIndex,
+        keys: Sequence[bytes],
+        before: bytes,
+        depth: int,
+        parent: int,
+        fill: int,
+        size: int,
+        free_count: int,
+        tier: int,
+        slots: Sequence[int],
+        out: Numbers,
+        now: float,
+        /,
+    ) -> int:
+        """`TableLoops.settle_chain`, whose rows go into `out`, and `insert` of these by the names that the table gives.
+
+        Answers as `insert`; not done means done in neither.
+        """
+
     def remember(self, pages: Numbers, /) -> bool:
         """Pages become ghosts. False: not done."""
 
@@ -190,6 +235,9 @@ class SpellLoops(Protocol):
 
 class Loops(Protocol):
     """What the extension offers."""
+
+    def Index(self) -> RowIndex:
+        """An empty index, the only one that a table's loops take: less than a dict to look into, and for them half the work of one."""
 
     def Table(self, *columns: Column) -> TableLoops:
         """Loops over these columns, in the order of `PageTable.attach`. ValueError if their sizes do not fit each other."""

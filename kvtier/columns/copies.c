@@ -80,9 +80,9 @@ PyObject *table_drop(PyObject *self, PyObject *const *arguments, Py_ssize_t give
     Table *table = (Table *)self;
     bool failed = false;
     const int64_t tier = number_of(arguments[1], &failed);
-    Burial burial = {table, arguments[2], number_of(arguments[3], &failed), false, false};
+    Burial burial = {table, index_of(arguments[2]), number_of(arguments[3], &failed), false, false};
     Rows rows;
-    if (failed || !rows_open(&rows, arguments[0], false)) return NULL;
+    if (failed || !burial.index || !rows_open(&rows, arguments[0], false)) return NULL;
     PyObject *answer = Py_None;
     if (tier_within(table, tier) && rows_within(&rows, table->rows) && burial.unused >= 0) {
         answer = drop_rows(&burial, &rows, tier);

@@ -3,18 +3,17 @@
 
 #include <string.h>
 
-Py_ssize_t walk(const Table *table, PyObject *index, PyObject *keys, const Rows *out, bool visible) {
+Py_ssize_t walk(const Table *table, const Index *index, PyObject *keys, const Rows *out, bool visible) {
     const Py_ssize_t count = item_count(keys);
     if (count < 0) return -1;
     if (out->count < count) {
         PyErr_SetString(PyExc_ValueError, "less room for rows than there are keys");
         return -1;
     }
-    bool failed = false;
+    Batch batch;
     for (Py_ssize_t i = 0; i < count; i++) {
-        fetch_ahead(keys, i, count);
-        const int64_t row = row_of(index, item(keys, i), &failed);
-        if (failed) return -1;
+        if (i % BATCH == 0 && !index_batch(index, keys, i, &batch)) return -1;
+        const int64_t row = index_find(index, batch.keys[i % BATCH], batch.tags[i % BATCH]);
         if ((uint64_t)row >= (uint64_t)table->rows || (visible && !(table->copies[row] & READY_ANYWHERE))) return i;
         *row_at(out, i) = row;
     }
@@ -23,17 +22,21 @@ Py_ssize_t walk(const Table *table, PyObject *index, PyObject *keys, const Rows 
 
 PyObject *table_find(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     Rows out;
-    if (expect_arguments("find(row_of, keys, out)", given, 3) || !rows_open(&out, arguments[2], true)) return NULL;
-    const Py_ssize_t found = walk((Table *)self, arguments[0], arguments[1], &out, true);
+    if (expect_arguments("find(row_of, keys, out)", given, 3)) return NULL;
+    const Index *index = index_of(arguments[0]);
+    if (!index || !rows_open(&out, arguments[2], true)) return NULL;
+    const Py_ssize_t found = walk((Table *)self, index, arguments[1], &out, true);
     rows_close(&out);
     return found < 0 ? NULL : PyLong_FromSsize_t(found);
 }
 
 PyObject *table_claim(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     Rows out;
-    if (expect_arguments("claim(row_of, keys, out)", given, 3) || !rows_open(&out, arguments[2], true)) return NULL;
+    if (expect_arguments("claim(row_of, keys, out)", given, 3)) return NULL;
     Table *table = (Table *)self;
-    const Py_ssize_t found = walk(table, arguments[0], arguments[1], &out, true);
+    const Index *index = index_of(arguments[0]);
+    if (!index || !rows_open(&out, arguments[2], true)) return NULL;
+    const Py_ssize_t found = walk(table, index, arguments[1], &out, true);
     for (Py_ssize_t i = 0; i < found; i++) {
         table->leases[*row_at(&out, i)]++;
         table->uses[*row_at(&out, i)]++;
@@ -61,7 +64,12 @@ PyObject *table_links(PyObject *self, PyObject *const *arguments, Py_ssize_t giv
     return opened < 3 ? NULL : PyLong_FromLong(usual ? attended : -1);
 }
 
-/* What pages are called: the first 8 bytes of their keys. */
+bool name_of(PyObject *key, int64_t *name) {
+    const bool usual = key && PyBytes_Check(key) && PyBytes_Size(key) >= (Py_ssize_t)sizeof *name;
+    if (usual) memcpy(name, PyBytes_AsString(key), sizeof *name);
+    return usual;
+}
+
 PyObject *table_names(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     if (expect_arguments("names(rows, out)", given, 2)) return NULL;
     const Table *table = (Table *)self;
@@ -72,11 +80,7 @@ PyObject *table_names(PyObject *self, PyObject *const *arguments, Py_ssize_t giv
         return NULL;
     }
     bool usual = rows_within(&rows, table->rows) && out.count == rows.count;
-    for (Py_ssize_t i = 0; usual && i < rows.count; i++) {
-        PyObject *key = table->key[*row_at(&rows, i)];
-        usual = key && PyBytes_Check(key) && PyBytes_Size(key) >= 8;
-        if (usual) memcpy(row_at(&out, i), PyBytes_AsString(key), 8);
-    }
+    for (Py_ssize_t i = 0; usual && i < rows.count; i++) usual = name_of(table->key[*row_at(&rows, i)], row_at(&out, i));
     rows_close(&out);
     rows_close(&rows);
     return PyBool_FromLong(usual);

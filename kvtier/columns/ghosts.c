@@ -22,7 +22,12 @@ static Py_ssize_t cell_to_write(const Spells *s, int64_t page) {
 void become_ghosts(Spells *s, const Rows *pages, Py_ssize_t *cells) {
     for (Py_ssize_t i = 0; i < pages->count; i++) __builtin_prefetch(s->cell_last + first_cell(s, s->name[*row_at(pages, i)]));
     /* All are chosen by the times as they were before any of these pages left. */
-    for (Py_ssize_t i = 0; i < pages->count; i++) cells[i] = cell_to_write(s, *row_at(pages, i));
+    for (Py_ssize_t i = 0; i < pages->count; i++) {
+        cells[i] = cell_to_write(s, *row_at(pages, i));
+        __builtin_prefetch(&s->cell_name[cells[i]], 1);
+        __builtin_prefetch(&s->cell_facts[cells[i] * FACTS], 1);
+        __builtin_prefetch(&s->cell_facts[cells[i] * FACTS + FACTS - 1], 1);
+    }
     for (Py_ssize_t i = 0; i < pages->count; i++) {
         const int64_t page = *row_at(pages, i);
         s->cell_name[cells[i]] = s->name[page];

@@ -19,7 +19,7 @@ void count_held(Spells *s, Py_ssize_t pages, int64_t call) {
 }
 
 /* `Guard.settle`: whether it is the other order's turn now. */
-static bool settle(Spells *s, int64_t uses) {
+static bool settle_debt(Spells *s, int64_t uses) {
     int64_t *guard = s->guard;
     const int64_t owed = guard[OWED] - guard[SETTLED], room = guard[ROOM];
     guard[SETTLED] = guard[OWED];
@@ -50,6 +50,6 @@ static bool is_full(Spells *s, int64_t spells) {
 
 long end_call(Spells *s, int64_t spells) {
     s->counts[CALL_NUMBER]++;
-    const bool full = is_full(s, spells), changed = settle(s, spells);
+    const bool full = is_full(s, spells), changed = settle_debt(s, spells);
     return full * COHORT_DUE + changed * ORDER_CHANGED;
 }

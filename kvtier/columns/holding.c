@@ -25,9 +25,9 @@ PyObject *table_release(PyObject *self, PyObject *const *arguments, Py_ssize_t g
     if (expect_arguments("release(rows, row_of, free_count)", given, 3)) return NULL;
     Table *table = (Table *)self;
     bool failed = false;
-    Burial burial = {table, arguments[1], number_of(arguments[2], &failed), false, false};
+    Burial burial = {table, index_of(arguments[1]), number_of(arguments[2], &failed), false, false};
     Rows rows;
-    if (failed || !rows_open(&rows, arguments[0], false)) return NULL;
+    if (failed || !burial.index || !rows_open(&rows, arguments[0], false)) return NULL;
     bool usual = rows_within(&rows, table->rows) && burial.unused >= 0, left = false;
     for (Py_ssize_t i = 0; usual && i < rows.count; i++) {
         const int64_t row = *row_at(&rows, i);

@@ -1,11 +1,11 @@
 /* What Python sees of the loops. They keep the interpreter's lock: a call takes microseconds, and the objects it works on belong to
-   whoever calls. Nothing is allocated but what is answered, and a note of one call (serving.c). */
+   whoever calls. Nothing is allocated but what is answered, the cells of an index, and what is noted for one call. */
 #include "rows.h"
 
 static int prepare(PyObject *module) {
-    PyType_Spec *specs[] = {&table_spec, &order_spec, &ranking_spec, &spells_spec};
-    const char *names[] = {"Table", "Order", "Ranking", "Spells"};
-    for (int i = 0; i < 4; i++) {
+    PyType_Spec *specs[] = {&index_spec, &table_spec, &order_spec, &ranking_spec, &spells_spec};
+    const char *names[] = {"Index", "Table", "Order", "Ranking", "Spells"};
+    for (int i = 0; i < 5; i++) {
         PyObject *type = PyType_FromSpec(specs[i]);
         const int failed = !type || PyModule_AddObjectRef(module, names[i], type);
         Py_XDECREF(type);

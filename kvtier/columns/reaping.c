@@ -3,7 +3,7 @@
 
 static void bury(Burial *burial, int64_t row) {
     Table *table = burial->table;
-    if (table->key[row] && table->key[row] != Py_None && PyDict_DelItem(burial->index, table->key[row])) burial->failed = true;
+    if (table->key[row] && table->key[row] != Py_None && !index_remove(burial->index, table->key[row])) burial->failed = true;
     set_object(&table->key[row], Py_None);
     table->used[row] = table->open[row] = 0;
     if (burial->unused < table->rows) table->free[burial->unused++] = row;
@@ -30,7 +30,12 @@ void reap(Burial *burial, const Rows *rows) {
         table->children[cell(table, table->parent[row])]--;
         __builtin_prefetch(table->key[row]);
     }
-    for (Py_ssize_t i = 0; i < rows->count; i++) parents |= is_empty(table, *row_at(rows, i)) && table->children[*row_at(rows, i)];
+    for (Py_ssize_t i = 0; i < rows->count; i++) {
+        const int64_t row = *row_at(rows, i);
+        if (!is_empty(table, row)) continue;
+        parents |= table->children[row] != 0;
+        index_fetch(burial->index, table->key[row]);
+    }
     if (parents) {
         for (Py_ssize_t i = 0; i < rows->count; i++) {
             const int64_t row = *row_at(rows, i);

@@ -18,6 +18,15 @@ bool rows_open(Rows *rows, PyObject *array, bool writable) {
     return true;
 }
 
+bool rows_make(Rows *rows, Py_ssize_t count) {
+    static Py_ssize_t stride = sizeof(int64_t);
+    *rows = (Rows){.buffer = {.buf = PyMem_Malloc(sizeof(int64_t) * (size_t)(count + 1)), .strides = &stride}, .count = count};
+    if (!rows->buffer.buf) PyErr_NoMemory();
+    return rows->buffer.buf;
+}
+
+void rows_free(Rows *rows) { PyMem_Free(rows->buffer.buf); }
+
 bool rows_within(const Rows *rows, Py_ssize_t limit) {
     bool within = true;
     for (Py_ssize_t i = 0; i < rows->count; i++) within &= (uint64_t)*row_at(rows, i) < (uint64_t)limit;

@@ -24,6 +24,11 @@ bool rows_open(Rows *rows, PyObject *array, bool writable);
 
 static inline void rows_close(Rows *rows) { PyBuffer_Release(&rows->buffer); }
 
+/* Room for so many, which is nobody's array; false with an exception if there is none; else `rows_free` it. */
+bool rows_make(Rows *rows, Py_ssize_t count);
+
+void rows_free(Rows *rows);
+
 static inline int64_t *row_at(const Rows *rows, Py_ssize_t index) {
     return (int64_t *)((char *)rows->buffer.buf + index * rows->buffer.strides[0]);
 }
@@ -69,7 +74,7 @@ PyObject *item(PyObject *sequence, Py_ssize_t index);
 #define FAST(function) ((PyCFunction)(void (*)(void))function), METH_FASTCALL
 
 /* What module.c offers to Python; `kvtier/columns/__init__.py` says what each does. */
-extern PyType_Spec table_spec, order_spec, ranking_spec, spells_spec;
+extern PyType_Spec index_spec, table_spec, order_spec, ranking_spec, spells_spec;
 PyObject *take_slots(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 PyObject *give_slots(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 PyObject *expose(PyObject *self, PyObject *const *arguments, Py_ssize_t given);

@@ -2,8 +2,6 @@
    nothing where one is unusual, and then goes through them once. */
 #include "spells.h"
 
-#include <stdlib.h>
-
 /* -- kinds -- */
 
 /* -1 for features that make no known kind. */
@@ -138,17 +136,6 @@ PyObject *touch(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
 
 /* -- insert -- */
 
-/* Pages on their way in, and what is known of them before anything changes. */
-typedef struct {
-    Links links;
-    Rows names;
-    Py_ssize_t *ghosts;                       /* the cell of each, -1 where nothing is remembered */
-    int64_t continued, generation;            /* the call that used the page which they continue, if that may go on (else -1); theirs */
-    Rows used;                                /* the pages that it used */
-    int64_t new;                              /* how many were no ghosts, as a part of the number of a kind */
-    Py_ssize_t deepest;                       /* which of them is */
-} Coming;
-
 /* The page that these continue: the parent of the first, or the first parent that is not among them. */
 static int64_t parent_of_all(const Spells *s, const Links *links) {
     const Rows *pages = &links->pages, *parents = &links->parents;
@@ -276,9 +263,11 @@ static bool find_before(const Spells *s, Coming *coming) {
     return facts[CALL] < 0 || recall(s, facts[CALL], coming);
 }
 
-/* Whether these pages can come: 0, or why not. Kinds are numbered as they appear: those of the pages come first. */
-static long look_up(const Spells *s, Coming *coming) {
+/* Kinds are numbered as they appear: those of the pages come first. */
+long look_up(const Spells *s, Coming *coming) {
     s->missing[0] = 0;
+    coming->continued = -1, coming->generation = 1;
+    coming->ghosts = PyMem_Malloc(sizeof *coming->ghosts * (size_t)(coming->names.count + 1));
     if (!coming->ghosts || !may_come(s, &coming->links, &coming->names)) return UNUSUAL;
     if (!find_ghosts(s, coming) || !find_before(s, coming)) return UNUSUAL;
     bool usual = true;
@@ -305,7 +294,13 @@ static void come(Spells *s, const Coming *coming, Py_ssize_t i, double time) {
     begin_spell(s, page, combined, time);
 }
 
-static long let_in(Spells *s, const Coming *coming, double time) {
+void look_away(Coming *coming) {
+    if (coming->continued >= 0) rows_close(&coming->used);
+    PyMem_Free(coming->ghosts);
+}
+
+long let_in(Spells *s, const Coming *coming, double time) {
+    if (coming->continued >= 0 && !forget_call(s, coming->continued)) return UNUSUAL;
     const Rows *pages = &coming->links.pages;
     const int64_t call = s->counts[CALL_NUMBER];
     for (Py_ssize_t i = 0; i < pages->count; i++) come(s, coming, i, time);
@@ -321,18 +316,15 @@ PyObject *insert(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     Spells *s = (Spells *)self;
     bool failed = false;
     const double time = later_of(s, real_of(arguments[4], &failed));
-    Coming coming = {.continued = -1, .generation = 1};
+    Coming coming = {0};
     if (failed || !links_open(&coming.links, arguments)) return NULL;
     if (!rows_open(&coming.names, arguments[3], false)) {
         links_close(&coming.links);
         return NULL;
     }
-    coming.ghosts = malloc(sizeof *coming.ghosts * (size_t)(coming.names.count + 1));
     long due = look_up(s, &coming);
-    if (!due && coming.continued >= 0) failed = !forget_call(s, coming.continued);
-    if (!due && !failed) due = let_in(s, &coming, time);
-    if (coming.continued >= 0) rows_close(&coming.used);
-    free(coming.ghosts);
+    if (!due) due = let_in(s, &coming, time);
+    look_away(&coming);
     rows_close(&coming.names);
     links_close(&coming.links);
     return PyErr_Occurred() ? NULL : PyLong_FromLong(due);

@@ -1,6 +1,7 @@
 /* Columns of one A²CR policy as its loops see them: of pages (`kvtier.policy.spells`), of kinds (`kvtier.policy.reuse`), of ghosts
-   (`kvtier.policy.memory`), of what LRU would do (`kvtier.policy.guard`). spells.c opens them, serving.c is what happens to pages, ghosts.c
-   what is remembered of those that left, scoring.c what pages are worth, leaving.c which of them leave, guarding.c the counts beside. */
+   (`kvtier.policy.memory`), of what LRU would do (`kvtier.policy.guard`). spells.c opens them, serving.c is what happens to pages, settling.c
+   to those that come into the page table, too, ghosts.c what is remembered of those that left, scoring.c what pages are worth, leaving.c which
+   of them leave, guarding.c the counts beside. */
 #pragma once
 
 #include "ranking.h"
@@ -62,6 +63,25 @@ long end_call(Spells *s, int64_t spells);
 
 /* -- serving.c -- */
 
+/* Pages on their way in, and what is known of them before anything changes. */
+typedef struct {
+    Links links;
+    Rows names;
+    Py_ssize_t *ghosts;                       /* the cell of each, -1 where nothing is remembered */
+    int64_t continued, generation;            /* the call that used the page which they continue, if that may go on (else -1); theirs */
+    Rows used;                                /* the pages that it used */
+    int64_t new;                              /* how many were no ghosts, as a part of the number of a kind */
+    Py_ssize_t deepest;                       /* which of them is */
+} Coming;
+
+/* Whether these pages, with their links and names, can come: 0, or why not. To be ended by `look_away` in any case. */
+long look_up(const Spells *s, Coming *coming);
+
+void look_away(Coming *coming);
+
+/* Pages that can come do: what is due. An exception is set if something failed. */
+long let_in(Spells *s, const Coming *coming, double time);
+
 PyObject *touch(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 PyObject *insert(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 
@@ -79,6 +99,10 @@ Py_ssize_t find_ghost(const Spells *s, int64_t name);
 void become_ghosts(Spells *s, const Rows *pages, Py_ssize_t *cells);
 
 PyObject *remember(PyObject *self, PyObject *pages);
+
+/* -- settling.c -- */
+
+PyObject *settle(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 
 /* -- leaving.c -- */
 

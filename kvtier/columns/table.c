@@ -29,8 +29,8 @@ static bool hold_columns(Table *table, PyObject *columns) {
     const Py_ssize_t cells = table->columns[0].len / 8;
     if (!(table->slot = hold_column(table, columns, 8, -1))) return false;
     if (cells) table->tiers = table->columns[1].len / 8 / cells;
-    if (!cells || table->tiers < 1 || table->tiers > MOST_TIERS) {
-        PyErr_SetString(PyExc_ValueError, "a table needs a cell that is nobody's, and 1 to 8 tiers");
+    if (!cells || cells > MOST_ROWS || table->tiers < 1 || table->tiers > MOST_TIERS) {
+        PyErr_SetString(PyExc_ValueError, "a table needs a cell that is nobody's, 1 to 8 tiers, and less than 2**32 rows");
         return false;
     }
     table->cells = cells;

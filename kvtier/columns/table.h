@@ -1,12 +1,13 @@
 /* The page table's loops: what `kvtier.pages` does with columns, one row after the other instead of one NumPy call after the other. table.c
-   opens the columns, finding.c finds rows, chains.c makes them, reaping.c gives them up, copies.c and holding.c are what happens to pages.
+   opens the columns, index.c is where keys lead, finding.c finds rows, chains.c makes them, reaping.c gives them up, copies.c and holding.c
+   are what happens to pages.
 
    A method that finds anything unusual answers False or None and has changed nothing: the same method in Python then does the work, or
    says what is wrong. Row numbers that columns hold are checked like those from outside; NO_ROW and all that is out of range means the
    last cell, which belongs to no row. */
 #pragma once
 
-#include "rows.h"
+#include "index.h"
 
 enum { ABSENT, WRITING, READY, MOST_TIERS = 8 };
 static const uint64_t READY_ANYWHERE = 0x0202020202020202;
@@ -45,28 +46,16 @@ static inline void set_object(PyObject **place, PyObject *object) {
     Py_XDECREF(before);
 }
 
-/* Keys were made, or last asked for, long ago: fetching this many ahead hides most of the wait for memory. */
-enum { AHEAD = 6 };
-
-static inline void fetch_ahead(PyObject *keys, Py_ssize_t index, Py_ssize_t count) {
-    if (index + AHEAD < count) __builtin_prefetch(item(keys, index + AHEAD));
-}
-
-/* The row of `key`, NO_ROW if there is none; `*failed` set if looking failed. */
-static inline int64_t row_of(PyObject *index, PyObject *key, bool *failed) {
-    PyObject *row = key ? PyDict_GetItemWithError(index, key) : NULL;
-    if (row) return number_of(row, failed);
-    if (PyErr_Occurred()) *failed = true;
-    return NO_ROW;
-}
-
 /* The table that this object is, NULL with an exception if it is none. */
 Table *table_of(PyObject *object);
 
 /* -- finding.c -- */
 
 /* Rows of keys[i] into out[i] up to the first without a row, or (`visible`) without a READY copy. How many; -1 with an exception. */
-Py_ssize_t walk(const Table *table, PyObject *index, PyObject *keys, const Rows *out, bool visible);
+Py_ssize_t walk(const Table *table, const Index *index, PyObject *keys, const Rows *out, bool visible);
+
+/* What the page of a key is called: the first 8 bytes of it. False if it has none. */
+bool name_of(PyObject *key, int64_t *name);
 
 PyObject *table_find(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 PyObject *table_claim(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
@@ -74,6 +63,35 @@ PyObject *table_links(PyObject *self, PyObject *const *arguments, Py_ssize_t giv
 PyObject *table_names(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 
 /* -- chains.c -- */
+
+/* Pages that follow each other, and where to find rows for them: `unused` on the free list, then from `size` up. */
+typedef struct {
+    Index *index;
+    PyObject *keys, *before;
+    int64_t depth, parent, fill, size, unused;
+} Chain;
+
+/* The arguments (row_of, keys, before, depth, parent, fill, size, free_count). */
+Chain chain_of(PyObject *const *arguments, bool *failed);
+
+/* A chain of pages none of which has a row yet, and their copies in a tier. */
+typedef struct {
+    Chain chain;
+    int64_t tier;
+    Rows rows, parents, depths, slots;
+} Settling;
+
+/* Which rows they will have, in which slots, after which ones. 1 if so, 0 if anything is unusual, -1 with an exception. */
+int foresee(const Table *table, Settling *settling, PyObject *slots);
+
+/* The keys lead to these rows. 1 if so; 0, and nothing done, if one leads to a row already; -1 with an exception. */
+int enter_keys(Settling *settling);
+
+/* That they do not, after all. */
+void withdraw_keys(Settling *settling);
+
+/* Makes what was foreseen so, of pages whose keys were entered: `PageTable.settle_chain`. */
+void settle_entered(Table *table, Settling *settling);
 
 PyObject *table_add_chain(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 PyObject *table_settle_chain(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
@@ -83,7 +101,7 @@ PyObject *table_settle_chain(PyObject *self, PyObject *const *arguments, Py_ssiz
 /* What goes while rows are given up. */
 typedef struct {
     Table *table;
-    PyObject *index;
+    Index *index;
     int64_t unused;
     bool hollow, failed;
 } Burial;

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from kvtier import columns as compiled
 from kvtier.errors import IntegrityError
-from kvtier.keys import PageKey
 
 ABSENT, WRITING, READY = 0, 1, 2
 NO_ROW = -1
@@ -40,7 +39,6 @@ class PageColumns:
             raise IntegrityError(f"a page table for {tiers} tiers; there are at most {MOST_TIERS}")
         self.tiers = tiers
         self.page_tokens = page_tokens
-        self._row_of: dict[PageKey, int] = {}
         self._size = 0
         # Every column has one row more than there is room for: NO_ROW indexes it, it holds no copy, and nobody looks at what it counts.
         self.key: NDArray[np.object_] = np.empty(1, np.object_)
@@ -77,6 +75,7 @@ class PageColumns:
         self.loops: compiled.TableLoops | None = None
         """The compiled loops over the columns, until these grow; None where there are none."""
         self._grow(1024)
+        self._row_of = self._index()
 
     def __len__(self) -> int:
         """Rows in use, hollow and open ones included."""
@@ -110,6 +109,11 @@ class PageColumns:
         links = (self.parent, self.slot, self.readers, self.children, self.depth, self.fill, self.leases, self.uses, self.prefetched_from)
         others = (self.pin_until, self.attention, self._copies, self._used, self._open, self.key, self.parent_key, self._free)
         return loops.Table(*links, *others)
+
+    def _index(self) -> compiled.RowIndex:
+        """An empty index of rows by key: one that the compiled loops take where they are, else a dict."""
+        loops = compiled.loops()
+        return {} if self.loops is None or loops is None else loops.Index()
 
     def check_integrity(self) -> None:
         """IntegrityError if the columns contradict each other. Slow; for tests."""

@@ -68,7 +68,7 @@ class PageRows(PageColumns):
             before, depth, parent, keys = keys[count - 1], depth + count, int(known[-1]), keys[count:]
         elif depth > 0 and parent == NO_ROW:
             parent = self._hollow(before, depth - 1)
-        if self._row_of.keys().isdisjoint(keys):
+        if not any(map(self._row_of.__contains__, keys)):
             fresh = self._new_chain(keys, before, depth, parent)
             return np.concatenate((known, fresh)) if count else fresh
         rows = known.tolist()
@@ -111,6 +111,14 @@ class PageRows(PageColumns):
         self._reap_up(row)
         return sealed, slot
 
+    def took(self, count: int) -> None:
+        """Compiled loops took so many rows, first from the free list."""
+        left = self._free_count - count
+        if left < 0:
+            self._size -= left
+            left = 0
+        self._free_count = left
+
     # -- inside ----------------------------------------------------------------------------------------------------------------
 
     def _take_rows(self, count: int) -> Rows:
@@ -138,22 +146,15 @@ class PageRows(PageColumns):
         known = loops.add_chain(self._row_of, plain(keys), before, depth, parent, self.page_tokens, self._size, self._free_count, rows)
         if known < 0:
             return None
-        self._took(len(keys) - known)
+        self.took(len(keys) - known)
         return rows
-
-    def _took(self, count: int) -> None:
-        """The loops took so many rows, first from the free list."""
-        left = self._free_count - count
-        if left < 0:
-            self._size -= left
-            left = 0
-        self._free_count = left
 
     def _new_chain(self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int) -> Rows:
         rows = self._take_rows(len(keys))
         names = np.empty(len(keys), np.object_)
         names[:] = keys
-        self._row_of.update(zip(keys, rows.tolist(), strict=True))
+        for key, row in zip(keys, rows.tolist(), strict=True):
+            self._row_of[key] = row
         self.key[rows] = names
         self.fill[rows] = self.page_tokens
         self.depth[rows] = np.arange(depth, depth + len(keys))

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtier.columns import WHOLE
+from kvtier.columns import WHOLE, NewChain
 from kvtier.errors import IntegrityError
 from kvtier.keys import PageKey
 from kvtier.pages.columns import ABSENT, MOST_TIERS, NO_ROW, NO_TIER, READY, WRITING, Rows
@@ -165,16 +165,24 @@ class PageTable(PageRows):
         self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int, tier: int, slots: Sequence[int]
     ) -> tuple[Rows, Links]:
         """`add_chain`, and `settle` and `links` of the rows, which come first. Raises as `settle`: then there are rows, but no copies."""
-        if (loops := self.loops) is not None:
+        if (chain := self.new_chain(keys, before, depth, parent, tier, slots)) is not None:
             count = len(keys)
             rows, parents, depths = np.empty(count, WHOLE), np.empty(count, WHOLE), np.empty(count, WHOLE)
-            chain = (self._row_of, plain(keys), before, depth, parent, self.page_tokens, self._size, self._free_count)
-            if loops.settle_chain(*chain, tier, plain(slots), rows, parents, depths):
-                self._took(count)
+            if chain[0].settle_chain(*chain[1:], rows, parents, depths):
+                self.took(count)
                 return rows, (parents, depths, None)
         rows = self.add_chain(keys, before, depth, parent)
         self.settle(rows, tier, slots)
         return rows, self.links(rows)
+
+    def new_chain(
+        self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int, tier: int, slots: Sequence[int]
+    ) -> NewChain | None:
+        """What compiled loops of others must know to `settle_chain` by themselves, which is to be told to `took`; None without loops."""
+        if (loops := self.loops) is None:
+            return None
+        there = (self.page_tokens, self._size, self._free_count)
+        return loops, self._row_of, plain(keys), before, depth, parent, *there, tier, plain(slots)
 
     def commit(self, rows: Rows | Sequence[int], tier: int) -> None:
         """Make WRITING copies visible. IntegrityError, and nothing done, if one of them is not WRITING."""

@@ -84,6 +84,13 @@ class EvictionPolicy(ABC):
         pages before them. ValueError naming the first page that is already here, or for impossible numbers.
         """
 
+    def settle(self, chain: columns.NewChain, now: float) -> Pages | None:
+        """Pages that follow each other settle in a page table whose names are `names`, and come into this tier, in one step: `insert`.
+
+        None, and nothing done in either, where that takes two: without compiled loops that know both, or if one finds anything unusual.
+        """
+        return None
+
     @abstractmethod
     def touch(self, pages: Pages, now: float) -> None:
         """`pages` were used, all at the same time. O(1) a page. KeyError naming the first page that is not here."""

@@ -121,6 +121,20 @@ class Spells(EvictionPolicy):
         if due:
             self._turn(due)
 
+    def settle(self, chain: columns.NewChain, now: float) -> Pages | None:
+        if self._loops is None:
+            return None
+        pages = np.empty(len(chain[2]), columns.WHOLE)
+        due = self._loops.settle(*chain, pages, now)
+        while due == UNKNOWN_KINDS and (loops := self._meet_kinds()) is not None:
+            due = loops.settle(*chain, pages, now)
+        if due < 0:
+            return None
+        self._ranking.count += len(pages)
+        if due:
+            self._turn(due)
+        return pages
+
     def touch(self, pages: Pages, now: float) -> None:
         due = UNUSUAL if self._loops is None else self._loops.touch(pages, now)
         while due == UNKNOWN_KINDS and (loops := self._meet_kinds()) is not None:

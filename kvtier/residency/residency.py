@@ -115,17 +115,21 @@ class Residency:
 
     def admit(self, rows: Rows, tier: int) -> None:
         """READY copies of pages with a key are from now on candidates of the tier's policy. Lock held."""
-        self._admit(rows, tier, self.table.links(rows))
+        self._insert(rows, tier, self.table.links(rows), self.clock())
+        self._tell(rows)
 
-    def _admit(self, rows: Rows, tier: int, links: Links) -> None:
-        table, policy = self.table, self.policies[tier]
+    def _insert(self, rows: Rows, tier: int, links: Links, now: float) -> None:
+        policy = self.policies[tier]
         parents, depths, attended = links
-        policy.insert(rows, parents, depths, self.clock())
+        policy.insert(rows, parents, depths, now)
         if attended is not None:
             for row in rows[attended].tolist():
-                policy.record_attention(row, float(table.attention[row]))
+                policy.record_attention(row, float(self.table.attention[row]))
+
+    def _tell(self, rows: Rows) -> None:
+        """The watcher, that these pages got a copy somewhere."""
         if self.watcher is not None:
-            self.watcher(table.key[rows].tolist())
+            self.watcher(self.table.key[rows].tolist())
 
     def touch(self, rows: Rows, tier: int) -> None:
         """Copies in `tier` were used; those that its policy does not know (on their way out) are passed over. Lock held."""
@@ -173,19 +177,27 @@ class Residency:
         The pages follow each other, the first one at `depth` after the page `before` (row `parent`); none has a device copy, not even on
         its way.
         """
-        rows, links = self.table.settle_chain(keys, before, depth, parent, DEVICE, slots)
-        self._arrived(rows, links)
+        table, now = self.table, self.clock()
+        chain = table.new_chain(keys, before, depth, parent, DEVICE, slots)
+        rows = None if chain is None else self.policies[DEVICE].settle(chain, now)
+        if rows is None:
+            rows, links = table.settle_chain(keys, before, depth, parent, DEVICE, slots)
+            self._insert(rows, DEVICE, links, now)
+        else:
+            table.took(len(rows))
+        self._arrived(rows)
         return rows
 
     def written(self, rows: Rows) -> None:
         """The engine wrote these pages, which are on the device now. Lock held."""
         self.table.use(rows)
-        self._arrived(rows, self.table.links(rows))
+        self._insert(rows, DEVICE, self.table.links(rows), self.clock())
+        self._arrived(rows)
 
-    def _arrived(self, rows: Rows, links: Links) -> None:
+    def _arrived(self, rows: Rows) -> None:
         if self.last:
             self.admission.computed(self.table.names(rows))
-        self._admit(rows, DEVICE, links)
+        self._tell(rows)
         self.metrics.tiers[DEVICE].pages_in += len(rows)
 
     def used(self, rows: Rows) -> None:

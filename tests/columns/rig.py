@@ -55,7 +55,7 @@ def table_state(table: PageTable) -> dict[str, Any]:
     state = {name: getattr(table, name) for name in COLUMNS}
     plain = {name: column.tolist() if column.dtype == object else column.tobytes() for name, column in state.items()}
     numbers = (table._size, table._free_count, table.hollow, table.pinned_until)
-    return plain | {"free": table._free[: table._free_count].tolist(), "index": list(table._row_of.items()), "numbers": numbers}
+    return plain | {"free": table._free[: table._free_count].tolist(), "index": dict(table._row_of.items()), "numbers": numbers}
 
 
 def order_state(policy: LRU) -> dict[str, Any]:

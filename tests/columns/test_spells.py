@@ -16,7 +16,7 @@ from kvtier.policy.ranking import Ranking
 from kvtier.policy.reuse import AGES, ReuseModel
 from kvtier.residency.protection import Protected
 from kvtier.testing.policy import PolicyContract
-from tests.columns.rig import PlainA2CR, PlainRanking, Twins, a2cr_state, needs_loops
+from tests.columns.rig import PlainA2CR, PlainRanking, PlainTable, Twins, a2cr_state, needs_loops, table_state
 
 
 def twins() -> Any:
@@ -176,6 +176,99 @@ def test_an_eviction_that_looks_into_the_table_takes_what_one_that_asks_takes(ha
         policies[0].check_integrity()
     assert held
     assert 0 < sum(taken) < len(taken)
+
+
+@needs_loops
+def test_pages_that_settle_in_table_and_policy_at_once_are_where_two_steps_put_them(hasty):
+    """In the plain twins nothing has loops. Chains go on after others, come back after they left, and are held for a while or not."""
+    tables, policies, chance = (PageTable(1, 4), PlainTable(1, 4)), (A2CR(), PlainA2CR()), np.random.default_rng(7)
+    for table, policy in zip(tables, policies, strict=True):
+        policy.names = table.names
+    chains: list[list[bytes]] = []
+    at_once = 0
+    for call in range(500):
+        now = float(call)
+        keys = list(chains[int(chance.integers(len(chains)))]) if chains and chance.random() < 0.7 else []
+        keys = keys[: int(chance.integers(0, len(keys) + 1))]
+        keys += [bytes([call % 256, call // 256, place]) * 11 for place in range(int(chance.integers(1, 9)))]
+        chains.append(keys)
+        found = [table.claim(keys) for table in tables]
+        assert found[0].tolist() == found[1].tolist()
+        count = len(found[0])
+        if count:
+            for policy in policies:
+                policy.touch(found[0], now)
+        before, parent = (keys[count - 1], int(found[0][-1])) if count else (bytes(32), NO_ROW)
+        where = (keys[count:], before, count, parent, DEVICE, range(100 * call, 100 * call + len(keys) - count))
+        chain = tables[0].new_chain(*where)
+        assert chain is not None
+        rows = policies[0].settle(chain, now)
+        if rows is None:  # columns have to grow
+            rows, (parents, depths, _) = tables[0].settle_chain(*where)
+            policies[0].insert(rows, parents, depths, now)
+        else:
+            tables[0].took(len(rows))
+            at_once += 1
+        assert tables[1].new_chain(*where) is None
+        again, (parents, depths, _) = tables[1].settle_chain(*where)
+        policies[1].insert(again, parents, depths, now)
+        assert rows.tolist() == again.tolist()
+        assert table_state(tables[0]) == table_state(tables[1])
+        assert a2cr_state(policies[0]) == a2cr_state(policies[1])
+        for table in tables:
+            table.release(np.concatenate((found[0], rows)))
+        if len(tables[0]) > 300:
+            victims, likewise = [policy.evict(len(rows), nothing_protected, now, 1.0) for policy in policies]
+            assert victims is not None
+            assert likewise is not None
+            assert victims.tolist() == likewise.tolist()
+            for table in tables:
+                table.drop(victims, DEVICE)
+    assert at_once > 400
+    assert policies[0]._model.fits > 5
+    for part in (*tables, *policies):
+        part.check_integrity()
+
+
+@needs_loops
+def test_pages_that_cannot_settle_in_both_settle_in_neither():
+    table, policy = PageTable(1, 4), A2CR()
+    policy.insert(np.array([5]), np.array([ROOT]), np.array([0]), 1.0)
+    policy.names = table.names
+    keys = [bytes([place]) * 32 for place in range(6)]
+    rows, (parents, depths, _) = table.settle_chain(keys[:2], bytes(32), 0, NO_ROW, DEVICE, [0, 1])
+    policy.insert(rows, parents, depths, 1.0)
+    held = (table_state(table), a2cr_state(policy))
+    after = (keys[1], 2, int(rows[1]), DEVICE)
+    strange: dict[str, Any] = {
+        "a page that has a row": ([keys[2], keys[0]], *after, [2, 3]),
+        "the same page twice": ([keys[2], keys[2]], *after, [2, 3]),
+        "a page without a name": ([b"short"], *after, [2]),
+        "a key that is none": ([keys[2], "a key of as many as 32 letters..."], *after, [2, 3]),
+        "more slots than pages": (keys[2:3], *after, [2, 3]),
+        "no pages": ([], *after, []),
+        "no such tier": (keys[2:3], *after[:3], 1, [2]),
+        "a row that is a page of the policy already": (keys[2:6], *after, [2, 3, 4, 5]),
+        "no page before": (keys[2:3], keys[1], 2, NO_ROW, DEVICE, [2]),
+    }
+    for what, where in strange.items():
+        chain = table.new_chain(*where)
+        assert chain is not None
+        assert policy.settle(chain, 2.0) is None, what
+        assert (table_state(table), a2cr_state(policy)) == held, what
+    chain = table.new_chain(keys[2:3], *after, ["2"])  # type: ignore[list-item]
+    assert chain is not None
+    with pytest.raises(TypeError):
+        policy.settle(chain, 2.0)
+    assert (table_state(table), a2cr_state(policy)) == held
+    chain = table.new_chain(keys[2:4], *after, [2, 3])
+    assert chain is not None
+    settled = policy.settle(chain, 2.0)
+    assert settled is not None
+    table.took(len(settled))
+    assert settled.tolist() == [2, 3]
+    table.check_integrity()
+    policy.check_integrity()
 
 
 @needs_loops
