@@ -98,7 +98,8 @@ def convert(
 
 
 def _write(out: str, requests: Iterable[Request], total: int) -> None:
-    from kvtier.replay.trace import write_trace, written_whole
+    from kvtier.replay.lines import written_whole
+    from kvtier.replay.trace import write_trace
 
     console = human_console(out)
     with progress_bar(console) as progress:
