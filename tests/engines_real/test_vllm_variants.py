@@ -197,7 +197,7 @@ class TestCrowded:
         assert [len(said) for _, said in together] == [20] * 5
         preempted = next(metric.value for metric in talk.llm.get_metrics() if metric.name == "vllm:num_preemptions")
         assert preempted > 0
-        assert not talk.scheduler.scheduler_side._requests
+        assert not talk.scheduler.scheduler_side._requests._states
 
 
 @pytest.mark.timeout(300)  # an engine starts
