@@ -25,7 +25,7 @@ def test_a_tiny_run_reports_operations_and_the_stream(capsys, tmp_path: Path):
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
     operations = {f"table.{name}.1e2" for name in ("lookup", "lease", "rewrite")}
     operations |= {f"{policy}.{name}.1e3" for policy in ("lru", "a2cr", "lfu", "a2cr-classic") for name in ("touch", "evict")}
-    streams = {f"chats.{name}" for name in ("lru", "lru.p99", "lru.hit_ratio", "lru.ticking", "a2cr", "a2cr-classic", "hit_ratio")}
+    streams = {f"stream.chats.{name}" for name in ("lru", "lru.p99", "lru.hit_ratio", "lru.ticking", "a2cr", "a2cr-classic", "hit_ratio")}
     assert operations | streams <= set(rows)
     assert all(row["value"] > 0 for row in rows.values())
     assert plot.read_text().startswith("<?xml")
