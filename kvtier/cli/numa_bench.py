@@ -171,7 +171,6 @@ def stats(
 
 
 def _matrix(title: str, matrix: Matrix, form: str) -> Table:
-    from rich.console import Console
     from rich.table import Table
 
     targets = sorted({target for row in matrix.values() for target in row})

@@ -45,9 +45,7 @@ class Routing:
         with self._starting:
             if self._pool is None:
                 self._pool = make_pool(self._threads_per_node)
-        return InPlaceLease(
-            self._residency, self._reader.hold(match), self._pool, self._router, self._costs, workload, device_utilisation
-        )
+        return InPlaceLease(self._residency, self._reader.hold(match), self._pool, self._router, self._costs, workload, device_utilisation)
 
     def report(self) -> dict[str, object]:
         """What both ways took, and what the threads did, for `TieredKVCache.stats`."""

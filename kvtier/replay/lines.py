@@ -96,4 +96,3 @@ def shown(text: str) -> str:
     """`text` as an error can show it: its first 60 characters."""
     text = text.strip()
     return text if len(text) <= 60 else f"{text[:57]}..."
-

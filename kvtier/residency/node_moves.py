@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from kvtier.residency.residency import Residency
 
 
-
 async def move_between_nodes(residency: Residency) -> int:
     """Move what should; how many pages moved. Only pages that nobody leases, reads or brings up."""
     for index, tier in enumerate(residency.tiers):

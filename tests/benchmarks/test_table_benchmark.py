@@ -87,9 +87,7 @@ def test_made_up_chats_are_the_same_every_time_and_keys_stand_for_pages():
     assert [request.at_s for request in stream.requests] == sorted(request.at_s for request in stream.requests)
     trace = build_trace("chats", make_requests({"chat": 1.0}, 150, CHATS_PER_S, seed=1))
     assert (stream.pages, stream.distinct) == (trace.accesses, trace.distinct)
-    assert [request.keys for request in stream.requests][1] == tuple(
-        map(page_key, trace.pages[trace.starts[1] : trace.starts[2]].tolist())
-    )
+    assert [request.keys for request in stream.requests][1] == tuple(map(page_key, trace.pages[trace.starts[1] : trace.starts[2]].tolist()))
 
 
 def test_a_file_that_is_no_trace_is_one_clear_error(tmp_path: Path):

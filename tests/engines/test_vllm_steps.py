@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvtier.engines.vllm import steps
+
 from kvtier.engines.vllm.steps import PrefillClock, fed, written
 
 PAGE = 4
@@ -50,7 +50,7 @@ def test_a_request_that_comes_back_gets_all_its_blocks_anew_and_keeps_those_that
 @pytest.fixture
 def clock(monkeypatch):
     times = iter([1.0, 2.0, 4.0, 7.0])
-    monkeypatch.setattr(steps.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr("kvtier.engines.vllm.steps.time.perf_counter", lambda: next(times))
 
 
 @pytest.mark.usefixtures("clock")

@@ -1,7 +1,8 @@
 """The scheduler's side of the connector: what to load for a request, what to store after a step. Never blocks, moves no bytes.
 
-Decides on the mirror of what the workers hold. `requests.py` is what it knows of each request, `storing.py` what the workers store, `steps.py`
-what vLLM says of a step. Pages of requests that end before they could be stored are skipped and counted. State: vLLM's scheduler thread.
+Decides on the mirror of what the workers hold. `requests.py` is what it knows of each request, `storing.py` what the workers store,
+`steps.py` what vLLM says of a step. Pages of requests that end before they could be stored are skipped and counted. State: vLLM's scheduler
+thread.
 """
 
 from __future__ import annotations

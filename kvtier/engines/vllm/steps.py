@@ -39,7 +39,7 @@ class _Step:
 
 
 class PrefillClock:
-    """Times steps that are nothing but a piece of one prompt, of a page of tokens at least. Steps may be planned before others have ended."""
+    """Times steps that are nothing but a piece of one prompt, a page of tokens at least. Steps may be planned before others end."""
 
     def __init__(self, page_tokens: int) -> None:
         self._page_tokens = page_tokens
@@ -51,7 +51,8 @@ class PrefillClock:
         requests = fed(output)
         prefill = None
         if len(requests) == 1:
-            (name, start), tokens = requests[0], output.num_scheduled_tokens[requests[0][0]]
+            name, start = requests[0]
+            tokens = output.num_scheduled_tokens[name]
             prefill = (start, tokens) if tokens >= self._page_tokens else None
         self._steps.append(_Step(time.perf_counter(), prefill))
 

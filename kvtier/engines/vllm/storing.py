@@ -42,7 +42,7 @@ class Storing:
         return sorted(jobs.union(*(self._fences.get(block, ()) for block in blocks)))
 
     def store(self, state: RequestState, blocks: Sequence[int]) -> list[StoreJob]:
-        """Jobs for the request's full pages that are nowhere yet, one per run of them, as far as the bound allows; `blocks` are its blocks."""
+        """Jobs for the request's full pages that are nowhere yet, one per run of them, as far as the bound allows; `blocks`: its own."""
         jobs: list[StoreJob] = []
         if state.fed <= state.stored:
             return jobs
