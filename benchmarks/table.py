@@ -1,5 +1,5 @@
-"""What the bookkeeping costs: page table and policies alone at 10^4 to 10^6 pages, and a whole stream of requests (`stream.py`), all without
-the bytes.
+"""What the bookkeeping costs: page table and policies alone at 10^4 to 10^6 pages, and a whole stream of requests (`stream.py`). No bytes
+are moved.
 
 `table.OPERATION.PAGES`, `lru.OPERATION.PAGES` and so on for other policies: millions of pages per second, in calls of one request's
 pages; beside it what a plain dict does for the same keys, one by one (for an eviction: an OrderedDict that lets its oldest go).

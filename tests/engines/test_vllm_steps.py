@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 
-
 from kvtier.engines.vllm.steps import PrefillClock, fed, written
 
 PAGE = 4

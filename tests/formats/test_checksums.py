@@ -22,7 +22,6 @@ from kvtier.tiers.disk import record
 from tests.compiled import DEVICE, found_by, needs_triton
 
 
-
 def ranges_of(count: int, length: int, seed: int, spare: int = 0) -> torch.Tensor:
     """`[count, length]` random bytes whose rows lie `spare` words further apart than they need."""
     row_bytes = -(-length // 8) * 8 + 8 * spare

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from kvtier import columns
-from kvtier.policy import A2CR, LRU, EvictionPolicy
+from kvtier.policy import A2CR, LRU
 from kvtier.policy.guard import FOLLOWS, LEFT, OWED, Guard
-from tests.policy.traffic import Request, Traffic, distinct, found
+from tests.policy.traffic import Request, Traffic, found
 
 LONGEST = 12
 
