@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvtier.errors import MissingExtra
+from kvtier.errors import needing
 
 from .contestants import SYSTEMS
 from .measure import Row, percentile
@@ -82,10 +82,8 @@ def rows(seen: dict[str, Seen]) -> list[Row]:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Seconds to the first token: a panel per workload, a group of bars per case, a bar per system. MissingExtra without matplotlib."""
-    try:
+    with needing("report", "--plot", "matplotlib"):
         from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtra("--plot needs matplotlib; pip install 'kvtier[report]'") from None
     value = {row.name: row.value for row in rows}
     workloads = [name for name in WORKLOADS if any(f".{name}." in row for row in value)]
     systems = [name for name in SYSTEMS if any(row.startswith(f"engines.{name}.") for row in value)]

@@ -17,14 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from kvtier.errors import KVTierError, MissingExtra
+from kvtier.errors import KVTierError, needing
 
 
 @dataclass(frozen=True)
@@ -128,19 +127,11 @@ def scratch_folder(directory: Path | None) -> Iterator[Path]:
             raise KVTierError(f"--path {where} does not hold what is measured: {error.strerror}; name another directory") from None
 
 
-def find_matplotlib() -> Callable[..., Any]:
-    """What draws; MissingExtra if it is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtra("--plot needs matplotlib; pip install 'kvtier[report]'") from None
-    return Figure
-
-
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Each row and its ceiling on one line, one panel per unit, logarithmic where that shows them all. MissingExtra without
     matplotlib."""
-    Figure = find_matplotlib()
+    with needing("report", "--plot", "matplotlib"):
+        from matplotlib.figure import Figure
     units = list(dict.fromkeys(row.unit for row in rows))
     counts = [sum(row.unit == unit for row in rows) for unit in units]
     figure = Figure(figsize=(8, 1 + len(units) * 0.6 + 0.3 * len(rows)), layout="constrained")

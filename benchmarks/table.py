@@ -1,81 +1,36 @@
-"""What the bookkeeping costs: page table and policies alone at 10^4 to 10^6 pages, and a whole stream of requests on the live cache's own
-objects (the residency with its table, its policy and the slots of a device tier), without the bytes.
+"""What the bookkeeping costs: page table and policies alone at 10^4 to 10^6 pages, and a whole stream of requests (`stream.py`). No bytes
+are moved.
 
 `table.OPERATION.PAGES`, `lru.OPERATION.PAGES` and so on for other policies: millions of pages per second, in calls of one request's
 pages; beside it what a plain dict does for the same keys, one by one (for an eviction: an OrderedDict that lets its oldest go).
-`stream.TRACE.POLICY`: microseconds per page that requests name, for all of looking up, leasing what is there, making room (evicting),
-committing the rest, releasing; `.ticking` with a clock that moves between these calls as a real one does, not only between requests. The
-ceiling (a floor, here) is an LRU cache on an OrderedDict with neither leases, links, slots nor tiers. `.p99`: the 99th percentile of one
-request, microseconds. `.hit_ratio`: tokens found, of all; the share of a block counts that the request fills.
 
 A trace is Mooncake JSONL, read by `kvtier.replay`; without one, its made-up chats. Capacity is a share of the stream's distinct pages.
 """
 
 from __future__ import annotations
 
-import itertools
 import random
-import statistics
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 
-from kvtier.config import load_config
 from kvtier.errors import KVTierError
 from kvtier.keys import PageKey
-from kvtier.layout import PageLayout
-from kvtier.pages import DEVICE, NO_ROW, PageTable, Rows
+from kvtier.pages import DEVICE, PageTable
 from kvtier.policy import ROOT, EvictionPolicy, make_policy, nothing_protected
-from kvtier.replay.trace import BLOCK_TOKENS, Trace, build_trace, read_trace
-from kvtier.replay.workloads import make_requests
-from kvtier.residency import Residency
 
-from .measure import Row, Run, percentile, side_by_side
+from .measure import Row, Run, side_by_side
+from .stream import LAYOUT, ROOT_KEY, chats, page_key, read_stream, stream_rows
 
-CHATS_PER_S = 3.4
-"""As many requests a second as the conversation trace has."""
 CHAIN_PAGES = 25
 """Pages of one call in the rows of single operations: about a mean request of the conversation trace."""
 MEASURED = ("lru", "a2cr", "lfu", "a2cr-classic")
 """Policies with an order of their own; `lfu` stands for all that queue, `kvtier.policy.queued`."""
 CALLS = 400
-SLOW_REPEATS = 3
-"""The most repeats of a stream under a policy that is not the default."""
-ROOT_KEY = b"root".ljust(32, b"\0")
 Work = tuple[str, Callable[[], object], Callable[[], object]]
 """What is measured: its name, ours, and the plain thing beside it."""
-LAYOUT = PageLayout(layers=1, planes=1, page_tokens=1, kv_heads=1, head_dim=1)
-"""Pages without weight: only their bookkeeping is wanted."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """Pages of a prompt by key, its tokens, and when it came in seconds."""
-
-    keys: tuple[PageKey, ...]
-    tokens: int
-    at_s: float
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Requests in the order in which they came."""
-
-    name: str
-    requests: Sequence[Request]
-
-    @property
-    def pages(self) -> int:
-        return sum(len(request.keys) for request in self.requests)
-
-    @property
-    def distinct(self) -> int:
-        return len({key for request in self.requests for key in request.keys})
 
 
 def measure(run: Run, trace: Path | None = None, share: float = 0.05) -> list[Row]:
@@ -92,132 +47,7 @@ def measure(run: Run, trace: Path | None = None, share: float = 0.05) -> list[Ro
         for name in MEASURED:
             run.step(f"{name} over {size} pages")
             rows += _policy(run, name, size)
-    return rows + _streams(run, stream, max(1, int(stream.distinct * share)))
-
-
-# -- streams -------------------------------------------------------------------------------------------------------------------
-
-
-def read_stream(path: Path) -> Stream:
-    """The stream of a trace file. KVTierError if the file is none."""
-    return stream_of(read_trace(path))
-
-
-def chats(requests: int) -> Stream:
-    """Made-up chats, always the same: see `kvtier.replay.workloads`."""
-    return stream_of(build_trace("chats", make_requests({"chat": 1.0}, requests, CHATS_PER_S, seed=1)))
-
-
-def stream_of(trace: Trace) -> Stream:
-    """The trace with a page key for every page."""
-    keys = np.array([page_key(page) for page in range(trace.distinct)], object)[trace.pages].tolist()
-    starts = itertools.pairwise(trace.starts.tolist())
-    columns = zip(starts, trace.input_tokens.tolist(), trace.at_s.tolist(), strict=True)
-    return Stream(trace.name, [Request(tuple(keys[start:stop]), tokens, at_s) for (start, stop), tokens, at_s in columns])
-
-
-def page_key(number: int) -> PageKey:
-    """A key as `kvtier.keys` makes them, for a block that only has a number."""
-    return blake2b(number.to_bytes(8, "little"), digest_size=32).digest()
-
-
-class Replay:
-    """One residency with a device tier of `capacity` pages that serves requests one after the other. A context manager."""
-
-    def __init__(self, policy: str, capacity: int, ticking: bool = False) -> None:
-        settings: dict[str, object] = {
-            "device.capacity_bytes": capacity * LAYOUT.page_bytes,
-            "device.place": "cpu",
-            "host": None,
-            "policy.name": policy,
-            "policy.cleanup_interval": 1e9,
-        }
-        self.ticking = ticking
-        self.now = 0.0
-        self.residency = Residency(load_config(None, env={}, overrides=settings), LAYOUT, b"bench", self.clock)
-        self.capacity = capacity
-        self.hit_tokens = self.tokens = 0
-        self.seconds: list[float] = []
-
-    def clock(self) -> float:
-        """The time of the stream; ticking, a microsecond later with every look."""
-        if self.ticking:
-            self.now += 1e-6
-        return self.now
-
-    def serve(self, request: Request) -> None:
-        """All the bookkeeping of one request, as the cache does it: `lookup`, `acquire`, `append`, `release`."""
-        residency, keys = self.residency, request.keys
-        self.now = max(self.now, request.at_s)
-        start = time.perf_counter()
-        with residency.lock:
-            found = len(residency.table.find(keys))
-        with residency.lock:
-            rows: Rows = residency.claim(keys[:found])
-        missing = min(len(keys), self.capacity) - found
-        if missing > 0:
-            with residency.lock:
-                slots = residency.eviction.reserve_now(DEVICE, missing)
-            if slots is None:
-                raise KVTierError(f"a request of {len(keys)} pages found no room among {self.capacity}, though nobody else holds any")
-            before, parent = (keys[found - 1], int(rows[-1])) if found else (ROOT_KEY, NO_ROW)
-            with residency.lock:
-                rows = np.concatenate((rows, residency.settle_in(keys[found : found + missing], before, found, parent, slots)))
-        with residency.lock:
-            residency.release(rows)
-        self.seconds.append(time.perf_counter() - start)
-        self.hit_tokens += min(found * BLOCK_TOKENS, request.tokens)
-        self.tokens += request.tokens
-
-    def __enter__(self) -> Replay:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.residency.close(flush=False)
-
-
-def _streams(run: Run, stream: Stream, capacity: int) -> list[Row]:
-    rows = []
-    floors = []
-    for name, ticking in [(MEASURED[0], False), (MEASURED[0], True), *((name, False) for name in MEASURED[1:])]:
-        run.step(f"{stream.name} through {name}")
-        label = f"stream.{stream.name}.{name}{'.ticking' * ticking}"
-        totals, tails = [], []
-        for _ in range(run.repeats if name == MEASURED[0] else min(run.repeats, SLOW_REPEATS)):
-            floors.append(_ordered_dict(stream, capacity))
-            with Replay(name, capacity, ticking) as replay:
-                for request in stream.requests:
-                    replay.serve(request)
-            totals.append(sum(replay.seconds))
-            tails.append(percentile(replay.seconds, 0.99))
-        rows += [
-            Row(label, statistics.median(totals) / stream.pages * 1e6, "us/block", statistics.median(floors) / stream.pages * 1e6),
-            Row(f"{label}.p99", statistics.median(tails) * 1e6, "us/request"),
-            Row(f"{label}.hit_ratio", replay.hit_tokens / replay.tokens, "share of tokens"),
-        ]
-    return [*rows, Row(f"stream.{stream.name}.hit_ratio", rows[2].value, "share of tokens")]
-
-
-def _ordered_dict(stream: Stream, capacity: int) -> float:
-    """Seconds of the least that could be called an LRU cache of pages."""
-    held: OrderedDict[PageKey, None] = OrderedDict()
-    start = time.perf_counter()
-    for request in stream.requests:
-        found = 0
-        for key in request.keys:
-            if key not in held:
-                break
-            found += 1
-        for key in reversed(request.keys[found:capacity]):
-            held[key] = None
-        for key in reversed(request.keys[:found]):
-            held.move_to_end(key)
-        while len(held) > capacity:
-            held.popitem(last=False)
-    return time.perf_counter() - start
-
-
-# -- single operations ---------------------------------------------------------------------------------------------------------
+    return rows + stream_rows(run, stream, max(1, int(stream.distinct * share)), MEASURED)
 
 
 def _chains(size: int) -> list[list[PageKey]]:

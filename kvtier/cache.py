@@ -9,19 +9,14 @@ it.
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from kvtier.attention.in_place import make_pool
-from kvtier.attention.learned import LearnedCosts
-from kvtier.attention.router import Router
 from kvtier.config import Config, load_config
 from kvtier.errors import Closed, LayoutError, LeaseError
 from kvtier.keys import PageKey, TokenIds, namespace, page_keys, root_key, token_array
@@ -32,17 +27,15 @@ from kvtier.leases.in_place import InPlaceLease
 from kvtier.leases.keyed import KeyedPages
 from kvtier.leases.lease import Lease, Match
 from kvtier.leases.reading import Reader
+from kvtier.leases.routing import Routing
 from kvtier.leases.writing import Writer
-from kvtier.numa.executor import NumaThreadPool
-from kvtier.pages import ABSENT, DEVICE, NO_ROW, READY
+from kvtier.pages import NO_ROW
 from kvtier.residency import Residency
+from kvtier.residency.clearing import clear
+from kvtier.residency.fitting import fitting
 from kvtier.residency.prefetch import Prefetch
 from kvtier.residency.resizing import resize
 from kvtier.stats import stats
-from kvtier.tiers.base import Tier
-
-CLEARED_AT_ONCE = 16384
-"""Pages that `clear` drops before it lets others have the lock."""
 
 
 class TieredKVCache:
@@ -60,10 +53,7 @@ class TieredKVCache:
             self._residency = Residency(config, layout, self._namespace, clock)
         self._reader = Reader(self._residency)
         self._writer = Writer(self._residency)
-        self._pool: NumaThreadPool | None = None
-        """Threads that attend in place, from the first `acquire_in_place` on."""
-        self._attending_costs = LearnedCosts()
-        self._starting = threading.Lock()
+        self._routing = Routing(self._residency, self._reader)
         self._closed = False
 
     @classmethod
@@ -110,22 +100,8 @@ class TieredKVCache:
         `device_utilisation`, 0 to 1, is the engine's word for the device, that of the workers counts without. Waits until pages that must
         come up are there. ConfigError for an unknown workload, LeaseError for a cache without a host tier.
         """
-        residency = self._open()
-        if device_utilisation is not None and not 0 <= device_utilisation <= 1:
-            raise LeaseError(f"acquire_in_place: device_utilisation is {device_utilisation}; expected a share from 0 to 1")
-        routing = self.config.routing
-        router = Router(
-            {each.name: each.fetch_above for each in routing.workloads},
-            routing.mode,
-            routing.attention_weight,
-            routing.utilisation_weight,
-            routing.queue_weight,
-            routing.measured_weight,
-        )
-        with self._starting:
-            if self._pool is None:
-                self._pool = make_pool(routing.threads_per_node)
-        return InPlaceLease(residency, self._reader.hold(match), self._pool, router, self._attending_costs, workload, device_utilisation)
+        self._open()
+        return self._routing.acquire(match, workload, device_utilisation)
 
     def begin(self, salt: str = "") -> Lease:
         """A lease on nothing yet: the start of a new sequence of tenant `salt`, to be grown with `append`."""
@@ -226,15 +202,7 @@ class TieredKVCache:
         """
         residency = self._open()
         keys = page_keys(token_ids, self.layout.page_tokens, root_key(self._namespace, salt))
-        with residency.lock:
-            table = residency.table
-            rows = table.find(keys)
-            residency.touch(rows[table.state[DEVICE][rows] == READY], DEVICE)
-        hint = Prefetch(residency, keys, deadline)
-        residency.start(hint.run())
-        if deadline is not None:
-            residency.mover.call(residency.mover.loop.call_later, deadline, hint.cancel)
-        return hint
+        return Prefetch.begin(residency, keys, deadline)
 
     def record_attention(self, lease: Lease, mass: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
         """Tell the scorer how much attention each page of the lease got: one value per page, 0 to 1, shares of one step or an average.
@@ -295,22 +263,9 @@ class TieredKVCache:
         Counts what is neither leased nor pinned to the device as available (it can be evicted); prefixes shared between requests, or with
         what stays, count once.
         """
-        residency, page_tokens = self._open(), self.layout.page_tokens
-        with residency.lock:
-            table = residency.table
-            used = slice(0, table.rows)
-            pinned = (table.pin_tier[used] == DEVICE) & (table.pin_until[used] > residency.clock())
-            stays = ((table.leases[used] > 0) | pinned) & (table.state[DEVICE, used] != ABSENT)
-            room = residency.device.capacity_slots - int(stays.sum())
-            counted: set[PageKey] = set()
-            for index, ids in enumerate(requests):
-                keys = set(page_keys(ids, page_tokens, root_key(self._namespace, salt))) - counted
-                held = sum(1 for key in keys if (row := table.row(key)) != NO_ROW and stays[row])
-                room -= len(keys) - held + -(-(len(ids) % page_tokens + new_tokens) // page_tokens)
-                if room < 0:
-                    return index
-                counted |= keys
-        return len(requests)
+        residency, page_tokens, root = self._open(), self.layout.page_tokens, root_key(self._namespace, salt)
+        asked = ((page_keys(ids, page_tokens, root), -(-(len(ids) % page_tokens + new_tokens) // page_tokens)) for ids in requests)
+        return fitting(residency, asked)
 
     def resize_device(self, capacity_bytes: int) -> int:
         """Grow or shrink the device tier on a GPU to about `capacity_bytes`, for an engine whose own needs change; its bytes then.
@@ -333,11 +288,7 @@ class TieredKVCache:
         asked for; `tokens_declined`: those cached and faster to compute. `pages`: pages known; `leased_pages`: those held. Reads /proc,
         some milliseconds.
         """
-        routing = {
-            "learned": self._attending_costs.as_json(),
-            "threads": None if self._pool is None else self._pool.executor.report(),
-        }
-        return stats(self._open(), routing)
+        return stats(self._open(), self._routing.report())
 
     def tier_sizes(self) -> tuple[list[str], list[int]]:
         """The tiers' names, warmest first, and the encoded bytes of a page in each, the most it can take where that varies."""
@@ -349,16 +300,7 @@ class TieredKVCache:
 
         TimeoutError after `timeout` seconds.
         """
-        residency = self._open()
-        end = None if timeout is None else time.monotonic() + timeout
-        while True:
-            with residency.lock:
-                waiting = residency.under_way()
-            if not waiting:
-                return
-            left = None if end is None else max(0.0, end - time.monotonic())
-            if wait(waiting, left).not_done:
-                raise TimeoutError(f"transfers were still under way after {timeout} s")
+        self._open().settle(timeout)
 
     def flush(self) -> None:
         """Copy everything that only warmer tiers hold into the last tier, as far as it has room; returns when it is written."""
@@ -368,25 +310,14 @@ class TieredKVCache:
     def clear(self) -> int:
         """Drop every page nobody holds, in every tier, on disk too (new weights, a test); returns how many copies went."""
         residency = self._open()
-        self.settle()
-        dropped = 0
-        for tier in range(len(residency.tiers)):
-            with residency.lock:
-                rows = residency.table.ready(tier)[::-1]
-            for start in range(0, len(rows), CLEARED_AT_ONCE):
-                with residency.lock:
-                    dropped += residency.eviction.clear(rows[start : start + CLEARED_AT_ONCE], tier)
-        for tier_slots in residency.tiers:
-            if isinstance(tier_slots, Tier):
-                residency.mover.spawn(residency.mover.work(tier_slots.tidy)).result()
-        return dropped
+        residency.settle(None)
+        return clear(residency)
 
     def close(self, flush: bool = True) -> None:
         """Stop. With a disk tier and `flush`, what only warmer tiers hold is written there first, so that the next process finds it."""
         if not self._closed:
             self._closed = True
-            if self._pool is not None:
-                self._pool.close()
+            self._routing.close()
             self._residency.close(flush)
 
     def check_integrity(self) -> None:

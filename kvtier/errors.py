@@ -6,6 +6,9 @@ a queue that is full) are results, not exceptions; see `kvtier.cache`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class KVTierError(Exception):
     """Base of all errors raised by kvtier. The command line prints its message as one line, without a traceback."""
@@ -41,6 +44,15 @@ class TraceError(KVTierError):
 
 class MissingExtra(KVTierError):
     """An optional package is not installed. The message names the extra to install."""
+
+
+@contextmanager
+def needing(extra: str, what: str, package: str) -> Iterator[None]:
+    """Imports within need `package`, which `extra` installs, for `what`. MissingExtra if it is not there."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtra(f"{what} needs {package}; pip install 'kvtier[{extra}]'") from error
 
 
 class Closed(KVTierError):

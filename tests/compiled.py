@@ -1,4 +1,6 @@
-"""Triton kernels compiled for a GPU that need not be there: what a program beside a test finds when it looks at them."""
+"""Triton kernels in tests: interpreted or on the GPU, and compiled for a GPU that need not be there."""
+
+from __future__ import annotations
 
 import json
 import os
@@ -6,6 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
+
+from kvtier.cuda.kernels import triton_version, why_missing
+
+CUDA = torch.device("cuda", 0)
+ON_GPU = torch.cuda.is_available() and not why_missing(CUDA)
+DEVICE = CUDA if ON_GPU else torch.device("cpu")
+needs_triton = pytest.mark.skipif(triton_version() is None, reason="Triton is not installed or too old: its kernels are not tested")
 
 
 def found_by(program: Path, cache: Path) -> dict[str, Any]:

@@ -45,7 +45,7 @@ BELOW = {
     "stats": {"pages", "residency"},
     "blocks": {"config", "errors", "formats", "keys", "mover", "pages", "policy", "residency", "tiers"},
     "cache": {
-        *("attention", "config", "errors", "layout", "keys", "leases", "numa", "pages", "residency", "stats", "tiers"),
+        *("config", "errors", "layout", "keys", "leases", "pages", "residency", "stats"),
     },
     "engines": {
         *("blocks", "cache", "config", "cuda", "errors", "keys", "layout"),

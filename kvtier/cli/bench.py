@@ -8,19 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from kvtier.cli.measuring import (
-    LayoutOption,
-    PathOption,
-    PlotOption,
-    RepeatsOption,
-    TinyOption,
-    checked_path,
-    measured,
-    parse_numbers,
-    parse_size,
-)
+from kvtier.cli.measuring import LayoutOption, PathOption, PlotOption, RepeatsOption, TinyOption, measured
 from kvtier.cli.output import JsonOption
 from kvtier.cli.profile import ProfileOption
+from kvtier.cli.values import checked_path, parse_numbers, parse_size
 from kvtier.errors import KVTierError
 
 app = typer.Typer(help="Measure this machine and kvtier on it, each figure beside its ceiling.", no_args_is_help=True)
@@ -37,7 +28,7 @@ def arena(
     profile: ProfileOption = None,
 ) -> None:
     """How long a host tier's memory takes to be ready, beside touching it page by page; how fast it is then."""
-    size = parse_size(size_bytes)
+    size = parse_size("--size-bytes", size_bytes)
     if size == 0:
         raise KVTierError("--size-bytes 0: give at least one page of memory, better gigabytes")
     measured("arena", repeats, tiny, json, plot, profile, size_bytes=size, raise_pool=raise_pool)
@@ -54,7 +45,7 @@ def disk(
     profile: ProfileOption = None,
 ) -> None:
     """How fast the file engines read and write at random, beside fio with the same block size and depth."""
-    size = parse_size(size_bytes)
+    size = parse_size("--size-bytes", size_bytes)
     note = importlib.import_module("kvtier.bench.disk").ceiling_note()
     measured("disk", repeats, tiny, json, plot, profile, note, path=path, size_bytes=size)
 
@@ -103,7 +94,7 @@ def codecs(
     profile: ProfileOption = None,
 ) -> None:
     """How fast pages are encoded and decoded on the CPU, beside copying them with one thread."""
-    size = parse_size(size_bytes)
+    size = parse_size("--size-bytes", size_bytes)
     note = importlib.import_module("kvtier.bench.codecs").note()
     measured("codecs", repeats, tiny, json, plot, profile, note, layout=layout, formats=formats.split(","), size_bytes=size)
 

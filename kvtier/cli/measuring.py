@@ -1,20 +1,18 @@
-"""What benchmark commands share: their options, values as they are written, and how one is run, shown, written and drawn."""
+"""What benchmark commands share: their options, and how one is run, shown, written and drawn."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
-from kvtier.cli.output import check_json_target, check_writable, human_console, write_json
+from kvtier.cli.output import check_json_target, check_plot_target, human_console, write_json
 from kvtier.cli.profile import profiled
 from kvtier.cli.stopping import stopped_in_order
 from kvtier.errors import KVTierError
 
-Number = TypeVar("Number", int, float)
 PlotOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the rows (.svg, .png, .pdf).")]
 TinyOption = Annotated[bool, typer.Option(help="Very small sizes: shows that it works, the figures say nothing.")]
 RepeatsOption = Annotated[int, typer.Option(min=1, help="How often each thing is measured; the median counts.")]
@@ -32,11 +30,7 @@ def measured(
 
     check_json_target(json)
     kit, program = importlib.import_module("kvtier.bench.measure"), importlib.import_module(f"kvtier.bench.{name}")
-    if plot is not None:
-        if plot.suffix not in (".svg", ".png", ".pdf") or not plot.parent.is_dir():
-            raise KVTierError(f"--plot {plot}: expected a .svg, .png or .pdf file in an existing directory")
-        kit.find_matplotlib()
-        check_writable("--plot", plot)
+    check_plot_target(plot)
     console = human_console(json)
     with stopped_in_order(), Progress(console=console, transient=True) as progress, profiled(profile):
         rows = program.measure(kit.Run(repeats, tiny, progress), **options)
@@ -48,28 +42,3 @@ def measured(
             getattr(program, "plot", kit.plot)(rows, plot)
         except OSError as error:
             raise KVTierError(f"--plot {plot}: {error.strerror}; the rows are above") from None
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a `--size-bytes`; KVTierError if that is no size."""
-    from kvtier.config.units import parse_bytes
-
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise KVTierError(f"--size-bytes {text}: {error}") from None
-
-
-def checked_path(path: Path | None) -> Path | None:
-    """A `--path`, if one was given; KVTierError unless it is a directory."""
-    if path is not None and not path.is_dir():
-        raise KVTierError(f"--path {path} is not a directory; name an existing one")
-    return path
-
-
-def parse_numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
-    """The values of an option that takes several with commas between; KVTierError if one is no such number."""
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise KVTierError(f"{option} {text}: expected numbers with commas between, like 1,4") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,12 +11,16 @@ import typer
 
 from kvtier.cli.numa import app
 from kvtier.cli.output import JsonOption, check_json_target, human_console, write_json
+from kvtier.cli.values import parse_size
 from kvtier.errors import NumaError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
-    from kvtier.numa.measure import Matrix
+    from kvtier.numa.choosing import Comparison
+    from kvtier.numa.device_copies import DeviceCopies
+    from kvtier.numa.measure import Matrix, Measured
 
 _TINY_BYTES = 4 << 20
 
@@ -31,7 +36,7 @@ def bench(
     from rich.progress import Progress
 
     from kvtier.cli.cuda_links import cuda_links
-    from kvtier.config.units import format_bytes, parse_bytes
+    from kvtier.config.units import format_bytes
     from kvtier.numa.choosing import compare_binding, get_optimal_numa_node
     from kvtier.numa.device_copies import measure_device_copies
     from kvtier.numa.measure import measure_nodes
@@ -39,10 +44,7 @@ def bench(
     from kvtier.numa.topology import read_topology
 
     check_json_target(json)
-    try:
-        size = _TINY_BYTES if tiny else parse_bytes(size_bytes)
-    except ValueError as error:
-        raise NumaError(f"--size-bytes {size_bytes}: {error}") from None
+    size = _TINY_BYTES if tiny else parse_size("--size-bytes", size_bytes)
     if size < _TINY_BYTES:
         raise NumaError(f"--size-bytes {size_bytes}: give at least {format_bytes(_TINY_BYTES)}, better several times the last-level cache")
     topology = read_topology()
@@ -59,31 +61,11 @@ def bench(
                 counts = counters.read()
     except OSError as error:
         raise NumaError(f"the kernel refuses to measure: {error.strerror}; lower --size-bytes, or see `kvtier doctor`") from None
-    console.print(_matrix("reads, GB/s: CPUs of", found.read_gb_per_s, "{:.1f}"))
-    if found.latency_ns is None:
-        console.print("latency: not measured, the walk was not compiled (needs a C compiler when kvtier is installed)")
-    else:
-        console.print(_matrix("latency, ns (4 KiB pages): CPUs of", found.latency_ns, "{:.0f}"))
-    console.print(_matrix("first touch, GB/s: CPUs of", found.first_touch_gb_per_s, "{:.2f}"))
-    for each in copies:
-        pinned = "" if each.pinned else " (not pinned)"
-        console.print(
-            f"{each.device}, memory of node {each.node}: {each.to_device_gb_per_s:.1f} GB/s up, {each.to_host_gb_per_s:.1f} down{pinned}",
-            soft_wrap=True,
-        )
-    if not links:
-        console.print("device copies: not measured, there is no CUDA device")
-    console.print(
-        f"the same work, copying {format_bytes(size)} in pages: {comparison.unbound * 1e6:.1f} us a page unbound, "
-        f"{comparison.bound * 1e6:.1f} us bound to node {comparison.node}",
-        soft_wrap=True,
-    )
+    _print_distances(console, found)
+    _print_copies(console, copies)
     remote = remote_share(counts)
-    reads = "; ".join(f"{name}: {why}" for name, why in counters.refused.items()) or "none counted"
-    console.print(
-        f"memory reads meanwhile: {reads}" if remote is None else f"memory reads meanwhile: {remote:.1%} of another node", soft_wrap=True
-    )
-    console.print(comparison.verdict(), soft_wrap=True)
+    meanwhile = "; ".join(f"{name}: {why}" for name, why in counters.refused.items()) or "none counted"
+    _print_binding(console, size, comparison, meanwhile if remote is None else f"{remote:.1%} of another node")
     write_json(
         {
             "size_bytes": size,
@@ -100,6 +82,38 @@ def bench(
         },
         json,
     )
+
+
+def _print_distances(console: Console, found: Measured) -> None:
+    console.print(_matrix("reads, GB/s: CPUs of", found.read_gb_per_s, "{:.1f}"))
+    if found.latency_ns is None:
+        console.print("latency: not measured, the walk was not compiled (needs a C compiler when kvtier is installed)")
+    else:
+        console.print(_matrix("latency, ns (4 KiB pages): CPUs of", found.latency_ns, "{:.0f}"))
+    console.print(_matrix("first touch, GB/s: CPUs of", found.first_touch_gb_per_s, "{:.2f}"))
+
+
+def _print_copies(console: Console, copies: Sequence[DeviceCopies]) -> None:
+    for each in copies:
+        pinned = "" if each.pinned else " (not pinned)"
+        console.print(
+            f"{each.device}, memory of node {each.node}: {each.to_device_gb_per_s:.1f} GB/s up, {each.to_host_gb_per_s:.1f} down{pinned}",
+            soft_wrap=True,
+        )
+    if not copies:
+        console.print("device copies: not measured, there is no CUDA device")
+
+
+def _print_binding(console: Console, size: int, comparison: Comparison, reads: str) -> None:
+    from kvtier.config.units import format_bytes
+
+    console.print(
+        f"the same work, copying {format_bytes(size)} in pages: {comparison.unbound * 1e6:.1f} us a page unbound, "
+        f"{comparison.bound * 1e6:.1f} us bound to node {comparison.node}",
+        soft_wrap=True,
+    )
+    console.print(f"memory reads meanwhile: {reads}", soft_wrap=True)
+    console.print(comparison.verdict(), soft_wrap=True)
 
 
 @app.command()

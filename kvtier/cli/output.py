@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvtier.errors import KVTierError
+from kvtier.errors import KVTierError, needing
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Also write the result as JSON; - is stdout.")]
+PLOT_KINDS = (".svg", ".png", ".pdf")
 
 
 def human_console(json_target: str | None = None) -> Console:
@@ -48,6 +49,17 @@ def check_writable(option: str, path: Path | None) -> None:
         _try_writing(path)
     except OSError as error:
         raise KVTierError(f"{option} {path}: {error.strerror}; give a file in a writable directory") from None
+
+
+def check_plot_target(path: Path | None) -> None:
+    """KVTierError now, rather than after a long run, if `--plot` could not be drawn to `path`; MissingExtra without matplotlib."""
+    if path is None:
+        return
+    if path.suffix not in PLOT_KINDS or not path.parent.is_dir():
+        raise KVTierError(f"--plot {path}: expected a .svg, .png or .pdf file in an existing directory")
+    with needing("report", "--plot", "matplotlib"):
+        import matplotlib.figure  # noqa: F401
+    check_writable("--plot", path)
 
 
 def _try_writing(path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kvtier.cli.output import check_writable
-from kvtier.errors import KVTierError, MissingExtra
+from kvtier.errors import KVTierError, needing
 
 ProfileOption = Annotated[
     Path | None, typer.Option(metavar="FILE.json", help="Record every call of every thread; ui.perfetto.dev opens the file. Slows the run.")
@@ -25,10 +25,8 @@ def profiled(target: Path | None) -> Iterator[None]:
         return
     if target.suffix not in (".json", ".gz") or not target.parent.is_dir():
         raise KVTierError(f"--profile {target}: expected a .json or .json.gz file in an existing directory")
-    try:
+    with needing("profile", "--profile", "viztracer"):
         from viztracer import VizTracer
-    except ImportError:
-        raise MissingExtra("--profile needs viztracer; pip install 'kvtier[profile]'") from None
     check_writable("--profile", target)  # the tracer writes only at the end
     with VizTracer(output_file=str(target), verbose=0, min_duration=5, ignore_frozen=True):
         yield

@@ -9,7 +9,7 @@ import typer
 
 from kvtier.cli.app import app
 from kvtier.cli.measuring import TinyOption
-from kvtier.cli.output import JsonOption, check_json_target, check_writable, human_console, write_json
+from kvtier.cli.output import JsonOption, check_json_target, check_plot_target, human_console, write_json
 from kvtier.errors import ConfigError, LayoutError
 from kvtier.quality.protocol import Protocol
 
@@ -50,7 +50,7 @@ def quality(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from kvtier.formats import get_format
-    from kvtier.quality.show import check_plot_target, plot_frontier, print_budget_rows, print_rows
+    from kvtier.quality.show import plot_frontier, print_budget_rows, print_rows
     from kvtier.quality.texts import beginnings, passages, read_texts
 
     if texts and documents is not None:
@@ -64,7 +64,6 @@ def quality(
     contents = read_texts(texts or [])
     check_json_target(json)
     check_plot_target(plot)
-    check_writable("--plot", plot)
     console = human_console(json)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:

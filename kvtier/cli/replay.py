@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvtier.cli.app import app
-from kvtier.cli.output import JsonOption, check_json_target, check_writable, human_console, write_json
+from kvtier.cli.output import JsonOption, check_json_target, check_plot_target, human_console, write_json
 from kvtier.cli.reading import BlockTokensOption, PlotOption, TracesArgument, progress_bar, read_traces
+from kvtier.cli.values import parse_some
 from kvtier.errors import KVTierError
 
 if TYPE_CHECKING:
@@ -64,9 +65,9 @@ def replay(
     """Replay traces through the live cache's eviction policies: hit ratios beside LRU's and the offline optimum's."""
     from kvtier.replay.capacities import Capacity, check_policies
     from kvtier.replay.runs import replay_capacities, replay_tiers
-    from kvtier.replay.show import check_plot_target, plot_capacities, plot_tiers, print_capacities, print_tiers
+    from kvtier.replay.show import plot_capacities, plot_tiers, print_capacities, print_tiers
 
-    size = None if page_bytes is None else _bytes("--page-bytes", page_bytes)
+    size = None if page_bytes is None else parse_some("--page-bytes", page_bytes)
     names = [name.strip() for name in policy.split(",")]
     layouts: list[Layout] = []
     if tiers:
@@ -86,7 +87,6 @@ def replay(
     capacities = [Capacity.parse(text) for text in (CAPACITIES if capacity is None else capacity).split(",")]
     check_json_target(json, traces)
     check_plot_target(plot)
-    check_writable("--plot", plot)
     console = human_console(json)
     loaded = read_traces(console, traces, block_tokens)
     with progress_bar(console) as progress:
@@ -112,7 +112,7 @@ def _layouts(
 
     if look_ahead_ms is not None and link_speed is None:
         raise KVTierError("--look-ahead-ms needs the speed of the links: add --link-speed, like 12GB")
-    speeds = [] if link_speed is None else [_bytes("--link-speed", text) for text in link_speed.split(",")]
+    speeds = [] if link_speed is None else [parse_some("--link-speed", text) for text in link_speed.split(",")]
     aheads = []
     for text in (LOOK_AHEAD_MS if look_ahead_ms is None else look_ahead_ms).split(","):
         try:
@@ -123,15 +123,3 @@ def _layouts(
             raise KVTierError(f"--look-ahead-ms {look_ahead_ms}: expected milliseconds with commas between, like 50,250")
     writes, uses, admitted = write_policy or WRITE_POLICY, selective_uses or SELECTIVE_USES, admission or ADMISSION
     return [Layout.parse(text, writes, uses, speeds, aheads, admitted) for text in tiers]
-
-
-def _bytes(option: str, text: str) -> int:
-    from kvtier.config.units import parse_bytes
-
-    try:
-        size = parse_bytes(text)
-    except ValueError as error:
-        raise KVTierError(f"{option} {text}: {error}") from None
-    if not size:
-        raise KVTierError(f"{option} {text}: expected more than 0")
-    return size

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvtier.cli.output import JsonOption, check_json_target, check_writable, human_console, write_json
+from kvtier.cli.output import JsonOption, check_json_target, check_plot_target, human_console, write_json
 from kvtier.cli.reading import BlockTokensOption, PlotOption, TracesArgument, progress_bar, read_traces
 from kvtier.errors import KVTierError
 
@@ -56,12 +56,11 @@ def stats(
     plot: PlotOption = None,
 ) -> None:
     """What traces are like: sizes, reuse distances and gaps, working set, what an endless cache would find."""
-    from kvtier.replay.show import check_plot_target, plot_stats, print_stats
+    from kvtier.replay.show import plot_stats, print_stats
     from kvtier.replay.stats import trace_stats
 
     check_json_target(json, traces)
     check_plot_target(plot)
-    check_writable("--plot", plot)
     console = human_console(json)
     loaded = read_traces(console, traces, block_tokens)
     found = []
@@ -98,7 +97,8 @@ def convert(
 
 
 def _write(out: str, requests: Iterable[Request], total: int) -> None:
-    from kvtier.replay.trace import write_trace, written_whole
+    from kvtier.replay.lines import written_whole
+    from kvtier.replay.trace import write_trace
 
     console = human_console(out)
     with progress_bar(console) as progress:

@@ -5,21 +5,29 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvtier.cli.app import app
-from kvtier.cli.output import JsonOption, check_json_target, check_not_read, check_writable, human_console, write_json
+from kvtier.cli.output import JsonOption, check_json_target, check_not_read, check_plot_target, human_console, write_json
 from kvtier.cli.reading import BlockTokensOption, PlotOption, TracesArgument, progress_bar, read_traces
+from kvtier.cli.values import parse_some
 from kvtier.errors import KVTierError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from kvtier.config import Config
+    from kvtier.replay.runs import Progress
     from kvtier.replay.trace import Trace
+    from kvtier.tune.evidence import Evidence
+    from kvtier.tune.judge import Cell, Judge
     from kvtier.tune.rooms import Room
-    from kvtier.tune.space import Raw
+    from kvtier.tune.search import Outcome, StudyFile
+    from kvtier.tune.space import Raw, Space
 
 BAR_STEPS = 100
 """Steps of the progress bar in one trial."""
@@ -52,9 +60,8 @@ def tune(
     from kvtier import __version__
     from kvtier.config import load_config
     from kvtier.replay.capacities import check_policies
-    from kvtier.replay.show import check_plot_target
-    from kvtier.tune.annotated import commented_yaml, require_ruamel
-    from kvtier.tune.evidence import Evidence, heading, plot_trials, print_evidence, write_whole
+    from kvtier.tune.annotated import require_ruamel
+    from kvtier.tune.evidence import Evidence, plot_trials, print_evidence
     from kvtier.tune.judge import Judge, check_replayable, mean_first
     from kvtier.tune.search import StudyFile, require_optuna
     from kvtier.tune.space import Space
@@ -67,7 +74,6 @@ def tune(
     check_json_target(json, [*traces, *([config] if config else []), target])
     check_not_read("--out", target, traces)
     check_plot_target(plot)
-    check_writable("--plot", plot)
     given = load_config(config, env={})
     console = human_console(json)
     _one_way_to_size(capacity, tiers, page_bytes)
@@ -75,12 +81,7 @@ def tune(
     rooms = _rooms(given, loaded, capacity, tiers or [], page_bytes)
     space = Space.of(given, names, rooms[0].names[1:])
     check_replayable(given, rooms)
-    judge = Judge(loaded, rooms)
-
-    def candidate(raw: Raw) -> Config:
-        return load_config(config, env={}, overrides=space.values(raw))
-
-    named = "the defaults" if config is None else config.name
+    wanted = _Wanted(config, given, space, Judge(loaded, rooms), trials, limit_s)
     question = {
         "traces": " ".join(trace.fingerprint for trace in loaded),
         "configuration": given.model_dump_json(),
@@ -91,32 +92,10 @@ def tune(
     }
     kept = study or target.with_name(f"{target.name}.study")
     with progress_bar(console) as bar, StudyFile(kept, question, seed) as file:
-        bar(0, trials, f"replaying {named}")
-        before = judge.both_halves(given)
-        compared = mean_first(before)
-
-        def progress(done: int, share: float, best: float | None) -> None:
-            leads = "" if best is None else f"best {best:.4f}, "
-            bar(int((done + share) * BAR_STEPS), trials * BAR_STEPS, f"trial {done + 1}: {leads}{named} {compared:.4f}")
-
-        def replay(raw: Raw, step: Callable[[float], None]) -> float:
-            return judge.first_half(candidate(raw), lambda requests: step(requests / judge.requests))
-
-        try:
-            found = file.search(space, space.first_points(given), replay, trials, limit_s, progress)
-        except KeyboardInterrupt:
-            human_console("-").print(f"interrupted: {len(file.trials())} trials are in {kept}; the same command goes on from there")
-            raise
-        best = found.best
-        bar(1, 1, "checking on the second half")
-        tuned = candidate(best.raw)
-        after = judge.both_halves(tuned)
-    if abs(mean_first(after) - best.ratio) > 1e-9:
-        again = f"{best.ratio:.6f} in {kept}, {mean_first(after):.6f} now"
-        raise KVTierError(f"the best trial does not come out again ({again}): kvtier has changed since; remove {kept} to start anew")
-    values = space.values(best.raw)
+        found, before, after = _search(wanted, file, bar)
+    values = space.values(found.best.raw)
     evidence = Evidence(
-        config=named,
+        config=wanted.named,
         given=before,
         tuned=after,
         values=values,
@@ -130,7 +109,66 @@ def tune(
     print_evidence(console, evidence)
     console.print(f"{len(found.trials)} trials, {found.replayed} of them now, in {kept}; ended by: {found.ended}", style="dim")
     if plot is not None:
-        plot_trials([trial.ratio for trial in found.trials], compared, plot)
+        plot_trials([trial.ratio for trial in found.trials], mean_first(before), plot)
+    _write(console, evidence, config, target, json)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A search: the configuration to better and the file it is from, what may be chosen, what judges it, and how long."""
+
+    config: Path | None
+    given: Config
+    space: Space
+    judge: Judge
+    trials: int
+    limit_s: float
+
+    @property
+    def named(self) -> str:
+        return "the defaults" if self.config is None else self.config.name
+
+    def candidate(self, raw: Raw) -> Config:
+        from kvtier.config import load_config
+
+        return load_config(self.config, env={}, overrides=self.space.values(raw))
+
+
+def _search(wanted: _Wanted, file: StudyFile, bar: Progress) -> tuple[Outcome, list[Cell], list[Cell]]:
+    """What was tried; what the given configuration and the best one find on both halves. KVTierError if that is not what the study says."""
+    from kvtier.tune.judge import mean_first
+
+    judge, trials = wanted.judge, wanted.trials
+    bar(0, trials, f"replaying {wanted.named}")
+    before = judge.both_halves(wanted.given)
+    compared = f"{wanted.named} {mean_first(before):.4f}"
+
+    def progress(done: int, share: float, best: float | None) -> None:
+        leads = "" if best is None else f"best {best:.4f}, "
+        bar(int((done + share) * BAR_STEPS), trials * BAR_STEPS, f"trial {done + 1}: {leads}{compared}")
+
+    def replay(raw: Raw, step: Callable[[float], None]) -> float:
+        return judge.first_half(wanted.candidate(raw), lambda requests: step(requests / judge.requests))
+
+    try:
+        found = file.search(wanted.space, wanted.space.first_points(wanted.given), replay, trials, wanted.limit_s, progress)
+    except KeyboardInterrupt:
+        human_console("-").print(f"interrupted: {len(file.trials())} trials are in {file.path}; the same command goes on from there")
+        raise
+    best = found.best
+    bar(1, 1, "checking on the second half")
+    after = judge.both_halves(wanted.candidate(best.raw))
+    if abs(mean_first(after) - best.ratio) > 1e-9:
+        again = f"{best.ratio:.6f} in {file.path}, {mean_first(after):.6f} now"
+        raise KVTierError(f"the best trial does not come out again ({again}): kvtier has changed since; remove {file.path} to start anew")
+    return found, before, after
+
+
+def _write(console: Console, evidence: Evidence, config: Path | None, target: Path, json: str | None) -> None:
+    """Write the configuration and the JSON. Exit code 1 if there is no better configuration."""
+    from kvtier.tune.annotated import commented_yaml
+    from kvtier.tune.evidence import heading, write_whole
+
     if evidence.refusal is None:
         write_whole(target, commented_yaml(config, evidence.values, evidence.before, heading(evidence)))
         console.print(f"{target}: written")
@@ -171,18 +209,11 @@ def _one_way_to_size(capacity: str | None, tiers: list[str] | None, page_bytes: 
 
 
 def _rooms(given: Config, loaded: list[Trace], capacity: str | None, tiers: list[str], page_bytes: str | None) -> list[Room]:
-    from kvtier.config.units import parse_bytes
     from kvtier.tune.rooms import room_implied, rooms_given
 
     if page_bytes is None:
         return rooms_given(given, capacity, tiers)
-    try:
-        size = parse_bytes(page_bytes)
-    except ValueError as error:
-        raise KVTierError(f"--page-bytes {page_bytes}: {error}") from None
-    if not size:
-        raise KVTierError(f"--page-bytes {page_bytes}: expected more than 0")
-    return [room_implied(given, loaded, size)]
+    return [room_implied(given, loaded, parse_some("--page-bytes", page_bytes))]
 
 
 def _command(

@@ -18,17 +18,15 @@ from kvtier.engines.adapters import Adapters, plain_model
 from kvtier.engines.dense import check_kind
 from kvtier.engines.fed import Positions, alike_up_to, check_inputs, check_mask
 from kvtier.engines.models import check_named
-from kvtier.errors import LayoutError, MissingExtra, ModelError
+from kvtier.errors import LayoutError, ModelError, needing
 from kvtier.layout import PageLayout
 from kvtier.leases.budget import BudgetedLease
 
-try:
+with needing("hf", "the Hugging Face engine", "transformers"):
     from transformers import AttentionInterface
     from transformers.cache_utils import Cache, DynamicLayer
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-except ImportError as error:
-    raise MissingExtra("the Hugging Face engine needs transformers; install it with: pip install 'kvtier[hf]'") from error
 
 Select = Literal["attention", "exact"]
 _PREFIX = "kvtier_"

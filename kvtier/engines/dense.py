@@ -14,14 +14,12 @@ from typing import Any
 import torch
 
 from kvtier.engines.stopwatch import Stopwatch
-from kvtier.errors import LayoutError, MissingExtra, ModelError
+from kvtier.errors import LayoutError, ModelError, needing
 from kvtier.layout import PageLayout
 from kvtier.leases.lease import Lease
 
-try:
+with needing("hf", "the Hugging Face engine", "transformers"):
     from transformers.cache_utils import DynamicLayer
-except ImportError as error:
-    raise MissingExtra("the Hugging Face engine needs transformers; install it with: pip install 'kvtier[hf]'") from error
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,10 @@ import xxhash
 
 from kvtier.cache import TieredKVCache
 from kvtier.config import ModelConfig
-from kvtier.errors import MissingExtra, ModelError
+from kvtier.errors import MissingExtra, ModelError, needing
 
-try:
+with needing("hf", "running a model", "transformers"):
     import transformers
-except ImportError as error:
-    raise MissingExtra("running a model needs transformers; install it with: pip install 'kvtier[hf]'") from error
 
 _CACHE_ARGUMENT = (
     "cache" if "cache" in inspect.signature(transformers.GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"

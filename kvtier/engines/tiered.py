@@ -18,13 +18,11 @@ from kvtier.engines.dense import Prefix, TieredLayer
 from kvtier.engines.fed import Fed, Positions, Row, alike_up_to, check_inputs, check_mask, unpadded
 from kvtier.engines.models import check_named
 from kvtier.engines.stopwatch import Stopwatch
-from kvtier.errors import LayoutError, MissingExtra, ModelError
+from kvtier.errors import LayoutError, ModelError, needing
 from kvtier.leases.lease import Lease
 
-try:
+with needing("hf", "the Hugging Face engine", "transformers"):
     from transformers.cache_utils import Cache
-except ImportError as error:
-    raise MissingExtra("the Hugging Face engine needs transformers; install it with: pip install 'kvtier[hf]'") from error
 
 Sequences = Sequence[int] | Sequence[Sequence[int]] | torch.Tensor
 

@@ -22,7 +22,7 @@ from kvtier.engines.models import LoadedModel
 from kvtier.engines.transformers import layout_of
 from kvtier.errors import ConfigError, ModelError
 from kvtier.formats import get_format
-from kvtier.job.play import Untiered, greedy, recompute, tiered
+from kvtier.job.play import Played, Untiered, greedy, recompute, tiered
 from kvtier.job.workload import Size, Turn, plan
 from kvtier.layout import PageLayout
 from kvtier.machine import describe_machine
@@ -71,20 +71,8 @@ def run_job(loaded: LoadedModel, size: Size, resolved: Resolved, store: Path | s
             timeline.append(_sample(cache, number, time.monotonic() - started))
             if turn.returning:
                 cache.settle()
-                rows.append(
-                    {
-                        "session": turn.session,
-                        "turn": turn.index,
-                        "prompt_tokens": len(prompt),
-                        "expected_tokens": reference.reused,
-                        "restored_tokens": played.reused,
-                        "hinted": _hinted(number),
-                        "ttft_restored_ms": played.ttft_ms,
-                        "ttft_lossless_ms": same.ttft_ms,
-                        "ttft_recomputed_ms": recompute(model, prompt),
-                        "identical": same.tokens == reference.tokens and same.reused == reference.reused,
-                    }
-                )
+                recomputed = {"ttft_recomputed_ms": recompute(model, prompt)}
+                rows.append(_returned(number, turn, len(prompt), reference, same, played) | recomputed)
                 assert reference.probe_logits is not None
                 assert played.probe_logits is not None
                 quality.add(reference.probe_logits, played.probe_logits, probe)
@@ -103,6 +91,21 @@ def run_job(loaded: LoadedModel, size: Size, resolved: Resolved, store: Path | s
         "seconds": round(time.monotonic() - started, 1),
     }
     return result
+
+
+def _returned(number: int, turn: Turn, prompt_tokens: int, reference: Played, same: Played, played: Played) -> Result:
+    """What is told of the turn of a session that came back: untiered, through lossless tiers, through the configured ones."""
+    return {
+        "session": turn.session,
+        "turn": turn.index,
+        "prompt_tokens": prompt_tokens,
+        "expected_tokens": reference.reused,
+        "restored_tokens": played.reused,
+        "hinted": _hinted(number),
+        "ttft_restored_ms": played.ttft_ms,
+        "ttft_lossless_ms": same.ttft_ms,
+        "identical": same.tokens == reference.tokens and same.reused == reference.reused,
+    }
 
 
 # -- configuration ---------------------------------------------------------------------------------------------------------------------

@@ -88,6 +88,11 @@ def first_touch(address: int, length: int, nodes: Sequence[int]) -> None:
         chunks = iter(range(begin, end, _CHUNK_BYTES))
         work = _toucher(address, chunks, end, cpus[node], failures)
         workers += [threading.Thread(target=work, name=f"kvtier-touch-{node}") for _ in range(count)]
+    _run(workers, failures)
+
+
+def _run(workers: Sequence[threading.Thread], failures: Sequence[OSError]) -> None:
+    """Start them, wait for all, and raise what the first of them noted."""
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -122,12 +127,7 @@ def first_touch_parts(parts: Mapping[int, Sequence[tuple[int, int]]]) -> None:
                 failures.append(error)
 
         workers += [threading.Thread(target=work, name=f"kvtier-touch-{node}") for _ in range(count)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if failures:
-        raise failures[0]
+    _run(workers, failures)
 
 
 def set_huge_pages(node: int, count: int, size_bytes: int = HUGE_PAGE_BYTES, root: Path = ROOT) -> int:

@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 
-from kvtier.errors import MissingExtra
+from kvtier.errors import needing
 
-try:
+with needing("hf", "measuring quality", "transformers"):
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-except ImportError as error:
-    raise MissingExtra("measuring quality needs transformers; install it with: pip install 'kvtier[hf]'") from error
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from kvtier.engines.models import cache_argument
-from kvtier.errors import ConfigError, MissingExtra, ModelError
+from kvtier.errors import ConfigError, ModelError, needing
 from kvtier.layout import PageLayout
 from kvtier.leases.budget import LEAST_PAGES
 from kvtier.quality.attention import is_on_the_interface, replaced
@@ -27,10 +27,8 @@ from kvtier.quality.scoring import TokenScores, compare, score
 from kvtier.quality.selections import RECALLING, SELECTIONS, Selection, Step
 from kvtier.quality.untouched import to_cache, to_pages
 
-try:
+with needing("hf", "measuring quality", "transformers"):
     from transformers import DynamicCache
-except ImportError as error:
-    raise MissingExtra("measuring quality needs transformers; install it with: pip install 'kvtier[hf]'") from error
 
 QUERIES_AT_ONCE = 128
 """For what H2O has to know of the context: its attention matrix, a few rows at a time."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from kvtier.errors import KVTierError, MissingExtra
+from kvtier.errors import KVTierError
 from kvtier.quality.budget import BudgetRow
 from kvtier.quality.row import QualityRow
 
@@ -66,18 +66,6 @@ def frontier(rows: Sequence[QualityRow]) -> list[QualityRow]:
     return best
 
 
-def check_plot_target(path: Path | None) -> None:
-    """The error that `plot_frontier` would end with, before there are any rows."""
-    if path is None:
-        return
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        raise MissingExtra("--plot needs matplotlib; pip install 'kvtier[report]'") from None
-    if path.suffix[1:] not in FigureCanvasBase.filetypes or not path.parent.is_dir() or path.is_dir():
-        raise _cannot_plot(path, "not a picture file in an existing directory")
-
-
 def plot_frontier(rows: Sequence[QualityRow], path: Path) -> None:
     """KL, logarithmic, over bits per value. Formats that lose nothing stand at the lower edge. KVTierError if `path` cannot be written."""
     from matplotlib import rc_context
@@ -106,7 +94,7 @@ def plot_frontier(rows: Sequence[QualityRow], path: Path) -> None:
         with rc_context({"svg.fonttype": "none"}):
             figure.savefig(path)
     except (OSError, ValueError) as error:
-        raise _cannot_plot(path, str(error)) from None
+        raise KVTierError(f"--plot {path}: {error}; give it a .svg, .png or .pdf file in an existing, writable directory") from None
 
 
 def _label(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
@@ -120,7 +108,3 @@ def _label(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
             step = 1 - step if step <= 0 else -step
         taken.append((x, x + width, y + step * height))
         axes.annotate(name, point, (7, step * height * 0.72 - 3), textcoords="offset points", fontsize=9, color=MUTED)
-
-
-def _cannot_plot(path: Path, reason: str) -> KVTierError:
-    return KVTierError(f"--plot {path}: {reason}; give it a .svg, .png or .pdf file in an existing, writable directory")

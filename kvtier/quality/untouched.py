@@ -9,16 +9,14 @@ from typing import Any
 import torch
 
 from kvtier.engines.models import cache_argument
-from kvtier.errors import MissingExtra, ModelError
+from kvtier.errors import ModelError, needing
 from kvtier.layout import PageLayout
 from kvtier.quality.attention import AttentionCall, record
 from kvtier.quality.protocol import Protocol
 from kvtier.quality.scoring import score
 
-try:
+with needing("hf", "measuring quality", "transformers"):
     from transformers import DynamicCache
-except ImportError as error:
-    raise MissingExtra("measuring quality needs transformers; install it with: pip install 'kvtier[hf]'") from error
 
 
 @dataclass(frozen=True)

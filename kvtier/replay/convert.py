@@ -24,7 +24,8 @@ from typing import Any
 
 from kvtier.errors import KVTierError, TraceError
 from kvtier.replay.blocks import BlockIds
-from kvtier.replay.trace import BLOCK_TOKENS, Request, block_ids, number_at_least_0, read_lines, read_text_lines, whole
+from kvtier.replay.lines import number_at_least_0, read_lines, read_text_lines, whole
+from kvtier.replay.trace import BLOCK_TOKENS, EXAMPLE, Request, block_ids
 from kvtier.replay.workloads import lognormal
 
 BAILIAN_BLOCK_TOKENS = 16
@@ -113,7 +114,7 @@ def _hashed(path: Path, wish: Wish, from_tokens: int, ms_per_unit: int) -> Itera
         raise KVTierError(f"blocks of {from_tokens} tokens do not make blocks of {wish.block_tokens}; expected a multiple")
     merged = wish.block_tokens // from_tokens
     blocks = BlockIds(wish.block_tokens)
-    for number, fields in read_lines(path):
+    for number, fields in read_lines(path, EXAMPLE):
         where = f"{path}: line {number}"
         length = whole(fields, "input_length", 1, where)
         ids: list[object] = list(block_ids(fields, where))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from kvtier.errors import KVTierError, MissingExtra
+from kvtier.errors import KVTierError, needing
 from kvtier.policy import LRU
 from kvtier.replay.optimum import OPTIMUM
 from kvtier.replay.runs import Row
@@ -18,17 +18,6 @@ from kvtier.replay.stats import Percentiles, TraceStats
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-PLOT_KINDS = (".svg", ".png", ".pdf")
-
-
-def check_plot_target(path: Path | None) -> None:
-    """KVTierError now, rather than after a long run, if a plot could not be written to `path`; MissingExtra without matplotlib."""
-    if path is None:
-        return
-    if path.suffix not in PLOT_KINDS or not path.parent.is_dir():
-        raise KVTierError(f"--plot {path}: expected a .svg, .png or .pdf file in an existing directory")
-    new_figure(1, 1)
 
 
 def print_capacities(console: Console, rows: Sequence[Row]) -> None:
@@ -196,10 +185,8 @@ def _share(part: int, whole: int) -> str:
 
 
 def new_figure(panels: int, height: float) -> tuple[Figure, list[Axes]]:
-    try:
+    with needing("report", "--plot", "matplotlib"):
         from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtra("--plot needs matplotlib; pip install 'kvtier[report]'") from None
     figure = Figure(figsize=(8, height * panels), layout="constrained")
     return figure, list(figure.subplots(panels, squeeze=False)[:, 0])
 

@@ -8,24 +8,20 @@ appearance, so everything else is arrays indexed by page.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import tempfile
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvtier.errors import TraceError
 from kvtier.policy import ROOT
+from kvtier.replay.lines import number_at_least_0, read_lines, shown, whole
 
 Column = NDArray[np.int64]
 
@@ -140,64 +136,9 @@ def read_trace(path: Path, block_tokens: int = BLOCK_TOKENS) -> Trace:
     """A trace from a file (`.gz` too). TraceError if it cannot be read, has no requests, or a line is none."""
     name = path.name.removesuffix(".gz").removesuffix(".jsonl").removeprefix("mooncake_")
     builder = _Builder(f"{path}", block_tokens, "line")
-    for number, fields in read_lines(path):
+    for number, fields in read_lines(path, EXAMPLE):
         builder.add(number, _request(path, number, fields))
     return builder.finish(name)
-
-
-def read_lines(path: Path, expected: str = EXAMPLE) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The JSON objects of a JSONL file, each with the number of its line; empty lines are passed over. TraceError for anything else."""
-    for number, line in read_text_lines(path):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError):
-            fields = None
-        if not isinstance(fields, dict):
-            raise TraceError(f"{path}: line {number} is not a JSON object ({_shown(line)}); expected one like {expected}")
-        yield number, fields
-
-
-def read_text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file, plain or gzip, with their numbers from 1. TraceError if it cannot be read."""
-    try:
-        with open_text(path) as file:
-            yield from enumerate(file, 1)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise TraceError(f"cannot read {path}: {reason}; give it a text file, plain or as .gz") from None
-
-
-def open_text(path: Path, mode: str = "r") -> TextIO:
-    """The file as text, through gzip if its name ends in `.gz`. OSError if it cannot be opened."""
-    encoding = "utf-8-sig" if mode == "r" else "utf-8"  # tables of Windows programs begin with a mark
-    if path.suffix == ".gz":
-        # Without the time of writing, so that equal traces are equal files.
-        return TextIOWrapper(gzip.GzipFile(path, f"{mode}b", mtime=0), encoding=encoding, newline="")
-    return cast(TextIO, path.open(mode, encoding=encoding, newline=""))
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[TextIO]:
-    """A text file to write, packed if its name ends in `.gz`, that takes the place of `path` when all is in it, and never half of it.
-
-    Whatever ends the writing leaves what was there as it was: it may be the trace that is being converted. Devices and pipes are written
-    to as they are. OSError if it cannot be written.
-    """
-    if path.exists() and not path.is_file():
-        with open_text(path, "w") as file:
-            yield file
-        return
-    target = path.resolve()
-    # In a folder of its own under its own name, which gzip writes into the file: equal traces are equal files.
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".kvtier-") as folder:
-        whole = Path(folder) / target.name
-        with open_text(whole, "w") as file:
-            yield file
-        if target.exists():
-            whole.chmod(target.stat().st_mode & 0o777)
-        whole.replace(target)
 
 
 def write_trace(requests: Iterable[Request], file: TextIO) -> int:
@@ -209,27 +150,11 @@ def write_trace(requests: Iterable[Request], file: TextIO) -> int:
     return count
 
 
-def whole(fields: dict[str, Any], key: str, least: int, where: str, default: int | None = None) -> int:
-    """A whole number of at least `least`. TraceError that says `where` if it is missing (without a `default`) or something else."""
-    value = fields.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**53:
-        raise TraceError(f"{where}: {key} is {_shown(json.dumps(value))}; expected a whole number, at least {least}")
-    return value
-
-
-def number_at_least_0(fields: dict[str, Any], key: str, where: str) -> float:
-    """A time of 0 or more. TraceError that says `where` if it is missing or something else."""
-    value = fields.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**53:
-        raise TraceError(f"{where}: {key} is {_shown(json.dumps(value))}; expected a time of 0 or more")
-    return float(value)
-
-
 def block_ids(fields: dict[str, Any], where: str) -> list[int]:
     """The `hash_ids`. TraceError that says `where` if they are not a list of whole numbers."""
     ids = fields.get("hash_ids")
     if not isinstance(ids, list) or not all(type(block) is int for block in ids):
-        raise TraceError(f"{where}: hash_ids is {_shown(json.dumps(ids))}; expected a list of whole numbers")
+        raise TraceError(f"{where}: hash_ids is {shown(json.dumps(ids))}; expected a list of whole numbers")
     return ids
 
 
@@ -241,11 +166,6 @@ def _request(path: Path, number: int, fields: dict[str, Any]) -> Request:
         whole(fields, "output_length", 0, where, default=0),
         block_ids(fields, where),
     )
-
-
-def _shown(text: str) -> str:
-    text = text.strip()
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class _Builder:

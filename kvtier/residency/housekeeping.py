@@ -1,7 +1,7 @@
 """Housekeeping: what the residency does ahead of demand and at the end, so that demand seldom has to wait.
 
-Writes through what must be, copies down what would leave next, lets go what fell below the policies' thresholds, moves pages of the host
-tier to the NUMA node they are used from, tidies the disk, flushes.
+Writes through what must be, copies down what would leave next, lets go what fell below the policies' thresholds, has pages of the host
+tier moved between NUMA nodes (`node_moves.py`), tidies the disk, flushes.
 All of it runs on the mover's loop under the rules of `kvtier.residency`, whose lock guards the state here too. A job that fails
 keeps none of the others from going on, and rests longer after each failure, so that what stays broken neither fills the log nor takes time.
 """
@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvtier.mover.transfer import Priority, ended
-from kvtier.pages import ABSENT, NO_ROW, READY, Rows
+from kvtier.pages import ABSENT, Rows
+from kvtier.residency.node_moves import move_between_nodes
 from kvtier.tiers.base import Tier
-from kvtier.tiers.host import HostTier
 
 if TYPE_CHECKING:
     from kvtier.residency.residency import Residency
@@ -105,7 +106,7 @@ class Housekeeping:
         self.task = asyncio.current_task()
         jobs = [
             RecurringJob("tidying the tiers", self._tidy),
-            RecurringJob("moving pages between NUMA nodes", self.move_between_nodes),
+            RecurringJob("moving pages between NUMA nodes", partial(move_between_nodes, self._residency)),
             RecurringJob("letting go what fell below the thresholds", self._clean_up_when_due),
         ]
         while True:
@@ -145,70 +146,6 @@ class Housekeeping:
         for tier_slots in residency.tiers:
             if isinstance(tier_slots, Tier):
                 await residency.mover.work(tier_slots.checkpoint)
-
-    async def move_between_nodes(self) -> int:
-        """Move pages of the host tier to the node they are used from, as its rule says; how many moved.
-
-        Only pages that nobody leases, reads or brings up. A page that somebody wants meanwhile stays where it is.
-        """
-        residency = self._residency
-        index = next((index for index, tier in enumerate(residency.tiers) if isinstance(tier, HostTier)), None)
-        host = None if index is None else residency.tiers[index]
-        if index is None or not isinstance(host, HostTier) or not host.moves_pages:
-            return 0
-        waiting = await residency.mover.work(host.plan_moves, lambda slot: self._at_rest(host, index, slot) is not None, residency.clock())
-        done = 0
-        while waiting:
-            pairs: dict[int, list[tuple[int, int]]] = {}
-            rows: list[int] = []
-            later = []
-            with residency.lock:
-                for source, node in waiting:
-                    row = self._at_rest(host, index, source)
-                    if row is None:
-                        host.gave_up()
-                    elif (target := host.reserve_on(node)) is None:
-                        later.append((source, node))
-                    else:
-                        pairs.setdefault(node, []).append((source, target))
-                        rows.append(row)
-                residency.table.hold(rows, index)
-            if not pairs:
-                break
-            arrived = []
-            try:
-                for node, some in pairs.items():
-                    arrived += await residency.mover.work(host.carry, some, node, node=node)
-            finally:
-                with residency.lock:
-                    residency.table.unhold(rows, index)
-                    moves = [pair for some in pairs.values() for pair in some]
-                    for pair, whole in zip(moves, [*arrived, *[False] * (len(moves) - len(arrived))], strict=True):
-                        done += self._settle_move(host, index, pair, whole)
-            waiting = later
-        return done
-
-    def _settle_move(self, host: HostTier, index: int, pair: tuple[int, int], whole: bool) -> bool:
-        """Let the copy in the pair's second slot take the place of the first, unless that is in use or did not arrive. Lock held."""
-        residency, (source, target) = self._residency, pair
-        row = self._at_rest(host, index, source) if whole else None
-        if row is None:
-            host.gave_up()
-            host.free([target])
-            return False
-        host.moved(pair, residency.clock())
-        residency.table.slot[index, row] = target
-        host.free([source])
-        return True
-
-    def _at_rest(self, host: HostTier, index: int, slot: int) -> int | None:
-        """The row of the page in a slot of the host tier, if nobody needs it there. Lock held, or else what it says may be over."""
-        table = self._residency.table
-        key = host.key_of(slot)
-        row = NO_ROW if key is None else table.row(key)
-        if row == NO_ROW or table.state[index, row] != READY or table.slot[index, row] != slot:
-            return None
-        return None if table.leases[row] or table.readers[index, row] else row
 
     async def flush(self) -> None:
         """Copy what the last tier does not have yet into it, prefixes first, so that a later process finds it."""

@@ -17,9 +17,9 @@ import numpy as np
 from kvtier.errors import Closed
 from kvtier.keys import PageKey
 from kvtier.mover.transfer import Priority, Transfer
+from kvtier.pages import DEVICE, READY, Rows
 
 if TYPE_CHECKING:
-    from kvtier.pages import Rows
     from kvtier.residency.copying import Shortfall
     from kvtier.residency.residency import Residency
 
@@ -36,6 +36,19 @@ class Prefetch:
         self._over_budget = self._outranked = 0
         self._cancelled = False
         self._done = threading.Event()
+
+    @classmethod
+    def begin(cls, residency: Residency, keys: Sequence[PageKey], deadline: float | None) -> Prefetch:
+        """See `TieredKVCache.prefetch`; what is on the device already counts as used. Takes the lock."""
+        with residency.lock:
+            table = residency.table
+            rows = table.find(keys)
+            residency.touch(rows[table.state[DEVICE][rows] == READY], DEVICE)
+        hint = cls(residency, keys, deadline)
+        residency.start(hint.run())
+        if deadline is not None:
+            residency.mover.call(residency.mover.loop.call_later, deadline, hint.cancel)
+        return hint
 
     @property
     def pages(self) -> int:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 import numpy as np
@@ -229,9 +229,18 @@ class Residency:
         if not job.cancelled() and (error := job.exception()) is not None:
             log.error("a background job failed", exc_info=error)
 
-    def under_way(self) -> list[Future[Any]]:
-        """The transfers that are queued or running and the jobs that may start more. Lock held."""
-        return [*(transfer.future for transfer in self.copying.inflight.values()), *(job for job in self._jobs if not job.done())]
+    def settle(self, timeout: float | None) -> None:
+        """Wait until no transfer is queued or under way, nor a job that may start one. TimeoutError after `timeout` seconds."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self.lock:
+                waiting: list[Future[Any]] = [transfer.future for transfer in self.copying.inflight.values()]
+                waiting += [job for job in self._jobs if not job.done()]
+            if not waiting:
+                return
+            left = None if end is None else max(0.0, end - time.monotonic())
+            if wait(waiting, left).not_done:
+                raise TimeoutError(f"transfers were still under way after {timeout} s")
 
     def close(self, flush: bool) -> None:
         """Write down what should survive (if there is a disk), stop the mover, release the tiers."""

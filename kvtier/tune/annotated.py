@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from kvtier.errors import MissingExtra
+from kvtier.errors import needing
 from kvtier.tune.space import Values
 
 HEAD = "# Tuned by kvtier"
@@ -23,10 +23,8 @@ _REMARKS = re.compile(r"[ \t]+(# tuned; was .*|\(tuned; was .*\))$", re.MULTILIN
 
 def require_ruamel() -> Any:
     """The module `ruamel.yaml`. MissingExtra if it is not installed."""
-    try:
+    with needing("tune", "kvtier tune", "ruamel.yaml to keep your comments"):
         import ruamel.yaml
-    except ImportError:
-        raise MissingExtra("kvtier tune needs ruamel.yaml to keep your comments; pip install 'kvtier[tune]'") from None
     return ruamel.yaml
 
 

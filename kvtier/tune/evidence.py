@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvtier.errors import KVTierError
+from kvtier.replay.lines import written_whole
 from kvtier.tune.annotated import HEAD, one_line
 from kvtier.tune.judge import Cell, mean_first, mean_second
 from kvtier.tune.space import Values
@@ -76,15 +75,8 @@ class Evidence:
 def write_whole(path: Path, text: str) -> None:
     """Write the file, or leave what is there as it is. KVTierError if it cannot be written."""
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink()
-            raise
+        with written_whole(path) as file:
+            file.write(text)
     except OSError as error:
         raise KVTierError(f"cannot write {path}: {error.strerror}; give --out a file in an existing, writable directory") from None
 

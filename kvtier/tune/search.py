@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from kvtier.errors import KVTierError, MissingExtra
+from kvtier.errors import KVTierError, needing
 from kvtier.tune.space import Choice, Number, Raw, Space
 
 if TYPE_CHECKING:
@@ -196,10 +196,8 @@ class StudyFile:
 
 def require_optuna() -> Any:
     """The optimiser. MissingExtra if it is not installed."""
-    try:
+    with needing("tune", "kvtier tune", "optuna"):
         import optuna
-    except ImportError:
-        raise MissingExtra("kvtier tune needs optuna; pip install 'kvtier[tune]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

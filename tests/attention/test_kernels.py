@@ -14,20 +14,13 @@ from hypothesis import strategies as st
 
 from kvtier.attention import on_device
 from kvtier.attention.digest import DigestLayout, encode, page_logits
-from kvtier.cuda.kernels import triton_version, why_missing
 from kvtier.errors import LayoutError
 from kvtier.formats.paged import PagedKV
 from kvtier.layout import PageLayout
 from tests.attention.test_digest import exact_logits, make_keys
-from tests.compiled import found_by
+from tests.compiled import DEVICE, ON_GPU, found_by, needs_triton
 
-CUDA = torch.device("cuda", 0)
-ON_GPU = torch.cuda.is_available() and not why_missing(CUDA)
-DEVICE = CUDA if ON_GPU else torch.device("cpu")
-pytestmark = [
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(triton_version() is None, reason="Triton is not installed or too old: its kernels are not tested"),
-]
+pytestmark = [pytest.mark.timeout(300), needs_triton]
 OTHER_SIDE = 0.005
 """Share of bytes in which a number may be rounded to the other side; a byte holds two."""
 

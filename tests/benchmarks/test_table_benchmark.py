@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import table
+from benchmarks.stream import CHATS_PER_S, Replay, chats, page_key, read_stream, stream_of
 from kvtier.cli import main
 from kvtier.errors import KVTierError
 from kvtier.policy import make_policy
@@ -46,9 +46,9 @@ def test_replays_of_the_public_traces_find_what_others_found(name, policy, share
     path = TRACES / f"mooncake_{name}.jsonl"
     if not path.exists():
         pytest.skip(f"{path} is not here; set KVTIER_TRACES to the folder of the Mooncake traces")
-    stream = table.read_stream(path)
+    stream = read_stream(path)
     assert stream.name == name
-    with table.Replay(policy, int(stream.distinct * share)) as replay:
+    with Replay(policy, int(stream.distinct * share)) as replay:
         for request in stream.requests:
             replay.serve(request)
         replay.residency.check_integrity()
@@ -59,9 +59,9 @@ def test_replays_of_the_public_traces_find_what_others_found(name, policy, share
 @pytest.mark.parametrize("policy", ["a2cr", "lru", "a2cr-classic"])
 @pytest.mark.parametrize("ticking", [False, True])
 def test_a_replay_with_little_room_keeps_heads_and_leaves_nothing_held(policy, ticking):
-    stream = table.chats(100)
+    stream = chats(100)
     longest = max(len(request.keys) for request in stream.requests)
-    with table.Replay(policy, longest // 2, ticking) as replay:
+    with Replay(policy, longest // 2, ticking) as replay:
         for request in stream.requests:
             replay.serve(request)
             found = len(replay.residency.table.find(request.keys))
@@ -72,31 +72,29 @@ def test_a_replay_with_little_room_keeps_heads_and_leaves_nothing_held(policy, t
 @pytest.mark.parametrize("policy", ["lru", "a2cr-classic"])
 @pytest.mark.parametrize("share", [0.02, 0.2])
 def test_the_live_caches_bookkeeping_finds_what_the_laboratory_finds(policy, share):
-    trace = build_trace("chats", make_requests({"chat": 0.6, "scan": 0.4}, 300, table.CHATS_PER_S, seed=2))
+    trace = build_trace("chats", make_requests({"chat": 0.6, "scan": 0.4}, 300, CHATS_PER_S, seed=2))
     capacity = int(share * trace.distinct)
-    with table.Replay(policy, capacity) as live:
-        for request in table.stream_of(trace).requests:
+    with Replay(policy, capacity) as live:
+        for request in stream_of(trace).requests:
             live.serve(request)
     assert live.hit_tokens == trace.hit_tokens(replay(trace, make_policy(policy), capacity).hit_pages)
 
 
 def test_made_up_chats_are_the_same_every_time_and_keys_stand_for_pages():
-    stream = table.chats(150)
-    assert stream == table.chats(150)
+    stream = chats(150)
+    assert stream == chats(150)
     assert stream.distinct < stream.pages
     assert [request.at_s for request in stream.requests] == sorted(request.at_s for request in stream.requests)
-    trace = build_trace("chats", make_requests({"chat": 1.0}, 150, table.CHATS_PER_S, seed=1))
+    trace = build_trace("chats", make_requests({"chat": 1.0}, 150, CHATS_PER_S, seed=1))
     assert (stream.pages, stream.distinct) == (trace.accesses, trace.distinct)
-    assert [request.keys for request in stream.requests][1] == tuple(
-        map(table.page_key, trace.pages[trace.starts[1] : trace.starts[2]].tolist())
-    )
+    assert [request.keys for request in stream.requests][1] == tuple(map(page_key, trace.pages[trace.starts[1] : trace.starts[2]].tolist()))
 
 
 def test_a_file_that_is_no_trace_is_one_clear_error(tmp_path: Path):
     path = tmp_path / "trace.jsonl"
     path.write_text("no json\n")
     with pytest.raises(KVTierError, match="line 1"):
-        table.read_stream(path)
+        read_stream(path)
     assert main(["bench", "table", "--tiny", "--trace", str(path)]) == 2
 
 

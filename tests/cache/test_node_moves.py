@@ -16,6 +16,7 @@ from kvtier.numa.binding import this_machine
 from kvtier.numa.syscalls import MemoryPolicy, Mode
 from kvtier.numa.topology import read_topology
 from kvtier.numa.transfers import NodeStream
+from kvtier.residency.node_moves import move_between_nodes
 from kvtier.tiers import host, host_moves
 from kvtier.tiers.host_nodes import HostNodes, Segment
 from tests.cache.rig import HOST, LAYOUT, Clock, assert_right, flip_in_host, hold, make_cache, put, run
@@ -67,7 +68,7 @@ def nodes_of(cache, tokens) -> list[int]:
 
 def move(cache, at_rest: bool = True) -> int:
     residency = cache._residency
-    moved: int = residency.mover.spawn(residency.house.move_between_nodes()).result(20)
+    moved: int = residency.mover.spawn(move_between_nodes(residency)).result(20)
     if at_rest:
         cache.check_integrity()
     return moved
@@ -144,7 +145,7 @@ def test_a_page_that_somebody_wants_meanwhile_stays_and_is_right(cache, monkeypa
 
     monkeypatch.setattr(host, "carry", slow)
     residency = cache._residency
-    moving = residency.mover.spawn(residency.house.move_between_nodes())
+    moving = residency.mover.spawn(move_between_nodes(residency))
     assert begun.wait(20)
     with residency.lock:
         rows = residency.table.ready(HOST)

@@ -45,3 +45,10 @@ def test_a_picture_that_nothing_here_can_draw_is_told_before_anything_is_measure
     assert main(["bench", "arena", "--tiny", "--plot", str(tmp_path / "x.svg")]) == 2
     assert "pip install 'kvtier[report]'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("_nothing_is_measured")
+@pytest.mark.parametrize("name", ["missing/x.svg", "x.txt", "x", "."])
+def test_a_picture_of_another_kind_or_nowhere_is_told_before_anything_is_measured(capsys, tmp_path, name):
+    assert main(["bench", "arena", "--tiny", "--plot", str(tmp_path / name)]) == 2
+    assert f"--plot {tmp_path / name}: expected a .svg, .png or .pdf file" in capsys.readouterr().err

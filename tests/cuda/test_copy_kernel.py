@@ -13,12 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtier.cuda.kernels import triton_version
 from kvtier.errors import DeviceError
 from kvtier.memory.region import aligned_array
-from tests.compiled import found_by
+from tests.compiled import found_by, needs_triton
 
-pytestmark = pytest.mark.skipif(triton_version() is None, reason="Triton is not installed or too old: its kernel is not tested")
+pytestmark = needs_triton
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_contract.py runs the kernel there")
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 from kvtier.cache import TieredKVCache
 from kvtier.config import load_config
@@ -14,6 +14,7 @@ from kvtier.engines.transformers import Session, layout_of
 from kvtier.errors import ConfigError, LayoutError, LeaseError, ModelError, TransferFailed
 from kvtier.leases.budget import BudgetedLease
 from kvtier.tiers.device import DevicePool
+from tests.engines.rig import llama
 
 PAGE = 4
 BUDGET = 10
@@ -24,19 +25,7 @@ GENERATE = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
 @pytest.fixture
 def model():
     """Large weights, so that its predictions hang on the context."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=200,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.15,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+    return llama(3, initializer_range=0.15)
 
 
 def open_cache(model, store=None, slots=BUDGET - 1, host_pages=100, host_format="raw", **more):

@@ -78,7 +78,7 @@ class Talk:
     def let_kvtier_end(self):
         """Step until the workers said that they did what they were told."""
         side = self.scheduler.scheduler_side
-        while side._jobs or side._loading:
+        while side._storing.jobs or side._loading:
             self.ask(self.prompt(3), tokens=1)
 
     def forget(self):
@@ -183,7 +183,7 @@ class TestLossless:
                 engine.step()
         talk.forget()
         side = talk.scheduler.scheduler_side
-        assert not side._requests
+        assert not side._requests._states
         assert not side._loading
         assert not side._fetching
         assert talk.ask(prompt)[0] == 8 * BLOCK

@@ -9,10 +9,11 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from kvtier.config import load_config
-from kvtier.engines.vllm import scheduler
+from kvtier.engines.vllm import requests
 from kvtier.engines.vllm.messages import Hello, LoadDone, RankReport, WorkerReport
-from kvtier.engines.vllm.scheduler import MOST_STORING, SchedulerSide
+from kvtier.engines.vllm.scheduler import SchedulerSide
 from kvtier.engines.vllm.settings import Settings
+from kvtier.engines.vllm.storing import MOST_STORING
 from kvtier.engines.weights import adapter_revision
 from kvtier.layout import PageLayout
 
@@ -283,7 +284,7 @@ def test_an_adapter_that_is_loaded_anew_has_pages_of_its_own(tmp_path, monkeypat
         read.append(path)
         return adapter_revision(path)
 
-    monkeypatch.setattr(scheduler, "adapter_revision", reading)
+    monkeypatch.setattr(requests, "adapter_revision", reading)
 
     def found(name, number, **more):
         adapter = LoRARequest("adapter", number, str(tmp_path), **more)
@@ -309,8 +310,8 @@ def test_stores_are_bounded_and_what_is_left_of_a_request_that_ends_is_counted()
     engine.side.finished(request)
     assert engine.side.counts.data["skipped_pages"] == {"busy": 5}
     engine.stored(plan)
-    assert engine.side._storing == 0
-    assert not engine.side._fences
+    assert not engine.side._storing.pages
+    assert not engine.side._storing._fences
 
 
 def test_a_reset_forgets_at_once_and_late_reports_do_not_bring_pages_back():

@@ -205,7 +205,7 @@ class TestCrowded:
         together = talk.ask(*prompts, tokens=20)
         assert [len(said) for _, said in together] == [20] * 5
         assert preemptions(talk) > 0
-        assert not talk.scheduler.scheduler_side._requests
+        assert not talk.scheduler.scheduler_side._requests._states
 
     def test_requests_that_load_wait_and_are_preempted_or_cancelled_leave_the_others_right(self, talk, monkeypatch):
         from vllm import SamplingParams

@@ -18,13 +18,8 @@ from hypothesis import strategies as st
 from kvtier.errors import LayoutError
 from kvtier.formats import checksums
 from kvtier.formats.proof import LEAST_BYTES
-from kvtier.formats.triton import triton_version, why_missing
 from kvtier.tiers.disk import record
-from tests.compiled import found_by
-
-CUDA = torch.device("cuda", 0)
-DEVICE = CUDA if torch.cuda.is_available() and not why_missing(CUDA) else torch.device("cpu")
-needs_triton = pytest.mark.skipif(triton_version() is None, reason="Triton is not installed or too old: its kernels are not tested")
+from tests.compiled import DEVICE, found_by, needs_triton
 
 
 def ranges_of(count: int, length: int, seed: int, spare: int = 0) -> torch.Tensor:

@@ -18,17 +18,10 @@ from kvtier.formats import get_format, on_device
 from kvtier.formats.blocks import BlockFormat
 from kvtier.formats.on_device import decode_pages, encode_pages
 from kvtier.formats.paged import PagedKV
-from kvtier.formats.triton import triton_version, why_missing
 from kvtier.layout import PageLayout
-from tests.compiled import found_by
+from tests.compiled import DEVICE, ON_GPU, found_by, needs_triton
 
-CUDA = torch.device("cuda", 0)
-ON_GPU = torch.cuda.is_available() and not why_missing(CUDA)
-DEVICE = CUDA if ON_GPU else torch.device("cpu")
-pytestmark = [
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(triton_version() is None, reason="Triton is not installed or too old: its kernels are not tested"),
-]
+pytestmark = [pytest.mark.timeout(300), needs_triton]
 FORMATS = ["raw", "fp8", "q8", "q4", "sparse24!"]
 HARD = [float("nan"), float("inf"), -float("inf"), -0.0, 1e-30, -65504.0, 3e-5]
 

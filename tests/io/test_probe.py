@@ -14,19 +14,12 @@ from kvtier.errors import ConfigError
 from kvtier.io.direct import DirectEngine
 from kvtier.io.pooled import PooledEngine
 from kvtier.io.probe import choose_engine, existing_part
+from tests.io.refusals import refuse_direct
 
 
 @pytest.fixture
 def without_direct(monkeypatch):
-    """A file system that refuses O_DIRECT as real ones do: when the file is opened."""
-    real = os.open
-
-    def refuse(path, flags, *mode, **options):
-        if flags & os.O_DIRECT:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return real(path, flags, *mode, **options)
-
-    monkeypatch.setattr(os, "open", refuse)
+    refuse_direct(monkeypatch)
 
 
 @pytest.fixture

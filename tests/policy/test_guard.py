@@ -8,37 +8,11 @@ import numpy as np
 import pytest
 
 from kvtier import columns
-from kvtier.policy import A2CR, LRU, EvictionPolicy
+from kvtier.policy import A2CR, LRU
 from kvtier.policy.guard import FOLLOWS, LEFT, OWED, Guard
-from tests.policy.traffic import Request, Traffic, distinct
+from tests.policy.traffic import Request, Traffic, found
 
 LONGEST = 12
-
-
-def found(requests: list[Request], policy: EvictionPolicy, room: int) -> np.ndarray:
-    """Pages found by each request, in a tier of `room` pages."""
-    here, running = np.zeros(distinct(requests), np.bool_), np.zeros(distinct(requests), np.bool_)
-    free, hits = room, []
-    for request in requests:
-        pages = np.array(request.pages)
-        count = int(here[pages].sum())
-        hits.append(count)
-        if count:
-            policy.touch(pages[:count], request.at_s)
-        coming = pages[count:]
-        if len(coming) > free:
-            running[pages] = True
-            victims = policy.evict(len(coming) - free, running.__getitem__, request.at_s, 1.0)
-            running[pages] = False
-            assert victims is not None
-            here[victims] = False
-            free += len(victims)
-        if len(coming):
-            parents = np.concatenate((pages[count - 1 : count] if count else [-1], coming[:-1]))
-            policy.insert(coming, parents, np.arange(count, len(pages)), request.at_s)
-            here[coming] = True
-            free -= len(coming)
-    return np.array(hits)
 
 
 def adversary(seed: int, requests: int) -> list[Request]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtier.policy import ROOT, EvictionPolicy
 
@@ -103,17 +104,17 @@ def distinct(requests: list[Request]) -> int:
     return 1 + max(max(request.pages) for request in requests)
 
 
-def hit_ratio(requests: list[Request], policy: EvictionPolicy, capacity: int) -> float:
-    """Share of the tokens found, in a tier of `capacity` pages that holds every request afterwards, or its head."""
+def found(requests: list[Request], policy: EvictionPolicy, capacity: int) -> NDArray[np.int64]:
+    """Pages found by each request, in a tier of `capacity` pages that holds every request afterwards, or its head."""
     here, running = np.zeros(distinct(requests), np.bool_), np.zeros(distinct(requests), np.bool_)
-    free, hits = capacity, 0
+    free, hits = capacity, []
     for request in requests:
         pages = np.array(request.pages[:capacity])
-        found = int(np.count_nonzero(here[pages]))
-        hits += min(found * BLOCK_TOKENS, request.tokens)
-        if found:
-            policy.touch(pages[:found], request.at_s)
-        coming = pages[found:]
+        count = int(np.count_nonzero(here[pages]))
+        hits.append(count)
+        if count:
+            policy.touch(pages[:count], request.at_s)
+        coming = pages[count:]
         if not len(coming):
             continue
         if len(coming) > free:
@@ -123,8 +124,14 @@ def hit_ratio(requests: list[Request], policy: EvictionPolicy, capacity: int) ->
             assert victims is not None
             here[victims] = False
             free += len(victims)
-        parents = np.concatenate((pages[found - 1 : found] if found else [ROOT], coming[:-1]))
-        policy.insert(coming, parents, np.arange(found, len(pages)), request.at_s)
+        parents = np.concatenate((pages[count - 1 : count] if count else [ROOT], coming[:-1]))
+        policy.insert(coming, parents, np.arange(count, len(pages)), request.at_s)
         here[coming] = True
         free -= len(coming)
-    return hits / sum(request.tokens for request in requests)
+    return np.array(hits)
+
+
+def hit_ratio(requests: list[Request], policy: EvictionPolicy, capacity: int) -> float:
+    """Share of the tokens found."""
+    tokens = np.array([request.tokens for request in requests])
+    return int(np.minimum(found(requests, policy, capacity) * BLOCK_TOKENS, tokens).sum()) / int(tokens.sum())

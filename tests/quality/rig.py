@@ -7,29 +7,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from kvtier.formats import Format, Payload
 from kvtier.layout import PageLayout
+from tests.engines.rig import SIZES, llama
 
-VOCABULARY = 200
+VOCABULARY: int = SIZES["vocab_size"]
 
 
 def make_model() -> LlamaForCausalLM:
     """Large weights: with the usual ones a random model predicts the same after every context."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.15,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+    return llama(3, initializer_range=0.15)
 
 
 def make_documents(count: int = 2, tokens: int = 256) -> list[list[int]]:

@@ -7,9 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from kvtier.errors import KVTierError
 from kvtier.quality.row import QualityRow
-from kvtier.quality.show import check_plot_target, frontier, plot_frontier, print_rows
+from kvtier.quality.show import frontier, plot_frontier, print_rows
 
 FIGURES = {"delta_nll_standard_error": 0.25, "top1_agreement": 0.5, "k_error": 0.125, "v_error": 0.375, "attention_output_error": 0.0625}
 
@@ -59,9 +58,3 @@ def test_every_format_is_named_in_the_plot(tmp_path):
 def test_rows_that_lose_nothing_can_be_plotted_alone(tmp_path):
     plot_frontier(ROWS[:1], tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 1000
-
-
-@pytest.mark.parametrize("name", ["missing/plot.svg", "plot.txt", "plot", "."])
-def test_a_plot_that_could_not_be_written_is_told_beforehand(tmp_path, name):
-    with pytest.raises(KVTierError, match="--plot"):
-        check_plot_target(tmp_path / name)

@@ -19,6 +19,7 @@ from kvtier.testing.engines import ended, threads
 from kvtier.testing.tiers import get, holds, page_id, payload, put, staging
 from kvtier.tiers.base import Refused
 from kvtier.tiers.disk import batches, plan
+from tests.io.refusals import refuse_direct
 from tests.tiers.disk import SLOT, DiskContract, open_disk
 from tests.tiers.faults import FaultyEngine
 
@@ -261,14 +262,7 @@ def test_a_store_written_by_one_engine_opens_with_another(tmp_path, writer, read
 
 @pytest.fixture
 def without_direct(monkeypatch):
-    real = os.open
-
-    def refuse(path, flags, *mode, **options):
-        if flags & os.O_DIRECT:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return real(path, flags, *mode, **options)
-
-    monkeypatch.setattr(os, "open", refuse)
+    refuse_direct(monkeypatch)
 
 
 @pytest.mark.usefixtures("without_direct")

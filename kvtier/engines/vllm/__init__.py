@@ -1,5 +1,9 @@
 """kvtier inside vLLM: `KvtierConnector`, loaded by vLLM from this module (docs/vllm.md). Needs vLLM, which users install themselves.
 
+`connector.py` is what vLLM calls. In its scheduler: `scheduler.py` (what to load, and the whole), `requests.py`, `keys.py`, `storing.py`,
+`steps.py`, `mirror.py` (what the workers hold), `events.py`. In its workers: `worker.py`, `layouts.py` (how vLLM lays KV out). Both:
+`settings.py`, `messages.py` (what they tell each other), `resets.py`, `metrics.py`.
+
 The connector is imported when it is asked for: what reads memory layouts and names pages works, and is tested, without vLLM.
 """
 
