@@ -27,7 +27,7 @@ from .stream import LAYOUT, ROOT_KEY, chats, page_key, read_stream, stream_rows
 CHAIN_PAGES = 25
 """Pages of one call in the rows of single operations: about a mean request of the conversation trace."""
 MEASURED = ("lru", "a2cr", "lfu", "a2cr-classic")
-"""Policies with an order of their own; `lfu` stands for all that queue, `kvtier.policy.queued`."""
+"""Policies with an order of their own; of all that queue (`kvtier.policy.queued`) `lfu` has one queue, `a2cr-classic` many."""
 CALLS = 400
 Work = tuple[str, Callable[[], object], Callable[[], object]]
 """What is measured: its name, ours, and the plain thing beside it."""

@@ -8,15 +8,13 @@ traces it loses to LRU from 5 % of the distinct blocks up.
 from __future__ import annotations
 
 import math
-from array import array
 from dataclasses import dataclass
-
-import numpy as np
+from heapq import heappop, heappush
 
 from kvtier.errors import ConfigError, IntegrityError
-from kvtier.policy.base import EvictionPolicy, Mask, Pages, Protection
-from kvtier.policy.leaves import Leaves, Value
+from kvtier.policy.base import ROOT, Pages, Protection
 from kvtier.policy.pressure import SOURCE_BANDS, PressureBand, PressureBands, require_amount, require_share
+from kvtier.policy.queued import ABSENT, NOBODY, PAGE_MASK, Entry, QueuedPolicy
 
 COUNT_CAP = 10
 """Touches that give the full frequency term, the insert included."""
@@ -60,111 +58,152 @@ class A2CRParameters:
         PressureBands(self.bands, self.hysteresis)
 
 
-class A2CRClassic(EvictionPolicy):
+class A2CRClassic(QueuedPolicy):
     """score = attention_weight * attention + frequency_weight * min(1, count / 10) + recency_weight * exp(-decay * age).
 
-    A page's group is its attention level and its count: within one only age differs. The count starts again at one when a page is
-    inserted again. The band held is moved by `evict` that succeeds and by `expired`; `peek` and `score` only apply it. Each call that
-    compares pages looks at up to 715 groups (65 attention levels, 11 counts), however many pages there are.
+    Ties: the least recently used, then deeper first. A page's group is its attention level and its count; within one only age differs, so
+    every group has a queue, from when it is first met. The count starts again at one when a page is inserted again. The band held is moved
+    by `evict` that succeeds and by `expired`; `peek` and `score` only apply it. Each call that compares pages looks at up to 715 queues (65
+    attention levels, 11 counts), however many pages there are.
     """
 
     name = "a2cr-classic"
+    queues = 0
 
     def __init__(self, parameters: A2CRParameters | None = None) -> None:
         super().__init__()
         self.parameters = parameters or A2CRParameters()
         self._bands = PressureBands(self.parameters.bands, self.parameters.hysteresis)
         self._band = 0
-        self._leaves = Leaves()
-        self._attention = array("d")
-        self._static = [
-            self.parameters.attention_weight * level / ATTENTION_LEVELS + self.parameters.frequency_weight * count / COUNT_CAP
-            for level in range(ATTENTION_LEVELS + 1)
-            for count in range(_COUNTS)
-        ]
+        self._attention: list[float] = self.column(_NO_ATTENTION)
+        self._groups: list[int] = []
+        """Of each queue."""
+        self._queues: dict[int, int] = {}
+        """Of each group that was met."""
+        self._merit: list[float] = []
+        """What pages of each queue score without recency."""
+        self._meet(_NEW_GROUP)
+        # Of the choice that is being made:
+        self._decay = 0.0
+        self._below = math.inf
+        """Pages that score this, or more, stay."""
+        self._now = 0.0
+        self._front: list[Entry] = []
+        """A heap of (score, last use, rank): the head of every queue, and pages that were one and are no more."""
+        self._last = NOBODY
+        """Whose turn it was."""
 
-    def insert(self, pages: Pages, parents: Pages, depths: Pages, now: float) -> None:
-        arriving = list(zip(pages.tolist(), parents.tolist(), depths.tolist(), strict=True))
-        for page, parent, _ in arriving:
-            self._leaves.require_new(page, parent)
-        for page, parent, depth in arriving:
-            self._leaves.insert(page, parent, depth, now, _NEW_GROUP)
-            if page >= len(self._attention):
-                more = max(page + 1, 2 * len(self._attention)) - len(self._attention)
-                self._attention.extend([_NO_ATTENTION] * more)
+    def entered(self, pages: list[int]) -> None:
+        for page in pages:
             self._attention[page] = _NO_ATTENTION
 
-    def touch(self, pages: Pages, now: float) -> None:
-        for page in self._leaves.require(pages):
-            self._leaves.touch(page, now)
-            group = self._leaves.group(page)
+    def used(self, pages: list[int]) -> None:
+        for page in pages:
+            group = self._groups[self.queue[page]]
             if group % _COUNTS < COUNT_CAP:
-                self._leaves.raise_group(page, group + 1)
-
-    def remove(self, pages: Pages) -> None:
-        for page in self._leaves.require(pages):
-            self._leaves.remove(page)
+                self.move(page, self._queue_of(group + 1), 0.0, self.latest)
+            else:
+                self.time[page] = self.latest
 
     def record_attention(self, page: int, mass: float) -> None:
         if not 0 <= mass <= 1:
             raise ValueError(f"attention mass is {mass}; expected a share from 0 to 1")
-        held = self._leaves.group(page)
+        if page not in self:
+            raise KeyError(page)
         before = self._attention[page]
         after = mass if math.isnan(before) else before + ATTENTION_SMOOTHING * (mass - before)
         self._attention[page] = after
-        group = _group(after, held % _COUNTS)
-        if group < held:
-            self._leaves.lower_group(page, group)
-        elif group > held:
-            self._leaves.raise_group(page, group)
+        queue = self._queue_of(_group(after, self._groups[self.queue[page]] % _COUNTS))
+        if queue != self.queue[page]:
+            self.move(page, queue, 0.0, self.time[page])
+            self._sweep_if_wasteful()
+
+    def _queue_of(self, group: int) -> int:
+        queue = self._queues.get(group)
+        return self._meet(group) if queue is None else queue
+
+    def _meet(self, group: int) -> int:
+        """A queue for a group that had none."""
+        parameters, (level, count) = self.parameters, divmod(group, _COUNTS)
+        self._merit.append(parameters.attention_weight * level / ATTENTION_LEVELS + parameters.frequency_weight * count / COUNT_CAP)
+        self._groups.append(group)
+        self._queues[group] = queue = self.add_queue()
+        return queue
+
+    # -- choosing --------------------------------------------------------------------------------------------------------------
 
     def evict(self, count: int, protected: Protection, now: float, pressure: float) -> Pages | None:
         band = self._bands.after(self._band, pressure)
-        victims = self._leaves.take(count, protected, self._value(now, band))
-        if victims is None:
-            return None
-        self._leaves.note(now)
-        self._band = band
-        return np.array(victims, np.int64)
+        self._decay, self._below = self._decay_in(band), math.inf
+        victims = super().evict(count, protected, now, pressure)
+        if victims is not None:
+            self._band = band
+        return victims
 
     def peek(self, count: int, protected: Protection, now: float, pressure: float) -> Pages:
-        value = self._value(now, self._bands.after(self._band, pressure))
-        return np.array(self._leaves.first(count, protected, value), np.int64)
+        self._decay, self._below = self._decay_in(self._bands.after(self._band, pressure)), math.inf
+        return super().peek(count, protected, now, pressure)
 
     def expired(self, count: int, protected: Protection, now: float, pressure: float) -> Pages:
         self._band = self._bands.after(self._band, pressure)
-        threshold = self._bands.bands[self._band].eviction_threshold if self.parameters.adaptive else self.parameters.eviction_threshold
-        return np.array(self._leaves.first(count, protected, self._value(now, self._band), below=threshold), np.int64)
+        adaptive, threshold = self.parameters.adaptive, self._bands.bands[self._band].eviction_threshold
+        self._decay, self._below = self._decay_in(self._band), threshold if adaptive else self.parameters.eviction_threshold
+        return super().peek(count, protected, now, pressure)
+
+    def asked(self, now: float) -> None:
+        self._now, self._last = now, NOBODY
+        self._front.clear()
+        for queue in range(len(self._groups)):
+            self._offer(queue)
+
+    def candidate(self) -> int:
+        if self._last != NOBODY:
+            self._offer_after(self._last)
+            self._last = NOBODY
+        while self._front:
+            score, _, rank = self._front[0]
+            page = rank & PAGE_MASK
+            if self.head(self.queue[page]) == page:
+                if score >= self._below:
+                    break
+                self._last = page
+                return page
+            heappop(self._front)
+        return NOBODY
+
+    def _offer_after(self, page: int) -> None:
+        """`page` is out, or passed over: its queue has another head, and so may that of its parent, which may be a leaf now."""
+        queue, parent = self.queue[page], self._parent[page]
+        self._offer(queue)
+        if parent != ROOT and self.queue[parent] not in (ABSENT, queue) and self.head(self.queue[parent]) == parent:
+            self._offer(self.queue[parent])
+
+    def _offer(self, queue: int) -> None:
+        if self.head(queue) != NOBODY:
+            _, time, rank = self._heaps[queue][0]
+            heappush(self._front, (self._score(queue, time, self._now, self._decay), time, rank))
+
+    # -- scoring ---------------------------------------------------------------------------------------------------------------
 
     def score(self, page: int, now: float, pressure: float) -> float:
-        value = self._value(now, self._bands.after(self._band, pressure))
-        return value(self._leaves.group(page), self._leaves.last_touch(page))
+        if page not in self:
+            raise KeyError(page)
+        decay = self._decay_in(self._bands.after(self._band, pressure))
+        return self._score(self.queue[page], self.time[page], max(self.latest, now), decay)
 
-    def here(self, pages: Pages) -> Mask:
-        return self._leaves.here(pages)
+    def _score(self, queue: int, last: float, now: float, decay: float) -> float:
+        return self._merit[queue] + self.parameters.recency_weight * math.exp(-decay * (now - last))
 
-    def __len__(self) -> int:
-        return len(self._leaves)
+    def _decay_in(self, band: int) -> float:
+        return self._bands.bands[band].time_decay_factor if self.parameters.adaptive else self.parameters.time_decay_factor
 
     def check_integrity(self) -> None:
-        self._leaves.check_integrity(self._value(self._leaves.latest, self._band))
+        super().check_integrity()
         for page, attention in enumerate(self._attention):
-            if page in self._leaves:
-                group = self._leaves.group(page)
+            if page in self:
+                group = self._groups[self.queue[page]]
                 if group != _group(NEUTRAL_ATTENTION if math.isnan(attention) else attention, group % _COUNTS):
                     raise IntegrityError(f"page {page} is in the group of another attention than its own {attention}")
-
-    def _value(self, now: float, band: int) -> Value:
-        decay = self._bands.bands[band].time_decay_factor if self.parameters.adaptive else self.parameters.time_decay_factor
-        now = max(self._leaves.latest, now)
-        static = self._static
-        weight = self.parameters.recency_weight
-        exp = math.exp
-
-        def value(group: int, last: float) -> float:
-            return static[group] + weight * exp(-decay * (now - last))
-
-        return value
 
 
 def _group(attention: float, count: int) -> int:

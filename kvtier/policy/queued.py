@@ -42,7 +42,7 @@ class QueuedPolicy(EvictionPolicy):
     """
 
     queues = 1
-    """How many queues there are."""
+    """How many queues there are to begin with."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class QueuedPolicy(EvictionPolicy):
         return self.head(0)
 
     def asked(self, now: float) -> None:
-        """A choice begins, at time `now`."""
+        """A choice begins, at time `now`, or begins again: what `candidate` changed was undone."""
         return
 
     # -- what a policy can use -------------------------------------------------------------------------------------------------
@@ -97,6 +97,12 @@ class QueuedPolicy(EvictionPolicy):
         cells: list[Any] = []
         self._columns.append((cells, empty))
         return cells
+
+    def add_queue(self) -> int:
+        """One queue more; its number."""
+        self.sizes.append(0)
+        self._heaps.append([])
+        return len(self.sizes) - 1
 
     def head(self, queue: int) -> int:
         """The leaf that comes first in `queue`; NOBODY if there is none."""
@@ -174,6 +180,8 @@ class QueuedPolicy(EvictionPolicy):
         self._forget(leaving)
 
     def evict(self, count: int, protected: Protection, now: float, pressure: float) -> Pages | None:
+        if count > self._count:
+            return None
         choice = self._choose(count, protected, now)
         if len(choice.out) < count:
             self._put_back(choice)
@@ -197,8 +205,10 @@ class QueuedPolicy(EvictionPolicy):
         return self.worth[page]
 
     def here(self, pages: Pages) -> Mask:
-        known = len(self.queue)
-        return np.array([0 <= page < known and self.queue[page] != ABSENT for page in pages.tolist()], np.bool_)
+        return np.array([page in self for page in pages.tolist()], np.bool_)
+
+    def __contains__(self, page: object) -> bool:
+        return isinstance(page, int) and 0 <= page < len(self.queue) and self.queue[page] != ABSENT
 
     def __len__(self) -> int:
         return self._count
@@ -270,16 +280,16 @@ class QueuedPolicy(EvictionPolicy):
             raise ValueError(f"count is {count}; it must be 0 or more")
         choice = _Choice(list(self.sizes))
         count = min(count, self._count)
-        self.asked(max(now, self.latest))
+        now = max(now, self.latest)
         self._log = choice.log
         try:
-            self._attempt(choice, count)
+            self._attempt(choice, count, now)
             if choice.out and (stays := protected(np.array(choice.out))).any():
                 # Rare: what was recently used, and so is protected, seldom leads a queue. Again, with these answers, one by one.
                 choice.answers = dict(zip(choice.out, stays.tolist(), strict=True))
                 self._put_back(choice)
                 choice.out, choice.protected, self._log = [], protected, choice.log
-                self._attempt(choice, count)
+                self._attempt(choice, count, now)
         except BaseException:
             self._put_back(choice)
             raise
@@ -287,7 +297,8 @@ class QueuedPolicy(EvictionPolicy):
             self._log = None
         return choice
 
-    def _attempt(self, choice: _Choice, count: int) -> None:
+    def _attempt(self, choice: _Choice, count: int, now: float) -> None:
+        self.asked(now)
         while len(choice.out) < count and (page := self.candidate()) != NOBODY:
             queue = self.queue[page]
             if self._heaps[queue][0] is self._entry[page]:
@@ -320,7 +331,7 @@ class QueuedPolicy(EvictionPolicy):
 
     def check_integrity(self) -> None:
         here = [page for page, queue in enumerate(self.queue) if queue != ABSENT]
-        sizes, children = [0] * self.queues, [0] * len(self.queue)
+        sizes, children = [0] * len(self.sizes), [0] * len(self.queue)
         for page in here:
             sizes[self.queue[page]] += 1
             if self._parent[page] != ROOT:
