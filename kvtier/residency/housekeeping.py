@@ -1,7 +1,7 @@
 """Housekeeping: what the residency does ahead of demand and at the end, so that demand seldom has to wait.
 
-Writes through what must be, and once more what found its link full; copies down what would leave next, lets go what fell below the policies' thresholds, has pages of the host
-tier moved between NUMA nodes (`node_moves.py`), tidies the disk, flushes.
+Writes through what must be, and later what found its link full; copies down what would leave next; lets go what fell below the policies'
+thresholds; has pages of the host tier moved between NUMA nodes (`node_moves.py`), tidies the disk, flushes.
 All of it runs on the mover's loop under the rules of `kvtier.residency`, whose lock guards the state here too. A job that fails
 keeps none of the others from going on, and rests longer after each failure, so that what stays broken neither fills the log nor takes time.
 """
