@@ -247,6 +247,7 @@ class Copying:
                     continue
                 with residency.lock:
                     residency.metrics.link(transfer.source, transfer.target).turned_away += 1
+                    residency.house.turned_away(transfer)
             except Closed:
                 pass
             outcome = Outcome(cancelled=True)

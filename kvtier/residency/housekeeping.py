@@ -1,7 +1,7 @@
 """Housekeeping: what the residency does ahead of demand and at the end, so that demand seldom has to wait.
 
-Writes through what must be, copies down what would leave next, lets go what fell below the policies' thresholds, has pages of the host
-tier moved between NUMA nodes (`node_moves.py`), tidies the disk, flushes.
+Writes through what must be, and later what found its link full; copies down what would leave next; lets go what fell below the policies'
+thresholds; has pages of the host tier moved between NUMA nodes (`node_moves.py`), tidies the disk, flushes.
 All of it runs on the mover's loop under the rules of `kvtier.residency`, whose lock guards the state here too. A job that fails
 keeps none of the others from going on, and rests longer after each failure, so that what stays broken neither fills the log nor takes time.
 """
@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from kvtier.mover.transfer import Priority, ended
+from kvtier.mover.transfer import Priority, Transfer, ended
 from kvtier.pages import ABSENT, Rows
 from kvtier.residency.node_moves import move_between_nodes
 from kvtier.tiers.base import Tier
@@ -70,6 +70,9 @@ class Housekeeping:
     def __init__(self, residency: Residency) -> None:
         self._residency = residency
         self._cleaning = [False] * len(residency.tiers)
+        self._behind: set[int] = set()
+        """Tiers with pages that should be written through and found their link full."""
+        self._catching_up = [False] * len(residency.tiers)
         self._next_cleanup = residency.clock() + residency.config.policy.cleanup_interval
         self.task: asyncio.Task[object] | None = None
 
@@ -85,6 +88,35 @@ class Housekeeping:
         if residency.pressure(tier) > residency.config.mover.clean_pressure and not self._cleaning[tier]:
             self._cleaning[tier] = True
             residency.start(self._clean(tier))
+
+    def turned_away(self, transfer: Transfer) -> None:
+        """The link of a transfer is full. Pages that must be written through follow when it is not. Lock held."""
+        if transfer.target == transfer.source + 1 and self._residency.entry[transfer.target] != "write_back":
+            self._behind.add(transfer.source)
+
+    async def _catch_up_where_behind(self) -> None:
+        residency = self._residency
+        with residency.lock:
+            for tier in self._behind:
+                if not self._catching_up[tier]:
+                    self._catching_up[tier] = True
+                    residency.start(self._catch_up(tier))
+
+    async def _catch_up(self, tier: int) -> None:
+        """Write through as many pages of `tier` as its link may have queued, prefixes first; the others another time."""
+        residency = self._residency
+        try:
+            with residency.lock:
+                self._behind.discard(tier)
+                rows = residency.table.ready(tier)
+                due = rows[~residency.eviction.is_clean(rows, tier) & residency.eviction.is_wanted_below(rows, tier)]
+                most = max(1, residency.config.mover.queue_bytes // residency.layout.page_bytes)
+                if len(due) > most:
+                    self._behind.add(tier)
+            await residency.copying.down(due[:most], tier, tier + 1, Priority.DEMOTION)
+        finally:
+            with residency.lock:
+                self._catching_up[tier] = False
 
     async def _clean(self, tier: int) -> None:
         """Copy down the pages that would leave next, without dropping them, so that room can later be made at once."""
@@ -107,6 +139,7 @@ class Housekeeping:
         jobs = [
             RecurringJob("tidying the tiers", self._tidy),
             RecurringJob("moving pages between NUMA nodes", partial(move_between_nodes, self._residency)),
+            RecurringJob("writing through what found its link full", self._catch_up_where_behind),
             RecurringJob("letting go what fell below the thresholds", self._clean_up_when_due),
         ]
         while True:

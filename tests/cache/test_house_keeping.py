@@ -1,13 +1,15 @@
-"""Laws checked: a job of house-keeping that keeps failing holds up no other one, and its log grows with the logarithm of time."""
+"""Laws checked: a job of house-keeping that keeps failing holds up no other one, and its log grows with the logarithm of time; pages that
+should be written through and find their link full are written through later."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 from kvtier.residency import housekeeping
 from kvtier.residency.housekeeping import MOST_REST_ROUNDS, RecurringJob
-from tests.cache.rig import make_cache, put, run
+from tests.cache.rig import counters, make_cache, put, run, tiers_of
 
 
 def test_what_stays_broken_is_tried_ever_less_often_and_traced_once(caplog):
@@ -68,3 +70,18 @@ def test_a_disk_that_cannot_be_tidied_keeps_nothing_else_from_going_on(tmp_path,
         monkeypatch.setattr(cache._residency.house, "clean_up", clean_up)
         assert cache._residency.mover.spawn(asyncio.wait_for(cleaned.wait(), 20)).result(30)
         monkeypatch.undo()
+
+
+def test_pages_that_find_their_link_full_are_written_through_once_it_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(housekeeping, "TIDY_EVERY_S", 0.01)
+    narrow = {"mover__workers": 1, "mover__staging_bytes": 1, "mover__queue_bytes": 1}
+    through = {"host__write_policy": "write_through", "disk__write_policy": "write_through"}
+    with make_cache(tmp_path / "d", device_pages=16, host_pages=16, disk_pages=16, **narrow, **through) as cache:
+        put(cache, run(1, 12))
+        until = time.monotonic() + 20
+        while tiers_of(cache, run(1, 12)) != [{0, 1, 2}] * 12 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert tiers_of(cache, run(1, 12)) == [{0, 1, 2}] * 12, "nobody used them again"
+        assert counters(cache)["links"]["device->host"]["turned_away"] > 0
+        cache.settle(20)
+        cache.check_integrity()
