@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from typing import Any
 
 from kvtier.residency import housekeeping
 from kvtier.residency.housekeeping import MOST_REST_ROUNDS, RecurringJob
@@ -74,8 +75,8 @@ def test_a_disk_that_cannot_be_tidied_keeps_nothing_else_from_going_on(tmp_path,
 
 def test_pages_that_find_their_link_full_are_written_through_once_it_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr(housekeeping, "TIDY_EVERY_S", 0.01)
-    narrow = {"mover__workers": 1, "mover__staging_bytes": 1, "mover__queue_bytes": 1}
-    through = {"host__write_policy": "write_through", "disk__write_policy": "write_through"}
+    narrow: dict[str, Any] = {"mover__workers": 1, "mover__staging_bytes": 1, "mover__queue_bytes": 1}
+    through: dict[str, Any] = {"host__write_policy": "write_through", "disk__write_policy": "write_through"}
     with make_cache(tmp_path / "d", device_pages=16, host_pages=16, disk_pages=16, **narrow, **through) as cache:
         put(cache, run(1, 12))
         until = time.monotonic() + 20

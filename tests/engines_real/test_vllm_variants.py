@@ -248,7 +248,7 @@ class TestCrowded:
         monkeypatch.undo()
         talk.forget()
         side = talk.scheduler.scheduler_side
-        assert not any((side._requests, side._loading, side._fetching, side._keeping, side._fences))
+        assert not any((side._requests._states, side._loading, side._fetching, side._storing.pages, side._storing.jobs))
         talk.worker.worker_side.cache.check_integrity()
 
 
