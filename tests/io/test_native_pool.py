@@ -149,7 +149,7 @@ def test_a_list_of_requests_may_change_while_it_is_looked_at(pool, file):
     class Number:
         def __index__(self) -> int:
             requests.clear()
-            return file
+            return int(file)
 
     requests: list[Any] = pieces(file, memory)
     requests[1] = (Number(), *requests[1][1:])
