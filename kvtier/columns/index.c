@@ -181,9 +181,10 @@ static PyObject *items(PyObject *self, PyObject *ignored) {
     const Index *index = (Index *)self;
     PyObject *pairs = PyList_New(0);
     for (size_t place = 0; pairs && place <= last_place(index); place++) {
-        const Entry *entry = &index->entries[place];
-        PyObject *pair = entry->key ? Py_BuildValue("(OL)", entry->key, (long long)entry->row) : NULL;
-        if (entry->key && (!pair || PyList_Append(pairs, pair))) Py_CLEAR(pairs);
+        const Entry entry = index->entries[place]; /* its own, and the key held: new objects may set off the garbage collector, that anything */
+        Py_XINCREF(entry.key);
+        PyObject *pair = entry.key ? Py_BuildValue("(NL)", entry.key, (long long)entry.row) : NULL;
+        if (entry.key && (!pair || PyList_Append(pairs, pair))) Py_CLEAR(pairs);
         Py_XDECREF(pair);
     }
     return pairs;

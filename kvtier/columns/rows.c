@@ -78,7 +78,7 @@ Py_ssize_t next_set(const uint8_t *flags, Py_ssize_t index, Py_ssize_t count) {
 int column_open(Py_buffer *column, PyObject *array, Py_ssize_t size, Py_ssize_t cells) {
     if (PyObject_GetBuffer(array, column, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE)) return -1;
     if (column->itemsize == size && (cells < 0 || column->len == cells * size) && (uintptr_t)column->buf % (uintptr_t)size == 0) return 0;
-    PyErr_Format(PyExc_ValueError, "a column of %zd cells of %zd bytes; expected %zd (negative: any) of %zd", column->len / column->itemsize,
+    PyErr_Format(PyExc_ValueError, "a column of %zd bytes in cells of %zd; expected %zd cells (negative: any) of %zd", column->len,
                  column->itemsize, cells, size);
     return -1;
 }

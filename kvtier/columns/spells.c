@@ -41,7 +41,8 @@ static bool fits(const Spells *s) {
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
         if (cells_of(s, wanted[i].column) != wanted[i].cells) return false;
     }
-    if (!cells_of(s, COLUMN_KIND_OF) || !cells_of(s, COLUMN_COUNT_OF) || !cells_of(s, COLUMN_GENERATION_OF)) return false;
+    /* A page that continues none is of generation 1. */
+    if (!cells_of(s, COLUMN_KIND_OF) || !cells_of(s, COLUMN_COUNT_OF) || cells_of(s, COLUMN_GENERATION_OF) < 2) return false;
     return kinds > 0 && cells_of(s, COLUMN_MISSING) > 0 && is_power_of_two(cells) && is_power_of_two(cohorts) && is_power_of_two(cells_of(s, COLUMN_RING));
 }
 

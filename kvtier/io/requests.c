@@ -403,15 +403,17 @@ static PyObject *pool_begin(PyObject *self, PyObject *arguments) {
     batch->owner = owner;
     Py_XINCREF(owner);
     batch->at_once = at_once;
-    const Py_ssize_t count = PyList_Size(given);
+    PyObject *const taken = PyList_AsTuple(given); /* which stays as it is while numbers and buffers are asked what they are */
+    const Py_ssize_t count = taken ? PyTuple_Size(taken) : 0;
     batch->requests = PyMem_Calloc((size_t)count + 1, sizeof(Request));
     batch->order = PyMem_Calloc((size_t)count + 1, sizeof(Py_ssize_t));
-    bool failed = !batch->requests || !batch->order;
+    bool failed = !taken || !batch->requests || !batch->order;
     if (failed) PyErr_NoMemory();
     for (; !failed && batch->count < count; batch->count++) {
         batch->requests[batch->count].batch = batch;
-        failed = take_request(&batch->requests[batch->count], PyList_GetItem(given, batch->count), writing);
+        failed = take_request(&batch->requests[batch->count], PyTuple_GetItem(taken, batch->count), writing);
     }
+    Py_XDECREF(taken);
     if (failed || pthread_cond_init(&batch->progress, NULL)) {
         Py_DECREF((PyObject *)batch);
         return failed ? NULL : PyErr_NoMemory();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import numpy as np
@@ -74,6 +75,35 @@ def test_keys_are_held_as_long_as_they_have_a_row():
     ours[key] = 3
     del ours
     assert sys.getrefcount(key) == before
+
+
+@needs_loops
+def test_its_items_can_be_asked_for_while_the_garbage_collector_empties_and_fills_it():
+    """New pairs may set it off, and that run anything: of a key that was gone by then whatever had its place was given."""
+    ours, other = index(), b"\xff" * 32
+    others: list[bytes] = []
+    for row in range(600):
+        ours[row.to_bytes(32, "big")] = row
+
+    def change(phase: str, _: object) -> None:
+        if phase == "stop" and not others:
+            for row in range(600):
+                del ours[row.to_bytes(32, "big")]
+            others.extend(bytes(bytearray(other)) for _ in range(2000))
+            for row in range(1000, 5000):
+                ours[row.to_bytes(32, "big")] = row
+
+    often = gc.get_threshold()
+    gc.callbacks.append(change)
+    gc.set_threshold(5)
+    try:
+        found = list(ours.items())
+    finally:
+        gc.set_threshold(*often)
+        gc.callbacks.remove(change)
+    assert others, "the garbage collector ran"
+    assert all(key == row.to_bytes(32, "big") for key, row in found)
+    assert dict(ours.items()) == {row.to_bytes(32, "big"): row for row in range(1000, 5000)}
 
 
 @needs_loops

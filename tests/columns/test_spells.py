@@ -12,6 +12,7 @@ from kvtier.pages import DEVICE, NO_ROW, PageTable
 from kvtier.policy import A2CR, ROOT, nothing_protected
 from kvtier.policy import memory as memory_module
 from kvtier.policy import reuse as reuse_module
+from kvtier.policy import spells as spells_module
 from kvtier.policy.ranking import Ranking
 from kvtier.policy.reuse import AGES, ReuseModel
 from kvtier.residency.protection import Protected
@@ -324,6 +325,14 @@ def test_nothing_is_fitted_to_arrays_that_do_not_fit():
         for place, other in wrong:
             with pytest.raises(ValueError, match="fit"):
                 call(*given[:place], other, *given[place + 1 :])
+
+
+@needs_loops
+def test_loops_refuse_factors_without_one_for_the_generation_of_a_page_that_continues_none(monkeypatch):
+    policy = A2CR()
+    monkeypatch.setattr(spells_module, "_GENERATION_OF", np.zeros(1, np.int64))
+    with pytest.raises(ValueError, match="fit"):
+        policy.attach()
 
 
 @pytest.mark.parametrize("kind", [Ranking, PlainRanking])

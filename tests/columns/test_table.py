@@ -167,8 +167,9 @@ def test_loops_refuse_what_is_no_column_and_no_rows():
     for place, wrong in enumerate(
         (table._used, table._free, table.parent, *[table._free] * 11, table.leases[1:], table._free, table.leases)
     ):
-        with pytest.raises(ValueError, match="column|cell"):
-            loops.Table(*[wrong if place == index else column for index, column in enumerate(good)])
+        for column_ in (wrong, np.zeros(5, "V0")):
+            with pytest.raises(ValueError, match="column|cell"):
+                loops.Table(*[column_ if place == index else column for index, column in enumerate(good)])
     with pytest.raises((TypeError, BufferError, ValueError)):
         loops.Table(np.arange(8)[::2], *good[1:])
     native = table.loops

@@ -157,6 +157,28 @@ class TestTheExtension:
         assert codecs.encode_all(plan, USUAL, put_off, list(room), 0) is None
         assert (room == GUARD).all()
 
+    @pytest.mark.parametrize("pages", [1, 3])
+    def test_a_list_that_changes_while_torch_is_asked_writes_nothing(self, codecs, pages):
+        """Torch answers without the interpreter's lock: what was counted before may be more or less afterwards."""
+        assert USUAL is not None
+        plan, size = plan_of("q8", self.LAYOUT)
+        memory = torch.full((3, *self.LAYOUT.shape), 7.0, dtype=torch.bfloat16)
+        room = np.full((3, size), GUARD, np.uint8)
+        for call in (codecs.decode_all, codecs.encode_all):
+            payloads = list(room[:pages])
+
+            def changed(_: torch.Tensor, payloads: list[np.ndarray] = payloads) -> bool:
+                payloads[:] = room[: 4 - pages]
+                return False
+
+            usual = (*USUAL[:2], changed)
+            if call is codecs.decode_all:
+                assert call(plan, usual, payloads, memory[:pages]) is False
+            else:
+                assert call(plan, usual, memory[:pages], payloads, 0) is None
+        assert (memory == 7).all()
+        assert (room == GUARD).all()
+
     def test_no_pages_are_no_work(self, codecs):
         codecs.encode(plan_of("q8", self.LAYOUT)[0], 0, [], [], b"", 0)
         codecs.decode(plan_of("q8", self.LAYOUT)[0], [], 0, [], 0, 2, 0)
@@ -186,5 +208,6 @@ class TestTheExtension:
         for name in codecs.available():
             codecs.use(name)
             assert codecs.features() == name
-        with pytest.raises(ValueError, match="available"):
-            codecs.use("mmx")
+        for strange in ("mmx", 5, None, b"avx2"):
+            with pytest.raises(ValueError, match="available"):
+                codecs.use(strange)

@@ -255,6 +255,16 @@ def test_what_is_no_proof_is_refused():
             prove(receive, [], [], [])
 
 
+def test_records_cannot_be_proven_without_a_function_that_digests():
+    assert loaded is not None
+    native_plan, memory = form_of("q4")._plan_of(LAYOUT).native, memory_of(LAYOUT, 1)
+    assert native_plan is not None
+    plan, record, address = native_plan[1], record_of(payloads_of(form_of("q4"), LAYOUT, 1)[0], KEYS[0]), memory.data_ptr()
+    with pytest.raises(ValueError, match="digest"):
+        loaded.arrivals(plan, proof_of().packed, [record], [1], KEYS[:1], address, [0], LAYOUT.page_bytes, 0).take(0, len(record))
+    assert (memory == UNTOUCHED).all()
+
+
 def test_without_the_librarys_function_there_is_no_receiver(monkeypatch):
     monkeypatch.setattr("kvtier.formats.blocks.digest_address", lambda: 0)
     assert form_of("q4").receiver(LAYOUT, proof_of(), memory_of(LAYOUT, 1)) is None

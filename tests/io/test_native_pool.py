@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,6 +141,24 @@ def test_what_is_no_function_is_refused_and_nothing_is_begun(pool, file, then):
     with pytest.raises((TypeError, ValueError)):
         pool._threads.begin(pieces(file, memory), False, False, *then)
     assert not memory.any()
+
+
+def test_a_list_of_requests_may_change_while_it_is_looked_at(pool, file):
+    memory = page_aligned(3 * BLOCK_BYTES)
+
+    class Number:
+        def __index__(self) -> int:
+            requests.clear()
+            return int(file)
+
+    requests: list[Any] = pieces(file, memory)
+    requests[1] = (Number(), *requests[1][1:])
+    batch = pool._threads.begin(requests, False, False)
+    found = []
+    while ended_now := batch.ended():
+        found += ended_now
+    assert sorted(found) == [(i, BLOCK_BYTES) for i in range(3)]
+    assert np.array_equal(memory, filled(64)[: 3 * BLOCK_BYTES])
 
 
 def test_a_pool_that_is_forgotten_ends_its_threads(file):

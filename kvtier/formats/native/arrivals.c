@@ -23,6 +23,7 @@ typedef struct {
     Plan plan;
     Proof proof;
     DigestOf *digest_of;
+    const Kernels *kernels; /* that were in use when this was made: which are now may only be asked with the lock */
     Py_buffer plan_bytes, proof_bytes;
     Arrival *arrivals;
     Py_ssize_t *begins; /* of the groups, and the end of the last one */
@@ -36,19 +37,20 @@ static PyTypeObject *arrivals_type;
 /* -- without the interpreter's lock ------------------------------------------------------------------------------------------ */
 
 /* Whether a codec writes past the caches by itself: it rotates, and each vector is whole lines of memory. */
-static bool decodes_far(const Arrivals *self, const Kernels *kernels, int codec) {
+static bool decodes_far(const Arrivals *self, int codec) {
     const size_t vector_bytes = (size_t)self->plan.shape.head_dim * value_bytes(self->plan.shape.dtype);
     const bool rotates = codec == Q8 || codec == Q6 || codec == Q4 || codec == Q3;
-    return rotates && kernels->decodes_far && !(((uintptr_t)self->address | self->row_bytes | vector_bytes) % LINE);
+    return rotates && self->kernels->decodes_far && !(((uintptr_t)self->address | self->row_bytes | vector_bytes) % LINE);
 }
 
-static void decode_page(const Arrivals *self, const Kernels *kernels, char *room, const uint8_t *payload, char *numbers) {
+static void decode_page(const Arrivals *self, char *room, const uint8_t *payload, char *numbers) {
+    const Kernels *const kernels = self->kernels;
     const size_t plane_bytes = block_bytes(&self->plan.shape);
     for (int layer = 0; layer < self->plan.layers; layer++) {
         for (int plane = 0; plane < self->plan.planes; plane++, numbers += plane_bytes) {
             Entry entry = plan_entry(&self->plan, layer, plane);
             const uint8_t *const coded = payload + entry.offset;
-            entry.shape.far = decodes_far(self, kernels, entry.codec);
+            entry.shape.far = decodes_far(self, entry.codec);
             if (entry.codec == RAW) {
                 kernels->copy_far(numbers, (const char *)coded, plane_bytes);
             } else if (entry.shape.far || !room) {
@@ -64,7 +66,6 @@ static void decode_page(const Arrivals *self, const Kernels *kernels, char *room
 /* Group `group` was read, so many bytes of it, or less than 0: those of its records that are whole and prove themselves are decoded. */
 static void take_group(void *context, Py_ssize_t group, int64_t read) {
     const Arrivals *const self = context;
-    const Kernels *const kernels = kernels_for(chosen_set(), &self->plan.shape);
     const size_t block = block_bytes(&self->plan.shape);
     char *const memory = block > MOST_BLOCK_BYTES ? NULL : malloc(block + LINE);
     char *const room = memory ? memory + (LINE - (uintptr_t)memory % LINE) % LINE : NULL;
@@ -75,11 +76,11 @@ static void take_group(void *context, Py_ssize_t group, int64_t read) {
         const size_t before = (size_t)(record - (const uint8_t *)first->record.buf), size = (size_t)arrival->record.len;
         if (size > (size_t)read || before > (size_t)read - size) break;
         if (!proven(&self->proof, record, arrival->key.buf, (size_t)arrival->key.len, self->plan.payload_bytes, self->digest_of)) continue;
-        decode_page(self, kernels, room, record + self->proof.head_bytes, self->address + arrival->row * self->row_bytes);
+        decode_page(self, room, record + self->proof.head_bytes, self->address + arrival->row * self->row_bytes);
         arrival->good = 1;
         sched_yield(); /* to threads that woke to read on: they would wait for milliseconds, since this one only computes */
     }
-    kernels->lines_arrive();
+    self->kernels->lines_arrive();
     free(memory);
 }
 
@@ -146,10 +147,12 @@ static int open_arrivals(Arrivals *self, PyObject *const *arguments) {
     const Py_ssize_t keys_given = PySequence_Size(keys), rows_given = PySequence_Size(rows);
     if (PyErr_Occurred()) return -1;
     if (!error && (keys_given != self->count || rows_given != self->count)) error = "as many keys and rows as records are needed";
+    if (!error && !self->digest_of) error = "the address of a digest is needed";
     if (error) {
         PyErr_SetString(PyExc_ValueError, error);
         return -1;
     }
+    self->kernels = kernels_for(chosen_set(), &self->plan.shape);
     self->arrivals = PyMem_Calloc((size_t)self->count + 1, sizeof(Arrival));
     self->begins = PyMem_Calloc((size_t)self->groups + 1, sizeof(Py_ssize_t));
     if (!self->arrivals || !self->begins) {

@@ -86,13 +86,18 @@ static int hold_all(Batch *batch, PyObject *const plan, PyObject *expected, PyOb
     if (!PyList_Check(payloads)) return 0;
     if (batch_begin(batch, plan)) return -1;
     char *address;
-    const int usual = tensor_address(&address, expected, pages, &batch->plan, PyList_Size(payloads));
+    const Py_ssize_t count = PyList_Size(payloads);
+    const int usual = tensor_address(&address, expected, pages, &batch->plan, count);
     if (usual != 1) {
         batch_close(batch);
         return usual;
     }
-    if (!batch_hold(batch, address, NULL, payloads, flags | PyBUF_FORMAT | PyBUF_ND)) return 1;
-    PyErr_Clear(); /* the general call meets the same and says what it is */
+    if (batch_hold(batch, address, NULL, payloads, flags | PyBUF_FORMAT | PyBUF_ND)) {
+        PyErr_Clear(); /* the general call meets the same and says what it is */
+        return 0;
+    }
+    if (batch->count == count) return 1;
+    batch_close(batch); /* torch was asked about the tensor meanwhile, and let other threads change the list */
     return 0;
 }
 
@@ -189,7 +194,7 @@ static PyObject *available(PyObject *self, PyObject *none) {
 static PyObject *use(PyObject *self, PyObject *name) {
     (void)self;
     for (int set = 0; set < kernel_sets(); set++) {
-        if (set_available(set) && PyUnicode_CompareWithASCIIString(name, set_name(set)) == 0) {
+        if (PyUnicode_Check(name) && set_available(set) && PyUnicode_CompareWithASCIIString(name, set_name(set)) == 0) {
             choose_set(set);
             Py_RETURN_NONE;
         }
