@@ -109,6 +109,7 @@ class Housekeeping:
             with residency.lock:
                 self._behind.discard(tier)
                 rows = residency.table.ready(tier)
+                rows = rows[residency.table.state[tier + 1][rows] == ABSENT]  # few of many: what follows takes longer, under the lock
                 due = rows[~residency.eviction.is_clean(rows, tier) & residency.eviction.is_wanted_below(rows, tier)]
                 most = max(1, residency.config.mover.queue_bytes // residency.layout.page_bytes)
                 if len(due) > most:
