@@ -17,7 +17,7 @@ that comes back must find at least half of what was sent before, or the run fail
 - `engines.SYSTEM.disk_bytes`: what the files occupy after all workloads; the ceiling is the smallest other system's.
 - `engines.SYSTEM.no_reuse`: time of some prompts that nobody sends again, one right after the other so that what goes on behind one answer
   slows the next, over a plain engine's for such prompts in the same turn, less 1. The two are alone on the machine, so that no third one's
-  leftovers meet either. The median of at least `--repeats` turns, in equal parts after three starts of each pair, because two starts of
+  leftovers meet either. The median of at least `--repeats` turns, in equal parts after four starts of each pair, because two starts of
   the same engine differ by more than its turns. `.no_reuse.cpu`: the same of CPU seconds, until the system is at rest.
 """
 
@@ -46,7 +46,7 @@ from .workloads import WORKLOADS, Request, Sizes, Workload, random_tokens
 BLOCK_TOKENS = LAYOUT.page_tokens
 NEW_TOKENS = 8
 UNIQUE_TOKENS, UNIQUE_IN_A_ROW = 1000, 4
-NO_REUSE, NO_REUSE_STARTS = "no-reuse", 3
+NO_REUSE, NO_REUSE_STARTS = "no-reuse", 4
 ALL = (*WORKLOADS, NO_REUSE)
 GREETING_TOKENS = 3 * BLOCK_TOKENS + 10
 
