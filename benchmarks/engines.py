@@ -10,7 +10,8 @@ that comes back must find at least half of what was sent before, or the run fail
 - `engines.SYSTEM.WORKLOAD.cold`, `.own`, `.ram`, `.restart`, `.disk`: seconds to the first token, medians: never seen; held by the engine's
   own cache; back from memory; after a restart; from disk, later on. The ceiling is `own` of the documents in a plain engine. `.p95`: the
   95th percentile. With a plain engine, what the others find is computed again in these.
-- `engines.SYSTEM.WORKLOAD.CASE.to_peer` (kvtier only): that over the fastest other system's in this run; at most 1 is the aim.
+- `engines.SYSTEM.WORKLOAD.CASE.to_peer` (kvtier only): that over the same request's in the fastest other system of this run, the median of
+  these; at most 1 is the aim.
 - `engines.SYSTEM.WORKLOAD.CASE.hit_tokens`: the fewest tokens of a prompt that came from a cache.
 - `engines.SYSTEM.WORKLOAD.tokens`: tokens per second, of prompts and answers, over all requests before the restart. `.cpu`: CPU seconds of
   all processes for these.

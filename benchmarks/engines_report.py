@@ -41,6 +41,12 @@ def first_s(answers: Sequence[Answer]) -> float:
     return statistics.median(answer.first_s for answer in answers)
 
 
+def to_fastest(answers: Sequence[Answer], peers: Sequence[Sequence[Answer]]) -> float:
+    """Median over the requests of seconds to the first token over those of the peer that is the fastest by its median. Each request was asked
+    of all in turn, so what slows the machine for a while slows both."""
+    return statistics.median(ours.first_s / theirs.first_s for ours, theirs in zip(answers, min(peers, key=first_s), strict=True))
+
+
 def outcome(found: Seen) -> str:
     """What a system showed, for those who wait for the rest."""
     said = []
@@ -66,9 +72,9 @@ def rows(seen: dict[str, Seen]) -> list[Row]:
             made.append(Row(f"{row}.p95", percentile([answer.first_s for answer in answers], 0.95), "s"))
             if case != "cold":
                 made.append(Row(f"{row}.hit_tokens", min(answer.cached_tokens for answer in answers), "tokens"))
-            fastest = min((first_s(peer.answers[workload, case]) for peer in peers if (workload, case) in peer.answers), default=None)
-            if name.startswith("kvtier") and fastest is not None:
-                made.append(Row(f"{row}.to_peer", first_s(answers) / fastest, "ratio"))
+            theirs = [peer.answers[workload, case] for peer in peers if (workload, case) in peer.answers]
+            if name.startswith("kvtier") and theirs:
+                made.append(Row(f"{row}.to_peer", to_fastest(answers, theirs), "ratio"))
         for workload, tokens in found.tokens.items():
             made.append(Row(f"{title}.{workload}.tokens", tokens / found.seconds[workload], "tokens/s"))
             made.append(Row(f"{title}.{workload}.cpu", found.cpu_s[workload], "s"))

@@ -1,6 +1,6 @@
 """What `engines.py` asks engines: long documents, chats, agents. Scripted, so that every system gets the same prompts to the token.
 
-Each workload plays in rounds before a restart and in two more after it; a request says in which case it is, and how much of its prompt was
+Each workload plays in rounds before a restart, once right after it, and in as many rounds again; a request says in which case it is, and how much of its prompt was
 sent before. Tokens are random: the time does not depend on them. A chat's replies are scripted too, and are not what the model answered.
 """
 
@@ -60,6 +60,11 @@ def random_tokens(seed: int, count: int) -> list[int]:
     return ids
 
 
+def restarted(sizes: Sizes) -> list[str]:
+    """The cases of the rounds after a restart."""
+    return ["restart"] + ["disk"] * sizes.rounds
+
+
 def documents(sizes: Sizes) -> Workload:
     """Questions about long documents in turn; the first two about each follow each other."""
     tokens = sizes.document_tokens
@@ -71,7 +76,7 @@ def documents(sizes: Sizes) -> Workload:
     each = range(sizes.contexts)
     first = [request for document in each for request in (about("cold", 0, document), about("own", 1, document))]
     rounds = [first] + [[about("ram", question, document) for document in each] for question in range(2, 2 + sizes.rounds)]
-    return Workload(rounds, [[about(case, 100 + place, document) for document in each] for place, case in enumerate(("restart", "disk"))])
+    return Workload(rounds, [[about(case, 100 + place, document) for document in each] for place, case in enumerate(restarted(sizes))])
 
 
 def chat(sizes: Sizes) -> Workload:
@@ -83,7 +88,7 @@ def chat(sizes: Sizes) -> Workload:
         return [Request(case, random_tokens(20_000 + session, start + 100 * turn)[:tokens], known) for session in range(sizes.contexts)]
 
     rounds = [say("ram" if number else "cold", number) for number in range(1 + sizes.rounds)]
-    return Workload(rounds, [say("restart", 1 + sizes.rounds), say("disk", 2 + sizes.rounds)])
+    return Workload(rounds, [say(case, 1 + sizes.rounds + place) for place, case in enumerate(restarted(sizes))])
 
 
 def agent(sizes: Sizes) -> Workload:
@@ -108,7 +113,7 @@ def agent(sizes: Sizes) -> Workload:
 
     rounds = [[request for number in range(sizes.contexts) for request in work(number)]]
     rounds += [branch("ram", place) for place in range(sizes.rounds)]
-    return Workload(rounds, [branch("restart", 50), branch("disk", 51)])
+    return Workload(rounds, [branch(case, 50 + place) for place, case in enumerate(restarted(sizes))])
 
 
 WORKLOADS: dict[str, Callable[[Sizes], Workload]] = {"documents": documents, "chat": chat, "agent": agent}

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import engines, serving
 from benchmarks.contestants import LAYOUT, SYSTEMS, Place
-from benchmarks.engines_report import Seen, plot, rows
+from benchmarks.engines_report import Seen, plot, rows, to_fastest
 from benchmarks.measure import Run
 from benchmarks.serving import Answer, Engine, EngineSetUp, Serving, drop_from_page_cache
 from benchmarks.workloads import WORKLOADS, Sizes
@@ -190,6 +190,13 @@ def test_kvtier_is_compared_with_the_better_peer_of_each_case_and_with_a_plain_e
     assert made["kvtier-q8.no_reuse"].value == pytest.approx(0.03)
     assert made["kvtier-q8.no_reuse.cpu"].value == pytest.approx(0.2)
     assert "vllm-fs.documents.ram.to_peer" not in made
+
+
+def test_what_slows_the_machine_for_one_request_slows_all_and_weighs_as_much_as_any_other():
+    slow = [1.0, 1.0, 5.0, 5.0]  # in other requests the machine is five times as slow
+    theirs = [Answer(factor * 0.4, 1.0, 256, 8) for factor in slow]
+    ours = [Answer(factor * share, 1.0, 256, 8) for factor, share in zip(slow, [0.3, 0.3, 0.4, 0.2], strict=True)]
+    assert to_fastest(ours, [answers(9.0), theirs]) == pytest.approx(0.3 / 0.4)
 
 
 def test_the_drawing_has_a_panel_per_workload(tmp_path):
