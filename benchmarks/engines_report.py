@@ -42,9 +42,10 @@ def first_s(answers: Sequence[Answer]) -> float:
 
 
 def to_fastest(answers: Sequence[Answer], peers: Sequence[Sequence[Answer]]) -> float:
-    """Median over the requests of seconds to the first token over those of the peer that is the fastest by its median. Each request was asked
-    of all in turn, so what slows the machine for a while slows both."""
-    return statistics.median(ours.first_s / theirs.first_s for ours, theirs in zip(answers, min(peers, key=first_s), strict=True))
+    """Median over the requests of seconds to the first token over those of the peer that is the fastest by its median. Each request was
+    asked of all in turn, so what slows the machine for a while slows both."""
+    fastest = min(peers, key=lambda peer: first_s(peer))
+    return statistics.median(ours.first_s / theirs.first_s for ours, theirs in zip(answers, fastest, strict=True))
 
 
 def outcome(found: Seen) -> str:

@@ -1,7 +1,8 @@
 """What `engines.py` asks engines: long documents, chats, agents. Scripted, so that every system gets the same prompts to the token.
 
-Each workload plays in rounds before a restart, once right after it, and in as many rounds again; a request says in which case it is, and how much of its prompt was
-sent before. Tokens are random: the time does not depend on them. A chat's replies are scripted too, and are not what the model answered.
+Each workload plays in rounds before a restart, once right after it, and in as many rounds again; a request says in which case it is, and
+how much of its prompt was sent before. Tokens are random: the time does not depend on them. A chat's replies are scripted too, and are not
+what the model answered.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Pages by key, for engines that own their paged cache and only want bytes kept and brought back.
 
-The engine names pages by the keys of `kvtier.keys`; its blocks are its own. Bytes go through the device tier, which is a staging area
-then: `store` fills slots of it and lets the cache write them further down, `restore` brings pages up and hands their slots out to be
-copied. What is held where is told as changes, so that a scheduler in another process can keep a mirror. `store` runs on one thread at a
-time, `restore` beside it on one for pages that are near and on one for others (`any_far`); `changes` on any. State: the keys that changed
-since they were last asked for, under the cache's lock.
+The engine names pages by the keys of `kvtier.keys`; its blocks are its own. The device tier is a staging area then: `store` fills slots of
+it and lets the cache write them further down, `restore` hands pages out to be copied (`handing.py`). What is held where is told as changes,
+so that a scheduler in another process can keep a mirror. `store` runs on one thread at a time, `restore` beside it on one for pages that
+are near and on one for others (`any_far`); `changes` on any. State: the keys that changed since they were last asked for, under the
+cache's lock.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ import numpy as np
 import torch
 
 from kvtier.keys import PageKey
+from kvtier.leases.handing import HOST, ComingPages, HandOut, NearPages, Part
 from kvtier.leases.lease import Lease, Match
 from kvtier.pages import ABSENT, DEVICE, NO_ROW, NO_TIER, READY, Rows
 from kvtier.residency import Residency
+from kvtier.tiers.base import Tier
 
 MOST_AT_ONCE = 16
 """Pages of one request in the staging area at a time, so that some are decoded while others are copied."""
 
-Carry = Callable[[Sequence[int], Sequence[int]], None]
-"""Copies pages between the engine and the staging area: their positions in the list of keys, and their slots."""
+Fill = Callable[[Sequence[int], Sequence[int]], None]
+"""Copies pages from the engine into the staging area: their positions in the list of keys, and their slots."""
 
 
 class KeyedPages:
@@ -40,9 +42,12 @@ class KeyedPages:
         self._changed: set[PageKey] = set()
         self._asked_for_room: Future[list[int]] | None = None
         """The last question for slots of the staging area; the storing thread's."""
+        below = residency.tiers[min(HOST, residency.last)]
+        self._host = below if isinstance(below, Tier) and below.in_memory else None
+        """The tier below the staging area, if that is memory."""
         self.at_once = max(1, min(MOST_AT_ONCE, residency.device.capacity_slots // 8))
         with residency.lock:
-            # As many as a restore has in the staging area. Stores may wait there for a disk, and so may restores from it.
+            # As many as a restore has in the staging area, where stores may wait for a disk.
             residency.spare_slots = min(2 * self.at_once, residency.device.capacity_slots // 4)
             residency.watcher = self._note
             for tier in range(len(residency.tiers)):
@@ -78,7 +83,7 @@ class KeyedPages:
             masks[rows == NO_ROW] = 0
         return dict(zip(keys, masks.tolist(), strict=True))
 
-    def store(self, keys: Sequence[PageKey], before: PageKey, depth: int, fill: Carry, enough: Future[None] | None = None) -> int:
+    def store(self, keys: Sequence[PageKey], before: PageKey, depth: int, fill: Fill, enough: Future[None] | None = None) -> int:
         """Keep pages that follow each other, the first one at `depth` after the page `before`; returns how many are kept now.
 
         `fill` writes those that are new into the slots it is given. Waits for room; once `enough` is done, keeps only what there is room
@@ -93,13 +98,13 @@ class KeyedPages:
                 break
         return kept
 
-    def _store_some(self, keys: Sequence[PageKey], before: PageKey, depth: int, fill: Carry, enough: Future[None] | None) -> int:
+    def _store_some(self, keys: Sequence[PageKey], before: PageKey, depth: int, fill: Fill, enough: Future[None] | None) -> int:
         residency = self._residency
         with residency.lock:
             missing = np.flatnonzero(self._homes(keys) == NO_TIER).tolist()
             spare = residency.spare_slots
             slots = residency.eviction.reserve_now(DEVICE, len(missing), spare=spare)
-            if slots is None and self._vacate(residency.table.ready(DEVICE)):
+            if slots is None and residency.eviction.vacate(residency.table.ready(DEVICE)):
                 slots = residency.eviction.reserve_now(DEVICE, len(missing), spare=spare)
         if slots is None:
             slots = self._wait_for_room(len(missing), enough)
@@ -160,79 +165,61 @@ class KeyedPages:
     def any_far(self, keys: Sequence[PageKey]) -> bool:
         """Whether any of these pages are further away than in the tier below the staging area, so that others should not wait for them."""
         with self._residency.lock:
-            return bool((self._homes(keys) > DEVICE + 1).any())
+            return bool((self._homes(keys) > HOST).any())
 
-    def restore(self, keys: Sequence[PageKey], hand_out: Carry, until_s: float | None = None) -> int:
-        """Bring these pages up and hand them out, in order; how many came, counted up to the first one that did not.
+    def restore(self, keys: Sequence[PageKey], hand_out: HandOut, until_s: float | None = None) -> int:
+        """Hand these pages out, in order; how many came, counted up to the first one that did not.
 
-        `hand_out` copies from the slots it is given, which are others' afterwards. Pages that are not up when `time.monotonic()` reaches
-        `until_s` count as not having come; what is in the tier below the staging area is not kept waiting by what is further away.
+        Pages in memory are handed out from where they are, others are brought up first. What has not come when `time.monotonic()` reaches
+        `until_s` counts as not having come.
         """
         parts = deque(self._parts(keys))
-        ahead: deque[tuple[Sequence[PageKey], Lease]] = deque()
+        ahead: deque[Part] = deque()
         came, tried_again_at = 0, -1
         try:
             while parts or ahead:
                 while parts and len(ahead) < 2:  # the next part is on its way while this one is copied
-                    ahead.append((parts[0], self._acquire(parts[0])))
-                    parts.popleft()
-                part, lease = ahead[0]
-                try:
-                    table = lease.wait(None if until_s is None else max(0.0, until_s - time.monotonic()))
-                except TimeoutError:
+                    ahead.append(self._begin(*parts.popleft()))
+                done = ahead[0].hand_out(came, hand_out, until_s)
+                came += done
+                part = ahead.popleft()
+                part.release()
+                if done == len(part.keys):
+                    continue
+                if came == tried_again_at or (until_s is not None and time.monotonic() >= until_s) or not self._make_room(keys[came]):
                     break
-                slots = table[: lease.pages].tolist()
-                hand_out(range(came, came + len(slots)), slots)
-                came += len(slots)
-                ahead.popleft()
-                self._let_go(lease)
-                if len(slots) < len(part):
-                    while ahead:
-                        later, lease = ahead.pop()
-                        lease.release()
-                        parts.appendleft(later)
-                    if came == tried_again_at or not self._make_room(part[len(slots)]):
-                        break
-                    parts.appendleft(part[len(slots) :])
-                    tried_again_at = came
+                while ahead:
+                    ahead.pop().release()
+                parts = deque(self._parts(keys[came:]))
+                tried_again_at = came
         finally:
-            for _, lease in ahead:
-                lease.release()
+            for part in ahead:
+                part.release()
         return came
 
-    def _parts(self, keys: Sequence[PageKey]) -> list[Sequence[PageKey]]:
-        """`keys` in parts that are brought up together, none of them with pages from near and far."""
+    def _parts(self, keys: Sequence[PageKey]) -> list[tuple[Sequence[PageKey], bool]]:
+        """`keys` in parts that are handed out together, and whether each is in memory. All that follow each other in memory are one."""
         with self._residency.lock:
-            far = self._homes(keys) > DEVICE + 1
+            far = self._homes(keys) > (DEVICE if self._host is None else HOST)
         changes = {int(place) + 1 for place in np.flatnonzero(far[1:] != far[:-1])}
         ends = sorted(changes | {len(keys)})
-        starts = [0, *ends[:-1]]
-        return [
-            keys[at : min(at + self.at_once, end)]
-            for start, end in zip(starts, ends, strict=True)
-            for at in range(start, end, self.at_once)
-        ]
+        found: list[tuple[Sequence[PageKey], bool]] = []
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            at_once = self.at_once if far[start] else end - start
+            found += [(keys[at : min(at + at_once, end)], not far[start]) for at in range(start, end, at_once)]
+        return found
 
-    def _let_go(self, lease: Lease) -> None:
-        """These pages were handed out: their places in the staging area are free, if the pages are elsewhere too."""
-        residency = self._residency
-        with residency.lock:
-            rows = np.array(lease.rows, np.int64)
-            lease.release()
-            self._vacate(rows)
-
-    def _vacate(self, rows: Rows) -> int:
-        """Take pages that are elsewhere too, and that nobody holds, out of the staging area; how many. Lock held.
-
-        The device's policy would not: it lets no page go before those that follow it.
-        """
-        return self._residency.eviction.clear(rows[self._residency.eviction.is_clean(rows, DEVICE)], DEVICE)
+    def _begin(self, keys: Sequence[PageKey], near: bool) -> Part:
+        if near and self._host is not None:
+            return NearPages(self._residency, self._host, keys)
+        return ComingPages(self._residency, keys, self._acquire(keys))
 
     def _make_room(self, wanted: PageKey) -> bool:
-        """A page did not come: whether it is still there and there is more room now, so that trying again makes sense."""
+        """A page did not come: make what room there is; whether it is still somewhere, so that trying again makes sense."""
         residency = self._residency
         with residency.lock:
-            return bool(self._vacate(residency.table.ready(DEVICE))) and bool(len(residency.table.find([wanted])))
+            residency.eviction.vacate(residency.table.ready(DEVICE))
+            return bool(len(residency.table.find([wanted])))
 
     def _acquire(self, keys: Sequence[PageKey]) -> Lease:
         tokens = len(keys) * self._residency.layout.page_tokens
@@ -240,6 +227,6 @@ class KeyedPages:
         return self._acquire_match(Match(tokens, np.zeros(tokens, np.int64), tuple(keys), b"", {}, 0, None, None))
 
 
-def _shifted(carry: Carry, start: int) -> Carry:
-    """`carry` for a part of the keys that begins at position `start`."""
-    return lambda positions, slots: carry([start + position for position in positions], slots)
+def _shifted(fill: Fill, start: int) -> Fill:
+    """`fill` for a part of the keys that begins at position `start`."""
+    return lambda positions, slots: fill([start + position for position in positions], slots)

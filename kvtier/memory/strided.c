@@ -10,6 +10,20 @@
 #define MOST_LAYERS 1024
 #define LANES 8 /* of 16 bits in a register of 16 bytes, which every processor has */
 #define ROUNDS 3
+#define LINE 64 /* bytes that memory gives and takes at once */
+#define TILES (LINE / (2 * LANES))
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+/* Whole lines, aligned, past the caches: otherwise each is read before it is written, and what is there is of no use to anybody. */
+static inline void copy_lines(char *to, const char *from, Py_ssize_t bytes) {
+    for (Py_ssize_t i = 0; i < bytes; i += 16) _mm_stream_si128((__m128i *)(to + i), _mm_loadu_si128((const __m128i *)(from + i)));
+}
+static inline void lines_arrive(void) { _mm_sfence(); }
+#else
+static inline void copy_lines(char *to, const char *from, Py_ssize_t bytes) { memcpy(to, from, (size_t)bytes); }
+static inline void lines_arrive(void) {}
+#endif
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
@@ -48,6 +62,22 @@ static inline void transpose_tile(char *to, Py_ssize_t to_step, const char *from
     for (int i = 0; i < LANES; i++) memcpy(to + i * to_step, &tile[i], sizeof(Row));
 }
 
+/* As `transposed`, to memory whose rows are whole lines: those of some tokens are put together first. */
+static bool transposed_to_lines(Side to, Side from, Py_ssize_t tokens, Py_ssize_t numbers) {
+    _Alignas(LINE) char lines[LANES][LINE];
+    if (tokens % (TILES * LANES) || numbers % LANES || ((uintptr_t)to.at | (size_t)to.steps[2]) % LINE) return false;
+    for (Py_ssize_t number = 0; number < numbers; number += LANES) {
+        for (Py_ssize_t token = 0; token < tokens; token += TILES * LANES) {
+            const char *const here = from.at + token * from.steps[0] + number * from.steps[2];
+            for (int tile = 0; tile < TILES; tile++) {
+                transpose_tile(lines[0] + tile * sizeof(Row), LINE, here + tile * LANES * from.steps[0], from.steps[0]);
+            }
+            for (int i = 0; i < LANES; i++) copy_lines(to.at + (number + i) * to.steps[2] + token * to.steps[0], lines[i], LINE);
+        }
+    }
+    return true;
+}
+
 /* The whole tiles of a head whose tokens are next to each other on the side that is `across`, and whose numbers are on the other; false,
    and nothing done, if there is something that they do not cover. */
 static bool transposed(Side to, Side from, Py_ssize_t tokens, Py_ssize_t numbers, bool across_from) {
@@ -66,25 +96,39 @@ static bool transposed(Side to, Side from, Py_ssize_t tokens, Py_ssize_t numbers
     return true;
 }
 #else
+static bool transposed_to_lines(Side to, Side from, Py_ssize_t tokens, Py_ssize_t numbers) {
+    (void)to, (void)from, (void)tokens, (void)numbers;
+    return false;
+}
+
 static bool transposed(Side to, Side from, Py_ssize_t tokens, Py_ssize_t numbers, bool across_from) {
     (void)to, (void)from, (void)tokens, (void)numbers, (void)across_from;
     return false;
 }
 #endif
 
-static void copy_head(Side to, Side from, Py_ssize_t tokens, Py_ssize_t numbers, Py_ssize_t size) {
+/* `far`: nobody will read what was written for a while. */
+static void copy_head(Side to, Side from, Py_ssize_t tokens, Py_ssize_t numbers, Py_ssize_t size, bool far) {
     if (to.steps[2] == size && from.steps[2] == size) {
-        for (Py_ssize_t i = 0; i < tokens; i++) memcpy(to.at + i * to.steps[0], from.at + i * from.steps[0], numbers * size);
+        const bool lines = far && !(((uintptr_t)to.at | (size_t)to.steps[0] | (size_t)(numbers * size)) % LINE);
+        for (Py_ssize_t i = 0; i < tokens; i++) {
+            char *const there = to.at + i * to.steps[0];
+            if (lines) copy_lines(there, from.at + i * from.steps[0], numbers * size);
+            else memcpy(there, from.at + i * from.steps[0], numbers * size);
+        }
         return;
     }
     if (size == 2 && to.steps[2] == 2 && from.steps[0] == 2 && transposed(to, from, tokens, numbers, true)) return;
-    if (size == 2 && to.steps[0] == 2 && from.steps[2] == 2 && transposed(to, from, tokens, numbers, false)) return;
+    if (size == 2 && to.steps[0] == 2 && from.steps[2] == 2) {
+        if (far && transposed_to_lines(to, from, tokens, numbers)) return;
+        if (transposed(to, from, tokens, numbers, false)) return;
+    }
     for (Py_ssize_t i = 0; i < tokens; i++) {
         copy_numbers(to.at + i * to.steps[0], to.steps[2], from.at + i * from.steps[0], from.steps[2], numbers, size);
     }
 }
 
-/* All layers of one block and of one page: the same bytes afterwards. */
+/* All layers of one block and of one page: the same bytes afterwards. A page is about to be encoded, so it stays near; a block is not. */
 static void copy_block(const Py_buffer *layers, Py_ssize_t block, const Py_buffer *page, bool into_page) {
     const Py_ssize_t *shape = page->shape;
     for (Py_ssize_t layer = 0; layer < shape[0]; layer++) {
@@ -92,9 +136,11 @@ static void copy_block(const Py_buffer *layers, Py_ssize_t block, const Py_buffe
             const Py_ssize_t *steps = layers[layer].strides + 1;
             const Side engine = {(char *)layers[layer].buf + block * layers[layer].strides[0] + head * steps[1], steps};
             const Side ours = {(char *)page->buf + layer * page->strides[0] + head * page->strides[2], page->strides + 1};
-            copy_head(into_page ? ours : engine, into_page ? engine : ours, shape[1], shape[3], page->itemsize);
+            copy_head(into_page ? ours : engine, into_page ? engine : ours, shape[1], shape[3], page->itemsize,
+                      !into_page);
         }
     }
+    lines_arrive();
 }
 
 static bool fits(const Py_buffer *layer, Py_ssize_t block, const Py_buffer *page) {

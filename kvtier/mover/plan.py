@@ -21,6 +21,10 @@ PIECES_BEHIND = 8
 """A transfer that is large enough is written in so many pieces, all but the last of them while others are made."""
 
 
+DECODE_BYTES = 1 << 20
+"""Page bytes to decode at once for somebody who copies them elsewhere: they are still in a core's cache then."""
+
+
 def pages_per_piece(encoded_bytes: int, page_bytes: int, cache_bytes: int, most_pages: int) -> int:
     """Pages to code at once: encoded and decoded form of all of them in half of the cache, but a piece that is worth its calls.
 
@@ -55,3 +59,8 @@ def layers_per_step(pages: int, layers: int, page_bytes: int, cache_bytes: int) 
     layer_bytes = max(1, pages * page_bytes // layers)
     worthwhile = -(-SMALLEST_PIECE_BYTES // layer_bytes)
     return max(1, min(layers, worthwhile, max(1, cache_bytes // 2 // layer_bytes)))
+
+
+def layers_per_decode(layers: int, page_bytes: int) -> int:
+    """Layers of one page to decode before they are copied elsewhere, at least 1."""
+    return max(1, min(layers, DECODE_BYTES * layers // page_bytes))

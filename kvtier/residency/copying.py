@@ -19,7 +19,7 @@ import numpy as np
 from kvtier.errors import Closed
 from kvtier.mover.transfer import Move, Outcome, Priority, Transfer, ended
 from kvtier.pages import ABSENT, DEVICE, NO_TIER, READY, WRITING, Rows
-from kvtier.tiers.base import Tier
+from kvtier.tiers.base import Refused, Tier
 from kvtier.tiers.host import HostTier
 
 if TYPE_CHECKING:
@@ -54,11 +54,6 @@ class _Coming:
         """The rows that come from each tier, warmest first."""
         tiers = sorted(set(self.homes.tolist()))
         return {tier: self.rows if len(tiers) == 1 else self.rows[self.homes == tier] for tier in tiers}
-
-    @property
-    def is_far(self) -> bool:
-        """Whether some come from further than the tier below the device."""
-        return bool((self.homes > DEVICE + 1).any())
 
 
 class Copying:
@@ -108,7 +103,7 @@ class Copying:
         try:
             queued: list[Transfer] = []
             for part, share in self._parts(coming):
-                slots = await residency.eviction.reserve(DEVICE, len(part), spare=residency.spare_slots if coming.is_far else 0)
+                slots = await residency.eviction.reserve(DEVICE, len(part))
                 with residency.lock:
                     transfers = self._plan_up(coming, part, slots, Priority.DEMAND, share)
                 queued += self._submit(transfers)
@@ -277,23 +272,26 @@ class Copying:
                 residency.tiers[target].free(table.drop(given_up, target))
             metrics.tiers[target].pages_in += len(arrived)
             if not outcome.cancelled:
-                link = metrics.link(source, target)
-                link.transfers += 1
-                link.pages += len(arrived)
-                link.bytes += outcome.link_bytes
-                link.seconds += outcome.seconds
+                metrics.link(source, target).carried(len(arrived), outcome.link_bytes, outcome.seconds)
             residency.house.tend(target, arrived)
 
     def _blame(self, transfer: Transfer, outcome: Outcome) -> None:
         """Count what was refused where, and remember copies that are of no use. Lock held."""
-        residency = self._residency
         for index, refused in outcome.refused.items():
-            lost = index in outcome.lost
-            at_fault = transfer.source if lost else transfer.target
-            residency.metrics.tiers[at_fault].refused[refused.reason] += 1
-            log.warning("page refused by tier %s: %s; it will be computed again", residency.names[at_fault], refused.reason)
-            if lost:
-                self._unusable.add((transfer.moves[index].row, transfer.source))
+            if index in outcome.lost:
+                self.lose(transfer.moves[index].row, transfer.source, refused)
+            else:
+                self._refuse(transfer.target, refused)
+
+    def _refuse(self, tier: int, refused: Refused) -> None:
+        residency = self._residency
+        residency.metrics.tiers[tier].refused[refused.reason] += 1
+        log.warning("page refused by tier %s: %s; it will be computed again", residency.names[tier], refused.reason)
+
+    def lose(self, row: int, tier: int, refused: Refused) -> None:
+        """A copy that its reader, who holds it, could not use: `let_go` buries it. Lock held."""
+        self._refuse(tier, refused)
+        self._unusable.add((row, tier))
 
     def let_go(self, rows: Rows, tier: int) -> None:
         """Undo `table.hold` of a copy job, and bury the copies that did not verify once nobody reads them. Lock held."""

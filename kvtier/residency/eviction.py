@@ -123,6 +123,13 @@ class Eviction:
         self.drop(rows, tier, "cleared")
         return len(rows)
 
+    def vacate(self, rows: Rows) -> int:
+        """Take pages that are in a colder tier too, and that nobody holds, off the device; how many. Lock held.
+
+        The device's policy would not: it lets no page go before those that follow it.
+        """
+        return self.clear(rows[self.is_clean(rows, DEVICE)], DEVICE)
+
     def reserve_now(self, tier: int, count: int, hinted: bool = False, spare: int = 0) -> list[int] | None:
         """`count` slots if they can be had without moving bytes, else None and nothing changed. Lock held.
 

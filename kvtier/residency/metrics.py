@@ -45,6 +45,13 @@ class LinkMetrics:
     seconds: float = 0.0
     """Worker time spent, reading, verifying, coding and writing included."""
 
+    def carried(self, pages: int, bytes: int, seconds: float) -> None:
+        """One transfer more."""
+        self.transfers += 1
+        self.pages += pages
+        self.bytes += bytes
+        self.seconds += seconds
+
     @property
     def gb_per_s(self) -> float:
         """Encoded gigabytes per second of worker time; 0 before the first transfer."""

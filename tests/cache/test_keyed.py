@@ -13,6 +13,8 @@ from kvtier.cache import TieredKVCache
 from kvtier.config import load_config
 from kvtier.io import probe
 from kvtier.layout import PageLayout
+from kvtier.leases import handing
+from kvtier.tiers.host import HostTier
 from tests.tiers.faults import StuckEngine
 
 LAYOUT = PageLayout(layers=2, planes=2, page_tokens=4, kv_heads=2, head_dim=32, dtype="fp32")
@@ -20,13 +22,14 @@ KEYS = [bytes([index]) * 32 for index in range(40)]
 ROOT = bytes([255]) * 32
 
 
-def config(tmp_path, device=16, host=None, disk=None):
+def config(tmp_path, device=16, host=None, disk=None, disk_policy="write_back"):
     overrides = {"model.name": "m", "pages.page_tokens": 4, "device.capacity_bytes": device * LAYOUT.page_bytes, "device.place": "cpu"}
     overrides |= {"host": None} if host is None else {"host.capacity_bytes": host * LAYOUT.page_bytes, "host.format": "raw"}
     if host is not None:
         overrides["host.write_policy"] = "write_through"
     if disk is not None:
         overrides |= {"disk.path": str(tmp_path / "kv"), "disk.capacity_bytes": disk * 2 * LAYOUT.page_bytes, "disk.format": "raw"}
+        overrides["disk.write_policy"] = disk_policy
     return load_config(overrides=overrides, env={})
 
 
@@ -51,9 +54,9 @@ class Engine:
     def restore(self, count):
         self.got = {}
 
-        def hand_out(positions, slots):
-            for position, slot in zip(positions, slots, strict=True):
-                self.got[position] = self.pages.slot(slot).clone()
+        def hand_out(positions, pages, layers):
+            for position, part in zip(positions, pages, strict=True):
+                self.got.setdefault(position, torch.full(LAYOUT.shape, float("nan")))[layers] = part
 
         came = self.pages.restore(KEYS[:count], hand_out)
         assert sorted(self.got) == list(range(came))
@@ -87,6 +90,52 @@ def test_a_new_process_finds_what_the_disk_has(tmp_path):
         engine = Engine(cache)
         assert engine.pages.changes() == dict.fromkeys(KEYS[:20], 0b100)
         assert engine.restore(20) == 20
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_what_is_in_memory_is_handed_out_from_there_and_takes_no_room_of_the_staging_area(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(handing, "layers_per_decode", lambda layers, page_bytes: at_once)
+    with TieredKVCache(config(tmp_path, device=16, host=64), LAYOUT) as cache:
+        engine = Engine(cache)
+        engine.store(0, 30)
+        cache.settle()
+        before = cache.stats()
+        assert engine.restore(30) == 30
+        after = cache.stats()
+        assert after["tiers"]["device"]["pages_in"] == before["tiers"]["device"]["pages_in"]
+        assert after["tiers"]["host"]["pages_served"] >= before["tiers"]["host"]["pages_served"] + 14
+        assert after["links"]["host->device"]["pages"] >= 14
+        cache.check_integrity()
+
+
+@pytest.mark.parametrize(("disk_policy", "came"), [("write_through", 30), ("write_back", 3)])
+def test_a_damaged_copy_in_memory_is_not_handed_out_but_another_one_is(tmp_path, disk_policy, came):
+    with TieredKVCache(config(tmp_path, host=64, disk=64, disk_policy=disk_policy), LAYOUT) as cache:
+        engine, residency = Engine(cache), cache._residency
+        engine.store(0, 30)
+        cache.settle()
+        with residency.lock:
+            residency.eviction.vacate(residency.table.ready(0))
+            slot = int(residency.table.slot[1, residency.table.row(KEYS[3])])
+        host = residency.tiers[1]
+        assert isinstance(host, HostTier)
+        host._bytes[slot, 7] ^= 1
+        assert engine.restore(30) == came
+        assert cache.stats()["tiers"]["host"]["refused"] == {"checksum": 1}
+        cache.settle()
+        assert not engine.pages.changes()[KEYS[3]] & 0b10
+        cache.check_integrity()
+
+
+def test_a_restore_that_is_late_hands_nothing_out(tmp_path):
+    with TieredKVCache(config(tmp_path, host=64), LAYOUT) as cache:
+        engine = Engine(cache)
+        engine.store(0, 8)
+        handed: list[int] = []
+        assert engine.pages.restore(KEYS[:8], lambda positions, pages, layers: handed.extend(positions), time.monotonic()) == 0
+        assert handed == []
+        assert engine.restore(8) == 8
+        cache.check_integrity()
 
 
 def test_changes_say_what_is_where_until_it_is_gone(tmp_path):
@@ -193,7 +242,7 @@ def test_pages_in_memory_come_up_while_stores_wait_for_a_disk_that_is_stuck(tmp_
         masks |= engine.pages.changes()
         assert [masks[key] for key in KEYS[:12]] == [0b10] * 12, "in host memory alone"
         for _ in range(3):
-            came = engine.pages.restore(KEYS[:12], lambda positions, slots: None, time.monotonic() + 20)
+            came = engine.pages.restore(KEYS[:12], lambda positions, pages, layers: None, time.monotonic() + 20)
             assert came == 12
         assert not storing.done()
         enough.set_result(None)
@@ -207,12 +256,12 @@ def test_pages_in_memory_come_up_while_others_wait_for_a_disk_that_is_stuck(tmp_
         engine = Engine(cache)
         engine.store(30, 10)
         cache.settle()
-        assert engine.pages.restore(KEYS[30:], lambda positions, slots: None) == 10
+        assert engine.pages.restore(KEYS[30:], lambda positions, pages, layers: None) == 10
         with closed(stuck[-1]):
             for start in range(0, 30, 6):
-                assert engine.pages.restore(KEYS[start : start + 6], lambda positions, slots: None, time.monotonic() + 0.05) == 0
+                assert engine.pages.restore(KEYS[start : start + 6], lambda positions, pages, layers: None, time.monotonic() + 0.05) == 0
             assert stuck[-1].waiting.is_set()
-            came = engine.pages.restore([*KEYS[30:], *KEYS[:2]], lambda positions, slots: None, time.monotonic() + 20)
+            came = engine.pages.restore([*KEYS[30:], *KEYS[:2]], lambda positions, pages, layers: None, time.monotonic() + 20)
             assert came == 10, "and what is not does not keep it waiting"
         cache.settle()
         assert engine.restore(40) == 40
@@ -225,13 +274,13 @@ def test_a_restore_ends_in_time_though_the_disk_is_stuck(tmp_path, stuck):
     with TieredKVCache(config(tmp_path, disk=64), LAYOUT) as cache:
         engine = Engine(cache)
         with closed(stuck[-1]):
-            assert engine.pages.restore(KEYS[:8], lambda positions, slots: None, time.monotonic() + 0.1) == 0
+            assert engine.pages.restore(KEYS[:8], lambda positions, pages, layers: None, time.monotonic() + 0.1) == 0
         assert engine.restore(8) == 8
         cache.check_integrity()
 
 
 def test_a_copy_that_fails_leaves_nothing_behind(tmp_path):
-    def fail(positions, slots):
+    def fail(*_):
         raise OSError("no")
 
     with TieredKVCache(config(tmp_path, host=64), LAYOUT) as cache:

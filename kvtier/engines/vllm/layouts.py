@@ -67,22 +67,22 @@ class BlockPages:
             else:
                 page[:, plane].copy_(stack[block])
 
-    def write(self, block: int, page: torch.Tensor) -> None:
-        """Copy `page` into one block."""
+    def write(self, block: int, page: torch.Tensor, layers: slice) -> None:
+        """Copy these layers of a page, `page` `[len(layers), 2, block tokens, kv_heads, head_dim]`, into one block."""
         if self._here is not None:
-            self._copy_here(block, page, into_page=False)
+            self._copy_here(block, page, into_page=False, layers=layers)
             return
         for plane, stack in enumerate(self._there):
             if isinstance(stack, list):
-                for layer, views in enumerate(stack):
+                for layer, views in enumerate(stack[layers]):
                     views[block].copy_(page[layer, plane])
             else:
-                stack[block].copy_(page[:, plane])
+                stack[block, layers].copy_(page[:, plane])
 
-    def _copy_here(self, block: int, page: torch.Tensor, into_page: bool) -> None:
+    def _copy_here(self, block: int, page: torch.Tensor, into_page: bool, layers: slice = slice(None)) -> None:
         bits = _bits(page)
-        for plane, layers in enumerate(self._here or ()):
-            copy_block(layers, block, bits[:, plane], into_page)
+        for plane, stack in enumerate(self._here or ()):
+            copy_block(stack[layers], block, bits[:, plane], into_page)
 
 
 def _stacked(layers: Sequence[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:

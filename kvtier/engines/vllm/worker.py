@@ -1,7 +1,7 @@
 """The worker's side of the connector: its own tiered cache, and the bytes between that and vLLM's blocks.
 
 Threads of its own carry stores and loads, so that a step waits for neither. A store job copies its blocks into the staging area, from
-where the cache writes them down; a load copies pages from there into the blocks of a request that waits, for as long as that may wait.
+where the cache writes them down; a load copies pages into the blocks of a request that waits, for as long as that may wait.
 Loads of pages that are all in host memory have a thread to themselves: they do not queue behind those that wait for a disk. A step that
 overwrites blocks of a store job makes it copy now what there is room for at once, and give up the rest: it waits for a copy, but for no
 disk. Blocks of one job are touched by one thread.
@@ -158,9 +158,9 @@ class WorkerSide:
         assert self._blocks is not None
         blocks = self._blocks
 
-        def hand_out(positions: Sequence[int], slots: Sequence[int]) -> None:
-            for position, slot in zip(positions, slots, strict=True):
-                blocks.write(load.blocks[position], self._pages.slot(slot))
+        def hand_out(positions: Sequence[int], pages: Sequence[torch.Tensor], layers: slice) -> None:
+            for position, page in zip(positions, pages, strict=True):
+                blocks.write(load.blocks[position], page, layers)
             if self._gpu is not None:
                 self._gpu.engine_stream().record().wait()
 
