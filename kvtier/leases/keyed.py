@@ -162,11 +162,13 @@ class KeyedPages:
         with self._residency.lock:
             return bool((self._homes(keys) > DEVICE + 1).any())
 
-    def restore(self, keys: Sequence[PageKey], hand_out: Carry, until_s: float | None = None) -> int:
+    def restore(self, keys: Sequence[PageKey], hand_out: Carry, until_s: float | None = None, only_near: bool = False) -> int:
         """Bring these pages up and hand them out, in order; how many came, counted up to the first one that did not.
 
         `hand_out` copies from the slots it is given, which are others' afterwards. Pages that are not up when `time.monotonic()` reaches
         `until_s` count as not having come; what is in the tier below the staging area is not kept waiting by what is further away.
+        With `only_near` it waits for nothing further away: the first page that is there by now, for there they go while others are
+        brought up, did not come.
         """
         parts = deque(self._parts(keys))
         ahead: deque[tuple[Sequence[PageKey], Lease]] = deque()
@@ -174,8 +176,13 @@ class KeyedPages:
         try:
             while parts or ahead:
                 while parts and len(ahead) < 2:  # the next part is on its way while this one is copied
-                    ahead.append((parts[0], self._acquire(parts[0])))
-                    parts.popleft()
+                    begun = self._acquire(parts[0], only_near)
+                    if begun is None:
+                        parts.clear()
+                        break
+                    ahead.append((parts.popleft(), begun))
+                if not ahead:
+                    break
                 part, lease = ahead[0]
                 try:
                     table = lease.wait(None if until_s is None else max(0.0, until_s - time.monotonic()))
@@ -234,10 +241,13 @@ class KeyedPages:
         with residency.lock:
             return bool(self._vacate(residency.table.ready(DEVICE))) and bool(len(residency.table.find([wanted])))
 
-    def _acquire(self, keys: Sequence[PageKey]) -> Lease:
+    def _acquire(self, keys: Sequence[PageKey], only_near: bool) -> Lease | None:
+        """A lease on these pages; with `only_near` none, if any of them is further away."""
         tokens = len(keys) * self._residency.layout.page_tokens
         # Nothing is appended to these leases, so nobody asks for their tokens or their root.
-        return self._acquire_match(Match(tokens, np.zeros(tokens, np.int64), tuple(keys), b"", {}, 0, None, None))
+        match = Match(tokens, np.zeros(tokens, np.int64), tuple(keys), b"", {}, 0, None, None)
+        with self._residency.lock:  # what is leased stays where it was seen
+            return None if only_near and self.any_far(keys) else self._acquire_match(match)
 
 
 def _shifted(carry: Carry, start: int) -> Carry:
