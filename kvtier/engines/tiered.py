@@ -15,7 +15,7 @@ import torch
 from kvtier.cache import TieredKVCache
 from kvtier.engines.adapters import Adapters, plain_model
 from kvtier.engines.dense import Prefix, TieredLayer
-from kvtier.engines.fed import Fed, Positions, Row, alike_up_to, check_inputs, check_mask, unpadded
+from kvtier.engines.fed import Fed, Positions, Row, alike_up_to, check_form, check_inputs, check_mask, unpadded
 from kvtier.engines.models import check_named
 from kvtier.engines.stopwatch import Stopwatch
 from kvtier.errors import LayoutError, ModelError, needing
@@ -123,6 +123,7 @@ class TieredCache(Cache):  # type: ignore[misc]
         self._mask, columns = named.get("attention_mask"), self.get_seq_length()
         if columns + ids.shape[1] - min(self._padding) > self._alike_up_to:
             self._columns_alike = min(self._columns_alike, columns)
+        check_form(self._mask)
         if self._unseen:
             check_mask(self._mask, self._padding, len(ids), columns + ids.shape[1])
         self._positions.tell(model, named.get("position_ids"), columns, ids.shape[1])
