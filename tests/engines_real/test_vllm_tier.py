@@ -87,6 +87,8 @@ def test_chunks_on_disk_serve_the_next_engine_and_damaged_ones_are_computed_agai
         assert stats["hits"] >= cached // 128
         assert "refused: checksum" not in stats
         assert 0 < stats["disk"]["bytes_used"] < stats["blocks"] * tier_of(llm).block_size_bytes
+        assert llm.reset_prefix_cache(reset_connector=True)
+        assert ask(llm, PROMPT) == (cold, 0), "the weights may be others now"
     for segment in tmp_path.glob("segment-*.kvt"):
         with segment.open("r+b") as file:
             for at in range(100_000, segment.stat().st_size, 200_000):
