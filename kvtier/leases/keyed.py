@@ -176,7 +176,7 @@ class KeyedPages:
         try:
             while parts or ahead:
                 while parts and len(ahead) < 2:  # the next part is on its way while this one is copied
-                    begun = self._acquire(parts[0], only_near)
+                    begun = self._begin(parts[0], only_near)
                     if begun is None:
                         parts.clear()
                         break
@@ -241,13 +241,15 @@ class KeyedPages:
         with residency.lock:
             return bool(self._vacate(residency.table.ready(DEVICE))) and bool(len(residency.table.find([wanted])))
 
-    def _acquire(self, keys: Sequence[PageKey], only_near: bool) -> Lease | None:
+    def _begin(self, keys: Sequence[PageKey], only_near: bool) -> Lease | None:
         """A lease on these pages; with `only_near` none, if any of them is further away."""
+        with self._residency.lock:  # what is leased stays where it was seen
+            return None if only_near and self.any_far(keys) else self._acquire(keys)
+
+    def _acquire(self, keys: Sequence[PageKey]) -> Lease:
         tokens = len(keys) * self._residency.layout.page_tokens
         # Nothing is appended to these leases, so nobody asks for their tokens or their root.
-        match = Match(tokens, np.zeros(tokens, np.int64), tuple(keys), b"", {}, 0, None, None)
-        with self._residency.lock:  # what is leased stays where it was seen
-            return None if only_near and self.any_far(keys) else self._acquire_match(match)
+        return self._acquire_match(Match(tokens, np.zeros(tokens, np.int64), tuple(keys), b"", {}, 0, None, None))
 
 
 def _shifted(carry: Carry, start: int) -> Carry:
