@@ -275,9 +275,11 @@ def test_a_store_that_fails_in_a_step_costs_its_pages_and_not_the_engine(tmp_pat
     engine.worker._storer.submit(go_on.wait)
     engine.worker.start_stores(StepPlan(0, [StoreJob(0, KEYS[:4], ROOT, 0, [0, 1, 2, 3])]))
     monkeypatch.setattr(engine.worker._blocks, "read", fail)
-    engine.worker.before_step(StepPlan(0, overwritten=[0]))
+    try:
+        engine.worker.before_step(StepPlan(0, overwritten=[0]))
+    finally:
+        go_on.set()
     monkeypatch.undo()
-    go_on.set()
     while not engine.worker.report()[0].stored:
         assert engine.worker._keeping
     assert engine.load(4) == 0
