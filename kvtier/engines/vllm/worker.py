@@ -181,8 +181,9 @@ class WorkerSide:
                 self._far_loader.submit(self._load, load, told_s, done, False, came)
             else:
                 done.set_result(LoadDone(load.request_id, came, ended_s - told_s, not whole and ended_s >= until_s))
-        except Exception as error:
+        except BaseException as error:
             done.set_exception(error)
+            raise
 
     # -- what the scheduler hears ----------------------------------------------------------------------------------------------
 
