@@ -152,6 +152,6 @@ class Operations:
         self._contents.unhold(np.array([move.row for move in transfer.moves], np.int64))
 
     def _end(self, operation: Operation) -> None:
+        operation.future.set_result(operation.done)  # before it counts as ended: whoever drains the store looks at futures next
         with self._lock:
             self._running.discard(operation)
-        operation.future.set_result(operation.done)

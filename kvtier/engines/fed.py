@@ -70,14 +70,25 @@ class Fed:
         return [Row(row.prompt, row.token_ids[self._padding[row.prompt] :]) for row in rows]
 
 
+def check_form(mask: object) -> None:
+    """LayoutError for an attention mask of another form than `[rows, columns]`: it says for each token what it sees, and a token that does
+    not see all those before it and none behind it has other KV than pages of these tokens."""
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+        found = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise LayoutError(
+            f"the attention mask is {found}; expected [sequences, columns], or none: pages are named by the tokens before, which each "
+            "token has to see; give a mask for each token to a model with one of transformers' own caches"
+        )
+
+
 def check_mask(mask: object, padding: Sequence[int], rows: int, columns: int) -> None:
     """LayoutError unless a model's attention mask, None or `[rows, columns]`, hides the left padding of each prompt and nothing else.
 
     `columns`: those of the cache and the forward pass together; transformers hides what a narrower mask does not reach. What stands behind
-    a hidden token is not the KV of the tokens it would be named by. Waits for a GPU that has the mask. A mask of another form is not
-    looked at.
+    a hidden token is not the KV of the tokens it would be named by. Waits for a GPU that has the mask.
     """
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and len(mask) == rows and rows % len(padding) == 0:
+    check_form(mask)
+    if isinstance(mask, torch.Tensor) and len(mask) == rows and rows % len(padding) == 0:
         if mask.shape[1] < columns:
             raise LayoutError(
                 f"the attention mask has {mask.shape[1]} columns; expected at least {columns}, for the restored tokens and the new ones: "

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 from kvtier.blocks import BlockStore, Chain
 from kvtier.engines.generations import Generations
@@ -35,7 +36,7 @@ from sglang.srt.mem_cache.hicache_storage import (  # noqa: E402  # after the ch
     HiCacheStorageConfig,
     HiCacheStorageExtraInfo,
 )
-from sglang.srt.runtime_context import get_lora, get_server_args, get_serving  # noqa: E402
+from sglang.srt.runtime_context import get_lora, get_model, get_server_args, get_serving  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class KvtierHiCache(HiCacheStorage):  # type: ignore[misc]  # SGLang is not ther
             "engine": "sglang",
             "model": ranks.model_name or self._config.model.name,
             "revision": self._config.model.revision or _weights(),
-            "dtype": str(mem_pool_host.dtype),
+            "dtype": _numbers(mem_pool_host.dtype),
             "page_tokens": mem_pool_host.page_size,
             "block_bytes": blocks.block_bytes,
             "layers": [mem_pool_host.start_layer, mem_pool_host.end_layer],
@@ -203,6 +204,21 @@ def _blocks_of(host: Any) -> tuple[BlockLayout, int]:
     if name is None or getattr(host, "v_head_dim", width) != width:
         return BlockLayout.opaque(total), len(sizes)
     return BlockLayout(PageLayout(host.layer_num, planes, host.page_size, heads, width, name), order, order), len(sizes)
+
+
+def _numbers(dtype: torch.dtype) -> str:
+    """What the bytes of a pool of this dtype stand for. SGLang keeps all kinds of FP8 as plain bytes, scaled by what a file says.
+
+    ConfigError where that file cannot be read.
+    """
+    if dtype in _DTYPES:
+        return str(dtype)
+    kind, scales = get_model().kv_cache_dtype, get_model().quantization_param_path
+    try:
+        scaled = "" if scales is None else xxhash.xxh3_128_hexdigest(Path(scales).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"quantization-param-path {scales} cannot be read: {error.strerror}; name SGLang's file of KV scales") from None
+    return f"{dtype}, {kind}, scales {scaled}"
 
 
 def _weights() -> str:

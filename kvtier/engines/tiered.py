@@ -15,7 +15,7 @@ import torch
 from kvtier.cache import TieredKVCache
 from kvtier.engines.adapters import Adapters, plain_model
 from kvtier.engines.dense import Prefix, TieredLayer
-from kvtier.engines.fed import Fed, Positions, Row, alike_up_to, check_inputs, check_mask, unpadded
+from kvtier.engines.fed import Fed, Positions, Row, alike_up_to, check_form, check_inputs, check_mask, unpadded
 from kvtier.engines.models import check_named
 from kvtier.engines.stopwatch import Stopwatch
 from kvtier.errors import LayoutError, ModelError, needing
@@ -95,7 +95,7 @@ class TieredCache(Cache):  # type: ignore[misc]
         if model is not None:
             held = [list(sequence[:tokens]) for sequence, tokens in zip(sequences, self.restored_each, strict=True)]
             self._fed = Fed(held, self._padding, prefix.columns)
-            self._again = held[0] if len(held) == 1 else []
+            self._told = sequences[0] if len(held) == 1 and self.restored else []
             self._unseen = True
             self._hook = plain_model(model).register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
@@ -112,17 +112,18 @@ class TieredCache(Cache):  # type: ignore[misc]
             raise LayoutError(
                 f"the forward pass has {len(ids)} sequences and its cache {len(self._leases)}; expected as many, or so many of each"
             )
-        again, self._again = self._again, []
-        restored = slice(self._padding[0], self._padding[0] + len(again))
-        if again and ids.shape[0] == 1 and ids[0, restored].tolist() == again:
+        columns = self.get_seq_length()
+        told, self._told = self._told, []
+        if told and self._is_whole(ids, named.get("position_ids"), told):
             # Assisted decoding (transformers 5.24) feeds the whole prompt in its first pass, whatever its cache holds already.
-            ids = ids[:, restored.stop :]
+            ids = ids[:, columns:]
             inputs, named = ((ids, *inputs[1:]), dict(named)) if "input_ids" not in named else (inputs, {**named, "input_ids": ids})
             if (positions := named.get("position_ids")) is not None:
                 named["position_ids"] = positions[..., -ids.shape[1] :]
-        self._mask, columns = named.get("attention_mask"), self.get_seq_length()
+        self._mask = named.get("attention_mask")
         if columns + ids.shape[1] - min(self._padding) > self._alike_up_to:
             self._columns_alike = min(self._columns_alike, columns)
+        check_form(self._mask)
         if self._unseen:
             check_mask(self._mask, self._padding, len(ids), columns + ids.shape[1])
         self._positions.tell(model, named.get("position_ids"), columns, ids.shape[1])
@@ -132,6 +133,18 @@ class TieredCache(Cache):  # type: ignore[misc]
             self._unseen = False
         self._fed.feed(ids)
         return inputs, named
+
+    def _is_whole(self, ids: torch.Tensor, positions: object, told: list[int]) -> bool:
+        """Whether the first pass feeds the whole of one prompt, and not what comes behind its restored tokens, which may begin as they do.
+
+        Where it says positions, those tell; else the prompt that this cache was told of.
+        """
+        pad = self._padding[0]
+        places = positions if isinstance(positions, torch.Tensor) and positions.shape[-1] == ids.shape[1] else None
+        known = told if places is None else told[: self.restored]
+        if len(ids) != 1 or ids[0, pad : pad + len(known)].tolist() != known:
+            return False
+        return places is None or not bool(places[..., pad].any())
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens of every row."""

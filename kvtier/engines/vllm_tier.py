@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -66,6 +67,13 @@ class _Job:
     started_s: float
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """What keys began with when a request came; kept in the request's own scratch space."""
+
+    prefix: bytes
+
+
 class KvtierTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not there when types are checked
     """Chunks in a `kvtier.blocks.BlockStore`. `settings`: kvtier's dotted keys, and `config` (`store_config`).
 
@@ -106,6 +114,8 @@ class KvtierTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not the
         self._store = BlockStore(own, blocks, facts)
         self._jobs: dict[int, _Job] = {}
         self._seed_unseen = True
+        self._prefix = b""
+        """What keys in the store begin with: nothing, until a reset after which nobody knows whose weights computed what."""
 
     @property
     def store(self) -> BlockStore:
@@ -115,29 +125,34 @@ class KvtierTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not the
     # -- what vLLM asks --------------------------------------------------------------------------------------------------------
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        presence = self._store.lookup([key])[0]
+        presence = self._store.lookup(self._names([key]))[0]
         return {Presence.READY: LookupResult.HIT, Presence.COMING: LookupResult.RETRY, Presence.ABSENT: LookupResult.MISS}[presence]
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        self._store.touch(list(keys))
+        self._store.touch(self._names(keys))
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         if self._seed_unseen:  # vLLM makes its tiers before it chooses the seed
             self._seed_unseen = False
             warn_of_random_names(self._store.stats()["disk"]["path"])
+        req_context.set_state(_Begun(self._prefix))
         return RequestOffloadingContext()
 
     # -- what vLLM has moved ---------------------------------------------------------------------------------------------------
 
     def submit_store(self, job_metadata: TransferJob) -> None:
+        begun = job_metadata.req_context.get_state(_Begun) or _Begun(b"")
+        if begun.prefix != self._prefix:  # computed in part before a reset, perhaps by other weights
+            self._start(job_metadata.job_id, [], [], is_load=False)
+            return
         chunks = dict(zip(job_metadata.keys, job_metadata.chunk_ids.tolist(), strict=True))
         runs = list(self._runs(list(chunks), job_metadata.req_context))
-        parts = [self._store.submit_put(keys, self._memory([chunks[key] for key in keys]), chain) for keys, chain in runs]
+        parts = [self._store.submit_put(self._names(keys), self._memory([chunks[key] for key in keys]), chain) for keys, chain in runs]
         self._start(job_metadata.job_id, [key for keys, _ in runs for key in keys], parts, is_load=False)
 
     def submit_load(self, job_metadata: TransferJob) -> None:
         keys = list(job_metadata.keys)
-        coming = self._store.submit_get(keys, self._memory(job_metadata.chunk_ids.tolist()))
+        coming = self._store.submit_get(self._names(keys), self._memory(job_metadata.chunk_ids.tolist()))
         self._start(job_metadata.job_id, keys, [coming], is_load=True)
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
@@ -145,7 +160,10 @@ class KvtierTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not the
         return [self._result(job_id, self._jobs.pop(job_id)) for job_id in ended]
 
     def drain_jobs(self) -> None:
+        """vLLM asks for this when it resets its cache, and for nothing else, and does so when weights were changed in memory, of which it
+        says nothing: what is in the store by now is left to the next engine, and what comes is for this one alone."""
         self._store.drain()
+        self._prefix = uuid.uuid4().bytes
 
     def shutdown(self) -> None:
         """Write what is queued, close the store, and let go of the CPU tier's memory."""
@@ -155,6 +173,9 @@ class KvtierTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not the
         self._rows = None
 
     # -- inside ----------------------------------------------------------------------------------------------------------------
+
+    def _names(self, keys: Iterable[OffloadKey]) -> list[bytes]:
+        return [self._prefix + key for key in keys]
 
     def _memory(self, chunk_ids: Sequence[int]) -> list[NDArray[np.uint8]]:
         assert self._rows is not None  # vLLM submits nothing after `shutdown`
@@ -201,4 +222,4 @@ class KvtierTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not the
             return Chain(None, 0)
         if before is None or req_context.get_offload_key_position(before) != end - step:
             return None
-        return Chain(before, end // step - 1)
+        return Chain(self._prefix + before, end // step - 1)

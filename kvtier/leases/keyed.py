@@ -167,11 +167,12 @@ class KeyedPages:
         with self._residency.lock:
             return bool((self._homes(keys) > HOST).any())
 
-    def restore(self, keys: Sequence[PageKey], hand_out: HandOut, until_s: float | None = None) -> int:
+    def restore(self, keys: Sequence[PageKey], hand_out: HandOut, until_s: float | None = None, only_near: bool = False) -> int:
         """Hand these pages out, in order; how many came, counted up to the first one that did not.
 
         Pages in memory are handed out from where they are, others are brought up first. What has not come when `time.monotonic()` reaches
-        `until_s` counts as not having come.
+        `until_s` counts as not having come. With `only_near` it waits for nothing that is further away than the tier below the staging
+        area: the first page that is there by now, for there they go while others are handed out, did not come.
         """
         parts = deque(self._parts(keys))
         ahead: deque[Part] = deque()
@@ -179,7 +180,14 @@ class KeyedPages:
         try:
             while parts or ahead:
                 while parts and len(ahead) < 2:  # the next part is on its way while this one is copied
-                    ahead.append(self._begin(*parts.popleft()))
+                    begun = self._begin(*parts[0], only_near)
+                    if begun is None:
+                        parts.clear()
+                        break
+                    ahead.append(begun)
+                    parts.popleft()
+                if not ahead:
+                    break
                 done = ahead[0].hand_out(came, hand_out, until_s)
                 came += done
                 part = ahead.popleft()
@@ -220,6 +228,13 @@ class KeyedPages:
         with residency.lock:
             residency.eviction.vacate(residency.table.ready(DEVICE))
             return bool(len(residency.table.find([wanted])))
+
+    def _begin(self, keys: Sequence[PageKey], near: bool, only_near: bool) -> Part | None:
+        """A hold on these pages; with `only_near` none, if any of them is further away."""
+        if near and self._host is not None:
+            return NearPages(self._residency, self._host, keys)
+        with self._residency.lock:  # what is leased stays where it was seen
+            return None if only_near and self.any_far(keys) else ComingPages(self._residency, keys, self._acquire(keys))
 
     def _acquire(self, keys: Sequence[PageKey]) -> Lease:
         tokens = len(keys) * self._residency.layout.page_tokens

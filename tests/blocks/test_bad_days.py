@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from kvtier.blocks import Presence
 from tests.blocks.rig import RECORD, SIZE, block, damage, get, keys, open_store, put
@@ -123,6 +124,29 @@ def test_deleting_what_is_being_written_or_read_waits_for_the_end(tmp_path):
         assert store.exists(keys(1, 2)) == [False, False]
         assert store.stats()["blocks"] == 0
         store.check_integrity()
+
+
+def test_a_store_is_drained_once_everybody_was_answered(tmp_path, monkeypatch):
+    with open_store(tmp_path) as store:
+        gate, ending, go_on = threading.Event(), threading.Event(), threading.Event()
+        for _ in range(2):
+            store._mover.workers.submit(None, gate.wait)
+        future = store.submit_put(keys(1), [block(1)])
+        answer = future.set_result
+
+        def slowly(done: list[bool]) -> None:
+            ending.set()
+            go_on.wait(60)
+            answer(done)
+
+        monkeypatch.setattr(future, "set_result", slowly)
+        gate.set()
+        assert ending.wait(60)
+        with pytest.raises(TimeoutError):
+            store.drain(0.1)
+        go_on.set()
+        store.drain(60)
+        assert future.done()
 
 
 def test_closing_ends_what_runs_and_answers_everybody(tmp_path):

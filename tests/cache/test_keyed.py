@@ -268,6 +268,27 @@ def test_pages_in_memory_come_up_while_others_wait_for_a_disk_that_is_stuck(tmp_
         cache.check_integrity()
 
 
+def test_a_restore_that_waits_for_no_disk_stops_before_pages_that_went_there(tmp_path, stuck):
+    with TieredKVCache(config(tmp_path, host=64, disk=128, disk_policy="write_through"), LAYOUT) as cache:
+        engine, residency, masks, handed = Engine(cache), cache._residency, dict[bytes, int](), list[int]()
+        assert engine.store(0, 10) == 10
+        until(lambda: masks.update(engine.pages.changes()) or all(masks[key] & 0b110 == 0b110 for key in KEYS[:10]))
+        cache.settle()
+        with residency.lock:
+            for tier in range(2):
+                residency.eviction.clear(residency.table.rows_of(KEYS[6:10]), tier)
+
+        def hand_out(positions, pages, layers):
+            handed.extend(positions)
+
+        with closed(stuck[-1]):
+            assert engine.pages.restore(KEYS[:10], hand_out, time.monotonic() + 60, only_near=True) == 6
+        assert handed == list(range(6))
+        assert engine.pages.any_far(KEYS[6:10])
+        assert engine.restore(10) == 10
+        cache.check_integrity()
+
+
 def test_a_restore_ends_in_time_though_the_disk_is_stuck(tmp_path, stuck):
     with TieredKVCache(config(tmp_path, disk=64), LAYOUT) as cache:
         Engine(cache).store(0, 8)

@@ -66,6 +66,23 @@ def test_images_beside_the_tokens_are_refused(tmp_path):
         assert session.generate(PROMPT, **GENERATE) == plain(model, PROMPT), "text alone is served"
 
 
+def test_a_mask_of_what_each_token_sees_is_refused(tmp_path):
+    """Here every token sees all others."""
+    model, ids = llama(layers=2), torch.tensor([PROMPT])
+    everything = torch.zeros(1, 1, 150, 150)
+    with open_cache(model, tmp_path) as cache:
+        with TieredCache(cache, PROMPT, model=model) as past, pytest.raises(LayoutError, match=r"mask is \[1, 1, 150, 150\]; expected"):
+            model(ids, attention_mask=everything, **cache_argument(past))
+        with TieredCache(cache, PROMPT, model=model) as past:
+            model(ids[:, :100], **cache_argument(past))
+            for mask in (everything[:, :, 100:], {"full_attention": everything[:, :, 100:]}):
+                with pytest.raises(LayoutError, match=r"expected \[sequences, columns\], or none"):
+                    model(ids[:, 100:], attention_mask=mask, **cache_argument(past))
+        with BudgetedCache(model, cache, PROMPT, 12) as past, pytest.raises(LayoutError, match="mask is"):
+            model(ids, attention_mask=everything, **cache_argument(past))
+        assert cache.lookup(PROMPT).tokens == 0
+
+
 def test_a_model_that_was_told_to_use_no_cache_uses_this_one(tmp_path):
     """As most are left by their training; some are by default. Every token would bring the whole sequence into the cache again."""
     model = llama(layers=2, initializer_range=0.15, use_cache=False)

@@ -133,3 +133,21 @@ def test_models_that_pages_cannot_hold_are_refused_by_name(name, settings, why):
         model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**settings))
     with pytest.raises(ModelError, match=why):
         layout_of(model)
+
+
+@pytest.mark.parametrize("name", ["Qwen 3", "BLOOM", "MPT"])  # which are told positions, and are not
+@pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 4}])
+def test_a_prompt_that_goes_on_as_it_began_is_computed_whole(name, options, tmp_path):
+    """What comes behind the restored tokens begins with the same ones."""
+    model = made(name)
+    once = PROMPT[:16]
+    prompt = [*once, *once, *once, *PROMPT[40:60]]
+    alone = plain(model, [prompt])[0]
+    with open_cache(model, tmp_path) as cache:
+        Session(model, cache).generate([*once, *SHORT[:3]], **GENERATE)
+        session = Session(model, cache)
+        assert session.generate(prompt, **GENERATE, **options) == alone
+        assert session.restored == 16
+        with TieredCache(cache, [*once, *once], model=model) as past:
+            given = next_token(model, [*once, *PROMPT[40:60]], **cache_argument(past))
+            assert torch.allclose(given, next_token(model, [*once, *once, *PROMPT[40:60]]), rtol=1e-4, atol=1e-4)

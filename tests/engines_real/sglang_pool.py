@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
+import os
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
@@ -55,6 +57,18 @@ def pool_class(root: Path, file: str, name: str) -> type:
     names: dict[str, Any] = {"torch": torch, "Sequence": Sequence, "Optional": Any}
     exec(compile(ast.fix_missing_locations(ast.Module([found], [])), file, "exec"), names)
     made: type = names[name]
+    return made
+
+
+def static_method(root: Path, file: str, owner: str, name: str) -> Callable[..., Any]:
+    """A static method of a class in `srt/mem_cache`, its own code, which needs no more than JSON and files."""
+    source = ast.parse((root / "srt" / "mem_cache" / file).read_text())
+    class_ = next(node for node in source.body if isinstance(node, ast.ClassDef) and node.name == owner)
+    found = next(node for node in class_.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    found.decorator_list = []
+    names: dict[str, Any] = {"json": json, "os": os, "Optional": Optional}
+    exec(compile(ast.fix_missing_locations(ast.Module([found], [])), file, "exec"), names)
+    made: Callable[..., Any] = names[name]
     return made
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 import types
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import pytest
 import torch
 
 from kvtier.errors import ConfigError, LayoutError, ModelError, StoreError, StoreLocked
-from tests.engines_real.sglang_pool import import_storage, mha_pool
+from tests.engines_real.sglang_pool import import_storage, mha_pool, static_method
 
 ROOT = import_storage()
 
@@ -26,6 +29,8 @@ PAGE = 16
 LAYOUTS = ["layer_first", "page_first", "page_first_direct", "page_head"]
 SERVER = {"model_path": "m", "revision": None, "dtype": "auto", "quantization": None, "json_model_override_args": "{}"}
 """Of SGLang's `ServerArgs`, which asks for a GPU when it is made, what the backend reads about the model."""
+KEPT_AS = {"kv_cache_dtype": "auto", "quantization_param_path": None}
+"""Of the same, resolved, what it reads about KV."""
 VERSION = {"weight_version": "default"}
 """What it reads about serving; the value of now is in the context."""
 KEYS = [f"hash{number}" for number in range(12)]
@@ -61,6 +66,7 @@ def server(monkeypatch, tmp_path_factory):
     arguments.model_path = str(folder)
     monkeypatch.setattr(get_context(), "_server_args", arguments)
     bags = {"serving": types.SimpleNamespace(**VERSION), "lora": types.SimpleNamespace(lora_paths=None)}
+    bags["model"] = types.SimpleNamespace(**KEPT_AS)
     monkeypatch.setattr(get_context(), "_config_bags", bags)
     return arguments
 
@@ -184,10 +190,54 @@ def test_a_store_of_another_model_or_dtype_is_refused(tmp_path, change):
         make(tmp_path, mha_pool(ROOT, "page_first", dtype), **change)
 
 
+def test_bytes_that_stand_for_other_numbers_are_another_model(tmp_path):
+    """SGLang keeps both kinds of FP8 as uint8."""
+    pool, model = mha_pool(ROOT, "page_first", torch.uint8), get_context().config_bag("model")
+    scales = tmp_path / "scales.json"
+    scales.write_text("{}")
+    model.kv_cache_dtype, model.quantization_param_path = "fp8_e4m3", str(scales)
+    for _ in range(2):
+        make(tmp_path / "store", pool).close()
+    model.kv_cache_dtype = "fp8_e5m2"
+    with pytest.raises(StoreError, match="another model"):
+        make(tmp_path / "store", pool)
+    model.kv_cache_dtype = "fp8_e4m3"
+    scales.write_text('{"other": 1}')
+    with pytest.raises(StoreError, match="another model"):
+        make(tmp_path / "store", pool)
+    scales.unlink()
+    with pytest.raises(ConfigError, match="quantization-param-path .*scales.json cannot be read: No such file"):
+        make(tmp_path / "store", pool)
+
+
 def test_the_arguments_that_the_backend_reads_are_sglangs():
-    for file, names in (("model.py", SERVER), ("serving.py", VERSION), ("lora.py", ["lora_paths"])):
+    for file, names in (("model.py", SERVER | KEPT_AS), ("serving.py", VERSION), ("lora.py", ["lora_paths"])):
         fields = (ROOT / "srt" / "arg_groups" / "fields" / file).read_text()
         assert [name for name in names if f"\n    {name}: A[" not in fields] == []
+
+
+def test_the_command_on_the_front_page_is_one_that_sglang_understands(tmp_path, monkeypatch):
+    """Its launcher needs a GPU and is not run: the flags are looked up in its own table, the file is read by its own code."""
+    repository = Path(__file__).parents[2]
+    document = (repository / "docs" / "sglang.md").read_text()
+    command = re.search(r"```sh\n(python -m sglang.launch_server .*?)```", (repository / "README.md").read_text(), re.DOTALL)
+    shown = re.search(r"```python\n(.*?)```", document, re.DOTALL)
+    assert command is not None
+    assert shown is not None
+    assert command[0] in document
+    words = shlex.split(command[1])
+    given = {word: following for word, following in zip(words, [*words[1:], "--"], strict=True) if word.startswith("--")}
+    assert len(given) == 4
+    fields = (ROOT / "srt" / "arg_groups" / "fields" / "memory.py").read_text()
+    for flag, value in given.items():
+        about = re.search(rf"\n    {flag[2:].replace('-', '_')}: A\[\n(.*?)\n    \] = ", fields, re.DOTALL)
+        assert about is not None, flag
+        assert value.startswith(("--", "@")) or f'"{value}"' in about[1]
+    monkeypatch.chdir(tmp_path)
+    settings = eval(shown[1], {"__builtins__": {}})
+    Path("kvtier.json").write_text(json.dumps(settings))
+    parse = static_method(ROOT, "hybrid_cache/hybrid_cache_controller.py", "HybridCacheController", "parse_storage_backend_extra_config")
+    assert parse(given["--hicache-storage-backend-extra-config"])[0] == settings
 
 
 def test_other_weights_under_the_same_name_and_path_are_another_model(tmp_path, server):

@@ -15,6 +15,7 @@ from kvtier.engines.vllm.scheduler import SchedulerSide
 from kvtier.engines.vllm.settings import Settings
 from kvtier.engines.vllm.storing import MOST_STORING
 from kvtier.engines.weights import adapter_revision
+from kvtier.errors import ConfigError
 from kvtier.layout import PageLayout
 
 PAGE = 4
@@ -75,6 +76,11 @@ class Engine:
         for other in others:
             first = first.aggregate(other)
         self.side.heard(first)
+
+
+def test_the_greeting_of_another_connectors_workers_is_refused():
+    with pytest.raises(ConfigError, match="Greeting.*MultiConnector hands all its connectors the first one's; use kvtier's alone"):
+        Engine().side.greet({0: type("Greeting", (), {})()})
 
 
 def test_full_pages_are_stored_once_and_then_found():

@@ -87,6 +87,8 @@ def test_chunks_on_disk_serve_the_next_engine_and_damaged_ones_are_computed_agai
         assert stats["hits"] >= cached // 128
         assert "refused: checksum" not in stats
         assert 0 < stats["disk"]["bytes_used"] < stats["blocks"] * tier_of(llm).block_size_bytes
+        assert llm.reset_prefix_cache(reset_connector=True)
+        assert ask(llm, PROMPT) == (cold, 0), "the weights may be others now"
     for segment in tmp_path.glob("segment-*.kvt"):
         with segment.open("r+b") as file:
             for at in range(100_000, segment.stat().st_size, 200_000):
@@ -184,7 +186,7 @@ def test_jobs_are_answered_and_lookups_tell_the_truth(tmp_path):
     assert [tier.lookup(key, context) for key in keys] == [LookupResult.MISS] * 4
     tier.submit_store(TransferJob(7, keys[:2], np.array([0, 1]), False, context))
     tier.submit_store(TransferJob(8, keys[2:3], np.array([2]), False, context))
-    tier.drain_jobs()
+    tier.store.drain()
     assert {(result.job_id, result.success) for result in tier.get_finished_jobs()} == {(7, True), (8, True)}
     assert [tier.lookup(key, context) for key in keys] == [LookupResult.HIT] * 3 + [LookupResult.MISS]
     table = tier.store._contents.table
@@ -192,7 +194,7 @@ def test_jobs_are_answered_and_lookups_tell_the_truth(tmp_path):
     before = tier._rows[:2].copy()
     tier._rows[:2] = 0
     tier.submit_load(TransferJob(9, [keys[0], keys[3], keys[1]], np.array([0, 3, 1]), True, context))
-    tier.drain_jobs()
+    tier.store.drain()
     (result,) = tier.get_finished_jobs()
     assert not result.success
     assert result.successful_keys == (keys[0], keys[1])
@@ -202,6 +204,50 @@ def test_jobs_are_answered_and_lookups_tell_the_truth(tmp_path):
     other: dict[str, Any] = {"model.revision": "other"}
     with pytest.raises(StoreError, match="another model"):
         make_tier(tmp_path, **other)
+
+
+def test_what_is_kept_after_a_reset_is_found_by_this_engine_and_what_was_kept_before_by_the_next(tmp_path):
+    """vLLM resets its cache when weights were changed in memory, and tells a tier neither."""
+    from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
+    from vllm.v1.kv_offload.tiering.base import TransferJob
+
+    def begun(name: str) -> ReqContext:
+        context = ReqContext(name)
+        for place, key in enumerate(keys):
+            context.set_offload_key_position(key, 16 * (place + 1))
+        tier.on_new_request(context)
+        return context
+
+    def move(job: int, keys: list[Any], rows: list[int], context: ReqContext, is_load: bool = False) -> None:
+        submit = tier.submit_load if is_load else tier.submit_store
+        submit(TransferJob(job, keys, np.array(rows), is_load, context))
+        tier.store.drain()
+        assert [(result.job_id, result.success) for result in tier.get_finished_jobs()] == [(job, True)]
+
+    tier, keys = make_tier(tmp_path), [make_offload_key(bytes([number] * 32), 0) for number in range(3)]
+    before, rows = begun("before"), tier._rows.copy()
+    move(1, keys[:1], [0], before)
+    assert tier.lookup(keys[0], before) is LookupResult.HIT
+    tier.submit_store(TransferJob(2, keys[1:2], np.array([1]), False, before))
+    tier.drain_jobs()
+    assert [result.job_id for result in tier.get_finished_jobs()] == [2]
+    assert [tier.lookup(key, before) for key in keys] == [LookupResult.MISS] * 3
+    move(3, keys[2:], [2], before)
+    assert tier.lookup(keys[2], before) is LookupResult.MISS, "computed in part before the reset"
+    after = begun("after")
+    move(4, keys, [3, 2, 1], after)
+    assert [tier.lookup(key, after) for key in keys] == [LookupResult.HIT] * 3
+    move(5, keys[:1], [0], after, is_load=True)
+    np.testing.assert_array_equal(tier._rows[0], rows[3])
+    table = tier.store._contents.table
+    assert sorted(table.depth[: table.rows].tolist()) == [0, 0, 1, 1, 2]
+    tier.shutdown()
+    tier = make_tier(tmp_path)
+    after = begun("another engine")
+    assert [tier.lookup(key, after) for key in keys] == [LookupResult.HIT, LookupResult.HIT, LookupResult.MISS]
+    move(6, keys[:2], [2, 3], after, is_load=True)
+    np.testing.assert_array_equal(tier._rows[2:], rows[:2])
+    tier.shutdown()
 
 
 def test_other_weights_in_the_same_folder_are_another_model(tmp_path):

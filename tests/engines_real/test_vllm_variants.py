@@ -217,9 +217,9 @@ class TestCrowded:
         pages, engine = talk.worker.worker_side._pages, talk.llm.llm_engine
         restore, loaded, preempted = pages.restore, talk.counted("loaded_pages"), preemptions(talk)
 
-        def slow_and_at_times_not_whole(keys, hand_out, until_s=None):
+        def slow_and_at_times_not_whole(keys, hand_out, until_s=None, only_near=False):
             time.sleep(chance.random() * 0.02)
-            return restore(keys[: len(keys) - (chance.random() < 0.1)], hand_out, until_s)
+            return restore(keys[: len(keys) - (chance.random() < 0.1)], hand_out, until_s, only_near)
 
         monkeypatch.setattr(pages, "restore", slow_and_at_times_not_whole)
         asked: dict[str, int] = {}

@@ -227,6 +227,32 @@ def test_a_load_of_pages_in_memory_does_not_queue_behind_one_that_waits_for_a_di
     engine.worker.close()
 
 
+def test_a_load_whose_pages_went_to_the_disk_before_its_turn_keeps_no_other_waiting(tmp_path, stuck):
+    engine, go_on = Engine(settings(tmp_path, host_pages=16)), threading.Event()
+    engine.store(0, 8)
+    engine.worker.cache.settle()
+    stuck[-1].gate.clear()
+    engine.worker._near_loader.submit(go_on.wait)
+    loads = [LoadJob("gone", KEYS[:4], list(range(20, 24)), 60.0), LoadJob("memory", KEYS[4:8], list(range(24, 28)), 60.0)]
+    engine.worker.start_loads(StepPlan(0, loads=loads))
+    residency = engine.worker.cache._residency
+    with residency.lock:
+        for tier in range(2):
+            residency.eviction.clear(residency.table.rows_of(KEYS[:4]), tier)
+    assert engine.worker._pages.any_far(KEYS[:4])
+    go_on.set()
+    done: dict[str, int] = {}
+    while "memory" not in done:
+        done.update({each.request_id: each.pages for each in engine.worker.report()[0].loads})
+    assert done == {"memory": 4}
+    stuck[-1].gate.set()
+    while "gone" not in done:
+        done.update({each.request_id: each.pages for each in engine.worker.report()[0].loads})
+    assert done["gone"] == 4
+    assert all(bool((tensor[20 + number] == number).all()) for tensor in engine.tensors for number in range(8))
+    engine.worker.close()
+
+
 def test_a_load_takes_as_long_as_it_took_not_until_the_next_report(tmp_path, monkeypatch):
     engine = Engine(settings(tmp_path))
     engine.store(0, 4)
@@ -238,6 +264,27 @@ def test_a_load_takes_as_long_as_it_took_not_until_the_next_report(tmp_path, mon
     assert (done.pages, done.late) == (4, False)
     assert done.seconds < 1000
     monkeypatch.undo()
+    engine.worker.close()
+
+
+def test_a_store_that_fails_in_a_step_costs_its_pages_and_not_the_engine(tmp_path, monkeypatch):
+    def fail(block: int, page: torch.Tensor) -> None:
+        raise RuntimeError("no")
+
+    engine, go_on = Engine(settings(tmp_path)), threading.Event()
+    engine.worker._storer.submit(go_on.wait)
+    engine.worker.start_stores(StepPlan(0, [StoreJob(0, KEYS[:4], ROOT, 0, [0, 1, 2, 3])]))
+    monkeypatch.setattr(engine.worker._blocks, "read", fail)
+    try:
+        engine.worker.before_step(StepPlan(0, overwritten=[0]))
+    finally:
+        go_on.set()
+    monkeypatch.undo()
+    while not engine.worker.report()[0].stored:
+        assert engine.worker._keeping
+    assert engine.load(4) == 0
+    engine.store(0, 4)
+    assert engine.load(4) == 4
     engine.worker.close()
 
 

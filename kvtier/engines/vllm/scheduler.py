@@ -24,6 +24,7 @@ from kvtier.engines.vllm.resets import announce
 from kvtier.engines.vllm.settings import Settings, for_rank
 from kvtier.engines.vllm.steps import PrefillClock, fed, written
 from kvtier.engines.vllm.storing import Storing
+from kvtier.errors import ConfigError
 from kvtier.keys import PageKey
 from kvtier.pricing import Prices
 
@@ -60,7 +61,13 @@ class SchedulerSide:
         self._last_store_s = 0.0
 
     def greet(self, hellos: dict[int, Hello]) -> None:
-        """The workers are up: what they hold from an earlier run."""
+        """The workers are up: what they hold from an earlier run. ConfigError if they are another connector's."""
+        for hello in hellos.values():
+            if not isinstance(hello, Hello):
+                raise ConfigError(
+                    f"the kvtier connector got the greeting of another one's workers ({type(hello).__name__}): vLLM's MultiConnector hands "
+                    "all its connectors the first one's; use kvtier's alone, or beside connectors whose workers greet nobody"
+                )
         first = next(iter(hellos.values()))
         self._tiers = first.tiers
         self._page_bytes = np.array(first.page_bytes)

@@ -2,9 +2,9 @@
 
 Threads of its own carry stores and loads, so that a step waits for neither. A store job copies its blocks into the staging area, from
 where the cache writes them down; a load copies pages into the blocks of a request that waits, for as long as that may wait.
-Loads of pages that are all in host memory have a thread to themselves: they do not queue behind those that wait for a disk. A step that
-overwrites blocks of a store job makes it copy now what there is room for at once, and give up the rest: it waits for a copy, but for no
-disk. Blocks of one job are touched by one thread.
+Loads of pages that are all in host memory have a thread to themselves: they do not queue behind those that wait for a disk, and hand what
+has gone there meanwhile over to the thread for those. A step that overwrites blocks of a store job makes it copy now what there is room for
+at once, and give up the rest: it waits for a copy, but for no disk. Blocks of one job are touched by one thread.
 State: vLLM's worker thread, but for what says otherwise.
 """
 
@@ -31,6 +31,8 @@ from kvtier.errors import LayoutError
 from kvtier.leases.keyed import KeyedPages
 
 log = init_logger(__name__)
+
+_STORE_FAILED = "kvtier: a store failed; its pages are not kept"
 
 
 class Keeping:
@@ -112,14 +114,19 @@ class WorkerSide:
             if number in self._keeping:
                 keeping, _ = self._keeping[number]
                 keeping.hurry()
-                self._keep(keeping)
+                try:
+                    self._keep(keeping)
+                except Exception as error:  # an exception here would end the engine
+                    log.error(_STORE_FAILED, exc_info=error)
                 keeping.copied.wait()
 
     def start_loads(self, plan: StepPlan) -> None:
         """Begin to load; never waits."""
         for load in plan.loads:
-            loader = self._far_loader if self._pages.any_far(load.keys) else self._near_loader
-            self._loads.append((load, loader.submit(self._load, load, time.monotonic())))
+            done: Future[LoadDone] = Future()
+            self._loads.append((load, done))
+            near = not self._pages.any_far(load.keys)
+            (self._near_loader if near else self._far_loader).submit(self._load, load, time.monotonic(), done, near)
 
     def start_stores(self, plan: StepPlan) -> None:
         """Begin to store what the step, which is over or queued on the device, computed."""
@@ -153,21 +160,29 @@ class WorkerSide:
                 self.counts.add("store_seconds", time.perf_counter() - began)
                 self.counts.add("skipped_pages", len(job.keys) - kept, "overwritten" if keeping.enough.done() else "no room")
 
-    def _load(self, load: LoadJob, told_s: float) -> LoadDone:
-        """Carry out a load job. On a load thread, which alone knows how long it took: steps ask seldom while they compute."""
+    def _load(self, load: LoadJob, told_s: float, done: Future[LoadDone], near: bool, came: int = 0) -> None:
+        """Carry out a load job of which `came` pages have come; on the `near` thread, as far as it needs no disk. On a load thread, which
+        alone knows how long it took: steps ask seldom while they compute."""
         assert self._blocks is not None
-        blocks = self._blocks
+        blocks, first = self._blocks, came
 
         def hand_out(positions: Sequence[int], pages: Sequence[torch.Tensor], layers: slice) -> None:
             for position, page in zip(positions, pages, strict=True):
-                blocks.write(load.blocks[position], page, layers)
+                blocks.write(load.blocks[first + position], page, layers)
             if self._gpu is not None:
                 self._gpu.engine_stream().record().wait()
 
-        until_s = told_s + load.within_s
-        came = self._pages.restore(load.keys, hand_out, until_s)
-        ended_s = time.monotonic()
-        return LoadDone(load.request_id, came, ended_s - told_s, came < len(load.keys) and ended_s >= until_s)
+        try:
+            until_s = told_s + load.within_s
+            came += self._pages.restore(load.keys[came:], hand_out, until_s, only_near=near)
+            ended_s, whole = time.monotonic(), came == len(load.keys)
+            if near and not whole and ended_s < until_s and self._pages.any_far(load.keys[came:]):
+                self._far_loader.submit(self._load, load, told_s, done, False, came)
+            else:
+                done.set_result(LoadDone(load.request_id, came, ended_s - told_s, not whole and ended_s >= until_s))
+        except BaseException as error:
+            done.set_exception(error)
+            raise
 
     # -- what the scheduler hears ----------------------------------------------------------------------------------------------
 
@@ -192,7 +207,7 @@ class WorkerSide:
                 del self._keeping[number]
                 report.stored.append(number)
                 if (error := job.exception()) is not None:
-                    log.error("kvtier: a store failed; its pages are not kept", exc_info=error)
+                    log.error(_STORE_FAILED, exc_info=error)
         report.masks = self._pages.changes()
         finished = {done.request_id for done in report.loads}
         return report, finished
