@@ -23,6 +23,7 @@ from kvtier.keys import PageKey
 from kvtier.leases.lease import Lease, Match
 from kvtier.pages import ABSENT, DEVICE, NO_ROW, NO_TIER, READY, Rows
 from kvtier.residency import Residency
+from kvtier.residency.occupancy import Levels, levels
 
 MOST_AT_ONCE = 16
 """Pages of one request in the staging area at a time, so that some are decoded while others are copied."""
@@ -59,6 +60,11 @@ class KeyedPages:
             tiers = residency.metrics.tiers
             evicted = {name: sum(counts.evicted.values()) for name, counts in zip(residency.names, tiers, strict=True)}
             return {"evicted": evicted, "refused": dict(sum((counts.refused for counts in tiers), Counter()))}
+
+    def levels(self) -> Levels:
+        """How full the tiers are, and what waits on links."""
+        with self._residency.lock:
+            return levels(self._residency)
 
     def _note(self, keys: Sequence[PageKey | None]) -> None:
         """These pages got or lost a copy. Lock held."""

@@ -83,6 +83,7 @@ class WorkerSide:
         self._unloaded: set[int] = set()
         self._counting = threading.Lock()
         """Over `counts`, which the threads add to."""
+        self._levels_wanted = False
         self._told = {"evicted": dict[str, int](), "refused": dict[str, int]()}
 
     def register(self, tensors: dict[str, torch.Tensor], layers: dict[str, Any]) -> None:
@@ -116,7 +117,8 @@ class WorkerSide:
                 keeping.copied.wait()
 
     def start_loads(self, plan: StepPlan) -> None:
-        """Begin to load; never waits."""
+        """Begin to load; never waits. The first that is heard of every plan."""
+        self._levels_wanted |= plan.levels
         for load in plan.loads:
             loader = self._far_loader if self._pages.any_far(load.keys) else self._near_loader
             self._loads.append((load, loader.submit(self._load, load, time.monotonic())))
@@ -209,9 +211,13 @@ class WorkerSide:
         return blocks
 
     def taken_counts(self) -> Counts | None:
-        """What was counted since the last call."""
+        """What was counted since the last call, and how full the tiers are, if that was asked."""
         totals_now = self._pages.counts()
+        levels = self._pages.levels() if self._levels_wanted else None
+        self._levels_wanted = False
         with self._counting:
+            if levels is not None:
+                self.counts.read(self.rank, levels)
             for name, totals in totals_now.items():
                 for label, total in totals.items():
                     self.counts.add(f"{name}_pages", total - self._told[name].get(label, 0), label)
