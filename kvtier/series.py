@@ -62,7 +62,6 @@ COUNTERS = (
     _of_links("link_seconds", "Seconds that workers spent on the link, coding included.", "seconds"),
     _of_links("link_turned_away", "Transfers that were given up because the queue of the link was full.", "turned_away"),
     Series("prefetch_pages", "Pages that hints were about, by what became of them.", "prefetch", labels=("outcome",)),
-    Series("lookups", "Requests that asked for pages.", "lookups"),
-    Series("asked_tokens", "Tokens of full pages that requests asked for.", "tokens_asked"),
+    Series("hit_requests", "Requests that found pages and took them.", "lookups"),
     Series("declined_tokens", "Tokens that were found and not restored, because computing them again is faster.", "tokens_declined"),
 )
