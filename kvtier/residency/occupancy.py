@@ -57,4 +57,4 @@ def _leased(table: PageTable) -> list[int]:
     states = table.state[:, np.flatnonzero(table.leases[: table.rows])]
     kept = (states == READY) & (states[DEVICE] != READY)
     kept[DEVICE] = states[DEVICE]
-    return np.count_nonzero(kept, axis=1).tolist()
+    return [int(np.count_nonzero(here)) for here in kept]
