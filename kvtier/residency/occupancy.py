@@ -54,7 +54,8 @@ def levels(residency: Residency) -> Levels:
 
 def _leased(table: PageTable) -> list[int]:
     """Copies that leases keep, per tier: on the device, arriving ones included; elsewhere those of pages that are not there yet."""
-    states = table.state[:, np.flatnonzero(table.leases[: table.rows])]
+    leased = np.flatnonzero(table.leases[: table.rows] != 0)  # of truth values: NumPy finds those several times faster
+    states = table.state[:, leased]
     kept = (states == READY) & (states[DEVICE] != READY)
     kept[DEVICE] = states[DEVICE]
     return [int(np.count_nonzero(here)) for here in kept]
