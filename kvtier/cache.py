@@ -279,16 +279,16 @@ class TieredKVCache:
 
     # -- the whole -------------------------------------------------------------------------------------------------------------
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self, machine: bool = True) -> dict[str, Any]:
         """Counters since the cache was opened, and its state, as one nested dict of plain values.
 
         `tiers` and `links` by name and `prefetch` are described in docs/cli.md (`kvtier run`); `tiers.<name>.achieved` is what the machine
         allowed. `admission`: `kvtier.policy.admission.Regret`, counted where there is more than one tier. `mover`, `routing`, `prices`: who
         carries pages, where requests attended, what restoring and computing take. `tokens_asked`: tokens of full pages that `acquire` was
         asked for; `tokens_declined`: those cached and faster to compute. `pages`: pages known; `leased_pages`: those held. Reads /proc,
-        some milliseconds.
+        some milliseconds; not so, and with nothing in `achieved`, without `machine`.
         """
-        return stats(self._open(), self._routing.report())
+        return stats(self._open(), self._routing.report(), machine)
 
     def tier_sizes(self) -> tuple[list[str], list[int]]:
         """The tiers' names, warmest first, and the encoded bytes of a page in each, the most it can take where that varies."""

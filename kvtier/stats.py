@@ -7,18 +7,19 @@ from typing import Any
 
 from kvtier.pages import DEVICE
 from kvtier.residency import Residency
+from kvtier.residency.metrics import LinkMetrics
+from kvtier.residency.occupancy import levels
 
 
-def stats(residency: Residency, routing: Mapping[str, object]) -> dict[str, Any]:
+def stats(residency: Residency, routing: Mapping[str, object], machine: bool) -> dict[str, Any]:
     """See `TieredKVCache.stats`. `routing`: what those who attend in place add to the counts of their choices."""
-    achieved = [tier.report() for tier in residency.tiers]
+    achieved = [tier.report() if machine else {} for tier in residency.tiers]
     with residency.lock:
-        metrics, names = residency.metrics, residency.names
+        metrics, names, now = residency.metrics, residency.names, levels(residency)
         tiers = {
             name: {
                 "format": tier.format.name,
-                "capacity_bytes": tier.capacity_bytes,
-                "bytes_used": tier.bytes_used,
+                **now["tiers"][name],
                 "pressure": round(residency.pressure(index), 4),
                 "pages": len(residency.policies[index]),
                 "pages_in": counts.pages_in,
@@ -31,17 +32,19 @@ def stats(residency: Residency, routing: Mapping[str, object]) -> dict[str, Any]
             }
             for index, (name, tier, counts) in enumerate(zip(names, residency.tiers, metrics.tiers, strict=True))
         }
+        counted = {f"{names[source]}->{names[target]}": link for (source, target), link in metrics.links.items()}
         links = {
-            f"{names[source]}->{names[target]}": {
+            name: {
                 "transfers": link.transfers,
                 "pages": link.pages,
                 "bytes": link.bytes,
                 "turned_away": link.turned_away,
                 "seconds": round(link.seconds, 6),
                 "gb_per_s": round(link.gb_per_s, 4),
+                **waiting,
             }
-            for (source, target), link in sorted(metrics.links.items())
-            if link.transfers or link.turned_away
+            for name, waiting in now["links"].items()
+            for link in [counted.get(name, LinkMetrics())]
         }
         return {
             "layout": str(residency.layout),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kvtier.cli import _command
+from kvtier.series import COUNTERS, GAUGES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,3 +59,9 @@ def test_every_counter_of_the_connector_is_on_the_page_on_operations():
     page = (ROOT / "docs/operations.md").read_text()
     assert "hit_tokens" in counters
     assert [name for name in counters if not re.search(rf"`{name}(\{{\w+\}})?`", page)] == []
+
+
+def test_every_series_for_prometheus_is_on_the_page_on_operations():
+    page = (ROOT / "docs/operations.md").read_text()
+    named = [f"`{series.name}{{{','.join(series.labels)}}}`" if series.labels else f"`{series.name}`" for series in (*GAUGES, *COUNTERS)]
+    assert [name for name in named if name not in page] == []

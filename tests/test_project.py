@@ -47,9 +47,11 @@ BELOW = {
     "cache": {
         *("config", "errors", "layout", "keys", "leases", "pages", "residency", "stats"),
     },
+    "series": set(),
+    "prometheus": {"cache", "errors", "series"},
     "engines": {
         *("blocks", "cache", "config", "cuda", "errors", "keys", "layout"),
-        *("leases", "memory", "policy", "pricing", "tiers"),
+        *("leases", "memory", "policy", "pricing", "series", "tiers"),
     },
     "quality": {"attention", "engines", "errors", "formats", "layout", "leases"},
     "job": {"cache", "config", "engines", "errors", "formats", "layout", "machine", "quality"},

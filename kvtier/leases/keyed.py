@@ -24,6 +24,7 @@ from kvtier.leases.handing import HOST, ComingPages, HandOut, NearPages, Part
 from kvtier.leases.lease import Lease, Match
 from kvtier.pages import ABSENT, DEVICE, NO_ROW, NO_TIER, READY, Rows
 from kvtier.residency import Residency
+from kvtier.residency.occupancy import Levels, levels
 from kvtier.tiers.base import Tier
 
 MOST_AT_ONCE = 16
@@ -64,6 +65,11 @@ class KeyedPages:
             tiers = residency.metrics.tiers
             evicted = {name: sum(counts.evicted.values()) for name, counts in zip(residency.names, tiers, strict=True)}
             return {"evicted": evicted, "refused": dict(sum((counts.refused for counts in tiers), Counter()))}
+
+    def levels(self) -> Levels:
+        """How full the tiers are, and what waits on links."""
+        with self._residency.lock:
+            return levels(self._residency)
 
     def _note(self, keys: Sequence[PageKey | None]) -> None:
         """These pages got or lost a copy. Lock held."""

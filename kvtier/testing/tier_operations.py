@@ -72,6 +72,7 @@ class TierOperations(RuleBasedStateMachine):
         self.tier.check_integrity()
         assert 0 <= self.tier.bytes_used <= self.tier.capacity_bytes
         assert bool(self.model) == (self.tier.bytes_used > 0)
+        assert self.tier.used_slots == len(self.model)
 
     def teardown(self) -> None:
         try:

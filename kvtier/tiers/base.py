@@ -75,6 +75,11 @@ class Slots(ABC):
     def capacity_slots(self) -> int:
         """How many copies the tier holds when each takes `slot_bytes`."""
 
+    @property
+    def used_slots(self) -> int:
+        """How many slots are reserved or hold a copy. Where a copy may take less than `slot_bytes`, to be counted otherwise."""
+        return self.bytes_used // self.slot_bytes
+
     @abstractmethod
     def reserve(self, count: int) -> list[int] | None:
         """`count` slots nobody else has, or None (and nothing reserved) when there are not that many."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,14 @@ class Gate:
         """Hold callers again."""
         self.reached.clear()
         self._open.clear()
+
+
+def until(true: Callable[[], object]) -> None:
+    """Wait for something that must come."""
+    limit_s = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < limit_s
+        time.sleep(0.001)
 
 
 def kvtier_threads() -> list[str]:

@@ -15,6 +15,7 @@ from kvtier.io import probe
 from kvtier.layout import PageLayout
 from kvtier.leases import handing
 from kvtier.tiers.host import HostTier
+from tests.cache.rig import until
 from tests.tiers.faults import StuckEngine
 
 LAYOUT = PageLayout(layers=2, planes=2, page_tokens=4, kv_heads=2, head_dim=32, dtype="fp32")
@@ -220,14 +221,6 @@ def test_whoever_waits_for_room_behind_a_disk_that_is_stuck_can_stop_waiting(tmp
         assert engine.store(0, 40) == 40
         cache.settle()
         cache.check_integrity()
-
-
-def until(true):
-    """Wait for something that must come."""
-    limit_s = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < limit_s
-        time.sleep(0.001)
 
 
 def test_pages_in_memory_come_up_while_stores_wait_for_a_disk_that_is_stuck(tmp_path, stuck):

@@ -91,6 +91,10 @@ class Talk:
         """The value of a connector's counter in vLLM's metrics, labels added up."""
         return sum(metric.value for metric in self.llm.get_metrics() if metric.name == f"vllm:kvtier_{name}")
 
+    def gauge(self, name, label):
+        """The values of a connector's gauge in vLLM's metrics, by label."""
+        return {metric.labels[label]: metric.value for metric in self.llm.get_metrics() if metric.name == f"vllm:kvtier_{name}"}
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
@@ -195,6 +199,17 @@ class TestLossless:
         for name in ("hit_tokens", "loaded_pages", "stored_pages"):
             assert talk.counted(name) > 0
         assert talk.counted("failed_pages") == 0
+
+    def test_vllm_says_how_full_the_tiers_are(self, talk, monkeypatch):
+        talk.forget()
+        monkeypatch.setattr("kvtier.engines.vllm.scheduler.LEVELS_EVERY_S", 0.0)
+        talk.ask(talk.prompt(3), tokens=1)
+        stats = talk.worker.worker_side.cache.stats()
+        assert stats["tiers"]["host"]["used_slots"] > 0
+        for gauge, key in (("capacity_bytes",) * 2, ("used_bytes", "bytes_used"), ("capacity_slots",) * 2, ("used_slots",) * 2):
+            assert talk.gauge(f"tier_{gauge}", "tier") == {name: tier[key] for name, tier in stats["tiers"].items()}
+        assert set(talk.gauge("tier_leased_slots", "tier").values()) == {0}
+        assert talk.gauge("link_queued_bytes", "link") == dict.fromkeys(stats["links"], 0)
 
     def test_a_second_engine_on_the_store_is_refused(self, talk):
         from kvtier.engines.vllm.worker import WorkerSide

@@ -47,6 +47,7 @@ def test_ranks_keep_their_parts_apart_and_a_page_is_found_when_both_have_it(tmp_
         assert talk.llm.reset_prefix_cache()
         assert talk.ask(prompt) == own
         assert talk.counted("loaded_pages") == 2 * 5, "each rank loads its part of each page"
+        assert talk.gauge("tier_capacity_bytes", "tier") == dict.fromkeys(("device", "host", "disk"), 64 * PAGE_BYTES), "both ranks'"
     kept = segments(store)
     assert min(map(len, kept.values())) >= 5 * PAGE_BYTES // 2
     assert kept[0] != kept[1]

@@ -9,7 +9,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from kvtier.config import load_config
-from kvtier.engines.vllm import requests
+from kvtier.engines.vllm import requests, scheduler
 from kvtier.engines.vllm.messages import Hello, LoadDone, RankReport, WorkerReport
 from kvtier.engines.vllm.scheduler import SchedulerSide
 from kvtier.engines.vllm.settings import Settings
@@ -384,3 +384,10 @@ def test_events_tell_of_tiers_in_vllms_words():
     ]
     engine.side.reset()
     assert [type(event).__name__ for event in engine.side.events()] == ["AllBlocksCleared"]
+
+
+def test_workers_are_asked_how_full_they_are_now_and_then(monkeypatch):
+    engine = Engine()
+    assert [engine.step().levels for _ in range(3)] == [True, False, False]
+    monkeypatch.setattr(scheduler, "LEVELS_EVERY_S", 0.0)
+    assert engine.step().levels

@@ -16,6 +16,7 @@ from kvtier.config import load_config
 from kvtier.cuda.surface import Event
 from kvtier.engines.vllm.layouts import BlockPages, readings
 from kvtier.engines.vllm.messages import LoadJob, StepPlan, StoreJob
+from kvtier.engines.vllm.metrics import LEVELS
 from kvtier.engines.vllm.scheduler import SchedulerSide
 from kvtier.engines.vllm.settings import Settings
 from kvtier.engines.vllm.worker import Keeping, WorkerSide
@@ -81,6 +82,24 @@ def test_a_store_that_is_full_keeps_what_it_has_room_for_and_brings_that_back(tm
     assert sum(counts.data["evicted_pages"].get(tier, 0) for tier in ("host", "disk")) > 0
     assert 0 < engine.load(36) < 36
     engine.worker.cache.check_integrity()
+    engine.worker.close()
+
+
+def test_how_full_the_tiers_are_is_told_when_it_is_asked(tmp_path):
+    engine = Engine(settings(tmp_path), rank=0)
+    engine.store(0, 4)
+    counts = engine.worker.taken_counts()
+    assert counts is not None
+    assert LEVELS not in counts.data
+    engine.worker.start_loads(StepPlan(0, levels=True))
+    counts = engine.worker.taken_counts()
+    assert counts is not None
+    told = counts.data[LEVELS]["0"]
+    stats = engine.worker.cache.stats()
+    assert [told["tiers"][name]["used_slots"] for name in ("host", "disk")] == [4, 4]
+    assert told["tiers"] == {name: {key: stats["tiers"][name][key] for key in told["tiers"][name]} for name in stats["tiers"]}
+    assert told["links"]["device->host"] == {"queued_bytes": 0}
+    assert engine.worker.taken_counts() is None, "once"
     engine.worker.close()
 
 

@@ -25,7 +25,7 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvtier.engines.vllm.messages import Hello, StepPlan, WorkerReport
-from kvtier.engines.vllm.metrics import Counts, PrometheusCounters
+from kvtier.engines.vllm.metrics import Counts, PrometheusMetrics
 from kvtier.engines.vllm.scheduler import SchedulerSide
 from kvtier.engines.vllm.settings import settings_of
 from kvtier.engines.vllm.worker import WorkerSide
@@ -189,6 +189,6 @@ class KvtierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     @classmethod
     def build_prom_metrics(
         cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
-    ) -> PrometheusCounters:
-        """Counters in vLLM's registry."""
-        return PrometheusCounters(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+    ) -> PrometheusMetrics:
+        """Counters and gauges in vLLM's registry."""
+        return PrometheusMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

@@ -48,6 +48,8 @@ class StepPlan(KVConnectorMetadata):  # type: ignore[misc]
     loads: list[LoadJob] = field(default_factory=list)
     overwritten: list[int] = field(default_factory=list)
     """Store jobs whose blocks this step overwrites: they copy them now or give up."""
+    levels: bool = False
+    """Whether the workers are to say how full their tiers are."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ thread.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from kvtier.engines.vllm.storing import Storing
 from kvtier.errors import ConfigError
 from kvtier.keys import PageKey
 from kvtier.pricing import Prices
+
+LEVELS_EVERY_S = 1.0
+"""A scrape comes every 10 or 15 s; a reading looks through a column of the page table."""
 
 
 @dataclass
@@ -59,6 +63,7 @@ class SchedulerSide:
         self._planned = 0
         """Steps planned so far."""
         self._last_store_s = 0.0
+        self._levels_told_s = -math.inf
 
     def greet(self, hellos: dict[int, Hello]) -> None:
         """The workers are up: what they hold from an earlier run. ConfigError if they are another connector's."""
@@ -163,7 +168,7 @@ class SchedulerSide:
     def plan(self, output: Any) -> StepPlan:
         """What the workers do beside this step."""
         blocks = chain.from_iterable([*written(output, self._size), *(load.blocks for load in self._loads)])
-        plan = StepPlan(self._generation, [], self._loads, self._storing.overwritten(blocks))
+        plan = StepPlan(self._generation, [], self._loads, self._storing.overwritten(blocks), self._wants_levels())
         self._loads = []
         for request_id, computed in fed(output):
             state = self._requests.get(request_id)
@@ -176,6 +181,14 @@ class SchedulerSide:
         if plan.stores:
             self._last_store_s = time.perf_counter()
         return plan
+
+    def _wants_levels(self) -> bool:
+        """Whether it is time for the workers to say how full their tiers are: all in the same step, so that this can be added up."""
+        now_s = time.monotonic()
+        wanted = now_s - self._levels_told_s >= LEVELS_EVERY_S
+        if wanted:
+            self._levels_told_s = now_s
+        return wanted
 
     def finished(self, request: Any) -> None:
         """The request ended; its blocks may be given to others from now on."""

@@ -85,6 +85,7 @@ class WorkerSide:
         self._unloaded: set[int] = set()
         self._counting = threading.Lock()
         """Over `counts`, which the threads add to."""
+        self._levels_wanted = False
         self._told = {"evicted": dict[str, int](), "refused": dict[str, int]()}
 
     def register(self, tensors: dict[str, torch.Tensor], layers: dict[str, Any]) -> None:
@@ -121,7 +122,8 @@ class WorkerSide:
                 keeping.copied.wait()
 
     def start_loads(self, plan: StepPlan) -> None:
-        """Begin to load; never waits."""
+        """Begin to load; never waits. The first that is heard of every plan."""
+        self._levels_wanted |= plan.levels
         for load in plan.loads:
             done: Future[LoadDone] = Future()
             self._loads.append((load, done))
@@ -224,9 +226,13 @@ class WorkerSide:
         return blocks
 
     def taken_counts(self) -> Counts | None:
-        """What was counted since the last call."""
+        """What was counted since the last call, and how full the tiers are, if that was asked."""
         totals_now = self._pages.counts()
+        levels = self._pages.levels() if self._levels_wanted else None
+        self._levels_wanted = False
         with self._counting:
+            if levels is not None:
+                self.counts.read(self.rank, levels)
             for name, totals in totals_now.items():
                 for label, total in totals.items():
                     self.counts.add(f"{name}_pages", total - self._told[name].get(label, 0), label)

@@ -40,11 +40,17 @@ class SlotBook:
         """Bytes from the start of each slot that may hold data, stale or not."""
         self._clean: list[int] = []
         self._pending: deque[int] = deque()
+        self._used_slots = 0
         self._used_bytes = 0
         self._stored_bytes = 0
         self._disk_bytes = 0
         self._usable_bytes = capacity_bytes
         self._lowered_at_s: float | None = None
+
+    @property
+    def used_slots(self) -> int:
+        """How many slots are held."""
+        return self._used_slots
 
     @property
     def used_bytes(self) -> int:
@@ -76,6 +82,7 @@ class SlotBook:
             slots = sorted(self._take() for _ in range(count))
             for slot in slots:
                 self._state[slot] = HELD
+            self._used_slots += count
             self._used_bytes += count * self.slot_bytes
             return slots
 
@@ -85,6 +92,7 @@ class SlotBook:
             self._check_held(slots)
             if len(set(slots)) != len(slots):
                 raise IntegrityError(f"disk: a slot is freed twice in one call: {list(slots)}")
+            self._used_slots -= len(slots)
             for slot in slots:
                 self._used_bytes -= self._charge(slot)
                 self._set_stored(slot, 0)
@@ -151,6 +159,7 @@ class SlotBook:
             self._state = bytearray(slots)
             self._stored = array("q", bytes(8 * slots))
             self._on_disk = array("q", bytes(8 * slots))
+            self._used_slots = len(kept)
             for slot, record_bytes in kept.items():
                 self._state[slot] = HELD
                 self._set_on_disk(slot, record_bytes)
@@ -170,6 +179,7 @@ class SlotBook:
             claims = {
                 "clean slots": (sorted(self._clean), sorted(by_state[CLEAN])),
                 "pending slots": (sorted(self._pending), sorted(by_state[PENDING])),
+                "slots used": (self._used_slots, len(by_state[HELD])),
                 "bytes used": (self._used_bytes, sum(self._charge(slot) for slot in by_state[HELD])),
                 "bytes stored": (self._stored_bytes, sum(self._stored)),
                 "bytes on disk": (self._disk_bytes, sum(self._on_disk)),

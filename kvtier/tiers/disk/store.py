@@ -158,6 +158,10 @@ class DiskTier(Tier):
         return self._book.used_bytes
 
     @property
+    def used_slots(self) -> int:
+        return self._book.used_slots
+
+    @property
     def usable_bytes(self) -> int:
         """`capacity_bytes`, or what the tier held when the disk turned out to be full (tried again after 30 s)."""
         return self._book.usable_bytes
