@@ -9,6 +9,7 @@ import torch
 
 from kvtier.cache import TieredKVCache
 from tests.cache.rig import (
+    DEEP,
     HOST,
     LAYOUT,
     Gate,
@@ -99,9 +100,9 @@ def test_tiers_say_how_full_they_are(tmp_path):
 
 
 def test_copies_on_disk_are_counted_again_after_a_restart(tmp_path):
-    with make_cache(tmp_path / "store") as cache:
-        cache.put(run(1, 5), torch.zeros_like(kv_of(run(1, 5))))  # which takes far less than five slots' bytes
-    with make_cache(tmp_path / "store") as cache:
+    with make_cache(tmp_path / "store", layout=DEEP) as cache:
+        cache.put(run(1, 5), torch.zeros_like(kv_of(run(1, 5), layout=DEEP)))  # which takes far less than five slots' bytes
+    with make_cache(tmp_path / "store", layout=DEEP) as cache:
         assert slots(cache, "used")["disk"] == (5,)
         cache.check_integrity()
 
