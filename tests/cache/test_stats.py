@@ -5,14 +5,17 @@ from __future__ import annotations
 import threading
 
 import pytest
+import torch
 
 from kvtier.cache import TieredKVCache
 from tests.cache.rig import (
+    DEEP,
     HOST,
     LAYOUT,
     Gate,
     grow,
     hold,
+    kv_of,
     make_cache,
     push_out,
     put,
@@ -97,9 +100,9 @@ def test_tiers_say_how_full_they_are(tmp_path):
 
 
 def test_copies_on_disk_are_counted_again_after_a_restart(tmp_path):
-    with make_cache(tmp_path / "store") as cache:
-        put(cache, run(1, 5))
-    with make_cache(tmp_path / "store") as cache:
+    with make_cache(tmp_path / "store", layout=DEEP) as cache:
+        cache.put(run(1, 5), torch.zeros_like(kv_of(run(1, 5), layout=DEEP)))  # which takes far less than five slots' bytes
+    with make_cache(tmp_path / "store", layout=DEEP) as cache:
         assert slots(cache, "used")["disk"] == (5,)
         cache.check_integrity()
 
