@@ -56,7 +56,7 @@ class Writer:
         return done
 
     def take_over(self, twin: Lease, lease: Lease) -> None:
-        """Continue `twin`, an empty lease of this cache, with the tokens of `lease`, of another cache; see `TieredKVCache.fork`."""
+        """Continue `twin`, an empty lease of this cache, with the tokens of `lease`, of another cache; see `forking.py`."""
         page_tokens, other = self.layout.page_tokens, lease.residency
         with other.lock:
             slots = other.table.slot[DEVICE, lease.rows].tolist()

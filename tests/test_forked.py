@@ -1,0 +1,225 @@
+"""Laws checked: in a forked child, where threads are not, nothing hangs: what has threads says so, its end leaves all to the parent, a new
+one works, and the parent goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from kvtier.io import native_pool
+from kvtier.io.async_files import AsyncFilesEngine
+from kvtier.io.buffered import BufferedEngine
+from kvtier.io.files import BLOCK_BYTES, Request, page_aligned
+from kvtier.io.native_pool import NativePool
+from kvtier.io.pool import RequestPool
+from kvtier.numa.executor import NodeExecutor, usable_nodes
+from kvtier.numa.binding import this_machine
+from kvtier.testing.engines import filled, pieces
+from tests.blocks.rig import get, keys, open_store
+from tests.blocks.rig import put as put_blocks
+from tests.cache.rig import assert_right, hold, make_cache, put, run, tiers_of
+from tests.children import in_child
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture
+def file(tmp_path):
+    number = os.open(tmp_path / "data", os.O_RDWR | os.O_CREAT)
+    os.pwrite(number, filled(16).data, 0)
+    yield number
+    os.close(number)
+
+
+@contextmanager
+def held(lock: threading.Condition | object) -> Iterator[None]:
+    """A lock in the hands of another thread, which a child has not."""
+    taken, enough = threading.Event(), threading.Event()
+
+    def hold_it() -> None:
+        with lock:  # type: ignore[attr-defined]
+            taken.set()
+            enough.wait(120)
+
+    holder = threading.Thread(target=hold_it)
+    holder.start()
+    assert taken.wait(20)
+    try:
+        yield
+    finally:
+        enough.set()
+        holder.join()
+
+
+class Pool:
+    """A pool of storage threads, compiled or Python's, that reads."""
+
+    def __init__(self, native: bool, file: int) -> None:
+        self.pool: NativePool | RequestPool | None = native_pool.make(3, 1) if native else RequestPool(3, "test")
+        self._requests = pieces(file, page_aligned(16 * BLOCK_BYTES))
+
+    def read(self) -> Iterator[tuple[int, int | OSError]]:
+        if isinstance(self.pool, NativePool):
+            return self.pool.each(self._requests, False, False)
+        assert self.pool is not None
+        return self.pool.each(lambda request: os.preadv(request.file, [request.buffer.data], request.offset), self._requests, False)
+
+    def stop(self) -> None:
+        assert self.pool is not None
+        self.pool.stop()
+
+    def forget(self) -> None:
+        """Let the pool go; without threads its end must not wait for them."""
+        self.pool = None
+        gc.collect()
+
+
+KINDS = [
+    pytest.param(True, id="compiled", marks=pytest.mark.skipif(bool(native_pool.why_missing()), reason="the extension is not built")),
+    pytest.param(False, id="python"),
+]
+ALL_READ = [(index, BLOCK_BYTES) for index in range(16)]
+
+
+@pytest.mark.parametrize("native", KINDS)
+def test_a_pool_of_threads_refuses_batches_in_a_child_and_goes_on_in_the_parent(native, file):
+    pool = Pool(native, file)
+    assert sorted(pool.read()) == ALL_READ, "its threads run"
+    said = in_child(lambda: list(pool.read()))
+    assert said.startswith(f"Closed: this pool of storage threads was made in process {os.getpid()}"), said
+    assert "make a new one" in said
+    assert in_child(pool.stop) == "None"
+    assert in_child(pool.forget) == "None"
+    assert sorted(pool.read()) == ALL_READ
+    pool.stop()
+
+
+@pytest.mark.parametrize("native", KINDS)
+def test_a_batch_under_way_at_the_fork_ends_in_the_child_and_goes_on_in_the_parent(native, file):
+    pool = Pool(native, file)
+    batch = pool.read()
+    first = next(batch)
+
+    def go_on() -> None:
+        next(batch)
+
+    def give_up() -> None:
+        batch.close()  # type: ignore[attr-defined]
+        pool.forget()
+
+    assert in_child(go_on).startswith("Closed: this pool")
+    assert in_child(give_up) == "None"
+    assert sorted([first, *batch]) == ALL_READ
+    pool.stop()
+
+
+def test_a_lock_that_a_thread_held_at_the_fork_keeps_no_child_waiting(file):
+    pool = RequestPool(3, "test")
+    requests = [Request(file, 0, np.zeros(BLOCK_BYTES, np.uint8)) for _ in range(4)]
+
+    def read() -> list[tuple[int, int | OSError]]:
+        return list(pool.each(lambda request: request.buffer.nbytes, requests, False))
+
+    assert len(read()) == 4
+    with held(pool._wake):
+        assert in_child(read).startswith("Closed: this pool")
+        assert in_child(pool.stop) == "None"
+    pool.stop()
+
+
+@pytest.mark.parametrize("make", [BufferedEngine, AsyncFilesEngine])
+def test_an_engine_refuses_batches_in_a_child(make, tmp_path):
+    engine, memory = make(3), page_aligned(16 * BLOCK_BYTES)
+    file = engine.open(tmp_path / "data")
+    assert engine.write_all(pieces(file, filled(16))) == [None] * 16
+    assert sorted(engine.read_each(pieces(file, memory))) == ALL_READ
+    for work in (lambda: list(engine.read_each(pieces(file, memory))), lambda: engine.write_all(pieces(file, memory))):
+        assert in_child(work).startswith("Closed: this ")
+    assert in_child(lambda: (engine.close(file), engine.stop())) == "(None, None)"
+    batch = engine.read_each(pieces(file, memory))
+    first = next(batch)
+    assert in_child(lambda: next(batch)).startswith("Closed: this ")
+    assert in_child(batch.close) == "None"
+    assert sorted([first, *batch]) == ALL_READ
+    engine.close(file)
+    engine.stop()
+
+
+def test_an_executor_takes_no_work_in_a_child():
+    with NodeExecutor({usable_nodes(this_machine())[0]: 2}) as executor:
+        assert executor.submit(0, os.getpid).result(20) == os.getpid()
+        with held(executor._lock):
+            assert in_child(lambda: executor.submit(0, os.getpid).result()).startswith("Closed: this executor")
+            assert in_child(executor.shutdown) == "None"
+        assert executor.submit(0, os.getpid).result(20) == os.getpid()
+
+
+def test_a_cache_says_in_a_child_that_it_stayed_behind_and_its_end_there_leaves_all_to_the_parent(tmp_path):
+    tokens = run(1, 6)
+    with make_cache(tmp_path / "d", device_pages=8, host_pages=8) as cache:
+        put(cache, tokens)
+        lease, match = hold(cache, tokens), cache.lookup(tokens)
+        hint = cache.prefetch(run(9, 2))
+        works: list[Callable[[], object]] = [
+            lambda: cache.lookup(tokens),
+            lambda: put(cache, run(2, 2)),
+            lambda: cache.acquire(match),
+            cache.stats,
+            cache.flush,
+            cache.settle,
+            lambda: cache.prefetch(tokens),
+            hint.wait,
+            hint.cancel,
+            lease.wait,
+            lambda: lease.layer(0),
+            lambda: lease.block_table,
+            lambda: cache.fork(lease),
+        ]
+        with held(cache._residency.lock):
+            said = [in_child(work) for work in works]
+            ends = [in_child(end) for end in (lease.release, cache.close, lambda: cache.__exit__())]
+        wrong = [each for each in said if not each.startswith(f"Closed: this cache was made in process {os.getpid()}, from which this one (")]
+        assert not wrong
+        assert ends == ["None"] * 3
+        assert_right(lease, tokens)
+        lease.release()
+        put(cache, run(2, 6))
+        cache.settle(20)
+        cache.check_integrity()
+    with make_cache(tmp_path / "d", device_pages=8, host_pages=8) as cache:
+        assert tiers_of(cache, tokens) == [{2}] * 6, "the child took nothing from the store"
+        with hold(cache, tokens) as lease:
+            assert_right(lease, tokens)
+
+
+def test_a_child_may_make_a_cache_of_its_own(tmp_path):
+    tokens = run(1, 4)
+
+    def use() -> str:
+        with make_cache(tmp_path / "child", device_pages=4, host_pages=8) as own:
+            put(own, tokens)
+            put(own, run(2, 4))
+            with hold(own, tokens) as lease:
+                assert_right(lease, tokens)
+                return f"{lease.tokens} tokens"
+
+    with make_cache(tmp_path / "parent") as cache:
+        put(cache, tokens)
+        assert in_child(use) == f"{len(tokens)} tokens"
+
+
+def test_a_block_store_says_in_a_child_that_it_stayed_behind(tmp_path):
+    with open_store(tmp_path) as store:
+        assert put_blocks(store, 1, 2) == [True, True]
+        with held(store._lock):
+            assert in_child(lambda: store.lookup(keys(1))).startswith("Closed: this store was made in process")
+            assert in_child(lambda: get(store, 1)).startswith("Closed: this store")
+            assert in_child(store.close) == "None"
+        assert put_blocks(store, 3) == [True]
+        assert get(store, 1, 2, 3) == [True] * 3
