@@ -21,8 +21,8 @@ class LeftBehind:
 
     def __init__(self, what: str) -> None:
         self.why = (
-            f"{what} was made in process {os.getppid()}, from which this one ({os.getpid()}) was forked, and threads stay behind; make a new "
-            "one here, a disk store under another path, or start processes by the method spawn"
+            f"{what} was made in process {os.getppid()}, from which this one ({os.getpid()}) was forked, and threads stay behind; "
+            "make a new one here, a disk store under another path, or start processes by the method spawn"
         )
 
     def refuse(self) -> NoReturn:

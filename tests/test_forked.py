@@ -184,8 +184,7 @@ def test_a_cache_says_in_a_child_that_it_stayed_behind_and_its_end_there_leaves_
         with held(cache._residency.lock):
             said = [in_child(work) for work in works]
             ends = [in_child(end) for end in (lease.release, cache.close, lambda: cache.__exit__())]
-        wrong = [each for each in said if not each.startswith(f"Closed: this cache was made in process {os.getpid()}, from which this one (")]
-        assert not wrong
+        assert not [each for each in said if not each.startswith(f"Closed: this cache was made in process {os.getpid()}, from which")]
         assert ends == ["None"] * 3
         assert_right(lease, tokens)
         lease.release()

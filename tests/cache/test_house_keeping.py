@@ -10,7 +10,7 @@ from typing import Any
 
 from kvtier.residency import housekeeping
 from kvtier.residency.housekeeping import MOST_REST_ROUNDS, RecurringJob
-from tests.cache.rig import HOST, counters, hold, make_cache, put, run, tiers_of
+from tests.cache.rig import DEVICE, HOST, PAGE, counters, hold, make_cache, put, run, tiers_of
 
 
 def test_what_stays_broken_is_tried_ever_less_often_and_traced_once(caplog):
@@ -88,6 +88,17 @@ def test_pages_that_find_their_link_full_are_written_through_once_it_is_not(tmp_
         cache.check_integrity()
 
 
+def only_pinned_pages_in_host_memory(cache, tokens):
+    """Put a sequence that fills the host tier and may not leave it: it is nowhere else, and pinned."""
+    residency = cache._residency
+    put(cache, tokens)
+    cache.settle(20)
+    with residency.lock:
+        residency.eviction.clear(residency.table.rows_of(cache.lookup(tokens).keys), DEVICE)
+    cache.pin(cache.lookup(tokens), tier="host")
+    assert tiers_of(cache, tokens) == [{HOST}] * (len(tokens) // PAGE)
+
+
 def test_pages_that_find_no_slot_are_counted_once_and_written_through_as_far_as_slots_become_free(tmp_path, monkeypatch):
     monkeypatch.setattr(housekeeping, "TIDY_EVERY_S", 0.01)
     with make_cache(tmp_path / "d", device_pages=16, host_pages=4, host__write_policy="write_through") as cache:
@@ -96,54 +107,47 @@ def test_pages_that_find_no_slot_are_counted_once_and_written_through_as_far_as_
         def refused() -> dict[str, int]:
             return counters(cache)["tiers"]["host"]["refused"]
 
-        def until(wanted: list[set[int]]) -> list[set[int]]:
+        def after_some_time(wanted: list[set[int]]) -> list[set[int]]:
             end = time.monotonic() + 20
             while tiers_of(cache, run(2, 4)) != wanted and time.monotonic() < end:
                 time.sleep(0.01)
             cache.settle(20)
             return tiers_of(cache, run(2, 4))
 
-        put(cache, run(1, 4))
-        cache.settle(20)
-        assert tiers_of(cache, run(1, 4)) == [{0, 1}] * 4
-        cache.pin(cache.lookup(run(1, 4)), tier="host")
-        first = hold(cache, run(1, 4))  # on the device they are held, too: nothing of host memory may leave
+        only_pinned_pages_in_host_memory(cache, run(1, 4))
         put(cache, run(2, 4))
         cache.settle(20)
-        assert tiers_of(cache, run(2, 4)) == [{0}] * 4
+        assert tiers_of(cache, run(2, 4)) == [{DEVICE}] * 4
         assert refused() == {"no slot": 4}
         hold(cache, run(2, 4)).release()
         cache.settle(20)
         assert refused() == {"no slot": 4}, "the same pages, which ask again"
 
+        pinned = residency.table.rows_of(cache.lookup(run(1, 4)).keys)
         cache.unpin(cache.lookup(run(1, 4)))
-        first.release()
-        with residency.lock:
-            residency.eviction.clear(residency.table.rows_of(cache.lookup(run(1, 3)).keys)[1:], HOST)
-        assert until([{0, 1}, {0, 1}, {0}, {0}]) == [{0, 1}, {0, 1}, {0}, {0}], "as many as there is room for, prefixes first"
-        with residency.lock:
-            residency.eviction.clear(residency.table.rows_of(cache.lookup(run(1, 4)).keys), HOST)
-        assert until([{0, 1}] * 4) == [{0, 1}] * 4, "nobody used them again"
+        for stay, come in ((2, 2), (0, 4)):
+            with residency.lock:
+                residency.eviction.clear(pinned[stay : stay + 2], HOST)
+            wanted = [{DEVICE, HOST}] * come + [{DEVICE}] * (4 - come)
+            assert after_some_time(wanted) == wanted, "as many as there is room for, prefixes first, and nobody used them again"
         assert refused() == {"no slot": 4}
-        assert not residency.house._without_slot[0]
+        assert not residency.house._without_slot[DEVICE]
         cache.check_integrity()
 
 
-def test_pages_that_wait_for_a_slot_and_leave_are_forgotten(tmp_path, monkeypatch):
+def test_pages_that_wait_for_a_slot_and_leave_are_forgotten(monkeypatch):
     monkeypatch.setattr(housekeeping, "TIDY_EVERY_S", 0.01)
     with make_cache(device_pages=8, host_pages=4, host__write_policy="write_through") as cache:
-        put(cache, run(1, 4))
+        only_pinned_pages_in_host_memory(cache, run(1, 4))
+        put(cache, run(2, 4))
         cache.settle(20)
-        with hold(cache, run(1, 4)):
-            cache.pin(cache.lookup(run(1, 4)), tier="host")
-            put(cache, run(2, 4))
-            cache.settle(20)
-            put(cache, run(3, 4))
-            cache.settle(20)
-            assert tiers_of(cache, run(2, 4)) == [set()] * 4, "out of the device for the next ones"
+        put(cache, run(3, 8))
+        cache.settle(20)
+        assert tiers_of(cache, run(2, 4)) == [set()] * 4, "out of the device for the next ones"
+        waiting, end = cache._residency.house._without_slot[DEVICE], time.monotonic() + 20
+        assert waiting
         cache.unpin(cache.lookup(run(1, 4)))
         cache.clear()
-        waiting, end = cache._residency.house._without_slot[0], time.monotonic() + 20
         while waiting and time.monotonic() < end:
             time.sleep(0.01)
         assert not waiting
