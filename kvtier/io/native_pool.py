@@ -1,8 +1,8 @@
 """The threads of a file engine in C: what `pool` does, without Python or its lock at each request. `make` gives one, or None where the
 extension was not built or does not load.
 
-All state is the extension's (`requests.c`), but for whether the threads stayed behind in another process. Python hands over a batch and is
-told what ended, as much at once as there is.
+All state is the extension's (`requests.c`), but for whether there are threads: not in a forked child. Python hands over a batch and is told
+what ended, as much at once as there is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from contextlib import closing
 from functools import lru_cache
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from kvtier.extensions import load_extension
 from kvtier.forked import LeftBehind, keep_for_ever, tell_children
@@ -43,19 +43,31 @@ class _Extension(Protocol):
         """Up to `depth` threads, started when first needed. Reads that end off the alignment are at the end of the file."""
 
 
+class _NoThreads:
+    """In a forked child."""
+
+    def begin(self, requests: list[Request], writing: bool, helping: bool, /, *then: object) -> _Batch:  # noqa: ARG002
+        _refuse()
+
+    def keep_on(self, cpus: list[int], /) -> None:
+        """There are none to keep."""
+
+    def stop(self) -> None:
+        """There are none to stop."""
+
+
 class NativePool:
     """Up to `depth` threads; one less work for a caller who helps. In a forked child batches raise Closed."""
 
     def __init__(self, threads: _Threads, depth: int) -> None:
         self._threads = threads
         self._depth = depth
-        self._left_behind: LeftBehind | None = None
         tell_children(self)
 
     def after_fork_in_child(self) -> None:
-        """In a child: there are no threads from now on."""
-        self._left_behind = LeftBehind("this pool of storage threads")
+        """There are no threads from now on; waiting for their end would have none."""
         keep_for_ever(self._threads)
+        self._threads = _NoThreads()
 
     def each(self, requests: Sequence[Request], writing: bool, helping: bool) -> Outcomes:
         """As `RequestPool.each`, for whole reads or writes of these requests."""
@@ -66,34 +78,14 @@ class NativePool:
     def some(self, requests: Sequence[Request], writing: bool, helping: bool) -> SomeOutcomes:
         """The same, each time all that ended meanwhile."""
         if requests:
-            self._check()
-            yield from self._told(self._threads.begin(list(requests), writing, helping or self._alone(requests)))
+            yield from _told(self._threads.begin(list(requests), writing, helping or self._alone(requests)))
 
     def then(self, requests: Sequence[Request], then: Then, at_once: int) -> SomeOutcomes:
         """Reads of these: an empty list once they are begun, and all at the end, when `then` was told of each by one of the threads, by at
         most `at_once` at a time."""
         if requests:
-            self._check()
             batch = self._threads.begin(list(requests), False, self._alone(requests), *then.function(), then, at_once)
-            yield from self._told(batch, first=[])
-
-    def _told(self, batch: _Batch, first: list[Outcome] | None = None) -> SomeOutcomes:
-        try:
-            if first is not None:
-                yield first
-                self._check()
-            while outcomes := batch.ended():
-                yield [(index, outcome if outcome >= 0 else OSError(-outcome, os.strerror(-outcome))) for index, outcome in outcomes]
-                self._check()
-        finally:
-            if self._left_behind is None:
-                batch.withdraw()
-            else:  # nobody carries this batch here: its end would wait for them
-                keep_for_ever(batch)
-
-    def _check(self) -> None:
-        if self._left_behind is not None:
-            self._left_behind.refuse()
+            yield from _told(batch, first=[])
 
     def _alone(self, requests: Sequence[Request]) -> bool:
         """Whether the caller carries them all."""
@@ -101,13 +93,36 @@ class NativePool:
 
     def keep_on(self, cpus: Sequence[int]) -> None:
         """Keep threads that start from now on on these CPUs, if the system lets them; any, for none."""
-        if self._left_behind is None:
-            self._threads.keep_on(list(cpus))
+        self._threads.keep_on(list(cpus))
 
     def stop(self) -> None:
         """End the threads once all batches are done. Safe to call twice."""
-        if self._left_behind is None:
-            self._threads.stop()
+        self._threads.stop()
+
+
+def _told(batch: _Batch, first: list[Outcome] | None = None) -> SomeOutcomes:
+    process = os.getpid()
+    try:
+        if first is not None:
+            yield first
+        while outcomes := _ended(batch, process):
+            yield [(index, outcome if outcome >= 0 else OSError(-outcome, os.strerror(-outcome))) for index, outcome in outcomes]
+    finally:
+        if os.getpid() == process:
+            batch.withdraw()
+        else:
+            keep_for_ever(batch)
+
+
+def _ended(batch: _Batch, process: int) -> list[tuple[int, int]]:
+    """What ended of a batch that was begun in `process`."""
+    if os.getpid() != process:
+        _refuse()
+    return batch.ended()
+
+
+def _refuse() -> NoReturn:
+    LeftBehind("this pool of storage threads").refuse()
 
 
 def make(depth: int, alignment_bytes: int) -> NativePool | None:
