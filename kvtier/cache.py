@@ -60,7 +60,7 @@ class TieredKVCache:
         tell_children(self)
 
     def after_fork_in_child(self) -> None:
-        """In a child: nothing of it can be used from now on."""
+        """Nothing of it can be used from now on."""
         self._residency.after_fork_in_child()
 
     @classmethod

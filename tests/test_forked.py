@@ -12,19 +12,23 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from kvtier.errors import StoreLocked
 from kvtier.io import native_pool
 from kvtier.io.async_files import AsyncFilesEngine
 from kvtier.io.buffered import BufferedEngine
 from kvtier.io.files import BLOCK_BYTES, Request, page_aligned
 from kvtier.io.native_pool import NativePool
 from kvtier.io.pool import RequestPool
-from kvtier.numa.executor import NodeExecutor, usable_nodes
 from kvtier.numa.binding import this_machine
+from kvtier.numa.executor import NodeExecutor, usable_nodes
 from kvtier.testing.engines import filled, pieces
+from kvtier.testing.tiers import page_id, payload
+from kvtier.tiers.disk.directory import read_description
 from tests.blocks.rig import get, keys, open_store
 from tests.blocks.rig import put as put_blocks
 from tests.cache.rig import assert_right, hold, make_cache, put, run, tiers_of
 from tests.children import in_child
+from tests.tiers.disk import open_disk, recovered
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -211,6 +215,24 @@ def test_a_child_may_make_a_cache_of_its_own(tmp_path):
     with make_cache(tmp_path / "parent") as cache:
         put(cache, tokens)
         assert in_child(use) == f"{len(tokens)} tokens"
+
+
+def test_the_end_of_a_disk_tier_in_a_child_leaves_the_store_locked_and_in_use(tmp_path):
+    tier = open_disk(tmp_path / "d")
+    slots = tier.reserve(2)
+    assert slots is not None
+    with held(tier._calls._quiet):
+        assert in_child(lambda: tier.reserve(1)) == "None"
+        assert in_child(lambda: tier.store(slots[:1], [page_id(0)], [payload(0)])) == "[Refused(reason='closed')]"
+        assert in_child(tier.close) == "None"
+    assert not read_description(tmp_path / "d").clean  # type: ignore[union-attr]
+    with pytest.raises(StoreLocked):
+        open_disk(tmp_path / "d")
+    assert tier.store(slots, [page_id(0), page_id(1)], [payload(0), payload(1)]) == [None, None]
+    tier.close()
+    tier = open_disk(tmp_path / "d")
+    assert sorted(recovered(tier)) == [0, 1]
+    tier.close()
 
 
 def test_a_block_store_says_in_a_child_that_it_stayed_behind(tmp_path):

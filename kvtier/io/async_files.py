@@ -44,7 +44,7 @@ class AsyncFilesEngine(PooledEngine):
         tell_children(self)
 
     def after_fork_in_child(self) -> None:
-        """In a child: there is no loop from now on."""
+        """There is no loop from now on."""
         self._left_behind = LeftBehind(f"this {self.name} engine")
         self._loop = self._runner = None
         self._idle = {}

@@ -54,7 +54,7 @@ class RequestPool:
         tell_children(self)
 
     def after_fork_in_child(self) -> None:
-        """In a child: there are no threads from now on, and nobody holds the lock."""
+        """There are no threads from now on, and nobody holds the lock."""
         self._left_behind = LeftBehind("this pool of storage threads")
         self._wake = threading.Condition(threading.Lock())
         self._threads = []

@@ -80,7 +80,7 @@ class Mover:
         self._thread.start()
 
     def forked(self) -> None:
-        """In a child: nothing can be queued from now on, nor started."""
+        """Nothing can be queued from now on, nor started."""
         self._lock = LeftBehind("this mover")
         self._closed = True
 

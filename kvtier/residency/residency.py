@@ -246,7 +246,7 @@ class Residency:
                 raise TimeoutError(f"transfers were still under way after {timeout} s")
 
     def after_fork_in_child(self) -> None:
-        """In a child: whoever asks for the lock, or holds a lease, gets Closed from now on."""
+        """Whoever asks for the lock, or holds a lease, gets Closed from now on."""
         self.lock = self.left_behind = LeftBehind("this cache")
         self.mover.after_fork_in_child()
 
