@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +34,7 @@ from tests.children import in_child
 from tests.tiers.disk import open_disk, recovered
 
 pytestmark = pytest.mark.timeout(240)
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -199,6 +203,27 @@ def test_a_cache_says_in_a_child_that_it_stayed_behind_and_its_end_there_leaves_
         assert tiers_of(cache, tokens) == [{2}] * 6, "the child took nothing from the store"
         with hold(cache, tokens) as lease:
             assert_right(lease, tokens)
+
+
+def test_a_child_that_forks_inside_a_lease_and_ends_in_order_is_no_concern_of_the_parent(tmp_path):
+    code = """
+import os, signal, sys
+from pathlib import Path
+from tests.cache.rig import assert_right, hold, make_cache, put, run
+with make_cache(Path(sys.argv[1]), device_pages=4) as cache:
+    put(cache, run(1, 4))
+    with hold(cache, run(1, 4)) as lease:
+        child = os.fork()
+        if not child:
+            signal.alarm(60)
+            sys.exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert_right(lease, run(1, 4))
+    assert put(cache, run(2, 4)) == 16
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path / "d"], cwd=ROOT, check=True)
+    with make_cache(tmp_path / "d") as cache:
+        assert tiers_of(cache, run(1, 4)) == [{2}] * 4
 
 
 def test_a_child_may_make_a_cache_of_its_own(tmp_path):
