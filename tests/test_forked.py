@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,12 +47,12 @@ def file(tmp_path):
 
 
 @contextmanager
-def held(lock: threading.Condition | object) -> Iterator[None]:
+def held(lock: AbstractContextManager[Any]) -> Iterator[None]:
     """A lock in the hands of another thread, which a child has not."""
     taken, enough = threading.Event(), threading.Event()
 
     def hold_it() -> None:
-        with lock:  # type: ignore[attr-defined]
+        with lock:
             taken.set()
             enough.wait(120)
 
@@ -115,7 +116,7 @@ def test_a_batch_under_way_at_the_fork_ends_in_the_child_and_goes_on_in_the_pare
     first = next(batch)
 
     def go_on() -> None:
-        next(batch)
+        list(batch)
 
     def give_up() -> None:
         batch.close()  # type: ignore[attr-defined]
@@ -152,7 +153,7 @@ def test_an_engine_refuses_batches_in_a_child(make, tmp_path):
     assert in_child(lambda: (engine.close(file), engine.stop())) == "(None, None)"
     batch = engine.read_each(pieces(file, memory))
     first = next(batch)
-    assert in_child(lambda: next(batch)).startswith("Closed: this ")
+    assert in_child(lambda: list(batch)).startswith("Closed: this ")
     assert in_child(batch.close) == "None"
     assert sorted([first, *batch]) == ALL_READ
     engine.close(file)
@@ -209,6 +210,7 @@ def test_a_child_that_forks_inside_a_lease_and_ends_in_order_is_no_concern_of_th
     code = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 from tests.cache.rig import assert_right, hold, make_cache, put, run
 with make_cache(Path(sys.argv[1]), device_pages=4) as cache:
     put(cache, run(1, 4))
@@ -248,12 +250,12 @@ def test_the_end_of_a_disk_tier_in_a_child_leaves_the_store_locked_and_in_use(tm
     assert slots is not None
     with held(tier._calls._quiet):
         assert in_child(lambda: tier.reserve(1)) == "None"
-        assert in_child(lambda: tier.store(slots[:1], [page_id(0)], [payload(0)])) == "[Refused(reason='closed')]"
+        assert in_child(lambda: tier.store(slots[:1], [page_id(0)], [payload(tier, 0)])) == "[Refused(reason='closed')]"
         assert in_child(tier.close) == "None"
     assert not read_description(tmp_path / "d").clean  # type: ignore[union-attr]
     with pytest.raises(StoreLocked):
         open_disk(tmp_path / "d")
-    assert tier.store(slots, [page_id(0), page_id(1)], [payload(0), payload(1)]) == [None, None]
+    assert tier.store(slots, [page_id(0), page_id(1)], [payload(tier, 0), payload(tier, 1)]) == [None, None]
     tier.close()
     tier = open_disk(tmp_path / "d")
     assert sorted(recovered(tier)) == [0, 1]

@@ -35,7 +35,6 @@ Receive = Callable[[Sequence[Payload], Sequence[int], Sequence[bytes], Sequence[
 """`receive(records, counts, keys, rows)`: see `BlockFormat.receiver`."""
 
 
-
 def _needs_care(numbers: torch.Tensor) -> bool:
     """Whether the memory of a tensor does not say what it holds, since torch has put off a sign, or begins within a word of 4 bytes."""
     return numbers.is_neg() or numbers.data_ptr() & 3 != 0

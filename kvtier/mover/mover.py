@@ -79,7 +79,7 @@ class Mover:
         self._thread = threading.Thread(target=self._run, name="kvtier-mover", daemon=True)
         self._thread.start()
 
-    def forked(self) -> None:
+    def after_fork_in_child(self) -> None:
         """Nothing can be queued from now on, nor started."""
         self._lock = LeftBehind("this mover")
         self._closed = True

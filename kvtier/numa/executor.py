@@ -128,8 +128,9 @@ class NodeExecutor:
         return task.future
 
     def shutdown(self, cancel: bool = False) -> None:
-        """End the threads once what is queued is done, or with `cancel` at once: what nobody began is cancelled. Safe to call twice, and in a
-        forked child nothing."""
+        """End the threads once what is queued is done, or with `cancel` at once: what nobody began is cancelled. Safe to call twice.
+
+        In a forked child nothing."""
         if isinstance(self._lock, LeftBehind):
             return
         with self._lock:

@@ -34,7 +34,8 @@ MOST_REST_ROUNDS = 600
 NO_SLOT = "no slot"
 """Why a page that should be written through is refused by a tier in which nothing may leave for it."""
 LOOKED_AT_ONCE = 4096
-"""Pages that one pass of the thresholds, or over those that wait for slots, looks at, per tier: it runs under the lock; the next goes on."""
+"""Pages that one pass of the thresholds, or over those that wait for slots, looks at, per tier: it runs under the lock, the next goes on.
+"""
 
 
 class RecurringJob:

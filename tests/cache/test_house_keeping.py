@@ -105,7 +105,7 @@ def test_pages_that_find_no_slot_are_counted_once_and_written_through_as_far_as_
         residency = cache._residency
 
         def refused() -> dict[str, int]:
-            return counters(cache)["tiers"]["host"]["refused"]
+            return dict(counters(cache)["tiers"]["host"]["refused"])
 
         def after_some_time(wanted: list[set[int]]) -> list[set[int]]:
             end = time.monotonic() + 20
