@@ -3,12 +3,13 @@ one works, and the parent goes on as if nothing had been."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -109,23 +110,57 @@ def test_a_pool_of_threads_refuses_batches_in_a_child_and_goes_on_in_the_parent(
     pool.stop()
 
 
-@pytest.mark.parametrize("native", KINDS)
-def test_a_batch_under_way_at_the_fork_ends_in_the_child_and_goes_on_in_the_parent(native, file):
-    pool = Pool(native, file)
-    batch = pool.read()
+class Blocked:
+    """Compiled code that threads are in until `opened`."""
+
+    def __init__(self) -> None:
+        self.entered, self.opened = threading.Semaphore(0), threading.Event()
+        self._compiled = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int64)(self._called)
+
+    def function(self) -> tuple[int, int]:
+        return ctypes.cast(self._compiled, ctypes.c_void_p).value or 0, id(self)
+
+    def _called(self, context: int, index: int, read: int) -> bool:
+        self.entered.release()
+        return self.opened.wait(120)
+
+
+@pytest.mark.skipif(bool(native_pool.why_missing()), reason="the extension is not built")
+def test_a_batch_that_compiled_threads_are_at_ends_in_the_child_and_goes_on_in_the_parent(file):
+    pool, blocked = native_pool.make(3, 1), Blocked()
+    assert pool is not None
+    batch = pool.then(pieces(file, page_aligned(16 * BLOCK_BYTES)), blocked, 2)  # type: ignore[arg-type]
+    assert next(batch) == []
+    try:
+        assert blocked.entered.acquire(timeout=20)
+        check_in_children(batch)
+    finally:
+        blocked.opened.set()
+    assert sorted(each for group in batch for each in group) == ALL_READ
+    pool.stop()
+
+
+def test_a_batch_that_threads_are_at_ends_in_the_child_and_goes_on_in_the_parent(file):
+    pool, opened = RequestPool(3, "test"), threading.Event()
+
+    def work(request: Request) -> int:
+        assert request.offset == 0 or opened.wait(120)
+        return request.buffer.nbytes
+
+    batch = pool.each(work, pieces(file, page_aligned(16 * BLOCK_BYTES)), False)
     first = next(batch)
-
-    def go_on() -> None:
-        list(batch)
-
-    def give_up() -> None:
-        batch.close()  # type: ignore[attr-defined]
-        pool.forget()
-
-    assert in_child(go_on).startswith("Closed: this pool")
-    assert in_child(give_up) == "None"
+    try:
+        check_in_children(batch)
+    finally:
+        opened.set()
     assert sorted([first, *batch]) == ALL_READ
     pool.stop()
+
+
+def check_in_children(batch: Generator[object, None, None]) -> None:
+    """That nobody waits there for a batch whose threads are not there, nor for its end."""
+    assert in_child(lambda: list(batch)).startswith("Closed: this pool")
+    assert in_child(batch.close) == "None"
 
 
 def test_a_lock_that_a_thread_held_at_the_fork_keeps_no_child_waiting(file):
@@ -192,8 +227,10 @@ def test_a_cache_says_in_a_child_that_it_stayed_behind_and_its_end_there_leaves_
         ]
         with held(cache._residency.lock):
             said = [in_child(work) for work in works]
+            moved = in_child(lambda: cache._residency.mover.queued_bytes(0, 1))
             ends = [in_child(end) for end in (lease.release, cache.close, lambda: cache.__exit__())]
         assert not [each for each in said if not each.startswith(f"Closed: this cache was made in process {os.getpid()}, from which")]
+        assert moved.startswith("Closed: this mover"), "for those who ask it without the lock of the cache"
         assert ends == ["None"] * 3
         assert_right(lease, tokens)
         lease.release()

@@ -82,7 +82,6 @@ class Mover:
     def after_fork_in_child(self) -> None:
         """Nothing can be queued from now on, nor started."""
         self._lock = LeftBehind("this mover")
-        self._closed = True
 
     def report(self) -> dict[str, object]:
         """For `stats()`: the workers and, where the device is a GPU, which way copies to it go (`Crossover.as_json`)."""
@@ -155,9 +154,7 @@ class Mover:
         return await asyncio.wrap_future(self.workers.submit(node, function, *args))
 
     def close(self) -> None:
-        """Cancel what is queued, let what runs end, stop loop and workers. Safe to call twice, and in a forked child nothing."""
-        if isinstance(self._lock, LeftBehind):
-            return
+        """Cancel what is queued, let what runs end, stop loop and workers. Safe to call twice."""
         with self._lock:
             if self._closed:
                 return
