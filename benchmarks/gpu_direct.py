@@ -35,8 +35,8 @@ from kvtier.mover.transfer import Move, Priority, Transfer
 from kvtier.tiers.base import PageId
 from kvtier.tiers.disk import DiskTier
 from kvtier.tiers.disk.direct import find_reader
+from kvtier.tiers.disk.opening import DiskEngine
 from kvtier.tiers.disk.record import HEADER_BYTES, record_bytes
-from kvtier.tiers.disk.store import DiskEngine
 from kvtier.tiers.gpu import GpuPool
 
 from .measure import Row, Run

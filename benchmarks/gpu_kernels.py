@@ -18,7 +18,7 @@ from kvtier.attention import digest, on_device
 from kvtier.attention.digest import DigestLayout
 from kvtier.cuda.surface import Accelerator
 from kvtier.errors import KVTierError
-from kvtier.formats.blocks import BlockShape
+from kvtier.formats.codec import BlockShape
 from kvtier.formats.sparse24 import Sparse24
 from kvtier.tiers.gpu import GpuPool
 

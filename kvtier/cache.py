@@ -3,12 +3,11 @@
 A serving engine looks up what it may reuse, acquires it (a lease), attends over device pages, appends what it computed, releases.
 Everything below the device happens by itself. All methods may be called from any thread; `acquire`, `prefetch` and `lookup` return at
 once, `append` and `put` may wait for room on the device. State lives in `kvtier.residency` under its lock; this file only speaks for
-it.
+it, what its methods do is in `kvtier.leases` and there.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,18 +17,20 @@ import numpy as np
 import torch
 
 from kvtier.config import Config, load_config
-from kvtier.errors import Closed, LayoutError, LeaseError
+from kvtier.errors import Closed, LeaseError
+from kvtier.forked import tell_children
 from kvtier.keys import PageKey, TokenIds, namespace, page_keys, root_key, token_array
 from kvtier.layout import PageLayout
 from kvtier.leases.attending import record_attention, record_queries
 from kvtier.leases.budget import BudgetedLease, check_budget
+from kvtier.leases.forking import take_over
 from kvtier.leases.in_place import InPlaceLease
 from kvtier.leases.keyed import KeyedPages
 from kvtier.leases.lease import Lease, Match
 from kvtier.leases.reading import Reader
 from kvtier.leases.routing import Routing
+from kvtier.leases.telling import pin, record_prefill, unpin
 from kvtier.leases.writing import Writer
-from kvtier.pages import NO_ROW
 from kvtier.residency import Residency
 from kvtier.residency.clearing import clear
 from kvtier.residency.fitting import fitting
@@ -42,7 +43,8 @@ class TieredKVCache:
     """A paged KV cache over the tiers of `config` for pages of `layout`.
 
     Raises ConfigError, LayoutError, StoreLocked or StoreError if the configuration cannot be met; nothing is left open then. Also a context
-    manager: leaving it closes the cache.
+    manager: leaving it closes the cache. Not to be used in a forked child, where its threads and memory are not: every method raises Closed
+    there, as do those of its leases, but for `close` and `release`, which leave all to the parent.
     """
 
     def __init__(self, config: Config, layout: PageLayout, clock: Callable[[], float] = time.monotonic) -> None:
@@ -55,6 +57,11 @@ class TieredKVCache:
         self._writer = Writer(self._residency)
         self._routing = Routing(self._residency, self._reader)
         self._closed = False
+        tell_children(self)
+
+    def after_fork_in_child(self) -> None:
+        """Nothing of it can be used from now on."""
+        self._residency.after_fork_in_child()
 
     @classmethod
     def open(cls, path: str | Path | None, layout: PageLayout, overrides: Mapping[str, object] | None = None) -> TieredKVCache:
@@ -161,25 +168,9 @@ class TieredKVCache:
         lease.wait()
         self._open()
         if onto is not None and onto is not self:
-            return onto._take_over(lease, self._namespace)
+            onto._open()
+            return take_over(lease, onto._namespace == self._namespace, onto._writer, onto._begin)
         return self._reader.fork(lease)
-
-    def _take_over(self, lease: Lease, of: bytes) -> Lease:
-        """`fork` of a lease of another cache, whose namespace is `of`."""
-        lease.check_whole()
-        self._open()
-        if of != self._namespace:
-            raise LayoutError(
-                f"fork onto a cache of another model, revision or layout ({self.layout}); its pages are not those of this lease "
-                f"({lease.residency.layout})"
-            )
-        twin = self._begin(lease.root)
-        try:
-            self._writer.take_over(twin, lease)
-        except BaseException:
-            twin.release()
-            raise
-        return twin
 
     def truncate(self, lease: Lease, tokens: int) -> None:
         """Roll the lease back to its first `tokens` tokens (rejected speculation). Committed pages stay cached; the lease lets go of them.
@@ -219,11 +210,7 @@ class TieredKVCache:
         With that, `acquire` restores only as much of a prefix as is faster to restore than to compute again (`mover.restore`).
         LeaseError for numbers that cannot be.
         """
-        residency = self._open()
-        if not (start >= 0 and tokens > 0 and 0 < seconds < math.inf):
-            raise LeaseError(f"record_prefill: {tokens} tokens after {start} in {seconds} s; expected tokens and a time above 0")
-        with residency.lock:
-            residency.prices.computed(start, tokens, seconds)
+        record_prefill(self._open(), start, tokens, seconds)
 
     def record_queries(self, lease: Lease, layer: int, queries: torch.Tensor) -> None:
         """Tell the scorer what `layer` asked for: `queries` `[heads, head_dim]` or `[tokens, heads, head_dim]`, as attention gets them.
@@ -241,21 +228,11 @@ class TieredKVCache:
 
         `tier` defaults to the coldest one: the pages are not lost. LeaseError for a tier this cache does not have.
         """
-        residency = self._open()
-        if tier is not None and tier not in residency.names:
-            raise LeaseError(f"pin: there is no tier {tier!r}; this cache has {', '.join(residency.names)}")
-        with residency.lock:
-            rows = residency.table.find(match.keys)
-            until = math.inf if ttl is None else residency.clock() + ttl
-            residency.table.pin(rows, residency.last if tier is None else residency.names.index(tier), until)
-        return len(rows)
+        return pin(self._open(), match, ttl, tier)
 
     def unpin(self, match: Match) -> None:
         """Forget the pins of these pages."""
-        residency = self._open()
-        with residency.lock:
-            rows = residency.table.rows_of(match.keys)
-            residency.table.unpin(rows[rows != NO_ROW])
+        unpin(self._open(), match)
 
     def fits(self, requests: Sequence[TokenIds], new_tokens: int = 0, salt: str = "") -> int:
         """How many of the waiting requests, taken in order, the device can hold at once now, each grown by `new_tokens`.
@@ -315,7 +292,7 @@ class TieredKVCache:
 
     def close(self, flush: bool = True) -> None:
         """Stop. With a disk tier and `flush`, what only warmer tiers hold is written there first, so that the next process finds it."""
-        if not self._closed:
+        if not self._closed and self._residency.left_behind is None:
             self._closed = True
             self._routing.close()
             self._residency.close(flush)
@@ -334,4 +311,6 @@ class TieredKVCache:
     def _open(self) -> Residency:
         if self._closed:
             raise Closed("this cache was closed; build a new one")
+        if self._residency.left_behind is not None:
+            self._residency.left_behind.refuse()
         return self._residency

@@ -56,7 +56,7 @@ def needing(extra: str, what: str, package: str) -> Iterator[None]:
 
 
 class Closed(KVTierError):
-    """The cache was closed, or the file engine stopped; build a new one."""
+    """The cache was closed, the file engine stopped, or this process was forked from the one that made it; build a new one."""
 
 
 class LeaseError(KVTierError):

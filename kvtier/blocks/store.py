@@ -24,6 +24,7 @@ from kvtier.blocks.contents import Chain, Contents, Presence
 from kvtier.blocks.operations import Operations
 from kvtier.config import Config
 from kvtier.errors import Closed, ConfigError, LayoutError
+from kvtier.forked import LeftBehind, tell_children
 from kvtier.formats import get_format
 from kvtier.keys import KEY_BYTES
 from kvtier.policy import make_policy
@@ -59,6 +60,7 @@ class BlockStore:
 
     Survives kill -9 and, after `close`, restarts; what does not verify when it is read is a miss, counted and logged. Full, it lets go
     what the policy says. ConfigError for a format that loses bits of opaque blocks; else raises as `DiskTier`. Nothing is left open then.
+    In a forked child, where its threads are not, methods raise Closed, but for `close`, which leaves all to the parent.
     """
 
     def __init__(
@@ -72,7 +74,8 @@ class BlockStore:
             require_lossless(config)
         self.blocks = blocks
         self._clock = clock
-        self._lock = threading.RLock()
+        lock = threading.RLock()
+        self._lock: threading.RLock | LeftBehind = lock
         self._closed = False
         salt = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=KEY_BYTES).digest()
         self._disk = DiskTier(own.path, blocks.page, codec, own.capacity_bytes, salt, own.durability, own.io_engine, own.io_depth, clock)
@@ -81,12 +84,17 @@ class BlockStore:
             policy = make_policy(config.policy.name, policy_parameters(config), blocks.page.page_tokens)
             self._contents = Contents(self._disk, policy, salt, clock)
             self._contents.recover()
-            self._operations = Operations(config.mover, blocks, self._disk, self._contents, self._lock)
+            self._operations = Operations(config.mover, blocks, self._disk, self._contents, lock)
         except BaseException:
             self._disk.close()
             raise
         self._mover = self._operations.mover
         self._keeper = self._mover.spawn(self._keep(config.policy.cleanup_interval))
+        tell_children(self)
+
+    def after_fork_in_child(self) -> None:
+        """Nothing of it can be used from now on."""
+        self._lock = LeftBehind("this store")
 
     # -- looking ---------------------------------------------------------------------------------------------------------------
 
@@ -176,7 +184,9 @@ class BlockStore:
             return {"blocks": len(held.policy), "policy": held.policy.name, **held.counts, "disk": achieved}
 
     def close(self) -> None:
-        """End what runs, give up what is queued, mark the store clean. Safe to call twice."""
+        """End what runs, give up what is queued, mark the store clean. Safe to call twice, and in a forked child nothing."""
+        if isinstance(self._lock, LeftBehind):
+            return
         with self._lock:
             if self._closed:
                 return

@@ -15,7 +15,7 @@
 | `sparse24` | 2:4 sparsity, an experiment for values            | 9                                        |
 
 A name may say more: `q8/q4` codes keys and values differently, `q4;0-1:q8` some layers, `raw+zstd` adds a lossless byte stage
-(`lossless.py`); see `kvtier.format_spec` for the grammar. One file per codec (`BlockCodec`, in `blocks.py`) or family of them; the
+(`lossless.py`); see `kvtier.format_spec` for the grammar. One file per codec (`BlockCodec`, in `codec.py`) or family of them; the
 contract of the whole is `Format`, in `base.py`. What each costs a model: docs/quality.md.
 """
 
@@ -25,7 +25,8 @@ from functools import lru_cache
 
 from kvtier.format_spec import CODECS, FORCE, NOT_FOR_KEYS, STAGES, FormatSpec, parse_format
 from kvtier.formats.base import Format, Payload, Stream, check_pages
-from kvtier.formats.blocks import BlockCodec, BlockFormat, BlockShape
+from kvtier.formats.blocks import BlockFormat
+from kvtier.formats.codec import BlockCodec, BlockShape
 from kvtier.formats.economy import StageEconomy
 from kvtier.formats.fp8 import FP8
 from kvtier.formats.ggml import Q4K, Q8K, Q4Zero, Q8Zero

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kvtier.errors import LayoutError
 from kvtier.formats.digests import digests_of
-from kvtier.layout import PageLayout
+from kvtier.layout import DTYPE_BYTES, PageLayout
 
 Payload = NDArray[np.uint8]
 UINT8 = np.dtype(np.uint8)
@@ -76,9 +76,9 @@ class Format(ABC):
         `pages` is `[n, layers, planes, page_tokens, kv_heads, head_dim]` in `layout.torch_dtype`, on any device, of any strides. `out`: one
         writable uint8 array of at least `payload_bytes` bytes for each payload; the results are then views of them, else new arrays.
         Each result is 1-D and contiguous, in CPU memory. `first`: which results (by index) begin a sequence; attention looks at the first
-        token more than at any other, so formats may spend more on it, in a payload of the same size. Input is not changed. LayoutError
-        if shape or dtype differ or `out` is too small. NaN, infinities and extreme values encode to what the format's documentation
-        states, never raise.
+        token more than at any other, so formats may spend more on it, in a payload of the same size. Input is not changed. Payloads may be
+        at any address, numbers at multiples of their size. LayoutError if shape or dtype differ, numbers are at other addresses or `out` is
+        too small. NaN, infinities and extreme values encode to what the format's documentation states, never raise.
         """
 
     def encode_with_digests(
@@ -112,7 +112,7 @@ class Format(ABC):
         `layers` is a slice of the layer axis with step 1: decoding layer by layer gives the same numbers as decoding all at once.
         With `out` `[m, len(layers), ...]`, in CPU memory with contiguous rows (such as `pool[:, layers]`), page i goes to
         `out[rows[i]]` (default: `out[i]`) and `out` is returned. ValueError if a payload has another size than `payload_bytes` or is not
-        contiguous, LayoutError if `out` does not fit.
+        contiguous, LayoutError if `out` does not fit or is not at a multiple of its numbers' size. Payloads may be at any address.
         """
 
     def streams(self, layout: PageLayout) -> tuple[Stream, ...]:
@@ -134,7 +134,8 @@ class Format(ABC):
 
 
 def check_pages(pages: torch.Tensor, layout: PageLayout) -> int:
-    """n, of `pages` `[n, *layout.shape]`. LayoutError unless it is a dense tensor of the layout's dtype that has its numbers."""
+    """n, of `pages` `[n, *layout.shape]`. LayoutError unless it is a dense tensor of the layout's dtype that has its numbers, each at a
+    multiple of its size."""
     if not isinstance(pages, torch.Tensor) or pages.layout is not _STRIDED or pages.is_meta:
         what = f"a {pages.layout} tensor on {pages.device}" if isinstance(pages, torch.Tensor) else f"{type(pages).__name__}"
         raise LayoutError(f"pages are {what}; expected a dense tensor on a CPU or GPU")
@@ -143,7 +144,19 @@ def check_pages(pages: torch.Tensor, layout: PageLayout) -> int:
         raise LayoutError(f"pages have shape {tuple(shape)}; expected [n, {', '.join(map(str, layout.shape))}]")
     if pages.dtype is not layout.torch_dtype:
         raise LayoutError(f"pages are {pages.dtype}; expected {layout.torch_dtype}")
+    check_address(pages, layout, "pages begin")
     return shape[0]
+
+
+def check_address(numbers: torch.Tensor, layout: PageLayout, what: str) -> None:
+    """LayoutError unless a dense tensor of the layout's dtype begins at a multiple of its numbers' size: compiled code, ours and others',
+    reads and writes them as such."""
+    address, size = numbers.data_ptr(), DTYPE_BYTES[layout.dtype]
+    if address % size:
+        raise LayoutError(
+            f"{what} at address {address:#x}; expected a multiple of {size}, the bytes of each number; take memory that torch allocates, "
+            "or a copy (clone())"
+        )
 
 
 def check_rows(rows: Sequence[int] | None, places: int, what: str) -> Sequence[int]:
@@ -207,6 +220,7 @@ def target_of(
     if shape != (places, *each) or out.dtype is not layout.torch_dtype or not out.is_cpu:
         expected = f"{layout.torch_dtype} {['m', *each]} on cpu"
         raise LayoutError(f"decode: out is {out.dtype} {tuple(shape)} on {out.device}; expected {expected}")
+    check_address(out, layout, "decode: out begins")
     if out.is_neg():  # kernels write the memory, which says nothing of a sign that torch has put off
         raise LayoutError("decode: torch would negate what is read from out; expected memory that is read as it is, see Tensor.resolve_neg")
     if not out.is_contiguous() and out.stride()[1:] != layout.strides and places and not out[0].is_contiguous():

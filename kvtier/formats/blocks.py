@@ -4,16 +4,13 @@ A payload is its blocks, layer by layer, keys before values, without header or p
 stretch, keys and values may use different codecs, and so may layers. Nothing of one block depends on another, and decoding is exact
 arithmetic up to one rounding per step, so layer by layer, page by page or all at once give the same numbers.
 
-The codecs here are the torch reference. Where `kvtier.formats.native` has compiled kernels for a layout they do the work, from and into the
-caller's memory, without the interpreter's lock; pages on a GPU are coded there (`on_device.py`).
+What codes a block is a `BlockCodec` (`codec.py`), the torch reference. Where `kvtier.formats.native` has compiled kernels for a layout they
+do the work, from and into the caller's memory, without the interpreter's lock; pages on a GPU are coded there (`on_device.py`).
 """
 
 from __future__ import annotations
 
-import struct
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -22,9 +19,10 @@ import torch
 from kvtier.errors import LayoutError
 from kvtier.format_spec import FormatSpec
 from kvtier.formats.base import UINT8, Format, Payload, Stream, check_pages, check_rows, described_bytes, room_for, span_of, target_of
+from kvtier.formats.codec import BlockCodec
 from kvtier.formats.digests import digest_address, digests_of
-from kvtier.formats.native import Arrivals, Expected, NativeCodecs
-from kvtier.formats.native import codecs as native_codecs
+from kvtier.formats.native import Arrivals, Expected
+from kvtier.formats.places import Place, Plan, make_plan
 from kvtier.formats.proof import Proof
 from kvtier.layout import DTYPE_BYTES, PageLayout
 
@@ -36,100 +34,15 @@ _ALL = slice(None)
 Receive = Callable[[Sequence[Payload], Sequence[int], Sequence[bytes], Sequence[int]], Arrivals]
 """`receive(records, counts, keys, rows)`: see `BlockFormat.receiver`."""
 
-NATIVE_DTYPES = {"bf16": 0, "fp16": 1, "fp32": 2}
+
+def _needs_care(numbers: torch.Tensor) -> bool:
+    """Whether the memory of a tensor does not say what it holds, since torch has put off a sign, or begins within a word of 4 bytes."""
+    return numbers.is_neg() or numbers.data_ptr() & 3 != 0
+
 
 _EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-USUAL: Expected | None = None if _EXCHANGE is None else (torch.Tensor, _EXCHANGE, torch.Tensor.is_neg)
+USUAL: Expected | None = None if _EXCHANGE is None else (torch.Tensor, _EXCHANGE, _needs_care)
 """What the native codecs see by that a tensor is a usual one; None with older versions of torch, where Python's checks do."""
-
-
-@dataclass(frozen=True)
-class BlockShape:
-    """One plane of one layer of one page: `[tokens, heads, head_dim]` numbers of `dtype`. `keys`: plane 0 of a page with two planes."""
-
-    tokens: int
-    heads: int
-    head_dim: int
-    dtype: str
-    keys: bool
-
-    @property
-    def vectors(self) -> int:
-        """Vectors of head_dim numbers."""
-        return self.tokens * self.heads
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype of the numbers."""
-        return PageLayout(1, 1, 1, 1, 1, self.dtype).torch_dtype
-
-
-class BlockCodec(ABC):
-    """One way to code a block in a fixed number of bytes. Frozen, without mutable state."""
-
-    name: str
-    lossless: bool = False
-    native_id: int | None = None
-    """The codec's number in `kvtier.formats.native`; None if there are no kernels for it."""
-
-    @abstractmethod
-    def block_bytes(self, shape: BlockShape) -> int:
-        """Bytes of one coded block. LayoutError if the codec cannot code blocks of that shape."""
-
-    @abstractmethod
-    def encode(self, blocks: torch.Tensor, shape: BlockShape) -> torch.Tensor:
-        """Coded blocks, uint8 `[m, block_bytes]` on the same device, of `blocks` `[m, tokens, heads, head_dim]`, any strides."""
-
-    def encode_first(self, blocks: torch.Tensor, shape: BlockShape) -> torch.Tensor:
-        """As `encode`, for blocks that begin a sequence. Codecs that treat these differently say so in the block: `decode` finds out."""
-        return self.encode(blocks, shape)
-
-    @abstractmethod
-    def decode(self, coded: torch.Tensor, shape: BlockShape) -> torch.Tensor:
-        """Numbers `[m, tokens, heads, head_dim]` in the shape's dtype, of uint8 `coded` `[m, block_bytes]`."""
-
-    def sections(self, shape: BlockShape) -> tuple[int, ...]:
-        """Bytes of each stretch of a coded block that holds bytes of one kind, such as scales or codes; zeros for what is missing."""
-        return (self.block_bytes(shape),)
-
-    def element_bytes(self, shape: BlockShape) -> int:
-        """Bytes of each number if a coded block is a plain row of them, else 1."""
-        return 1
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one block of a payload is and what codes it."""
-
-    codec: BlockCodec
-    shape: BlockShape
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """All blocks of one format and layout, by layer and plane; the native kernels and the same for them (None if they cannot do it)."""
-
-    places: tuple[tuple[Place, ...], ...]
-    payload_bytes: int
-    streams: tuple[Stream, ...]
-    native: tuple[NativeCodecs, bytes] | None
-
-    def blocks(self, payload: Payload, first: int, stop: int, plane: int) -> Payload:
-        """The blocks of one plane for layers `first` to `stop`, all coded alike: a view `[layers, block bytes]` of the payload."""
-        place = self.places[first][plane]
-        layer_bytes = sum(each.size for each in self.places[first])
-        stretch = payload[place.offset : place.offset + (stop - first - 1) * layer_bytes + place.size]
-        return np.lib.stride_tricks.as_strided(stretch, (stop - first, place.size), (layer_bytes, 1))
-
-    def runs(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Stretches of layers `first` to `stop` in which every layer is coded alike."""
-        begin = first
-        for layer in range(first + 1, stop + 1):
-            if layer == stop or [p.codec for p in self.places[layer]] != [p.codec for p in self.places[begin]]:
-                yield begin, layer
-                begin = layer
 
 
 class BlockFormat(Format):
@@ -143,7 +56,7 @@ class BlockFormat(Format):
         self._ranges = tuple((part, (codecs[part.keys], codecs[part.values])) for part in spec.layers)
         self.lossless = all(codec.lossless for pair in (self._pair, *(pair for _, pair in self._ranges)) for codec in pair)
         self._plan = lru_cache(maxsize=32)(self._make_plan)
-        self._latest: tuple[PageLayout, _Plan] | None = None
+        self._latest: tuple[PageLayout, Plan] | None = None
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and other.name == self.name
@@ -323,56 +236,22 @@ class BlockFormat(Format):
                 numbers = place.codec.decode(torch.from_numpy(coded), place.shape)
                 out[list(rows[some]), low - begin : high - begin, plane] = numbers.view(-1, high - low, *numbers.shape[1:])
 
-    def _plan_of(self, layout: PageLayout) -> _Plan:
+    def _plan_of(self, layout: PageLayout) -> Plan:
         """`_plan`, nearly always without comparing layouts; the memory of it is replaced whole, so any thread may."""
         latest = self._latest
         if latest is None or latest[0] is not layout:
             self._latest = latest = layout, self._plan(layout)
         return latest[1]
 
-    def _make_plan(self, layout: PageLayout) -> _Plan:
+    def _make_plan(self, layout: PageLayout) -> Plan:
         for part, _ in self._ranges:
             if part.last >= layout.layers:
                 raise LayoutError(f"format {self.name}: names layer {part.last}, but the page layout has layers 0 to {layout.layers - 1}")
-        places, offset = [], 0
-        for layer in range(layout.layers):
-            pair = next((pair for part, pair in self._ranges if part.first <= layer <= part.last), self._pair)
-            row = []
-            for codec, keys in zip(pair if layout.planes == 2 else pair[1:], (True, False), strict=False):
-                shape = BlockShape(layout.page_tokens, layout.kv_heads, layout.head_dim, layout.dtype, keys and layout.planes == 2)
-                row.append(Place(codec, shape, offset, codec.block_bytes(shape)))
-                offset += row[-1].size
-            places.append(tuple(row))
-        return _Plan(tuple(places), offset, _streams(places), _native_plan(places, layout, offset))
+        return make_plan([self._pair_of(layer) for layer in range(layout.layers)], layout)
 
-
-def _streams(places: Sequence[Sequence[Place]]) -> tuple[Stream, ...]:
-    """One for each kind of bytes of each codec and plane: keys and values have different statistics."""
-    alike: dict[tuple[BlockCodec, bool, int], list[tuple[int, int]]] = {}
-    elements: dict[tuple[BlockCodec, bool, int], int] = {}
-    for place in (place for row in places for place in row):
-        start = place.offset
-        for kind, size in enumerate(place.codec.sections(place.shape)):
-            if size:
-                key = place.codec, place.shape.keys, kind
-                alike.setdefault(key, []).append((start, size))
-                elements[key] = place.codec.element_bytes(place.shape)
-            start += size
-    return tuple(Stream(elements[key], tuple(spans)) for key, spans in alike.items())
-
-
-def _native_plan(places: Sequence[Sequence[Place]], layout: PageLayout, payload_bytes: int) -> tuple[NativeCodecs, bytes] | None:
-    native = native_codecs()
-    if native is None:
-        return None
-    geometry = (NATIVE_DTYPES[layout.dtype], layout.page_tokens, layout.kv_heads, layout.head_dim)
-    entries = [place for row in places for place in row]
-    for codec in {place.codec for place in entries}:
-        if codec.native_id is None or not native.supports(codec.native_id, *geometry):
-            return None
-    head = struct.pack("<8i", geometry[0], layout.layers, layout.planes, *geometry[1:], len(entries), 0)
-    body = b"".join(struct.pack("<iiq", place.codec.native_id, place.shape.keys, place.offset) for place in entries)
-    return native, head + body + struct.pack("<q", payload_bytes)
+    def _pair_of(self, layer: int) -> tuple[BlockCodec, BlockCodec]:
+        """What codes the keys and the values of a layer."""
+        return next((pair for part, pair in self._ranges if part.first <= layer <= part.last), self._pair)
 
 
 def _chunks(pages: int, layout: PageLayout, runs: Iterator[tuple[int, int]]) -> Iterator[tuple[slice, int, int]]:

@@ -22,7 +22,7 @@ from functools import lru_cache
 
 import torch
 
-from kvtier.formats.blocks import BlockCodec, BlockShape
+from kvtier.formats.codec import BlockCodec, BlockShape
 from kvtier.formats.numbers import FP16_MAX, as_page_dtype, divided, finite, fp16_scale, inverse, numbers_of
 
 E4M3_MAX = 448.0

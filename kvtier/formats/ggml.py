@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 
 from kvtier.errors import LayoutError
-from kvtier.formats.blocks import BlockCodec, BlockShape
+from kvtier.formats.codec import BlockCodec, BlockShape
 from kvtier.formats.numbers import FP16_MAX, as_page_dtype, finite, fp16_scale, inverse, numbers_of
 
 CANDIDATES = (-1.0, -0.5, 0.0, 0.5, 1.0)

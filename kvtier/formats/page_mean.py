@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from kvtier.formats.bits import pack, unpack
-from kvtier.formats.blocks import BlockShape
+from kvtier.formats.codec import BlockShape
 from kvtier.formats.hadamard import rotate, unrotate_factor, unrotate_whole
 from kvtier.formats.levels import LEVELS4
 from kvtier.formats.numbers import divided, fp16_scale, numbers_of, sum_by_halves

@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 
 from kvtier.errors import LayoutError
+from kvtier.formats.base import check_address
 from kvtier.layout import PageLayout
 
 AXES = "pbthd"
@@ -56,6 +57,7 @@ class PagedKV:
                     f"{what} has shape {list(view.shape)}, strides {list(view.stride())}; layer 0 has {list(model.shape)}, "
                     f"{list(model.stride())}; describe layers that differ by one PagedKV each"
                 )
+            check_address(view, layout, f"{what} begins")
             if view.stride(3) != 1 and layout.head_dim > 1:
                 raise LayoutError(f"{what}: numbers of a vector are {view.stride(3)} apart; expected side by side")
         if not 1 <= self.block_tokens <= layout.page_tokens or layout.page_tokens % self.block_tokens:

@@ -39,7 +39,7 @@ import torch
 
 from kvtier.errors import LayoutError
 from kvtier.formats.bits import pack_planes, plane_bytes, unpack_planes
-from kvtier.formats.blocks import BlockCodec, BlockShape
+from kvtier.formats.codec import BlockCodec, BlockShape
 from kvtier.formats.hadamard import rotate, unrotate_factor, unrotate_whole
 from kvtier.formats.levels import LEVELS2, LEVELS3, LEVELS4, Levels
 from kvtier.formats.numbers import FP16_MAX, as_page_dtype, divided, finite, fp16_scale, inverse, numbers_of

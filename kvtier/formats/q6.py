@@ -21,7 +21,7 @@ import torch
 
 from kvtier.errors import LayoutError
 from kvtier.formats.bits import pack, unpack
-from kvtier.formats.blocks import BlockCodec, BlockShape
+from kvtier.formats.codec import BlockCodec, BlockShape
 from kvtier.formats.hadamard import rotate, unrotate_factor, unrotate_whole
 from kvtier.formats.numbers import FP16_MAX, as_page_dtype, finite, numbers_of, symmetric_codes
 from kvtier.formats.page_mean import PageMean, mean_bytes

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtier.formats.blocks import BlockCodec, BlockShape
+from kvtier.formats.codec import BlockCodec, BlockShape
 from kvtier.formats.hadamard import block_size, butterflies, unrotate_factor, unrotate_whole
 from kvtier.formats.numbers import FP16_MAX, as_page_dtype, finite, numbers_of, symmetric_codes
 

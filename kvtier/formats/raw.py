@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtier.formats.blocks import BlockCodec, BlockShape
+from kvtier.formats.codec import BlockCodec, BlockShape
 from kvtier.layout import DTYPE_BYTES
 
 

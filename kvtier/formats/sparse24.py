@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from kvtier.errors import LayoutError
-from kvtier.formats.blocks import BlockCodec, BlockShape
+from kvtier.formats.codec import BlockCodec, BlockShape
 from kvtier.formats.numbers import finite, numbers_of
 
 

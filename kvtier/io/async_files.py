@@ -1,7 +1,7 @@
 """The engine on aiofiles: asyncio through and through, portable, and the slowest (two hops between threads and a seek per request).
 
 State: an event loop on a thread of its own, started with the first batch, and for each file the aiofiles handles that idle between
-requests, which belong to that loop. Calls that are no batch are plain system calls, as in `buffered`.
+requests, which belong to that loop. Calls that are no batch are plain system calls, as in `buffered`. Neither is there in a forked child.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from queue import SimpleQueue
 import aiofiles
 from aiofiles.threadpool.binary import AsyncFileIO
 
+from kvtier.forked import LeftBehind, tell_children
 from kvtier.io.files import Outcomes, Request
 from kvtier.io.pool import stay_on
 from kvtier.io.pooled import DEPTH, PooledEngine
@@ -39,6 +40,14 @@ class AsyncFilesEngine(PooledEngine):
         self._starting = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._runner: threading.Thread | None = None
+        self._left_behind: LeftBehind | None = None
+        tell_children(self)
+
+    def after_fork_in_child(self) -> None:
+        """There is no loop from now on."""
+        self._left_behind = LeftBehind(f"this {self.name} engine")
+        self._loop = self._runner = None
+        self._idle = {}
 
     def close(self, file: int) -> None:
         handles = self._idle.pop(file, [])
@@ -53,11 +62,13 @@ class AsyncFilesEngine(PooledEngine):
             self._runner.join()
             self._loop.close()
             self._loop = None
-        self._threads.shutdown()
+        if self._left_behind is None:
+            self._threads.shutdown()
         super().stop()
 
     def _carry(self, requests: Sequence[Request], writing: bool, helping: bool) -> Outcomes:  # noqa: ARG002 - the loop's work
         self._check_running()
+        self._check_here()
         work = _write if writing else _read
         done: Done = SimpleQueue()
         withdrawn = threading.Event()
@@ -65,9 +76,15 @@ class AsyncFilesEngine(PooledEngine):
         try:
             while (outcome := done.get()) is not None:
                 yield outcome
+                self._check_here()
         finally:
             withdrawn.set()
-            all_ended.result()
+            if self._left_behind is None:
+                all_ended.result()
+
+    def _check_here(self) -> None:
+        if self._left_behind is not None:
+            self._left_behind.refuse()
 
     async def _carry_out(self, work: Work, requests: Sequence[Request], done: Done, withdrawn: threading.Event) -> None:
         async def carry_out(index: int, request: Request) -> None:

@@ -1,7 +1,8 @@
 """The threads of a file engine in C: what `pool` does, without Python or its lock at each request. `make` gives one, or None where the
 extension was not built or does not load.
 
-All state is the extension's (`requests.c`). Python hands over a batch and is told what ended, as much at once as there is.
+All state is the extension's (`requests.c`), but for whether there are threads: not in a forked child. Python hands over a batch and is told
+what ended, as much at once as there is.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import os
 from collections.abc import Sequence
 from contextlib import closing
 from functools import lru_cache
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from kvtier.extensions import load_extension
+from kvtier.forked import LeftBehind, keep_for_ever, tell_children
 from kvtier.io.files import Outcome, Outcomes, Request, SomeOutcomes, Then
 
 
@@ -41,12 +43,31 @@ class _Extension(Protocol):
         """Up to `depth` threads, started when first needed. Reads that end off the alignment are at the end of the file."""
 
 
+class _NoThreads:
+    """In a forked child."""
+
+    def begin(self, requests: list[Request], writing: bool, helping: bool, /, *then: object) -> _Batch:  # noqa: ARG002
+        _refuse()
+
+    def keep_on(self, cpus: list[int], /) -> None:
+        """There are none to keep."""
+
+    def stop(self) -> None:
+        """There are none to stop."""
+
+
 class NativePool:
-    """Up to `depth` threads; one less work for a caller who helps."""
+    """Up to `depth` threads; one less work for a caller who helps. In a forked child batches raise Closed."""
 
     def __init__(self, threads: _Threads, depth: int) -> None:
         self._threads = threads
         self._depth = depth
+        tell_children(self)
+
+    def after_fork_in_child(self) -> None:
+        """There are no threads from now on; waiting for their end would have none."""
+        keep_for_ever(self._threads)
+        self._threads = _NoThreads()
 
     def each(self, requests: Sequence[Request], writing: bool, helping: bool) -> Outcomes:
         """As `RequestPool.each`, for whole reads or writes of these requests."""
@@ -80,13 +101,28 @@ class NativePool:
 
 
 def _told(batch: _Batch, first: list[Outcome] | None = None) -> SomeOutcomes:
+    process = os.getpid()
     try:
         if first is not None:
             yield first
-        while outcomes := batch.ended():
+        while outcomes := _ended(batch, process):
             yield [(index, outcome if outcome >= 0 else OSError(-outcome, os.strerror(-outcome))) for index, outcome in outcomes]
     finally:
-        batch.withdraw()
+        if os.getpid() == process:
+            batch.withdraw()
+        else:
+            keep_for_ever(batch)
+
+
+def _ended(batch: _Batch, process: int) -> list[tuple[int, int]]:
+    """What ended of a batch that was begun in `process`."""
+    if os.getpid() != process:
+        _refuse()
+    return batch.ended()
+
+
+def _refuse() -> NoReturn:
+    LeftBehind("this pool of storage threads").refuse()
 
 
 def make(depth: int, alignment_bytes: int) -> NativePool | None:

@@ -2,7 +2,8 @@
 
 All state belongs to `_wake`'s lock, which is never held across I/O. A thread takes its next request under that lock instead of being handed
 each one, and a caller with nothing else to do takes one as well: waking a thread costs about as much CPU as a read. Threads start when
-first needed and sleep while there is nothing to do; they are daemons, so that a forgotten `stop` does not keep a process from ending.
+first needed and sleep while there is nothing to do; they are daemons, so that a forgotten `stop` does not keep a process from ending. A
+forked child has none of them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
+from kvtier.forked import LeftBehind, tell_children
 from kvtier.io.files import Outcomes, Request
 
 Work = Callable[[Request], int | OSError]
@@ -37,7 +39,7 @@ class _Batch:
 
 
 class RequestPool:
-    """Up to `depth` threads named `name`-0, `name`-1, ...; one less work for a caller who helps."""
+    """Up to `depth` threads named `name`-0, `name`-1, ...; one less work for a caller who helps. In a forked child batches raise Closed."""
 
     def __init__(self, depth: int, name: str) -> None:
         self._depth = depth
@@ -48,6 +50,14 @@ class RequestPool:
         self._threads: list[threading.Thread] = []
         self._stopped = False
         self._cpus: tuple[int, ...] = ()
+        self._left_behind: LeftBehind | None = None
+        tell_children(self)
+
+    def after_fork_in_child(self) -> None:
+        """There are no threads from now on, and nobody holds the lock."""
+        self._left_behind = LeftBehind("this pool of storage threads")
+        self._wake = threading.Condition(threading.Lock())
+        self._threads = []
 
     def keep_on(self, cpus: Sequence[int]) -> None:
         """Keep threads that start from now on on these CPUs; any, for none."""
@@ -62,6 +72,7 @@ class RequestPool:
         """
         if not requests:
             return
+        self._check()
         helping = helping or self._depth == 1 or len(requests) == 1
         batch = _Batch(work, requests)
         collected = 0
@@ -77,9 +88,10 @@ class RequestPool:
                 if not isinstance(outcome, int | OSError):
                     raise outcome
                 yield index, outcome
+                self._check()
         finally:
             self._withdraw(batch)
-            while collected < batch.begun:
+            while collected < batch.begun and self._left_behind is None:
                 batch.done.get()
                 collected += 1
 
@@ -90,6 +102,10 @@ class RequestPool:
             self._wake.notify_all()
         for thread in self._threads:
             thread.join()
+
+    def _check(self) -> None:
+        if self._left_behind is not None:
+            self._left_behind.refuse()
 
     def _begin(self, batch: _Batch, helping: bool) -> None:
         """Show the batch to the threads, all but the first request of a caller who helps."""

@@ -199,8 +199,8 @@ class Lease:
     # -- the end ---------------------------------------------------------------------------------------------------------------
 
     def release(self) -> None:
-        """Let the pages go; they stay cached until a policy evicts them. A second release does nothing."""
-        if not self.released and self.give_back is not None:
+        """Let the pages go; they stay cached until a policy evicts them. A second release does nothing, nor does one in a forked child."""
+        if not self.released and self.give_back is not None and self.residency.left_behind is None:
             self.give_back(self)
 
     def __enter__(self) -> Lease:
@@ -212,3 +212,5 @@ class Lease:
     def _check(self) -> None:
         if self.released:
             raise LeaseError("this lease was released; acquire a new one")
+        if self.residency.left_behind is not None:
+            self.residency.left_behind.refuse()

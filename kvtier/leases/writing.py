@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvtier.errors import LayoutError, LeaseError
+from kvtier.formats.base import check_address
 from kvtier.keys import PageKey, TokenIds, page_keys, token_array
 from kvtier.leases.digesting import pool_digests
 from kvtier.leases.fresh import Computed, FreshPages, Held
@@ -55,7 +56,7 @@ class Writer:
         return done
 
     def take_over(self, twin: Lease, lease: Lease) -> None:
-        """Continue `twin`, an empty lease of this cache, with the tokens of `lease`, of another cache; see `TieredKVCache.fork`."""
+        """Continue `twin`, an empty lease of this cache, with the tokens of `lease`, of another cache; see `forking.py`."""
         page_tokens, other = self.layout.page_tokens, lease.residency
         with other.lock:
             slots = other.table.slot[DEVICE, lease.rows].tolist()
@@ -278,7 +279,7 @@ class Writer:
             raise LeaseError("this lease belongs to another cache; use it with the cache that gave it")
 
     def check_kv(self, tokens: int, kv: torch.Tensor) -> None:
-        """LayoutError unless `kv` is `[layers, planes, tokens, kv_heads, head_dim]` of the layout's dtype."""
+        """LayoutError unless `kv` is `[layers, planes, tokens, kv_heads, head_dim]` of the layout's dtype, at a multiple of its size."""
         layout = self.layout
         if not isinstance(kv, torch.Tensor):
             raise LayoutError(f"kv is {type(kv).__name__}; expected a torch tensor")
@@ -289,3 +290,4 @@ class Writer:
             raise LayoutError(f"kv has shape {tuple(kv.shape)}; expected [layers, planes, tokens, kv_heads, head_dim] = {list(expected)}")
         if kv.dtype != layout.torch_dtype:
             raise LayoutError(f"kv is {kv.dtype}; this cache holds {layout.torch_dtype}")
+        check_address(kv, layout, "kv begins")

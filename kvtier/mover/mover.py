@@ -28,6 +28,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from kvtier.errors import Closed, DeviceError
+from kvtier.forked import LeftBehind
 from kvtier.mover.stage import Ahead, begin, carry
 from kvtier.mover.staging import StagingPool
 from kvtier.mover.transfer import Outcome, Priority, Transfer
@@ -65,7 +66,7 @@ class Mover:
             raise
         self._queue_bytes = queue_bytes
         self._on_finished = on_finished
-        self._lock = threading.Lock()
+        self._lock: threading.Lock | LeftBehind = threading.Lock()
         self._queues: dict[Link, list[tuple[int, int, Transfer]]] = {}
         self._queued: dict[Link, int] = {}
         self._order = itertools.count()
@@ -77,6 +78,10 @@ class Mover:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="kvtier-mover", daemon=True)
         self._thread.start()
+
+    def after_fork_in_child(self) -> None:
+        """Nothing can be queued from now on, nor started."""
+        self._lock = LeftBehind("this mover")
 
     def report(self) -> dict[str, object]:
         """For `stats()`: the workers and, where the device is a GPU, which way copies to it go (`Crossover.as_json`)."""

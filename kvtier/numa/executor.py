@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from kvtier.errors import Closed, NumaError
+from kvtier.forked import LeftBehind, tell_children
 from kvtier.numa.allowed import read_allowed
 from kvtier.numa.binding import bind_thread_to_numa_node, this_machine
 from kvtier.numa.padded import PaddedCounters
@@ -32,7 +33,7 @@ class NodeExecutor:
 
     `thresholds`: as PATIENT. `prepare` runs in each thread after it is bound. Where binding is refused, threads run anyway (`report()`
     says so). Also a context manager: leaving it shuts down and waits. NumaError for a node without usable CPUs or that does not exist,
-    thresholds that fall with distance, and numbers below one; nothing is left running then.
+    thresholds that fall with distance, and numbers below one; nothing is left running then. In a forked child `submit` raises Closed.
     """
 
     def __init__(
@@ -54,10 +55,11 @@ class NodeExecutor:
         if len(thresholds) != len(LEVELS) or thresholds[0] != 0 or list(thresholds) != sorted(thresholds):
             raise NumaError(f"thresholds {list(thresholds)}: expected {len(LEVELS)}, the first 0, none below the one before it")
         self.most_queued = most_queued
-        self._lock = threading.Lock()
-        self._room = threading.Condition(self._lock)
+        lock = threading.Lock()
+        self._lock: threading.Lock | LeftBehind = lock
+        self._room = threading.Condition(lock)
         self._stopped = False
-        self._queues = Queues(threads_by_node, self._topology, thresholds, self._lock)
+        self._queues = Queues(threads_by_node, self._topology, thresholds, lock)
         self._workers = self._queues.workers
         self._taken = PaddedCounters(len(self._workers), len(LEVELS))
         self._busy = 0
@@ -73,6 +75,11 @@ class NodeExecutor:
         if self._failures:
             self.shutdown()
             raise self._failures[0]
+        tell_children(self)
+
+    def after_fork_in_child(self) -> None:
+        """Nobody would do what is submitted from now on."""
+        self._lock = LeftBehind("this executor")
 
     @property
     def nodes(self) -> tuple[int, ...]:
@@ -121,7 +128,11 @@ class NodeExecutor:
         return task.future
 
     def shutdown(self, cancel: bool = False) -> None:
-        """End the threads once what is queued is done, or with `cancel` at once: what nobody began is cancelled. Safe to call twice."""
+        """End the threads once what is queued is done, or with `cancel` at once: what nobody began is cancelled. Safe to call twice.
+
+        In a forked child nothing."""
+        if isinstance(self._lock, LeftBehind):
+            return
         with self._lock:
             self._stopped = True
             waiting = [task for worker in self._workers for task in worker.queue] if cancel else []

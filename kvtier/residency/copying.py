@@ -66,11 +66,11 @@ class Copying:
         """Per tier, the jobs that copy down from it."""
         self._unusable: set[tuple[int, int]] = set()
 
-    async def down(self, rows: Rows, source: int, target: int, priority: Priority) -> None:
+    async def down(self, rows: Rows, source: int, target: int, priority: Priority) -> Rows:
         """Copy pages down from `source` to `target` and wait for the end; what ended up READY there is in the page table.
 
         Rows that have or await a copy there already, or lost theirs in `source`, are passed over. Where room does not reach, the first rows
-        come first.
+        come first; gives those for which no slot was found.
         """
         residency = self._residency
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -83,8 +83,10 @@ class Copying:
             slots = await residency.eviction.reserve(target, len(rows), priority)
             with residency.lock:
                 chosen = self._choose(rows, target, slots)
+                left: Rows = rows[table.state[target][rows] == ABSENT][len(chosen) :]
                 transfers = self._plan(chosen, source, target, slots[: len(chosen)], priority)
             await ended(self._submit(transfers))
+            return left
         finally:
             with residency.lock:
                 self.let_go(rows, source)

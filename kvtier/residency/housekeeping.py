@@ -1,7 +1,7 @@
 """Housekeeping: what the residency does ahead of demand and at the end, so that demand seldom has to wait.
 
-Writes through what must be, and later what found its link full; copies down what would leave next; lets go what fell below the policies'
-thresholds; has pages of the host tier moved between NUMA nodes (`node_moves.py`), tidies the disk, flushes.
+Writes through what must be, and later what found its link full or no slot; copies down what would leave next; lets go what fell below the
+policies' thresholds; has pages of the host tier moved between NUMA nodes (`node_moves.py`), tidies the disk, flushes.
 All of it runs on the mover's loop under the rules of `kvtier.residency`, whose lock guards the state here too. A job that fails
 keeps none of the others from going on, and rests longer after each failure, so that what stays broken neither fills the log nor takes time.
 """
@@ -12,10 +12,14 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from kvtier.keys import PageKey
 from kvtier.mover.transfer import Priority, Transfer, ended
-from kvtier.pages import ABSENT, Rows
+from kvtier.pages import ABSENT, READY, Rows
 from kvtier.residency.node_moves import move_between_nodes
 from kvtier.tiers.base import Tier
 
@@ -27,8 +31,11 @@ log = logging.getLogger(__name__)
 TIDY_EVERY_S = 1.0
 MOST_REST_ROUNDS = 600
 """For so many rounds at most does a job rest that fails again and again."""
-EXPIRED_AT_ONCE = 4096
-"""Pages that one pass of the thresholds looks at, per tier: it runs under the lock, and the next pass goes on."""
+NO_SLOT = "no slot"
+"""Why a page that should be written through is refused by a tier in which nothing may leave for it."""
+LOOKED_AT_ONCE = 4096
+"""Pages that one pass of the thresholds, or over those that wait for slots, looks at, per tier: it runs under the lock, the next goes on.
+"""
 
 
 class RecurringJob:
@@ -72,6 +79,8 @@ class Housekeeping:
         self._cleaning = [False] * len(residency.tiers)
         self._behind: set[int] = set()
         """Tiers with pages that should be written through and found their link full."""
+        self._without_slot: list[dict[int, PageKey]] = [{} for _ in residency.tiers]
+        """Per tier, pages that should be written through and found no slot below: row and key, since rows are used again."""
         self._catching_up = [False] * len(residency.tiers)
         self._next_cleanup = residency.clock() + residency.config.policy.cleanup_interval
         self.task: asyncio.Task[object] | None = None
@@ -84,10 +93,26 @@ class Housekeeping:
         if residency.entry[tier + 1] != "write_back":
             through = rows[~residency.eviction.is_clean(rows, tier) & residency.eviction.is_wanted_below(rows, tier)]
             if len(through):
-                residency.start(residency.copying.down(through, tier, tier + 1, Priority.DEMOTION))
+                residency.start(self._write_through(through, tier))
         if residency.pressure(tier) > residency.config.mover.clean_pressure and not self._cleaning[tier]:
             self._cleaning[tier] = True
             residency.start(self._clean(tier))
+
+    async def _write_through(self, rows: Rows, tier: int) -> None:
+        """Copy pages of `tier` down. Those for which no slot is found are counted, once each, and follow when slots are free."""
+        residency, waiting = self._residency, self._without_slot[tier]
+        left = await residency.copying.down(rows, tier, tier + 1, Priority.DEMOTION)
+        if not len(left) and not waiting:
+            return
+        with residency.lock:
+            without = set(left.tolist())
+            for row in rows.tolist():
+                key = residency.table.key[row]
+                if row not in without:
+                    waiting.pop(row, None)
+                elif key is not None and waiting.get(row) != key:
+                    waiting[row] = key
+                    residency.metrics.tiers[tier + 1].refused[NO_SLOT] += 1
 
     def turned_away(self, transfer: Transfer) -> None:
         """The link of a transfer is full. Pages that must be written through follow when it is not. Lock held."""
@@ -97,27 +122,47 @@ class Housekeeping:
     async def _catch_up_where_behind(self) -> None:
         residency = self._residency
         with residency.lock:
-            for tier in self._behind:
-                if not self._catching_up[tier]:
+            for tier in range(residency.last):
+                has_room = self._without_slot[tier] and residency.tiers[tier + 1].free_slots
+                if (tier in self._behind or has_room) and not self._catching_up[tier]:
                     self._catching_up[tier] = True
                     residency.start(self._catch_up(tier))
 
     async def _catch_up(self, tier: int) -> None:
-        """Write through as many pages of `tier` as its link may have queued, prefixes first; the others another time."""
-        residency = self._residency
+        """Write through what found no slot below `tier`, as far as slots are free there now, and what found its link full."""
         try:
-            with residency.lock:
-                self._behind.discard(tier)
-                rows = residency.table.ready(tier)
-                rows = rows[residency.table.state[tier + 1][rows] == ABSENT]  # few of many: what follows takes longer, under the lock
-                due = rows[~residency.eviction.is_clean(rows, tier) & residency.eviction.is_wanted_below(rows, tier)]
-                most = max(1, residency.config.mover.queue_bytes // residency.layout.page_bytes)
-                if len(due) > most:
-                    self._behind.add(tier)
-            await residency.copying.down(due[:most], tier, tier + 1, Priority.DEMOTION)
+            await self._fill_free_slots(tier)
+            await self._use_the_link(tier)
         finally:
-            with residency.lock:
+            with self._residency.lock:
                 self._catching_up[tier] = False
+
+    async def _fill_free_slots(self, tier: int) -> None:
+        """Prefixes first. Nothing leaves for these pages, which nobody used since: what is there should be there, too."""
+        residency, table, waiting = self._residency, self._residency.table, self._without_slot[tier]
+        with residency.lock:
+            looked = list(islice(waiting.items(), min(residency.tiers[tier + 1].free_slots, LOOKED_AT_ONCE)))
+            rows = np.array([row for row, key in looked if table.key[row] == key], np.int64)
+            rows = rows[(table.state[tier][rows] == READY) & (table.state[tier + 1][rows] == ABSENT)]
+            due = rows[~residency.eviction.is_clean(rows, tier) & residency.eviction.is_wanted_below(rows, tier)]
+            for row in {row for row, _ in looked}.difference(due.tolist()):
+                del waiting[row]
+        await self._write_through(due, tier)
+
+    async def _use_the_link(self, tier: int) -> None:
+        """As many pages of `tier` as its link may have queued, prefixes first; the others another time."""
+        residency = self._residency
+        with residency.lock:
+            if tier not in self._behind:
+                return
+            self._behind.discard(tier)
+            rows = residency.table.ready(tier)
+            rows = rows[residency.table.state[tier + 1][rows] == ABSENT]  # few of many: what follows takes longer, under the lock
+            due = rows[~residency.eviction.is_clean(rows, tier) & residency.eviction.is_wanted_below(rows, tier)]
+            most = max(1, residency.config.mover.queue_bytes // residency.layout.page_bytes)
+            if len(due) > most:
+                self._behind.add(tier)
+        await self._write_through(due[:most], tier)
 
     async def _clean(self, tier: int) -> None:
         """Copy down the pages that would leave next, without dropping them, so that room can later be made at once."""
@@ -140,7 +185,7 @@ class Housekeeping:
         jobs = [
             RecurringJob("tidying the tiers", self._tidy),
             RecurringJob("moving pages between NUMA nodes", partial(move_between_nodes, self._residency)),
-            RecurringJob("writing through what found its link full", self._catch_up_where_behind),
+            RecurringJob("writing through what found its link full or no slot", self._catch_up_where_behind),
             RecurringJob("letting go what fell below the thresholds", self._clean_up_when_due),
         ]
         while True:
@@ -168,7 +213,7 @@ class Housekeeping:
                 if tier == residency.last and pressure <= residency.config.mover.clean_pressure:
                     continue
                 with residency.protecting(tier) as protected:
-                    expired = policy.expired(min(len(policy), EXPIRED_AT_ONCE), protected, residency.clock(), pressure)
+                    expired = policy.expired(min(len(policy), LOOKED_AT_ONCE), protected, residency.clock(), pressure)
                 if pressure <= residency.config.mover.clean_pressure:
                     expired = expired[residency.eviction.is_clean(expired, tier) | residency.eviction.is_wanted_below(expired, tier)]
                 policy.remove(expired)

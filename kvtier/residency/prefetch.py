@@ -64,6 +64,8 @@ class Prefetch:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until what there was room for is there, or given up; False on timeout."""
+        if self._residency.left_behind is not None:
+            self._residency.left_behind.refuse()
         return self._done.wait(timeout)
 
     async def run(self) -> None:

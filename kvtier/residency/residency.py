@@ -21,6 +21,7 @@ import numpy as np
 
 from kvtier.attention.store import DigestStore
 from kvtier.config import Config
+from kvtier.forked import LeftBehind
 from kvtier.keys import PageKey
 from kvtier.layout import PageLayout
 from kvtier.mover.mover import Mover
@@ -48,7 +49,9 @@ class Residency:
         self.config = config
         self.layout = layout
         self.clock = clock
-        self.lock = threading.RLock()
+        self.lock: threading.RLock | LeftBehind = threading.RLock()
+        self.left_behind: LeftBehind | None = None
+        """In a forked child, where nothing of this can be used."""
         self.device, self.tiers = open_tiers(config, layout, namespace)
         try:
             self._start(config, layout)
@@ -241,6 +244,11 @@ class Residency:
             left = None if end is None else max(0.0, end - time.monotonic())
             if wait(waiting, left).not_done:
                 raise TimeoutError(f"transfers were still under way after {timeout} s")
+
+    def after_fork_in_child(self) -> None:
+        """Whoever asks for the lock, or holds a lease, gets Closed from now on."""
+        self.lock = self.left_behind = LeftBehind("this cache")
+        self.mover.after_fork_in_child()
 
     def close(self, flush: bool) -> None:
         """Write down what should survive (if there is a disk), stop the mover, release the tiers."""

@@ -1,6 +1,7 @@
 """What a format may do to numbers: nothing if it is lossless, else no more than its subclass of the contract states.
 
-`FormatContract` is this and how a format is called (`formats.py`). Needs pytest and Hypothesis.
+`FormatContract` is this, how a format is called (`formats.py`) and what it may ask of memory (`format_memory.py`). Needs pytest and
+Hypothesis.
 """
 
 from __future__ import annotations

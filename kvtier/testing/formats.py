@@ -11,7 +11,6 @@ class TestMyFormat(FormatContract):
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,16 +22,12 @@ from hypothesis import strategies as st
 from kvtier.errors import LayoutError
 from kvtier.formats import Payload
 from kvtier.layout import PageLayout
-from kvtier.testing.format_numbers import FULL_SIZE, FormatNumbers, law, relative_error, same_bits, same_payloads
+from kvtier.testing.format_memory import FormatMemory
+from kvtier.testing.format_numbers import FULL_SIZE, law, same_bits, same_payloads
 from kvtier.testing.strategies import make_pages, pages
 
-GUARD = 0xA5
-"""What memory holds that must not be written."""
-_NO_ROWS: list[Any] = [np.array([0, 1]), torch.tensor([0, 1]), [0.0, 1.0], "01", 2]
-"""Of which none is a sequence of whole numbers."""
 
-
-class FormatContract(FormatNumbers):
+class FormatContract(FormatMemory):
     """Set `format_name`, or override `make_format`; for a lossy format state its errors: see `FormatNumbers`, which is part of this."""
 
     @law
@@ -111,38 +106,11 @@ class FormatContract(FormatNumbers):
 
     @law
     @given(st.data())
-    def test_strides_make_no_difference_beyond_rounding(self, data: st.DataObject) -> None:
-        format, layout = self.make_format(), data.draw(self.layouts())
-        batch = data.draw(pages(layout, kinds=("gaussian", "outlier channels")))
-        heads_first = batch.transpose(3, 4).contiguous().transpose(3, 4)
-        plain, strided = self.round_trip(batch, layout), self.round_trip(heads_first, layout)
-        assert relative_error(strided, plain) <= self.outlier_error / 4
-        assert format.lossless <= same_bits(strided, plain)
-
-    @law
-    @given(st.data())
     def test_rows_choose_the_pages_to_encode_and_their_order(self, data: st.DataObject) -> None:
         format, layout = self.make_format(), data.draw(self.layouts())
         batch = data.draw(pages(layout, kinds=("gaussian", "outlier channels")))
         rows = data.draw(st.lists(st.integers(0, len(batch) - 1), min_size=1, max_size=4))
         assert same_payloads(format.encode(batch, layout, rows), format.encode(batch[rows], layout))
-
-    @law
-    @given(st.data())
-    def test_encode_writes_its_payloads_into_out_and_nothing_else(self, data: st.DataObject) -> None:
-        format, layout = self.make_format(), data.draw(self.layouts())
-        batch = data.draw(pages(layout))
-        rows = data.draw(st.lists(st.integers(0, len(batch) - 1), max_size=4))
-        room = format.payload_bytes(layout) + data.draw(st.integers(0, 9))
-        memory = np.full((len(rows) + 1, room + 2), GUARD, np.uint8)
-        payloads = format.encode(batch, layout, rows, [row[1:-1] for row in memory])
-        assert same_payloads(payloads, format.encode(batch, layout, rows))
-        for payload, row in zip(payloads, memory, strict=False):
-            assert np.array_equal(row[1 : 1 + len(payload)], payload)
-            assert np.shares_memory(payload, row)
-            assert row[0] == GUARD
-            assert (row[1 + len(payload) :] == GUARD).all()
-        assert (memory[len(rows)] == GUARD).all()
 
     @law
     @given(st.data())
@@ -156,55 +124,6 @@ class FormatContract(FormatNumbers):
         payloads, digests = format.encode_with_digests(batch, layout, rows, out, first)
         assert same_payloads(payloads, format.encode(batch, layout, rows, None, first))
         assert digests == [xxhash.xxh3_128_digest(payload.data) for payload in payloads]
-
-    def test_out_that_cannot_take_the_payloads_is_refused_before_anything_is_written(self) -> None:
-        format, layout = self.make_format(), PageLayout(2, 2, 16, 2, self.head_dims[0])
-        batch, size = make_pages(layout, "gaussian", 2, seed=0), format.payload_bytes(layout)
-        good = np.full((2, size), GUARD, np.uint8)
-        read_only = np.full(size, GUARD, np.uint8)
-        read_only.flags.writeable = False
-        wrong = [np.zeros(size - 1, np.uint8), np.zeros(size, np.int8), np.zeros((size, 1), np.uint8), np.zeros(2 * size, np.uint8)[::2]]
-        for out in ([], [good[0]], *([good[0], each] for each in [*wrong, read_only])):
-            with pytest.raises(LayoutError, match="out"):
-                format.encode(batch, layout, out=out)
-        for rows in ([0, 2], [-1, 0], *_NO_ROWS):
-            with pytest.raises(LayoutError, match="rows"):
-                format.encode(batch, layout, rows, list(good))
-        assert (good == GUARD).all()
-
-    @law
-    @given(st.data())
-    def test_decode_writes_the_rows_and_layers_of_out_and_nothing_else(self, data: st.DataObject) -> None:
-        format, layout = self.make_format(), data.draw(self.layouts())
-        payloads = format.unpack(format.encode(data.draw(pages(layout)), layout), layout)
-        first = data.draw(st.integers(0, layout.layers - 1))
-        layers = slice(first, data.draw(st.integers(first, layout.layers)))
-        rows = data.draw(st.permutations(range(len(payloads) + 2)))[: len(payloads)]
-        pool = torch.full((len(payloads) + 2, layout.page_bytes), GUARD, dtype=torch.uint8).view(layout.torch_dtype).view(-1, *layout.shape)
-        expected = pool.clone()
-        expected[rows, layers] = format.decode(payloads, layout, layers)
-        out = pool[:, layers]
-        assert format.decode(payloads, layout, layers, out, rows) is out
-        assert same_bits(pool, expected)
-        expected[: len(payloads), layers] = format.decode(payloads, layout, layers)
-        format.decode(payloads, layout, layers, pool[:, layers])
-        assert same_bits(pool, expected)
-
-    def test_out_that_cannot_take_the_pages_is_refused_before_anything_is_written(self) -> None:
-        format, layout = self.make_format(), PageLayout(3, 2, 16, 2, self.head_dims[0])
-        payloads = format.unpack(format.encode(make_pages(layout, "gaussian", 2, seed=0), layout), layout)
-        guard = float(torch.full((2,), GUARD, dtype=torch.uint8).view(torch.bfloat16).float())
-        good = torch.full((4, *layout.shape), guard, dtype=torch.bfloat16)
-        strided = good.transpose(3, 4).contiguous().transpose(3, 4)
-        for out in (good.float(), good[:, :2], good[..., :-1], strided, good[:1], good.flatten(4), good.to("meta")):
-            with pytest.raises(LayoutError, match="decode"):
-                format.decode(payloads, layout, out=out)
-        for rows in ([0], [0, 1, 2], [0, 4], [-1, 0], [], *_NO_ROWS):
-            with pytest.raises(LayoutError, match="rows"):
-                format.decode(payloads, layout, out=good, rows=rows)
-        with pytest.raises(LayoutError, match="rows without out"):
-            format.decode(payloads, layout, rows=[0, 1])
-        assert bool((good == guard).all())
 
     @law
     @given(st.data())
@@ -248,16 +167,6 @@ class FormatContract(FormatNumbers):
             with pytest.raises(ValueError, match=r"."):
                 format.decode(format.unpack([*payloads[:-1], wrong], layout), layout)
 
-    def test_payloads_that_are_not_contiguous_are_refused(self) -> None:
-        format, layout = self.make_format(), PageLayout(2, 2, 16, 2, self.head_dims[0])
-        payload = format.encode(make_pages(layout, "gaussian", 1, seed=0), layout)[0]
-        unpacked = format.unpack([payload], layout)[0]
-        with pytest.raises(ValueError, match="expected contiguous"):
-            format.decode(format.unpack([_apart(payload)], layout), layout)
-        for out in (None, torch.empty((1, *layout.shape), dtype=layout.torch_dtype)):
-            with pytest.raises(ValueError, match="expected contiguous"):
-                format.decode([_apart(unpacked)], layout, out=out)
-
     @law
     @given(st.data())
     def test_damaged_payloads_are_refused_or_decode_to_some_page(self, data: st.DataObject) -> None:
@@ -276,11 +185,6 @@ class FormatContract(FormatNumbers):
     def test_equal_formats_compare_equal(self) -> None:
         assert self.make_format() == self.make_format()
         assert hash(self.make_format()) == hash(self.make_format())
-
-
-def _apart(payload: Payload) -> Payload:
-    """The same bytes, every second one in memory."""
-    return np.repeat(payload, 2)[::2]
 
 
 def _resized(payload: Payload) -> list[Payload]:

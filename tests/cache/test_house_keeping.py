@@ -1,5 +1,5 @@
 """Laws checked: a job of house-keeping that keeps failing holds up no other one, and its log grows with the logarithm of time; pages that
-should be written through and find their link full are written through later."""
+should be written through and find their link full, or no slot below, are written through later."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from kvtier.residency import housekeeping
 from kvtier.residency.housekeeping import MOST_REST_ROUNDS, RecurringJob
-from tests.cache.rig import counters, make_cache, put, run, tiers_of
+from tests.cache.rig import DEVICE, HOST, PAGE, counters, hold, make_cache, put, run, tiers_of
 
 
 def test_what_stays_broken_is_tried_ever_less_often_and_traced_once(caplog):
@@ -85,4 +85,71 @@ def test_pages_that_find_their_link_full_are_written_through_once_it_is_not(tmp_
         assert tiers_of(cache, run(1, 12)) == [{0, 1, 2}] * 12, "nobody used them again"
         assert counters(cache)["links"]["device->host"]["turned_away"] > 0
         cache.settle(20)
+        cache.check_integrity()
+
+
+def only_pinned_pages_in_host_memory(cache, tokens):
+    """Put a sequence that fills the host tier and may not leave it: it is nowhere else, and pinned."""
+    residency = cache._residency
+    put(cache, tokens)
+    cache.settle(20)
+    with residency.lock:
+        residency.eviction.clear(residency.table.rows_of(cache.lookup(tokens).keys), DEVICE)
+    cache.pin(cache.lookup(tokens), tier="host")
+    assert tiers_of(cache, tokens) == [{HOST}] * (len(tokens) // PAGE)
+
+
+def test_pages_that_find_no_slot_are_counted_once_and_written_through_as_far_as_slots_become_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(housekeeping, "TIDY_EVERY_S", 0.01)
+    with make_cache(tmp_path / "d", device_pages=16, host_pages=4, host__write_policy="write_through") as cache:
+        residency = cache._residency
+
+        def refused() -> dict[str, int]:
+            return dict(counters(cache)["tiers"]["host"]["refused"])
+
+        def after_some_time(wanted: list[set[int]]) -> list[set[int]]:
+            end = time.monotonic() + 20
+            while tiers_of(cache, run(2, 4)) != wanted and time.monotonic() < end:
+                time.sleep(0.01)
+            cache.settle(20)
+            return tiers_of(cache, run(2, 4))
+
+        only_pinned_pages_in_host_memory(cache, run(1, 4))
+        put(cache, run(2, 4))
+        cache.settle(20)
+        assert tiers_of(cache, run(2, 4)) == [{DEVICE}] * 4
+        assert refused() == {"no slot": 4}
+        hold(cache, run(2, 4)).release()
+        cache.settle(20)
+        assert refused() == {"no slot": 4}, "the same pages, which ask again"
+
+        pinned = residency.table.rows_of(cache.lookup(run(1, 4)).keys)
+        cache.unpin(cache.lookup(run(1, 4)))
+        for stay, come in ((2, 2), (0, 4)):
+            with residency.lock:
+                residency.eviction.clear(pinned[stay : stay + 2], HOST)
+            wanted = [{DEVICE, HOST}] * come + [{DEVICE}] * (4 - come)
+            assert after_some_time(wanted) == wanted, "as many as there is room for, prefixes first, and nobody used them again"
+        assert refused() == {"no slot": 4}
+        assert not residency.house._without_slot[DEVICE]
+        cache.check_integrity()
+
+
+def test_pages_that_wait_for_a_slot_and_leave_are_forgotten(monkeypatch):
+    monkeypatch.setattr(housekeeping, "TIDY_EVERY_S", 0.01)
+    with make_cache(device_pages=8, host_pages=4, host__write_policy="write_through") as cache:
+        only_pinned_pages_in_host_memory(cache, run(1, 4))
+        put(cache, run(2, 4))
+        cache.settle(20)
+        put(cache, run(3, 8))
+        cache.settle(20)
+        assert tiers_of(cache, run(2, 4)) == [set()] * 4, "out of the device for the next ones"
+        waiting, end = cache._residency.house._without_slot[DEVICE], time.monotonic() + 20
+        assert waiting
+        cache.unpin(cache.lookup(run(1, 4)))
+        cache.clear()
+        while waiting and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not waiting
+        assert counters(cache)["tiers"]["host"]["pages_in"] == 4
         cache.check_integrity()

@@ -22,7 +22,8 @@ def test_kv_of_another_shape_or_dtype_is_refused_before_anything_is_written():
     with make_cache() as cache:
         tokens = run(1, 2)
         good = kv_of(tokens)
-        for wrong in (good[:1], good[:, :1], good[:, :, :-1], good[..., :-1], good.to(torch.float16), good.double()):
+        inside_a_number = torch.frombuffer(bytearray(1) + good.numpy().tobytes(), dtype=good.dtype, offset=1).view(good.shape)
+        for wrong in (good[:1], good[:, :1], good[:, :, :-1], good[..., :-1], good.to(torch.float16), good.double(), inside_a_number):
             with pytest.raises(LayoutError, match="kv"):
                 cache.put(tokens, wrong)
             with cache.begin() as lease, pytest.raises(LayoutError):

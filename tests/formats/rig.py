@@ -10,7 +10,7 @@ import torch
 
 from kvtier.formats import BLOCK_CODECS, native
 from kvtier.formats.bits import plane_bytes, unpack, unpack_planes
-from kvtier.formats.blocks import BlockShape
+from kvtier.formats.codec import BlockShape
 from kvtier.formats.levels import LEVELS2, LEVELS3, LEVELS4
 from kvtier.layout import PageLayout
 

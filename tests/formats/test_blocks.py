@@ -10,6 +10,7 @@ from kvtier.errors import LayoutError
 from kvtier.format_spec import parse_format
 from kvtier.formats import BLOCK_CODECS, FORMAT_NAMES, BlockFormat, get_format
 from kvtier.formats import blocks as blocks_module
+from kvtier.formats import places as places_module
 from kvtier.layout import PageLayout
 from kvtier.testing.strategies import make_pages
 
@@ -20,7 +21,7 @@ LOSSY = [name for name in FORMAT_NAMES if name != "raw"]
 @pytest.fixture
 def reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Formats made by the test itself compute with torch, whatever kernels there are."""
-    monkeypatch.setattr(blocks_module, "native_codecs", lambda: None)
+    monkeypatch.setattr(places_module, "native_codecs", lambda: None)
 
 
 def block_format(name: str) -> BlockFormat:

@@ -17,6 +17,11 @@ from tests.formats.rig import GUARD, decode, encode, needs_native, plan_of, usua
 pytestmark = pytest.mark.timeout(120)
 
 
+def at_an_odd_address(pages: torch.Tensor) -> torch.Tensor:
+    memory = bytearray(1) + bytes(pages.flatten().view(torch.uint8).numpy())
+    return torch.frombuffer(memory, dtype=pages.dtype, offset=1).view(pages.shape)
+
+
 @needs_native
 class TestTheExtension:
     LAYOUT = PageLayout(2, 2, 16, 2, 64, "bf16")
@@ -124,6 +129,7 @@ class TestTheExtension:
             pytest.param(lambda pages, room: (torch.nn.Parameter(pages), room), id="subclass"),
             pytest.param(lambda pages, room: (pages.to("meta"), room), id="device"),
             pytest.param(lambda pages, room: (pages.to_sparse(), room), id="sparse"),
+            pytest.param(lambda pages, room: (at_an_odd_address(pages), room), id="address"),
             pytest.param(lambda pages, room: ("pages", room), id="no tensor"),
             pytest.param(lambda pages, room: (pages, tuple(room)), id="no list"),
             pytest.param(lambda pages, room: (pages, [*room[:2], room[2][:-1]]), id="room"),

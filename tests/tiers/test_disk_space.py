@@ -59,7 +59,7 @@ def test_a_slot_that_is_reserved_again_before_tidy_is_not_punched(tmp_path):
 
 
 def test_segments_are_created_in_order_when_needed(tmp_path, monkeypatch):
-    monkeypatch.setattr("kvtier.tiers.disk.store._SEGMENT_BYTES", 4 * SLOT)
+    monkeypatch.setattr("kvtier.tiers.disk.opening.SEGMENT_BYTES", 4 * SLOT)
     tier = open_disk(tmp_path)
 
     def names() -> list[str]:

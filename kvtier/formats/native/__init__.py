@@ -22,7 +22,8 @@ CPU_VARIABLE = "KVTIER_CPU"
 
 
 Expected = tuple[type, object, object]
-"""The type of a tensor, what it has for DLPack's exchange in C (`__dlpack_c_exchange_api__`) and its `is_neg`."""
+"""The type of a tensor, what it has for DLPack's exchange in C (`__dlpack_c_exchange_api__`), and what tells of one whether there is more
+to it than its memory (such as its `is_neg`), asked last."""
 
 
 class Arrivals(Protocol):

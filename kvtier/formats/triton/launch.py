@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
-from kvtier.formats.blocks import BlockFormat, BlockShape, Place
+from kvtier.formats.blocks import BlockFormat
+from kvtier.formats.codec import BlockShape
 from kvtier.formats.fp8 import E4M3_MAX, FP8
 from kvtier.formats.hadamard import block_size, unrotate_factor
 from kvtier.formats.numbers import FP16_MAX
 from kvtier.formats.paged import PagedKV
+from kvtier.formats.places import Place
 from kvtier.formats.q4 import Q4, mantissa_steps, step_values
 from kvtier.formats.q8 import LARGEST_CODE, Q8
 from kvtier.formats.raw import Raw

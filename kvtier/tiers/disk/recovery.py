@@ -1,6 +1,7 @@
 """Reading a store back after a restart: which records of the segment files are copies, and which are debris.
 
-`survey` does I/O and decides nothing but validity, several segments at once; `select` is pure and decides what is kept.
+`find_copies` is the whole: `survey` does I/O and decides nothing but validity, several segments at once; `select` is pure and decides what
+is kept.
 """
 
 from __future__ import annotations
@@ -35,6 +36,36 @@ class Survey:
         self.valid += other.valid
         self.debris += other.debris
         self.reasons += other.reasons
+
+
+@dataclass
+class Copies:
+    """What a store comes back with: records `kept` and `stale` slots to be erased, of so many `slots`, and why others were discarded."""
+
+    kept: list[tuple[int, record.Header]]
+    stale: list[int]
+    slots: int
+    last_sequence: int
+    reasons: Counter[str]
+
+
+def find_copies(
+    segments: Segments, check: Callable[[record.Header], str | None], trusted_sequence: int | None, capacity_bytes: int, slot_bytes: int
+) -> Copies:
+    """What is kept of all segment files within the capacity; files that reach beyond are cut. OSError if one cannot be read."""
+    found = survey(segments, check, trusted_sequence)
+    slots = found.slots if segments.punches else min(found.slots, capacity_bytes // slot_bytes)
+    within = [(slot, header) for slot, header in found.valid if slot < slots]
+    found.reasons["capacity"] += len(found.valid) - len(within)
+
+    def cost_bytes(header: record.Header) -> int:
+        return record.record_bytes(header.payload_bytes) if segments.punches else slot_bytes
+
+    kept, dropped, reasons = select(within, capacity_bytes, cost_bytes)
+    if slots < found.slots:
+        segments.cut(slots)
+    stale = sorted({*dropped, *(slot for slot in found.debris if slot < slots)})
+    return Copies(kept, stale, slots, found.last_sequence, found.reasons + reasons)
 
 
 def survey(segments: Segments, check: Callable[[record.Header], str | None], trusted_sequence: int | None) -> Survey:

@@ -1,8 +1,8 @@
 """The disk tier itself: carries records between memory and segment files, and brings a store back after a restart.
 
-Bookkeeping (`reserve`, `free`) is in `SlotBook` with a lock of its own, the sides are `RecordReader` and `RecordWriter`. `store`, `load`,
-`tidy` and `checkpoint` may run in several threads at once, each slot in one of them; `_lock` guards what says which of them run and is
-never held across I/O. `recover` and `close` are called once, by the owner.
+Bookkeeping (`reserve`, `free`) is in `SlotBook` with a lock of its own, the sides are `RecordReader` and `RecordWriter`, how it comes back
+is in `opening.py` and `recovery.py`. `store`, `load`, `tidy` and `checkpoint` may run in several threads at once, each slot in one of them;
+`Calls` knows how many run. `recover` and `close` are called once, by the owner.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -22,29 +20,28 @@ import torch
 from numpy.typing import NDArray
 
 from kvtier.cuda.surface import Accelerator
-from kvtier.errors import ConfigError, DeviceError, StoreError
+from kvtier.errors import ConfigError, StoreError
+from kvtier.forked import tell_children
 from kvtier.formats.base import Format, Payload
 from kvtier.io.files import Bytes, FileEngine
 from kvtier.io.pooled import DEPTH
-from kvtier.io.probe import Chosen, EngineChoice, choose_engine, existing_part
 from kvtier.keys import PageKey
 from kvtier.layout import PageLayout
 from kvtier.tiers.base import FinishStore, Loaded, PageId, Placed, Refused, Tier
 from kvtier.tiers.disk import record
-from kvtier.tiers.disk.direct import DirectRecords, check_direct, find_reader
-from kvtier.tiers.disk.directory import Description, StoreDirectory, reopened
+from kvtier.tiers.disk.calls import Calls
+from kvtier.tiers.disk.checkpoints import Checkpoints
+from kvtier.tiers.disk.direct import DirectRecords
+from kvtier.tiers.disk.opening import DiskEngine, open_directory, open_engine
 from kvtier.tiers.disk.reading import RecordReader
-from kvtier.tiers.disk.recovery import Survey, select, survey, trim
+from kvtier.tiers.disk.recovery import find_copies, trim
 from kvtier.tiers.disk.segments import Segments
 from kvtier.tiers.disk.slots import SlotBook
 from kvtier.tiers.disk.tidying import Tally, Tidier
 from kvtier.tiers.disk.writer import RecordWriter
 
 Durability = Literal["process", "power"]
-DiskEngine = EngineChoice | Literal["gds"]
 
-_SEGMENT_BYTES = 256 << 20
-_MOST_SEGMENTS = 256
 _log = logging.getLogger(__name__)
 
 
@@ -64,7 +61,8 @@ class DiskTier(Tier):
     read straight into the memory of `gpu` (`reading_directly`).
 
     Raises ConfigError (path, capacity or engine impossible), StoreLocked, LayoutError (store of another layout), StoreError (foreign,
-    damaged, newer, or of another format or namespace). Nothing new is left there then, and what was there stays.
+    damaged, newer, or of another format or namespace). Nothing new is left there then, and what was there stays. In a forked child the tier
+    is closed; the store stays the parent's.
     """
 
     name = "disk"
@@ -95,37 +93,22 @@ class DiskTier(Tier):
             needed = f"one {format.name} page of this layout takes {self.slot_bytes} bytes on disk"
             raise ConfigError(f"disk.capacity_bytes is {capacity_bytes}, but {needed}; raise it")
 
-        self._lock = threading.Lock()
-        self._quiet = threading.Condition(self._lock)
-        self._running = 0
-        self._closed = False
-        self._checkpointing = False
+        self._calls = Calls()
         self._tally = Tally()
         self.counters = self._tally.counts
         """Records "recovered", "discarded: <reason>", "read directly", "not proven directly", slots "tidied"; failures
         "disk full", "io errors", "refused: <reason>"."""
 
-        reader = None
-        if engine == "gds":
-            check_direct(format, layout)
-            try:
-                reader, engine = find_reader(gpu, existing_part(Path(path)), depth), "direct"
-            except DeviceError as error:
-                raise ConfigError(f"disk.io_engine is gds, but {error}; use auto") from error
-        chosen = choose_engine(existing_part(Path(path)), engine, depth, cpus) if isinstance(engine, str) else Chosen(engine)
+        chosen, reader = open_engine(Path(path), layout, format, engine, depth, cpus, gpu)
         self._instead = chosen.instead
         try:
-            self._directory = StoreDirectory(Path(path))
-            try:
-                self._description, self._was_clean = self._open(namespace)
-            except BaseException:
-                self._directory.give_up()
-                raise
+            opened = open_directory(Path(path), layout, format, namespace, self.slot_bytes, capacity_bytes)
         except BaseException:
             chosen.engine.stop()
             raise
-        self._segments = Segments(self._directory, chosen.engine, self._description.segment_slots, self.slot_bytes)
-        sizes = (self._description.segment_slots, self.slot_bytes, depth)
+        self._directory, self._was_clean, description = opened.directory, opened.was_clean, opened.description
+        self._segments = Segments(self._directory, chosen.engine, description.segment_slots, self.slot_bytes)
+        sizes = (description.segment_slots, self.slot_bytes, depth)
         self._direct = DirectRecords(reader, self._directory, *sizes) if reader is not None else None
         self._recovered = not self._segments.numbers()
         if not self.refunds:
@@ -135,23 +118,15 @@ class DiskTier(Tier):
         self._book = SlotBook(self.slot_bytes, capacity_bytes, self._segments.punches, clock)
         owned = (str(self._directory.path), self._segments, self._book)
         self._tidier = Tidier(*owned, self._tally)
-        self._reader = RecordReader(self._operation, self._segments, self._book, self._tally, layout, format, decoders)
-        first = self._description.synced_sequence + 1
-        self._writer = RecordWriter(*owned, self._tidier, self._tally, layout, format, first, durability == "power")
+        self._reader = RecordReader(self._calls.one, self._segments, self._book, self._tally, layout, format, decoders)
+        first = description.synced_sequence + 1
+        self._writer = writer = RecordWriter(*owned, self._tidier, self._tally, layout, format, first, durability == "power")
+        self._checkpoints = Checkpoints(self._directory, self._segments, description, self._tally, lambda: writer.finished_sequence)
+        tell_children(self)
 
-    def _open(self, namespace: bytes) -> tuple[Description, bool]:
-        """The description now on disk, marked as in use, and whether the store had been closed in order."""
-        segment_bytes = max(_SEGMENT_BYTES, self.capacity_bytes // _MOST_SEGMENTS)
-        segment_slots = max(1, segment_bytes // self.slot_bytes)
-        wanted = Description(self.layout, self.format.name, namespace.hex(), self.slot_bytes, segment_slots, self.capacity_bytes)
-        found = self._directory.describe(wanted)
-        self._directory.check_space(self.capacity_bytes, found.capacity_bytes if found is not None else 0)
-        description = reopened(found or wanted, self.capacity_bytes)
-        try:
-            self._directory.write(description)
-        except OSError as error:
-            raise StoreError(f"disk store {self._directory.path}: cannot write its description: {error.strerror}") from error
-        return description, found is None or found.clean
+    def after_fork_in_child(self) -> None:
+        """Closed from now on; the store stays the parent's."""
+        self._calls.after_fork_in_child()
 
     @property
     def bytes_used(self) -> int:
@@ -172,14 +147,14 @@ class DiskTier(Tier):
 
     @property
     def free_slots(self) -> int:
-        return self._book.free_slots if self._recovered and not self._closed else 0
+        return self._book.free_slots if self._recovered and not self._calls.closed else 0
 
     @property
     def capacity_slots(self) -> int:
         return self._book.usable_bytes // self.slot_bytes
 
     def reserve(self, count: int) -> list[int] | None:
-        if not self._recovered or self._closed:
+        if not self._recovered or self._calls.closed:
             return None
         return self._book.reserve(count)
 
@@ -204,7 +179,7 @@ class DiskTier(Tier):
     ) -> FinishStore:
         self._book.check_held(slots)
         with contextlib.ExitStack() as stack:
-            if not stack.enter_context(self._operation()):
+            if not stack.enter_context(self._calls.one()):
                 return lambda: [Refused("closed")] * len(slots)
             if not len(slots) == len(pages) == len(payloads) == len(slots if digests is None else digests):
                 raise ValueError(f"{len(slots)} slots, {len(pages)} pages and {len(payloads)} payloads; expected as many of each")
@@ -252,7 +227,7 @@ class DiskTier(Tier):
 
         None where `reads_directly` says no, and once the tier was closed.
         """
-        with self._operation() as open_:
+        with self._calls.one() as open_:
             yield self._direct if open_ else None
 
     def stored_bytes(self, slots: Sequence[int]) -> list[int]:
@@ -278,29 +253,26 @@ class DiskTier(Tier):
         """
         if self._recovered:
             return iter(())
-        found = self._survey()
-        most_slots = found.slots if self._segments.punches else min(found.slots, self.capacity_bytes // self.slot_bytes)
-        within = [(slot, header) for slot, header in found.valid if slot < most_slots]
-        found.reasons["capacity"] += len(found.valid) - len(within)
-        kept, dropped, reasons = select(within, self.capacity_bytes, self._cost_bytes)
-        stale = sorted({*dropped, *(slot for slot in found.debris if slot < most_slots)})
-        if most_slots < found.slots:
-            self._segments.cut(most_slots)
-        self._book.adopt(most_slots, {slot: record.record_bytes(header.payload_bytes) for slot, header in kept}, stale)
+        trusted = None if self._was_clean else self._checkpoints.description.synced_sequence
+        try:
+            found = find_copies(self._segments, self._reader.fault, trusted, self.capacity_bytes, self.slot_bytes)
+        except OSError as error:
+            raise StoreError(f"disk store {self._directory.path}: cannot read its segments: {error.strerror}") from error
+        self._book.adopt(found.slots, {slot: record.record_bytes(header.payload_bytes) for slot, header in found.kept}, found.stale)
         self._writer.next_sequence = max(self._writer.next_sequence, found.last_sequence + 1)
-        self._tally.add("recovered", len(kept))
-        for reason, count in (found.reasons + reasons).items():
+        self._tally.add("recovered", len(found.kept))
+        for reason, count in found.reasons.items():
             self._tally.add(f"discarded: {reason}", count)
         self._recovered = True
         self.tidy()
         if not self._was_clean:
-            self._trim(kept)
-        kept.sort(key=lambda item: (item[1].page.depth, item[1].sequence))
-        return iter([(slot, header.page) for slot, header in kept])
+            self._trim(found.kept)
+        found.kept.sort(key=lambda item: (item[1].page.depth, item[1].sequence))
+        return iter([(slot, header.page) for slot, header in found.kept])
 
     def tidy(self) -> int:
         """Erase freed copies from the disk; returns how many. For a worker thread; safe beside every other call."""
-        with self._operation() as open_:
+        with self._calls.one() as open_:
             return self._tidier.tidy() if open_ else 0
 
     def checkpoint(self) -> bool:
@@ -308,15 +280,8 @@ class DiskTier(Tier):
 
         For a worker thread; safe beside every other call.
         """
-        with self._operation() as open_:
-            with self._lock:
-                if not open_ or self._checkpointing:
-                    return False
-                self._checkpointing = True
-            try:
-                return self._checkpoint(clean=False)
-            finally:
-                self._checkpointing = False
+        with self._calls.one() as open_:
+            return open_ and self._checkpoints.make()
 
     def check_integrity(self) -> None:
         self._book.check_integrity()
@@ -340,20 +305,18 @@ class DiskTier(Tier):
             "free_slots": self.free_slots,
             "pending_slots": self._book.pending,
             "segments": len(self._segments),
-            "synced_sequence": self._description.synced_sequence,
+            "synced_sequence": self._checkpoints.description.synced_sequence,
             "counters": self._tally.copy(),
         }
 
     def close(self) -> None:
         """Wait for running calls, tidy, sync, mark the store clean, unlock. Later stores and loads are refused."""
-        if self._closed:
+        if self._calls.closed:
             return
         self.tidy()
-        with self._quiet:
-            self._closed = True
-            self._quiet.wait_for(lambda: self._running == 0)
+        self._calls.close()
         if self._recovered:
-            self._checkpoint(clean=self._book.pending == 0)
+            self._checkpoints.write(clean=self._book.pending == 0)
         self._writer.stop()
         self._segments.close()
         if self._direct is not None:
@@ -361,48 +324,9 @@ class DiskTier(Tier):
         self._segments.engine.stop()
         self._directory.close()
 
-    @contextlib.contextmanager
-    def _operation(self) -> Iterator[bool]:
-        """Keeps `close` from taking the files away; yields False if it already has."""
-        with self._lock:
-            open_ = not self._closed
-            self._running += open_
-        try:
-            yield open_
-        finally:
-            with self._quiet:
-                self._running -= open_
-                self._quiet.notify_all()
-
-    def _cost_bytes(self, header: record.Header) -> int:
-        return record.record_bytes(header.payload_bytes) if self._segments.punches else self.slot_bytes
-
-    def _survey(self) -> Survey:
-        """All segment files. StoreError if one cannot be read."""
-        try:
-            return survey(self._segments, self._reader.fault, None if self._was_clean else self._description.synced_sequence)
-        except OSError as error:
-            raise StoreError(f"disk store {self._directory.path}: cannot read its segments: {error.strerror}") from error
-
     def _trim(self, kept: Sequence[tuple[int, record.Header]]) -> None:
         try:
             trim(self._segments, kept)
         except OSError as error:
             self._tally.add("io errors")
             _log.warning("disk store %s: cannot give back blocks behind its records: %s", self._directory.path, error)
-
-    def _checkpoint(self, clean: bool) -> bool:
-        synced = self._writer.finished_sequence
-        dirty = self._segments.take_dirty()
-        try:
-            for segment in sorted(dirty):
-                self._segments.sync(segment)
-            description = replace(self._description, synced_sequence=synced, clean=clean)
-            self._directory.write(description)
-        except OSError as error:
-            self._segments.mark_dirty(dirty)
-            self._tally.add("io errors")
-            _log.warning("disk store %s: checkpoint failed: %s", self._directory.path, error)
-            return False
-        self._description = description
-        return True
