@@ -26,7 +26,7 @@ def test_tiny_run_reports_every_row(tmp_path):
     rows = {row["name"]: row for row in json.loads(target.read_text())["rows"]}
     for name in ("q8", "q4", "q8/q4"):
         for what in ("encode", "decode"):
-            for suffix in ("", ".2threads", ".2threads.copy", ".1page", ".1page.cold", ".torch"):
+            for suffix in ("", ".2threads", ".2threads.copy", ".2threads.compute", ".1page", ".1page.cold", ".torch"):
                 assert rows[f"{name}.{what}{suffix}"]["ratio"] > 0
         assert {f"{name}.encode+checksum{suffix}" for suffix in ("", ".share", ".1page", ".1page.cold")} <= rows.keys()
         assert f"{name}.checksum" in rows
