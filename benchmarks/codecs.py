@@ -3,8 +3,9 @@
 Rows: `q8.encode`, `q8.decode`, ... in GB/s of the page's own bf16 bytes, one thread, over a working set far larger than the caches, through
 the formats as tiers use them (native kernels where they are built). The ceiling is a copy of the same bytes in the same rounds.
 `.2threads`: two threads at once, beside twice one thread; `.2threads.copy`: the same beside the copy of two threads, which is what the
-memory can do. `threads.compute` and `threads.copy`, once for all formats: how many times as fast as one thread two are at what no memory
-slows down (encoding one page in the cache again and again) and at copying: the most that this machine's CPUs and memory give.
+memory can do; `.2threads.compute`: the same beside one thread times what two CPUs gain where no memory slows them down (encoding one page
+in the cache again and again). All in the same rounds. `threads.compute` and `threads.copy`, once for all formats: how many times as fast
+as one thread two are at either, the most that this machine's CPUs and memory give.
 `.1page`: microseconds for one page of 64 KiB that is in the cache, beside its copy; less is better. `.1page.cold`: the same
 for pages that are not. Formats that name a layer which so small a page has not are without both. `.torch`: the torch reference, of
 formats without byte stage, which is the same with and without torch. `q8.encode+checksum`: encoded, each payload digested (xxh3-128) as
@@ -42,6 +43,8 @@ SMALL = PageLayout(layers=4, planes=2, page_tokens=16, kv_heads=4, head_dim=64, 
 """A page of 64 KiB."""
 HASHED_TOGETHER = 8
 """Pages of each call with or without digests: few, so that what the machine does meanwhile meets both."""
+LINE_BYTES = 64
+"""Payloads begin at multiples of it, as the slots of host memory do."""
 COLD_BYTES = 64 << 20
 """So many bytes of small pages, one after the other, are in no cache when their turn comes again."""
 TORCH_BYTES = 16 << 20
@@ -49,6 +52,7 @@ TORCH_BYTES = 16 << 20
 SPARE_BYTES = 8 * TORCH_BYTES
 """Beside pages and payloads: what torch holds meanwhile, pages in float32 among it."""
 FORMATS = ("q8", "q4", "q6", "q3", "q8_0", "q4_0")
+Work = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -122,11 +126,12 @@ def measure(run: Run, layout: str = "smollm2", formats: Sequence[str] = FORMATS,
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        run.expect(5 * len(formats) + 1)
+        run.expect(4 * len(formats) + 1)
         pages = make_pages(chosen, count)
         target = torch.zeros_like(pages)
-        rows = [row for name in formats for row in _rows_of(run, name, chosen, pages, target)]
-        return rows + _two_threads_at_best(run, _bench(formats[0], chosen, pages, target))
+        computing = _computing(run)
+        rows = [row for name in formats for row in _rows_of(run, name, chosen, pages, target, computing)]
+        return rows + _two_threads_at_best(run, computing, _bench(formats[0], chosen, pages, target))
     finally:
         torch.set_num_threads(threads)
 
@@ -162,26 +167,24 @@ def make_pages(layout: PageLayout, count: int) -> torch.Tensor:
     return pages.to(layout.torch_dtype)[torch.arange(count) % few]
 
 
-def _rows_of(run: Run, name: str, layout: PageLayout, pages: torch.Tensor, target: torch.Tensor) -> list[Row]:
+def _rows_of(run: Run, name: str, layout: PageLayout, pages: torch.Tensor, target: torch.Tensor, computing: Sequence[Work]) -> list[Row]:
     bench = _bench(name, layout, pages, target)
     count = pages.numel() * pages.element_size()
     rows = []
-    run.step(f"{name} encode and decode")
-    copy, encode, decode = side_by_side([bench.copy, bench.encode, bench.decode], run.repeats)
-    for what, seconds in (("encode", encode), ("decode", decode)):
-        rows.append(Row(f"{name}.{what}", count / seconds / 1e9, "GB/s", count / copy / 1e9))
-    run.step(f"{name} on two threads")
-    works = [_on_two_threads(bench, what) for what in ("encode", "decode", "copy")]
-    *coded, copies = side_by_side(works, run.repeats)
-    for what, both, one in zip(("encode", "decode"), coded, (encode, decode), strict=True):
-        rows.append(Row(f"{name}.{what}.2threads", count / both / 1e9, "GB/s", 2 * count / one / 1e9))
-        rows.append(Row(f"{name}.{what}.2threads.copy", count / both / 1e9, "GB/s", count / copies / 1e9))
+    run.step(f"{name} on one thread and on two")
+    works = [bench.encode, bench.decode, bench.copy, *(_on_two_threads(bench, what) for what in ("encode", "decode", "copy")), *computing]
+    encode, decode, copy, encodes, decodes, copies, alone, together = side_by_side(works, run.repeats)
+    for what, one in (("encode", encode), ("decode", decode)):
+        rows.append(Row(f"{name}.{what}", count / one / 1e9, "GB/s", count / copy / 1e9))
+    for what, one, both in (("encode", encode, encodes), ("decode", decode, decodes)):
+        ceilings = {"": 2 * count / one, ".copy": count / copies, ".compute": 2 * alone / together * count / one}
+        rows += [Row(f"{name}.{what}.2threads{kind}", count / both / 1e9, "GB/s", most / 1e9) for kind, most in ceilings.items()]
     run.step(f"{name} and checksum")
-    hashed, alone = side_by_side([bench.encode_and_hash, bench.hash], run.repeats)
+    hashed, hashes = side_by_side([bench.encode_and_hash, bench.hash], run.repeats)
     share = statistics.median(bench.share_of_hash(turn) for turn in range(run.repeats))
     rows.append(Row(f"{name}.encode+checksum", count / hashed / 1e9, "GB/s", count / copy / 1e9))
     rows.append(Row(f"{name}.encode+checksum.share", share, "of the time"))
-    rows.append(Row(f"{name}.checksum", sum(map(len, bench.payloads)) / alone / 1e9, "GB/s of payload"))
+    rows.append(Row(f"{name}.checksum", sum(map(len, bench.payloads)) / hashes / 1e9, "GB/s of payload"))
     run.step(f"{name} of one page")
     rows += _one_page(run, name)
     run.step(f"{name} in torch")
@@ -190,11 +193,18 @@ def _rows_of(run: Run, name: str, layout: PageLayout, pages: torch.Tensor, targe
 
 def _bench(name: str, layout: PageLayout, pages: torch.Tensor, target: torch.Tensor) -> Bench:
     format = get_format(name)
-    room = list(np.zeros((len(pages), format.payload_bytes(layout)), np.uint8))
+    room = _room(len(pages), format.payload_bytes(layout))
     return Bench(layout, format, pages, room, format.encode(pages, layout, out=room), target)
 
 
-def _on_two_threads(bench: Bench, what: str) -> Callable[[], object]:
+def _room(count: int, payload_bytes: int) -> list[Payload]:
+    stride = -(-payload_bytes // LINE_BYTES) * LINE_BYTES
+    memory = np.zeros(count * stride + LINE_BYTES, np.uint8)
+    first = -memory.ctypes.data % LINE_BYTES
+    return list(memory[first : first + count * stride].reshape(count, stride)[:, :payload_bytes])
+
+
+def _on_two_threads(bench: Bench, what: str) -> Work:
     half = len(bench.pages) // 2
     parts = [bench.part(0, half), bench.part(half, len(bench.pages))]
 
@@ -206,9 +216,9 @@ def _on_two_threads(bench: Bench, what: str) -> Callable[[], object]:
     return work
 
 
-def _two_threads_at_best(run: Run, bench: Bench) -> list[Row]:
-    """How many times as fast as one thread two are; each codes its own page, which stays in its CPU's cache, in one call without the
-    interpreter's lock."""
+def _computing(run: Run) -> list[Work]:
+    """What one thread computes, and as much on each of two at once: each codes its own page, which stays in its CPU's cache, in one call
+    without the interpreter's lock."""
     times = 4 if run.tiny else 2000
     pages = make_pages(SMALL, 2)
     small = [_bench("q8", SMALL, pages, pages).part(row, row + 1) for row in range(2)]
@@ -221,8 +231,13 @@ def _two_threads_at_best(run: Run, bench: Bench) -> list[Row]:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(compute, range(2)))
 
+    return [partial(compute, 0), both]
+
+
+def _two_threads_at_best(run: Run, computing: Sequence[Work], bench: Bench) -> list[Row]:
+    """How many times as fast as one thread two are."""
     run.step("two threads at best")
-    alone, together, copy, copies = side_by_side([lambda: compute(0), both, bench.copy, _on_two_threads(bench, "copy")], run.repeats)
+    alone, together, copy, copies = side_by_side([*computing, bench.copy, _on_two_threads(bench, "copy")], run.repeats)
     return [Row("threads.compute", 2 * alone / together, "x", 2.0), Row("threads.copy", copy / copies, "x", 2.0)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def test_tiny_run_reports_every_row(tmp_path):
     rows = {row["name"]: row for row in json.loads(target.read_text())["rows"]}
     for name in ("q8", "q4", "q8/q4"):
         for what in ("encode", "decode"):
-            for suffix in ("", ".2threads", ".2threads.copy", ".1page", ".1page.cold", ".torch"):
+            for suffix in ("", ".2threads", ".2threads.copy", ".2threads.compute", ".1page", ".1page.cold", ".torch"):
                 assert rows[f"{name}.{what}{suffix}"]["ratio"] > 0
         assert {f"{name}.encode+checksum{suffix}" for suffix in ("", ".share", ".1page", ".1page.cold")} <= rows.keys()
         assert f"{name}.checksum" in rows
@@ -88,3 +89,9 @@ def test_memory_is_asked_for_before_any_is_taken(monkeypatch):
     monkeypatch.setattr(codecs, "make_pages", lambda *_: pytest.fail("memory was taken"))
     with pytest.raises(KVTierError, match="268435456 can be had"):
         codecs.measure(Run(1))
+
+
+def test_payloads_lie_as_the_slots_of_host_memory_do():
+    room = codecs._room(3, 100)
+    assert [(place.ctypes.data % codecs.LINE_BYTES, place.size) for place in room] == [(0, 100)] * 3
+    assert {after.ctypes.data - place.ctypes.data for place, after in pairwise(room)} == {2 * codecs.LINE_BYTES}

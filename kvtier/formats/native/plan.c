@@ -3,14 +3,28 @@
 
 #include <string.h>
 
-enum { HEAD_BYTES = 32, ENTRY_BYTES = 16 };
+enum { HEAD_BYTES = 32 };
 
-static const char *check_entry(const Plan *plan, int layer, int plane) {
-    const Entry entry = plan_entry(plan, layer, plane);
+/* `sizes`: bytes of blocks by codec and whether they hold keys, once they are known. Most blocks of a plan are alike. */
+static const char *check_entry(const Plan *plan, Entry entry, size_t sizes[CODECS][2]) {
     if (entry.codec < 0 || entry.codec >= CODECS) return "plan: unknown codec; expected 0 raw, 1 q8, 2 q6, 3 q4, 4 q3, 5 q8_0 or 6 q4_0";
-    if (!codec_supported(entry.codec, &entry.shape)) return "plan: no kernels for this codec and head_dim; ask supports() first";
-    const size_t size = coded_bytes(entry.codec, &entry.shape);
-    if (entry.offset > plan->payload_bytes || size > plan->payload_bytes - entry.offset) return "plan: a block lies outside the payload";
+    size_t *const size = &sizes[entry.codec][entry.shape.keys];
+    if (*size == 0) {
+        if (!codec_supported(entry.codec, &entry.shape)) return "plan: no kernels for this codec and head_dim; ask supports() first";
+        *size = coded_bytes(entry.codec, &entry.shape);
+    }
+    if (entry.offset > plan->payload_bytes || *size > plan->payload_bytes - entry.offset) return "plan: a block lies outside the payload";
+    return NULL;
+}
+
+static const char *check_entries(const Plan *plan) {
+    size_t sizes[CODECS][2] = {{0}};
+    for (int layer = 0; layer < plan->layers; layer++) {
+        for (int plane = 0; plane < plan->planes; plane++) {
+            const char *error = check_entry(plan, plan_entry(plan, layer, plane), sizes);
+            if (error) return error;
+        }
+    }
     return NULL;
 }
 
@@ -26,31 +40,13 @@ const char *plan_open(Plan *plan, const void *bytes, size_t size) {
     if (plan->planes < 1 || plan->planes > 2) return "plan: expected 1 or 2 planes";
     if (!shape_supported(&plan->shape)) return "plan: no kernels for this block shape; ask supports() first";
     const size_t entries = (size_t)plan->layers * plan->planes;
-    if ((size_t)head[6] != entries || size != HEAD_BYTES + entries * ENTRY_BYTES + sizeof payload_bytes) {
+    if ((size_t)head[6] != entries || size != HEAD_BYTES + entries * PLAN_ENTRY_BYTES + sizeof payload_bytes) {
         return "plan: the number of blocks differs from layers * planes";
     }
     plan->entries = (const unsigned char *)bytes + HEAD_BYTES;
-    memcpy(&payload_bytes, plan->entries + entries * ENTRY_BYTES, sizeof payload_bytes);
+    memcpy(&payload_bytes, plan->entries + entries * PLAN_ENTRY_BYTES, sizeof payload_bytes);
     if (payload_bytes < 0) return "plan: negative payload size";
     plan->payload_bytes = (size_t)payload_bytes;
     plan->layer_bytes = plan->planes * block_bytes(&plan->shape);
-    for (int layer = 0; layer < plan->layers; layer++) {
-        for (int plane = 0; plane < plan->planes; plane++) {
-            const char *error = check_entry(plan, layer, plane);
-            if (error) return error;
-        }
-    }
-    return NULL;
-}
-
-Entry plan_entry(const Plan *plan, int layer, int plane) {
-    const unsigned char *bytes = plan->entries + ((size_t)layer * plan->planes + plane) * ENTRY_BYTES;
-    int32_t codec, keys;
-    int64_t offset;
-    memcpy(&codec, bytes, 4);
-    memcpy(&keys, bytes + 4, 4);
-    memcpy(&offset, bytes + 8, 8); /* a negative offset becomes a huge one, which check_entry refuses */
-    Entry entry = {codec, (size_t)offset, plan->shape};
-    entry.shape.keys = keys != 0;
-    return entry;
+    return check_entries(plan);
 }

@@ -3,7 +3,11 @@
 #ifndef KVTIER_PLAN_H
 #define KVTIER_PLAN_H
 
+#include <string.h>
+
 #include "shape.h"
+
+enum { PLAN_ENTRY_BYTES = 16 };
 
 typedef struct {
     int codec;
@@ -21,6 +25,16 @@ typedef struct {
 /* NULL, or why these bytes are no plan that the kernels can carry out. */
 const char *plan_open(Plan *plan, const void *bytes, size_t size);
 
-Entry plan_entry(const Plan *plan, int layer, int plane);
+static inline Entry plan_entry(const Plan *plan, int layer, int plane) {
+    const unsigned char *bytes = plan->entries + ((size_t)layer * plan->planes + plane) * PLAN_ENTRY_BYTES;
+    int32_t codec, keys;
+    int64_t offset;
+    memcpy(&codec, bytes, 4);
+    memcpy(&keys, bytes + 4, 4);
+    memcpy(&offset, bytes + 8, 8); /* a negative offset becomes a huge one, which plan_open refuses */
+    Entry entry = {codec, (size_t)offset, plan->shape};
+    entry.shape.keys = keys != 0;
+    return entry;
+}
 
 #endif

@@ -54,6 +54,7 @@ INLINE void column_codes(__m512i codes[TOGETHER], __m512i along[2], const Floats
 INLINE void column_bytes(__m512i rows[4], __m512i along[2], const Floats *columns, const float *mean, __mmask16 reduced, bool some,
     Floats factor, int head_dim) {
     __m512i packed[4], pairs[4];
+#pragma GCC unroll 2
     for (int i = 0; i < 4; i += TOGETHER / 2) {
         Floats numbers[TOGETHER][4]; /* numbers that meet in the last step, one register behind the other */
         __m512i codes[TOGETHER];
@@ -61,7 +62,7 @@ INLINE void column_bytes(__m512i rows[4], __m512i along[2], const Floats *column
             for (int j = 0; j < 4; j++) {
                 const int at = (i + k) / 2 * 8 + (i + k) % 2 * 2 + CODED_TOGETHER[j], next = at + head_dim / 2;
                 Floats *const a = &numbers[2 * k][j], *const b = &numbers[2 * k + 1][j];
-                *a = columns[at], *b = columns[next];
+                *a = columns[column_of(at)], *b = columns[column_of(next)];
                 if (some) *a = less_mean(*a, mean + at, reduced), *b = less_mean(*b, mean + next, reduced);
                 meet_added(a, b);
             }
@@ -78,33 +79,47 @@ INLINE void column_bytes(__m512i rows[4], __m512i along[2], const Floats *column
     }
 }
 
+/* 32 bytes of each of `count` tokens, `stride` bytes apart, from the halves of them that column_bytes gives. */
+INLINE void store_tokens(uint8_t *to, size_t stride, int count, __m512i halves[2][4]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++, to += stride) {
+        const __m512i first = _mm512_permutex2var_epi64(halves[0][i], _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), halves[1][i]);
+        const __m512i last = _mm512_permutex2var_epi64(halves[0][i], _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), halves[1][i]);
+        const __m256i bytes[4] = {_mm512_castsi512_si256(first), _mm512_extracti64x4_epi64(first, 1), _mm512_castsi512_si256(last),
+            _mm512_extracti64x4_epi64(last, 1)};
+#pragma GCC unroll 4
+        for (int lane = 0; lane < 4; lane++) {
+            if (4 * lane + i < count) _mm256_storeu_si256((void *)(to + 4 * lane * stride), bytes[lane]);
+        }
+    }
+}
+
 INLINE __m512i code_columns_of(const Floats *columns, const float *mean, __mmask16 reduced, bool some, Floats factor, uint8_t *packed,
     size_t stride, int count, int head_dim) {
     __m512i along[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
 #pragma GCC unroll 1
     for (int place = 0; place < head_dim / 2; place += 32) {
-        __m512i rows[2][4];
+        __m512i halves[2][4];
 #pragma GCC unroll 1
         for (int half = 0; half < 2; half++) {
             const int at = place + 16 * half;
-            column_bytes(rows[half], along, columns + at, mean + at, reduced, some, factor, head_dim);
+            column_bytes(halves[half], along, columns + column_of(at), mean + at, reduced, some, factor, head_dim);
         }
-        for (int i = 0; i < 4; i++) {
-            const __m512i first = _mm512_permutex2var_epi64(rows[0][i], _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), rows[1][i]);
-            const __m512i last = _mm512_permutex2var_epi64(rows[0][i], _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), rows[1][i]);
-            const __m256i bytes[4] = {_mm512_castsi512_si256(first), _mm512_extracti64x4_epi64(first, 1), _mm512_castsi512_si256(last),
-                _mm512_extracti64x4_epi64(last, 1)};
-            for (int lane = 0; lane < 4; lane++) {
-                if (4 * lane + i < count) _mm256_storeu_si256((void *)(packed + (4 * lane + i) * stride + place), bytes[lane]);
-            }
-        }
+        if (count == COLUMN_TOKENS) store_tokens(packed + place, stride, COLUMN_TOKENS, halves);
+        else store_tokens(packed + place, stride, count, halves);
     }
     return _mm512_add_epi32(along[0], along[1]);
 }
 
+#define CODE(some, head_dim) return code_columns_of(columns, mean, reduced, some, factor, packed, stride, count, head_dim)
+
 /* The codes of up to 16 tokens, the first at `packed`, the next ones `stride` bytes apart, and their inner products with the levels. */
 static __attribute__((noinline)) __m512i code_columns(const Floats *columns, const float *mean, __mmask16 reduced, Floats factor,
     uint8_t *packed, size_t stride, int count, int head_dim) {
-    if (!reduced) return code_columns_of(columns, mean, reduced, false, factor, packed, stride, count, head_dim);
-    return code_columns_of(columns, mean, reduced, true, factor, packed, stride, count, head_dim);
+    switch ((head_dim == MAX_COLUMNS) * 2 + (reduced != 0)) {
+    case 0: CODE(false, GROUP);
+    case 1: CODE(true, GROUP);
+    case 2: CODE(false, MAX_COLUMNS);
+    default: CODE(true, MAX_COLUMNS);
+    }
 }

@@ -114,18 +114,19 @@ static bool encode_columns(const Shape *shape, const char *numbers, uint8_t *cod
     __mmask16 reduced[KEPT_SCALES / COLUMN_TOKENS];
     Tokens tokens;
     const char *ahead = numbers + block_bytes(shape);
-    for (int next = 0, head = 0; next <= heads * column_batches(shape); next++) {
+    /* `at`: which of the heads that were loaded together; `first`: the token behind those that were loaded. */
+    for (int next = 0, head = 0, at = 0, first = 0; next <= heads * column_batches(shape); next++) {
         Columns *const ready = &columns[next % 2], *const own = &columns[1 - next % 2];
         if (next < heads * column_batches(shape)) {
             ahead = fetch_ahead(ahead, COLUMN_TOKENS * packed_bytes * 4);
-            if (head == 0) tokens = tokens_of(shape, numbers, next / heads * COLUMN_TOKENS);
+            if (head == 0) tokens = tokens_of(shape, numbers, first), first += COLUMN_TOKENS;
             const bool with_means = shape->keys && next < heads;
-            const int place = with_means ? head % together : 0;
             bool usual = true;
+            at = with_means && head > 0 && at + 1 < together ? at + 1 : 0;
             if (!with_means) usual = load_head(loaded, pairs, shape, &tokens, head);
-            else if (place == 0) usual = load_heads(loaded, pairs, &means, shape, numbers, &tokens, head, coded_mean);
+            else if (at == 0) usual = load_heads(loaded, pairs, &means, shape, numbers, &tokens, head, coded_mean);
             if (!usual) return false;
-            open_columns(ready, &loaded[place], shape, &tokens, &means, head);
+            open_columns(ready, &loaded[at], shape, &tokens, &means, head);
             head = head + 1 < heads ? head + 1 : 0;
         }
         if (next == 0) continue;

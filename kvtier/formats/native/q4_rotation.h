@@ -67,6 +67,12 @@ INLINE Floats load_pairs_of(__m512i *pairs, const char *const rows[16], size_t o
     return floats_add(floats_add(sums[0], sums[1]), floats_add(sums[2], sums[3]));
 }
 
+/* Where a dimension is among columns: of each line those of even dimensions come first, since they are written first, and CPUs write one line
+   after the other the fastest. */
+static inline int column_of(int dimension) {
+    return dimension / LINE_VALUES * LINE_VALUES + dimension % 2 * (LINE_VALUES / 2) + dimension % LINE_VALUES / 2;
+}
+
 /* Half of what becomes of 16 pairs of neighbours, in steps up to 16 apart: their sums or, if `odd`, their differences; their products
    with the mean of `keys` are added to `shared`. */
 INLINE void rotate_pairs(Floats *columns, Floats shared[4], const __m512i *pairs, const float *mean, bool odd, bool keys, int dtype) {
@@ -77,7 +83,7 @@ INLINE void rotate_pairs(Floats *columns, Floats shared[4], const __m512i *pairs
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) {
         if (keys) shared[i % 4] = floats_fused(met[i], floats_all(mean[2 * i + odd]), shared[i % 4]);
-        columns[2 * i + odd] = met[i];
+        columns[column_of(2 * i + odd)] = met[i];
     }
 }
 
@@ -91,10 +97,10 @@ INLINE Floats rotate_columns_of(Floats *columns, const __m512i *pairs, const flo
         rotate_pairs(to, shared, pairs + line * 16, mean + line * LINE_VALUES, true, keys && lines == 2, dtype);
     }
     for (int i = 0; i < LINE_VALUES && lines == 4; i++) {
-        meet_both(&columns[i], &columns[i + LINE_VALUES]);
-        meet_both(&columns[i + 2 * LINE_VALUES], &columns[i + 3 * LINE_VALUES]);
+        Floats *const own = columns + column_of(i);
+        meet_both(own, own + LINE_VALUES), meet_both(own + 2 * LINE_VALUES, own + 3 * LINE_VALUES);
         for (int j = 0; j < 4 && keys; j++) {
-            shared[j] = floats_fused(columns[i + j * LINE_VALUES], floats_all(mean[i + j * LINE_VALUES]), shared[j]);
+            shared[j] = floats_fused(own[j * LINE_VALUES], floats_all(mean[i + j * LINE_VALUES]), shared[j]);
         }
     }
     return floats_add(floats_add(shared[0], shared[1]), floats_add(shared[2], shared[3]));
@@ -131,7 +137,7 @@ INLINE Floats less_mean(Floats column, const float *mean, __mmask16 reduced) {
 static __attribute__((noinline)) Floats columns_energy(const Floats *columns, const float *mean, __mmask16 reduced, int head_dim) {
     Floats sums[2] = {floats_all(0), floats_all(0)};
     for (int i = 0; i < head_dim; i++) {
-        const Floats column = less_mean(columns[i], mean + i, reduced);
+        const Floats column = less_mean(columns[column_of(i)], mean + i, reduced);
         sums[i % 2] = floats_fused(column, column, sums[i % 2]);
     }
     return floats_mul(floats_add(sums[0], sums[1]), floats_all(2));

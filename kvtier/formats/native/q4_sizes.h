@@ -23,15 +23,31 @@ INLINE __m512i column_steps(const Floats scales[4], const Floats supers[4], cons
     return _mm512_or_si512(_mm512_mask_mov_epi8(nearest, none, _mm512_set1_epi8(NO_SCALE)), marks);
 }
 
-/* Supers of all heads, from [batches, heads] scales of 16 tokens; `rounded` as they will be decoded. */
+/* The largest number of each of 4 registers. */
+static inline __m128 fours_max(const Floats rows[4]) {
+    Floats pairs[2];
+    for (int i = 0; i < 2; i++) {
+        pairs[i] = _mm512_max_ps(_mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]), _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]));
+    }
+    const __m512d a = _mm512_castps_pd(pairs[0]), b = _mm512_castps_pd(pairs[1]);
+    const Floats fours = _mm512_max_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(fours), _mm512_extractf32x8_ps(fours, 1));
+    return _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+/* Supers of all heads, from [batches, heads] scales of 16 tokens; `rounded` as they will be decoded. Of 4 heads at once, of the last one again
+   rather than of fewer: what reaches over the end of supers is where steps are written next. */
 INLINE void encode_supers(uint8_t *supers, float *rounded, const Floats *scales, int heads, int batches) {
-    for (int head = 0; head < heads; head++) {
-        Floats largest = scales[head];
-        for (int batch = 1; batch < batches; batch++) largest = _mm512_max_ps(largest, scales[batch * heads + head]);
-        const __m128i half = _mm_cvtps_ph(_mm_set_ss(at_most(_mm512_reduce_max_ps(largest), FP16_MAX)), _MM_FROUND_TO_NEAREST_INT);
-        const uint16_t bits = (uint16_t)_mm_cvtsi128_si32(half);
-        memcpy(supers + 2 * head, &bits, sizeof bits);
-        rounded[head] = _mm_cvtss_f32(_mm_cvtph_ps(half));
+    for (int first = 0; first < heads; first += 4) {
+        Floats largest[4];
+        for (int i = 0; i < 4; i++) {
+            const Floats *const own = scales + fewer(first + i, heads - 1);
+            largest[i] = own[0];
+            for (int batch = 1; batch < batches; batch++) largest[i] = _mm512_max_ps(largest[i], own[batch * heads]);
+        }
+        const __m128i halves = _mm_cvtps_ph(_mm_min_ps(fours_max(largest), _mm_set1_ps(FP16_MAX)), _MM_FROUND_TO_NEAREST_INT);
+        _mm_storel_epi64((void *)(supers + 2 * first), halves);
+        _mm_storeu_ps(rounded + first, _mm_cvtph_ps(halves));
     }
 }
 
