@@ -293,7 +293,7 @@ class Loops(Protocol):
         least_run: float,
         /,
     ) -> None:
-        """As `ReuseModel._appraise`: uses per second into `best` `[kinds, ages]` for ages below `last`, chances into `chance`."""
+        """As `Hazards._appraise`: uses per second into `best` `[kinds, ages]` for ages below `last`, chances into `chance`."""
 
     def give_slots(self, free: list[int], taken: bytearray, slots: Sequence[int], /) -> bool:
         """Slots back onto `free`; False, and none, if one is not marked as taken."""

@@ -1,5 +1,5 @@
-/* The loops of `kvtier.policy.reuse` when it fits: over all kinds and ages, and within a kind from every age to all later ones. Sums are
-   taken in the order in which NumPy takes them: the numbers are the same to the last bit. */
+/* The loops of `kvtier.policy.hazards`, and of `kvtier.policy.reuse` over what is exposed: over all kinds and ages, and within a kind from
+   every age to all later ones. Sums are taken in the order in which NumPy takes them: the numbers are the same to the last bit. */
 #include "rows.h"
 
 #include <string.h>

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from kvtier.columns import WHOLE
 from kvtier.errors import IntegrityError
+from kvtier.policy.ages import EDGES, age_bins
 from kvtier.policy.base import Mask, Pages, Protection, TableProtection
 from kvtier.policy.guard import ROOM
-from kvtier.policy.reuse import EDGES, age_bins
-from kvtier.policy.spells import ATTENTION, CALL_NUMBER, KIND, USES, Spells
+from kvtier.policy.kinds import ATTENTION
+from kvtier.policy.spells import CALL_NUMBER, KIND, USES, Spells
 
 UNATTENDED, LITTLE, USUAL, MUCH = range(ATTENTION)
 """Attention: never reported, less than half of the mean page's, about that, more than twice that."""

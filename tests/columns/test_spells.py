@@ -13,8 +13,9 @@ from kvtier.policy import A2CR, ROOT, nothing_protected
 from kvtier.policy import memory as memory_module
 from kvtier.policy import reuse as reuse_module
 from kvtier.policy import spells as spells_module
+from kvtier.policy.ages import AGES
 from kvtier.policy.ranking import Ranking
-from kvtier.policy.reuse import AGES, ReuseModel
+from kvtier.policy.reuse import ReuseModel
 from kvtier.residency.protection import Protected
 from kvtier.testing.policy import PolicyContract
 from tests.columns.rig import PlainA2CR, PlainRanking, PlainTable, Twins, a2cr_state, needs_loops, table_state
@@ -330,7 +331,7 @@ def test_nothing_is_fitted_to_arrays_that_do_not_fit():
 @needs_loops
 def test_loops_refuse_factors_without_one_for_the_generation_of_a_page_that_continues_none(monkeypatch):
     policy = A2CR()
-    monkeypatch.setattr(spells_module, "_GENERATION_OF", np.zeros(1, np.int64))
+    monkeypatch.setattr(spells_module, "GENERATION_OF", np.zeros(1, np.int64))
     with pytest.raises(ValueError, match="fit"):
         policy.attach()
 
