@@ -60,8 +60,8 @@ class Spells(EvictionPolicy):
         """The moving average of a page's attention, where its kind says that there is one."""
         self._counts: Pages = np.zeros(len(_COUNTS), np.int64)
         self._clock: NDArray[np.float64] = np.full(len(_CLOCK), -math.inf)
-        self._recent: dict[int, Pages] = {}
-        """By the number of a call that used pages and may go on with new ones, these pages; the last RECENT_REQUESTS."""
+        self._recent: dict[int, bytes] = {}
+        """By the number of a call that used pages and may go on with new ones, these pages' ids in memory; the last RECENT_REQUESTS."""
         self._missing: Pages = np.zeros(1 + MOST_MISSING, np.int64)
         """How many kinds compiled loops did not know, and the features of each."""
         self._loops: columns.SpellLoops | None = None
@@ -150,7 +150,7 @@ class Spells(EvictionPolicy):
         self._note(now)
         self._use(pages)
         ranking.rescored(pages)
-        self._recent[call] = pages.copy()
+        self._recent[call] = pages.tobytes()
         if len(self._recent) > RECENT_REQUESTS:
             del self._recent[next(iter(self._recent))]
         return self._end_call(len(pages))
@@ -227,8 +227,9 @@ class Spells(EvictionPolicy):
     def _go_on(self, before: int, new: int) -> None:
         """If a request used this page last that may go on, it did, with new pages: all that it used are of another kind."""
         request = int(self._facts[before, CALL])
-        if (used := self._recent.pop(request, None)) is None:
+        if (note := self._recent.pop(request, None)) is None:
             return
+        used = np.frombuffer(note, np.int64)
         pages = used[(self._facts[used, CALL] == request) & self._ranking.here[used]]
         combined = self._combined[pages]
         self._change(pages, combined + new - combined // NEW_STEP % NEW * NEW_STEP)
