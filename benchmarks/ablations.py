@@ -12,8 +12,11 @@ from unittest.mock import patch
 
 import numpy as np
 
-from kvtier.policy import A2CR, Pages, reuse, spells
-from kvtier.policy.reuse import AGES, LEAST_DENSITY, ReuseModel
+from kvtier.policy import A2CR, Pages, hazards, spells
+from kvtier.policy.ages import AGES, WIDTHS
+from kvtier.policy.hazards import LEAST_DENSITY
+from kvtier.policy.kinds import COUNT_OF, END_STEP, GENERATION_OF
+from kvtier.policy.reuse import ReuseModel
 
 
 class WithoutGhosts(A2CR):
@@ -30,7 +33,7 @@ class WithoutEnds(A2CR):
         super().insert(pages, parents, depths, now)
         if len(pages):
             last = pages[depths.argmax()][None]
-            self._change(last, self._combined[last] - spells._END_STEP)
+            self._change(last, self._combined[last] - END_STEP)
 
 
 class HazardNow(ReuseModel):
@@ -40,7 +43,7 @@ class HazardNow(ReuseModel):
         super()._appraise(kinds)
         hazard = self._hazards(self._features[kinds])
         hazard[:, -1] = 0.0
-        self.worth[kinds] = np.log(np.maximum(hazard / (reuse._WIDTHS * (1.0 - hazard / 2)), LEAST_DENSITY))
+        self.worth[kinds] = np.log(np.maximum(hazard / (WIDTHS * (1.0 - hazard / 2)), LEAST_DENSITY))
 
 
 class ChanceOfReuse(ReuseModel):
@@ -62,16 +65,16 @@ def _modelled(model: type[ReuseModel]) -> Callable[[], A2CR]:
 
 PARTS: dict[str, tuple[Callable[[], A2CR], tuple[tuple[object, str, object], ...]]] = {
     "nothing": (A2CR, ()),
-    "uses": (A2CR, ((spells, "_COUNT_OF", np.zeros_like(spells._COUNT_OF)),)),
+    "uses": (A2CR, ((spells, "COUNT_OF", np.zeros_like(COUNT_OF)),)),
     "ghosts": (WithoutGhosts, ()),
     "end-of-request": (WithoutEnds, ()),
-    "generations": (A2CR, ((spells, "_GENERATION_OF", np.zeros_like(spells._GENERATION_OF)),)),
+    "generations": (A2CR, ((spells, "GENERATION_OF", np.zeros_like(GENERATION_OF)),)),
     # One value is left of this feature, so that everything has the same.
     "new-pages": (A2CR, ((spells, "NEW", 1), (spells, "_STEPS", np.append(spells._STEPS[:-1], 1)))),
     "best-horizon": (_modelled(HazardNow), ()),
     "time": (_modelled(ChanceOfReuse), ()),
-    "smoothing": (A2CR, ((reuse, "SMOOTHING", np.eye(AGES)),)),
-    "fading": (A2CR, ((reuse, "FADE", 1.0),)),
+    "smoothing": (A2CR, ((hazards, "SMOOTHING", np.eye(AGES)),)),
+    "fading": (A2CR, ((hazards, "FADE", 1.0),)),
 }
 """What is left out: how to make the policy, and constants of its modules that are others meanwhile."""
 

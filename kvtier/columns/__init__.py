@@ -9,6 +9,7 @@ do the work, or raise the error. Indices are checked, whatever columns and argum
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Protocol, overload
@@ -50,7 +51,7 @@ class RowIndex(Protocol):
 class TableLoops(Protocol):
     """Loops over one page table's columns, until it grows: methods of `kvtier.pages.PageTable`, named alike.
 
-    Methods that give rows up take the number of entries on the free list and answer with the new one, and whether a row became hollow.
+    They count rows that come and go, and note that one stays hollow, in the last of the columns.
     """
 
     def find(self, row_of: RowIndex, keys: Sequence[bytes], out: Numbers, /) -> int:
@@ -73,12 +74,10 @@ class TableLoops(Protocol):
         depth: int,
         parent: int,
         fill: int,
-        size: int,
-        free_count: int,
         out: Numbers,
         /,
     ) -> int:
-        """Rows of all keys into `out`, of those after the known ones from the free list and then from `size` up; how many were known.
+        """Rows of all keys into `out`, of those after the known ones from the free list and then fresh ones; how many were known.
 
         -1, and nothing done, where links have to be made, a known key follows an unknown one, or there is no room.
         """
@@ -91,8 +90,6 @@ class TableLoops(Protocol):
         depth: int,
         parent: int,
         fill: int,
-        size: int,
-        free_count: int,
         tier: int,
         slots: Sequence[int],
         rows: Numbers,
@@ -111,8 +108,8 @@ class TableLoops(Protocol):
     def commit(self, rows: Numbers, tier: int, /) -> bool:
         """WRITING copies become READY ones."""
 
-    def drop(self, rows: Numbers, tier: int, row_of: RowIndex, free_count: int, /) -> tuple[list[int], int, bool] | None:
-        """Copies that nobody reads go, and rows with them: their slots first in the answer."""
+    def drop(self, rows: Numbers, tier: int, row_of: RowIndex, /) -> list[int] | None:
+        """Copies that nobody reads go, and rows with them; their slots."""
 
     def lease(self, rows: Numbers, /) -> bool:
         """One more holder of each."""
@@ -120,14 +117,14 @@ class TableLoops(Protocol):
     def use(self, rows: Numbers, /) -> bool:
         """One more use of each."""
 
-    def release(self, rows: Numbers, row_of: RowIndex, free_count: int, /) -> tuple[int, bool] | None:
+    def release(self, rows: Numbers, row_of: RowIndex, /) -> bool:
         """One holder less of each, none of which is an open page."""
 
     def protect(self, rows: Numbers, tier: int, out: NDArray[np.bool_], /) -> bool:
         """Into `out` which of these are leased (where that counts) or being read in `tier`."""
 
 
-NewChain = tuple[TableLoops, RowIndex, Sequence[bytes], bytes, int, int, int, int, int, int, Sequence[int]]
+NewChain = tuple[TableLoops, RowIndex, Sequence[bytes], bytes, int, int, int, int, Sequence[int]]
 """What `SpellLoops.settle` has to know of a page table, and of the pages that are to settle there: its arguments but for the last two."""
 
 
@@ -207,8 +204,6 @@ class SpellLoops(Protocol):
         depth: int,
         parent: int,
         fill: int,
-        size: int,
-        free_count: int,
         tier: int,
         slots: Sequence[int],
         out: Numbers,
@@ -223,10 +218,10 @@ class SpellLoops(Protocol):
     def remember(self, pages: Numbers, /) -> bool:
         """Pages become ghosts. False: not done."""
 
-    def evict(self, out: Numbers, table: TableLoops, tier: int, now: float, /) -> bool:
-        """The first pages that nobody holds in that tier leave the ranking, into `out`, and become ghosts.
+    def evict(self, out: Numbers, table: TableLoops, tier: int, room: int, now: float, /) -> bool:
+        """The first pages that nobody holds in that tier leave the ranking, into `out`, and become ghosts. `room`: pages in that tier.
 
-        False: not done, for there are fewer, or more that somebody holds come before them.
+        False: not done but for noting the room, for there are fewer, or more that somebody holds come before them.
         """
 
     def score_all(self) -> None:
@@ -239,7 +234,7 @@ class Loops(Protocol):
     def Index(self) -> RowIndex:
         """An empty index, the only one that a table's loops take: less than a dict to look into, and for them half the work of one."""
 
-    def Table(self, *columns: Column) -> TableLoops:
+    def Table(self, *columns: Column | array[int]) -> TableLoops:
         """Loops over these columns, in the order of `PageTable.attach`. ValueError if their sizes do not fit each other."""
 
     def Order(self, *columns: Column) -> OrderLoops:
@@ -248,7 +243,7 @@ class Loops(Protocol):
     def Ranking(self, *columns: Column) -> RankingLoops:
         """Loops over these columns, in the order of `Ranking.attach`. ValueError if their sizes do not fit each other."""
 
-    def Spells(self, ranking: RankingLoops, recent: dict[int, Numbers], *columns: Column) -> SpellLoops:
+    def Spells(self, ranking: RankingLoops, recent: dict[int, bytes], *columns: Column) -> SpellLoops:
         """Loops over these, in the order of `Spells.attach`. ValueError if their sizes do not fit each other."""
 
     def take_slots(self, free: list[int], taken: bytearray, count: int, /) -> list[int]:
@@ -293,7 +288,7 @@ class Loops(Protocol):
         least_run: float,
         /,
     ) -> None:
-        """As `ReuseModel._appraise`: uses per second into `best` `[kinds, ages]` for ages below `last`, chances into `chance`."""
+        """As `Hazards._appraise`: uses per second into `best` `[kinds, ages]` for ages below `last`, chances into `chance`."""
 
     def give_slots(self, free: list[int], taken: bytearray, slots: Sequence[int], /) -> bool:
         """Slots back onto `free`; False, and none, if one is not marked as taken."""

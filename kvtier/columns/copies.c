@@ -5,14 +5,18 @@
 static PyObject *place(Table *table, PyObject *const *arguments, bool settled) {
     bool failed = false;
     const int64_t tier = number_of(arguments[1], &failed);
-    const Py_ssize_t count = item_count(arguments[2]);
+    PyObject *slots = failed ? NULL : sequence_open(arguments[2]);
     Rows rows;
-    if (failed || count < 0 || !rows_open(&rows, arguments[0], false)) return NULL;
+    if (!slots || !rows_open(&rows, arguments[0], false)) {
+        Py_XDECREF(slots);
+        return NULL;
+    }
+    const Py_ssize_t count = item_count(slots);
     bool usual = count == rows.count && tier_within(table, tier) && rows_within(&rows, table->rows);
     for (Py_ssize_t i = 0; usual && i < count; i++) usual = *state(table, *row_at(&rows, i), tier) == ABSENT;
     /* Slots are written first: they mean nothing while a copy is absent, should one of them be no number. */
     for (Py_ssize_t i = 0; usual && !failed && i < count; i++) {
-        table->slot[tier * table->cells + *row_at(&rows, i)] = number_of(item(arguments[2], i), &failed);
+        table->slot[tier * table->cells + *row_at(&rows, i)] = number_of(item(slots, i), &failed);
     }
     for (Py_ssize_t i = 0; usual && !failed && i < count; i++) {
         const int64_t row = *row_at(&rows, i);
@@ -21,6 +25,7 @@ static PyObject *place(Table *table, PyObject *const *arguments, bool settled) {
         table->uses[row] += settled;
     }
     rows_close(&rows);
+    Py_DECREF(slots);
     return failed ? NULL : PyBool_FromLong(usual);
 }
 
@@ -65,26 +70,26 @@ static PyObject *drop_rows(Burial *burial, const Rows *rows, int64_t tier) {
     for (Py_ssize_t i = 0; i < rows->count; i++) {
         const int64_t row = *row_at(rows, i);
         *state(table, row, tier) = ABSENT;
-        burial->hollow |= !table->copies[row] && table->leases[row];
+        if (!table->copies[row] && table->leases[row]) table->counts[HOLLOW] = 1;
     }
     reap(burial, rows);
     if (burial->failed) {
         Py_DECREF(slots);
         return NULL;
     }
-    return Py_BuildValue("(NLN)", slots, (long long)burial->unused, PyBool_FromLong(burial->hollow));
+    return slots;
 }
 
 PyObject *table_drop(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    if (expect_arguments("drop(rows, tier, row_of, free_count)", given, 4)) return NULL;
+    if (expect_arguments("drop(rows, tier, row_of)", given, 3)) return NULL;
     Table *table = (Table *)self;
     bool failed = false;
     const int64_t tier = number_of(arguments[1], &failed);
-    Burial burial = {table, index_of(arguments[2]), number_of(arguments[3], &failed), false, false};
+    Burial burial = {table, index_of(arguments[2]), false};
     Rows rows;
     if (failed || !burial.index || !rows_open(&rows, arguments[0], false)) return NULL;
     PyObject *answer = Py_None;
-    if (tier_within(table, tier) && rows_within(&rows, table->rows) && burial.unused >= 0) {
+    if (tier_within(table, tier) && rows_within(&rows, table->rows) && has_sound_counts(table)) {
         answer = drop_rows(&burial, &rows, tier);
     } else {
         Py_INCREF(answer);

@@ -5,7 +5,6 @@
 
 Py_ssize_t walk(const Table *table, const Index *index, PyObject *keys, const Rows *out, bool visible) {
     const Py_ssize_t count = item_count(keys);
-    if (count < 0) return -1;
     if (out->count < count) {
         PyErr_SetString(PyExc_ValueError, "less room for rows than there are keys");
         return -1;
@@ -20,29 +19,31 @@ Py_ssize_t walk(const Table *table, const Index *index, PyObject *keys, const Ro
     return count;
 }
 
-PyObject *table_find(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    Rows out;
-    if (expect_arguments("find(row_of, keys, out)", given, 3)) return NULL;
+/* The visible prefix of keys, their rows into `out`; `claimed`, each has one more holder and use. */
+static PyObject *prefix(Table *table, PyObject *const *arguments, bool claimed) {
     const Index *index = index_of(arguments[0]);
-    if (!index || !rows_open(&out, arguments[2], true)) return NULL;
-    const Py_ssize_t found = walk((Table *)self, index, arguments[1], &out, true);
-    rows_close(&out);
+    PyObject *keys = index ? sequence_open(arguments[1]) : NULL;
+    if (!keys) return NULL;
+    Rows out;
+    Py_ssize_t found = -1;
+    if (rows_open(&out, arguments[2], true)) {
+        found = walk(table, index, keys, &out, true);
+        for (Py_ssize_t i = 0; claimed && i < found; i++) {
+            table->leases[*row_at(&out, i)]++;
+            table->uses[*row_at(&out, i)]++;
+        }
+        rows_close(&out);
+    }
+    Py_DECREF(keys);
     return found < 0 ? NULL : PyLong_FromSsize_t(found);
 }
 
+PyObject *table_find(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    return expect_arguments("find(row_of, keys, out)", given, 3) ? NULL : prefix((Table *)self, arguments, false);
+}
+
 PyObject *table_claim(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    Rows out;
-    if (expect_arguments("claim(row_of, keys, out)", given, 3)) return NULL;
-    Table *table = (Table *)self;
-    const Index *index = index_of(arguments[0]);
-    if (!index || !rows_open(&out, arguments[2], true)) return NULL;
-    const Py_ssize_t found = walk(table, index, arguments[1], &out, true);
-    for (Py_ssize_t i = 0; i < found; i++) {
-        table->leases[*row_at(&out, i)]++;
-        table->uses[*row_at(&out, i)]++;
-    }
-    rows_close(&out);
-    return found < 0 ? NULL : PyLong_FromSsize_t(found);
+    return expect_arguments("claim(row_of, keys, out)", given, 3) ? NULL : prefix((Table *)self, arguments, true);
 }
 
 PyObject *table_links(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
@@ -65,9 +66,12 @@ PyObject *table_links(PyObject *self, PyObject *const *arguments, Py_ssize_t giv
 }
 
 bool name_of(PyObject *key, int64_t *name) {
-    const bool usual = key && PyBytes_Check(key) && PyBytes_Size(key) >= (Py_ssize_t)sizeof *name;
-    if (usual) memcpy(name, PyBytes_AsString(key), sizeof *name);
-    return usual;
+    char *bytes;
+    Py_ssize_t size;
+    if (!key || !(PyBytes_CheckExact(key) || PyBytes_Check(key)) || PyBytes_AsStringAndSize(key, &bytes, &size)) return false;
+    if (size < (Py_ssize_t)sizeof *name) return false;
+    memcpy(name, bytes, sizeof *name);
+    return true;
 }
 
 PyObject *table_names(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {

@@ -1,5 +1,5 @@
-/* The loops of `kvtier.policy.reuse` when it fits: over all kinds and ages, and within a kind from every age to all later ones. Sums are
-   taken in the order in which NumPy takes them: the numbers are the same to the last bit. */
+/* The loops of `kvtier.policy.hazards`, and of `kvtier.policy.reuse` over what is exposed: over all kinds and ages, and within a kind from
+   every age to all later ones. Sums are taken in the order in which NumPy takes them: the numbers are the same to the last bit. */
 #include "rows.h"
 
 #include <string.h>
@@ -189,38 +189,62 @@ WIDE PyObject *rescale(PyObject *self, PyObject *const *arguments, Py_ssize_t gi
     return done(&grids, good);
 }
 
-/* -- worth -- */
+/* -- worth: of as many kinds at a time as there are lanes, one in each -- */
 
 enum { LANES = 4 };
 
+/* One number of each of these kinds, and what a comparison of two says of each. Never handed over by value: where there are no registers as
+   wide, that has no agreed way. */
+typedef double Lanes __attribute__((vector_size(sizeof(double) * LANES)));
+typedef int64_t Choice __attribute__((vector_size(sizeof(int64_t) * LANES)));
+
 typedef struct {
-    double hazard[AGES], survival[AGES + 1], used[AGES + 1 + LANES], kept[AGES + 1 + LANES];
+    Lanes hazard[AGES], survival[AGES + 1], used[AGES + 1], kept[AGES + 1], best[AGES], chance[AGES];
 } Curves;
 
+/* Part of their caller, as what is compiled for wide registers must not call what is not. */
+#define PART static inline __attribute__((always_inline)) void
+
+/* Into `most` the larger of each pair. */
+PART keep_larger(Lanes *most, const Lanes *others) {
+    const Choice first = (Choice)(*most > *others);
+    *most = (Lanes)((first & (Choice)*most) | (~first & (Choice)*others));
+}
+
 /* What becomes of spells with these hazards: the share that gets so old, was used by then, and the seconds that it was kept. */
-static void follow(Curves *curves, const double *widths) {
-    curves->survival[0] = 1.0, curves->used[0] = curves->kept[0] = 0.0;
+PART follow(Curves *curves, const double *widths) {
+    curves->survival[0] = (Lanes){0} + 1.0, curves->used[0] = curves->kept[0] = (Lanes){0};
     for (int age = 0; age < AGES; age++) {
-        const double survival = curves->survival[age], hazard = curves->hazard[age];
+        const Lanes survival = curves->survival[age], hazard = curves->hazard[age];
         curves->survival[age + 1] = survival * (1.0 - hazard);
         curves->used[age + 1] = curves->used[age] + survival * hazard;
         curves->kept[age + 1] = curves->kept[age] + survival * widths[age] * (1.0 - hazard / 2);
     }
+    for (int age = 0; age < AGES; age++) curves->chance[age] = 1.0 - curves->survival[AGES] / curves->survival[age];
 }
 
-static inline double larger(double one, double other) { return one > other ? one : other; }
-
-/* The steepest of the ways from an age to a later one, up to `last`, after which all lead down for ever. Four ways at a time: each maximum
-   waits for the one before it. Part of its caller, as what is compiled for wide registers must not call what is not. */
-static inline __attribute__((always_inline)) double steepest_from(const Curves *curves, Py_ssize_t age, Py_ssize_t last, double least_run) {
-    double slopes[AGES + LANES], most[LANES] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-    const double *used = curves->used + age, *kept = curves->kept + age;
-    const Py_ssize_t ways = (last - age + LANES - 1) / LANES * LANES;
-    for (Py_ssize_t way = 0; way < ways; way++) slopes[way] = (used[way + 1] - used[0]) / larger(kept[way + 1] - kept[0], least_run);
-    for (Py_ssize_t way = 0; way < ways; way += LANES) {
-        for (int lane = 0; lane < LANES; lane++) most[lane] = larger(slopes[way + lane], most[lane]);
+/* The steepest of the ways from every age below `last` to a later one, up to `last`, after which all lead down for ever. */
+PART climb(Curves *curves, Py_ssize_t last, double least_run) {
+    const Lanes shortest = (Lanes){0} + least_run;
+    for (Py_ssize_t age = 0; age < last && age < AGES - 1; age++) {
+        const Lanes used = curves->used[age], kept = curves->kept[age];
+        Lanes most = (Lanes){0} - (double)INFINITY;
+        for (Py_ssize_t end = age + 1; end <= last; end++) {
+            Lanes run = curves->kept[end] - kept;
+            keep_larger(&run, &shortest);
+            const Lanes slope = (curves->used[end] - used) / run;
+            keep_larger(&most, &slope);
+        }
+        curves->best[age] = most;
     }
-    return larger(larger(most[0], most[1]), larger(most[2], most[3]));
+}
+
+/* Into `hazard` [ages] what share of the spells of a kind ends at every age. */
+PART weigh(const Grid *level, const Grid *features, const Grid *factors, Py_ssize_t kind, double most_hazard, double *hazard) {
+    memcpy(hazard, level->d, sizeof *hazard * AGES);
+    multiply(features, factors, kind, hazard);
+    for (int age = 0; age < AGES; age++) hazard[age] = hazard[age] < most_hazard ? hazard[age] : most_hazard;
+    hazard[AGES - 1] = 0.0; /* nothing is known of what comes after */
 }
 
 WIDE PyObject *appraise(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
@@ -237,17 +261,22 @@ WIDE PyObject *appraise(PyObject *self, PyObject *const *arguments, Py_ssize_t g
     const Py_ssize_t kinds = features->rows;
     bool good = is_of(level, 1, AGES) && is_of(widths, 1, AGES) && factors->columns == AGES && are_below(features, factors->rows);
     good = good && is_of(&grid[4], kinds, AGES) && is_of(&grid[5], kinds, AGES) && last >= 0 && last <= AGES;
-    for (Py_ssize_t kind = 0; good && kind < kinds; kind++) {
+    for (Py_ssize_t first = 0; good && first < kinds; first += LANES) {
+        const int lanes = kinds - first < LANES ? (int)(kinds - first) : LANES;
         Curves curves;
-        double *best = grid[4].d + kind * AGES, *chance = grid[5].d + kind * AGES;
-        memcpy(curves.hazard, level->d, sizeof curves.hazard);
-        multiply(features, factors, kind, curves.hazard);
-        for (int age = 0; age < AGES; age++) curves.hazard[age] = curves.hazard[age] < most_hazard ? curves.hazard[age] : most_hazard;
-        curves.hazard[AGES - 1] = 0.0; /* nothing is known of what comes after */
+        memset(curves.hazard, 0, sizeof curves.hazard);
+        for (int lane = 0; lane < lanes; lane++) {
+            double hazard[AGES];
+            weigh(level, features, factors, first + lane, most_hazard, hazard);
+            for (int age = 0; age < AGES; age++) curves.hazard[age][lane] = hazard[age];
+        }
         follow(&curves, widths->d);
-        for (int lane = 1; lane <= LANES; lane++) curves.used[last + lane] = -INFINITY, curves.kept[last + lane] = curves.kept[last];
-        for (Py_ssize_t age = 0; age < last && age < AGES - 1; age++) best[age] = steepest_from(&curves, age, last, least_run);
-        for (int age = 0; age < AGES; age++) chance[age] = 1.0 - curves.survival[AGES] / curves.survival[age];
+        climb(&curves, last, least_run);
+        for (int lane = 0; lane < lanes; lane++) {
+            double *best = grid[4].d + (first + lane) * AGES, *chance = grid[5].d + (first + lane) * AGES;
+            for (Py_ssize_t age = 0; age < last && age < AGES - 1; age++) best[age] = curves.best[age][lane];
+            for (int age = 0; age < AGES; age++) chance[age] = curves.chance[age][lane];
+        }
     }
     return done(&grids, good);
 }

@@ -1,6 +1,17 @@
 /* The counts of every call: what LRU would have found (`kvtier.policy.guard`), and when the next cohort begins (`kvtier.policy.reuse`). */
 #include "spells.h"
 
+static bool are_counted(const int64_t *numbers, int count, int64_t least) {
+    bool counted = true;
+    for (int i = 0; i < count; i++) counted &= numbers[i] >= least && numbers[i] <= MOST_COUNTED;
+    return counted;
+}
+
+bool is_in_order(const Spells *s) {
+    const bool signed_too = are_counted(s->guard, GUARD_CELLS, -MOST_COUNTED), others = are_counted(s->period, PERIOD_CELLS, 0);
+    return signed_too && others && are_counted(s->counts, COUNT_CELLS, 0) && s->guard[FIRST] >= 0 && s->guard[ROOM] >= 0;
+}
+
 bool was_held(Spells *s, int64_t call) {
     if (call < 0 || call < s->guard[FIRST]) return false;
     s->ring[call & (s->calls - 1)]--;

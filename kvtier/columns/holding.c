@@ -22,13 +22,12 @@ PyObject *table_use(PyObject *self, PyObject *array) {
 }
 
 PyObject *table_release(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    if (expect_arguments("release(rows, row_of, free_count)", given, 3)) return NULL;
+    if (expect_arguments("release(rows, row_of)", given, 2)) return NULL;
     Table *table = (Table *)self;
-    bool failed = false;
-    Burial burial = {table, index_of(arguments[1]), number_of(arguments[2], &failed), false, false};
+    Burial burial = {table, index_of(arguments[1]), false};
     Rows rows;
-    if (failed || !burial.index || !rows_open(&rows, arguments[0], false)) return NULL;
-    bool usual = rows_within(&rows, table->rows) && burial.unused >= 0, left = false;
+    if (!burial.index || !rows_open(&rows, arguments[0], false)) return NULL;
+    bool usual = rows_within(&rows, table->rows) && has_sound_counts(table), left = false;
     for (Py_ssize_t i = 0; usual && i < rows.count; i++) {
         const int64_t row = *row_at(&rows, i);
         usual = table->leases[row] > 0 && !table->open[row];
@@ -40,8 +39,7 @@ PyObject *table_release(PyObject *self, PyObject *const *arguments, Py_ssize_t g
     }
     if (usual && left) reap(&burial, &rows);
     rows_close(&rows);
-    if (!usual) Py_RETURN_NONE;
-    return burial.failed ? NULL : Py_BuildValue("(LN)", (long long)burial.unused, PyBool_FromLong(burial.hollow));
+    return burial.failed ? NULL : PyBool_FromLong(usual);
 }
 
 PyObject *table_protect(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {

@@ -61,9 +61,10 @@ bool index_batch(const Index *index, PyObject *keys, Py_ssize_t from, Batch *bat
     return true;
 }
 
-void index_fetch(const Index *index, PyObject *key) {
-    uint32_t tag;
-    if (key && PyBytes_CheckExact(key) && tag_of(key, &tag)) __builtin_prefetch(&index->entries[first_place(index, tag)]);
+bool index_fetch(const Index *index, PyObject *key, uint32_t *tag) {
+    if (!PyBytes_CheckExact(key) || !tag_of(key, tag)) return false;
+    __builtin_prefetch(&index->entries[first_place(index, *tag)], 1);
+    return true;
 }
 
 static bool are_equal(PyObject *one, PyObject *other) {
@@ -129,7 +130,10 @@ static void close_gap(Index *index, size_t gap) {
 
 bool index_remove(Index *index, PyObject *key) {
     uint32_t tag;
-    if (!tag_of(key, &tag)) return false;
+    return tag_of(key, &tag) && index_remove_tagged(index, key, tag);
+}
+
+bool index_remove_tagged(Index *index, PyObject *key, uint32_t tag) {
     Entry *entry = look_for(index, key, tag);
     if (!entry->key) {
         PyErr_SetObject(PyExc_KeyError, key);

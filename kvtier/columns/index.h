@@ -33,8 +33,8 @@ typedef struct {
    one is no key. */
 bool index_batch(const Index *index, PyObject *keys, Py_ssize_t from, Batch *batch);
 
-/* Fetches the place where a key, or what is none, would be looked for. */
-void index_fetch(const Index *index, PyObject *key);
+/* Fetches the place where a key is looked for, by this tag from now on; false for what is no key, without an exception. */
+bool index_fetch(const Index *index, PyObject *key, uint32_t *tag);
 
 /* The row of a key, NO_ROW if there is none. */
 int64_t index_find(const Index *index, PyObject *key, uint32_t tag);
@@ -47,3 +47,4 @@ bool index_add(Index *index, PyObject *key, uint32_t tag, int64_t row);
 
 /* A key has no row any more; false with an exception if it had none. */
 bool index_remove(Index *index, PyObject *key);
+bool index_remove_tagged(Index *index, PyObject *key, uint32_t tag);

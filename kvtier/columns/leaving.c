@@ -43,24 +43,26 @@ static bool choose(const Spells *s, const Table *table, int64_t tier, Choice *ch
 }
 
 PyObject *evict(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    if (expect_arguments("evict(out, table, tier, now)", given, 4)) return NULL;
+    if (expect_arguments("evict(out, table, tier, room, now)", given, 5)) return NULL;
     Spells *s = (Spells *)self;
     const Table *table = table_of(arguments[1]);
     bool failed = !table;
     const int64_t tier = failed ? 0 : number_of(arguments[2], &failed);
-    const double time = failed ? 0.0 : later_of(s, real_of(arguments[3], &failed));
+    const int64_t room = failed ? 0 : number_of(arguments[3], &failed);
+    const double time = failed ? 0.0 : later_of(s, real_of(arguments[4], &failed));
     Rows out;
     if (failed || !rows_open(&out, arguments[0], true)) return NULL;
-    Py_ssize_t *room = malloc(sizeof *room * (size_t)(2 * out.count + 1));
-    Choice choice = {.leaving = &out, .kept = room};
-    const bool usual = room && tier_within(table, tier) && choose(s, table, tier, &choice);
+    Py_ssize_t *cells = malloc(sizeof *cells * (size_t)(2 * out.count + 1));
+    Choice choice = {.leaving = &out, .kept = cells};
+    s->guard[ROOM] = room;
+    const bool usual = cells && tier_within(table, tier) && choose(s, table, tier, &choice);
     while (!usual && choice.left > 0) ranking_come(s->ranking, *row_at(&out, --choice.left));
     while (choice.passed > 0) ranking_enqueue(s->ranking, choice.kept[--choice.passed]);
     if (usual) {
-        become_ghosts(s, &out, room);
+        become_ghosts(s, &out, cells);
         s->clock[LATEST] = time;
     }
-    free(room);
+    free(cells);
     rows_close(&out);
     return PyBool_FromLong(usual);
 }

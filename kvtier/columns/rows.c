@@ -14,18 +14,17 @@ bool rows_open(Rows *rows, PyObject *array, bool writable) {
         PyBuffer_Release(&rows->buffer);
         return false;
     }
-    rows->count = buffer->shape[0];
+    rows->first = buffer->buf, rows->stride = buffer->strides[0], rows->count = buffer->shape[0];
     return true;
 }
 
 bool rows_make(Rows *rows, Py_ssize_t count) {
-    static Py_ssize_t stride = sizeof(int64_t);
-    *rows = (Rows){.buffer = {.buf = PyMem_Malloc(sizeof(int64_t) * (size_t)(count + 1)), .strides = &stride}, .count = count};
-    if (!rows->buffer.buf) PyErr_NoMemory();
-    return rows->buffer.buf;
+    *rows = (Rows){.first = PyMem_Malloc(sizeof(int64_t) * (size_t)(count + 1)), .stride = sizeof(int64_t), .count = count};
+    if (!rows->first) PyErr_NoMemory();
+    return rows->first;
 }
 
-void rows_free(Rows *rows) { PyMem_Free(rows->buffer.buf); }
+void rows_free(Rows *rows) { PyMem_Free(rows->first); }
 
 bool rows_within(const Rows *rows, Py_ssize_t limit) {
     bool within = true;
@@ -101,13 +100,12 @@ double real_of(PyObject *object, bool *failed) {
     return number;
 }
 
-Py_ssize_t item_count(PyObject *sequence) {
-    if (PyList_Check(sequence)) return PyList_Size(sequence);
-    if (PyTuple_Check(sequence)) return PyTuple_Size(sequence);
-    PyErr_Format(PyExc_TypeError, "%R where a list or a tuple was expected", (PyObject *)Py_TYPE(sequence));
-    return -1;
+PyObject *sequence_open(PyObject *object) {
+    if (PyTuple_CheckExact(object) || PyList_CheckExact(object)) {
+        Py_INCREF(object);
+        return object;
+    }
+    return PySequence_Tuple(object);
 }
 
-PyObject *item(PyObject *sequence, Py_ssize_t index) {
-    return PyTuple_Check(sequence) ? PyTuple_GetItem(sequence, index) : PyList_GetItem(sequence, index);
-}
+Py_ssize_t item_count(PyObject *sequence) { return PyTuple_CheckExact(sequence) ? PyTuple_Size(sequence) : PyList_Size(sequence); }

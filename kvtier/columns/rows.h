@@ -15,8 +15,9 @@
 
 /* A one-dimensional int64 array of any stride. */
 typedef struct {
+    char *first;
+    Py_ssize_t stride, count;
     Py_buffer buffer;
-    Py_ssize_t count;
 } Rows;
 
 /* False with an exception if `array` is something else; else `rows_close` it. */
@@ -30,7 +31,7 @@ bool rows_make(Rows *rows, Py_ssize_t count);
 void rows_free(Rows *rows);
 
 static inline int64_t *row_at(const Rows *rows, Py_ssize_t index) {
-    return (int64_t *)((char *)rows->buffer.buf + index * rows->buffer.strides[0]);
+    return (int64_t *)(rows->first + index * rows->stride);
 }
 
 /* Whether all rows are below `limit` and none is negative. */
@@ -65,11 +66,16 @@ int64_t number_of(PyObject *object, bool *failed);
 /* A number, likewise. */
 double real_of(PyObject *object, bool *failed);
 
-/* Number of items of a list or tuple; -1 with an exception for anything else. */
+/* A list or a tuple with the items of a sequence, held: itself if it is one; NULL with an exception for what has no items. */
+PyObject *sequence_open(PyObject *object);
+
+/* Number of items of such a sequence. */
 Py_ssize_t item_count(PyObject *sequence);
 
-/* Item `index` of a list or tuple, borrowed; NULL with an exception if it has none. */
-PyObject *item(PyObject *sequence, Py_ssize_t index);
+/* Item `index` of such a sequence, borrowed; NULL with an exception if it has none. */
+static inline PyObject *item(PyObject *sequence, Py_ssize_t index) {
+    return PyTuple_CheckExact(sequence) ? PyTuple_GetItem(sequence, index) : PyList_GetItem(sequence, index);
+}
 
 #define FAST(function) ((PyCFunction)(void (*)(void))function), METH_FASTCALL
 

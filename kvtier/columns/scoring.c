@@ -5,6 +5,7 @@
 
 /* A double without these bits is its power of two and the first bit after that; the first age ends at 2^-4 seconds. */
 enum { BITS = 51, BELOW = (1023 - 4) * 2 - 1 };
+enum { AHEAD = 8 }; /* queued pages are fetched so many before their turn */
 
 int age_bin(double age) {
     int64_t bits;
@@ -34,12 +35,24 @@ void spells_refresh(void *spells, int64_t page) {
     if (s->scored[page] != s->counts[SCORING]) score_at(s, page, s->clock[SCORED_AT]);
 }
 
+/* What will be looked at of a page that is scored soon. */
+static void fetch(const Spells *s, Py_ssize_t page) {
+    const Ranking *r = s->ranking;
+    const void *const cells[] = {&s->facts[page * FACTS + KIND], &r->last[page], &r->depth[page]};
+    __builtin_prefetch(&r->score[page], 1);
+    __builtin_prefetch(&s->scored[page], 1);
+    for (size_t i = 0; i < sizeof cells / sizeof *cells; i++) __builtin_prefetch(cells[i]);
+}
+
 PyObject *score_all(PyObject *self, PyObject *ignored) {
     (void)ignored;
     Spells *s = (Spells *)self;
     Ranking *r = s->ranking;
     const Py_ssize_t queued = ranking_cell(r, *r->queued);
-    for (Py_ssize_t place = 0; place < queued; place++) score_at(s, ranking_cell(r, r->heap[place]), s->clock[SCORED_AT]);
+    for (Py_ssize_t place = 0; place < queued; place++) {
+        fetch(s, ranking_cell(r, r->heap[place + AHEAD < queued ? place + AHEAD : place]));
+        score_at(s, ranking_cell(r, r->heap[place]), s->clock[SCORED_AT]);
+    }
     ranking_reorder(r);
     Py_RETURN_NONE;
 }

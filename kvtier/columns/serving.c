@@ -2,6 +2,8 @@
    nothing where one is unusual, and then goes through them once. */
 #include "spells.h"
 
+#include <string.h>
+
 /* -- kinds -- */
 
 /* -1 for features that make no known kind. */
@@ -69,9 +71,6 @@ static void begin_spell(Spells *s, int64_t page, int64_t combined, double time) 
     s->alive[(cohort & (s->cohorts - 1)) * s->kinds + kind]++;
 }
 
-/* Whether the numbers that Python keeps can be what they say. */
-static bool is_in_order(const Spells *s) { return s->period[NOW] >= 0 && s->counts[CALL_NUMBER] >= 0 && s->guard[FIRST] >= 0; }
-
 /* -- touch -- */
 
 /* Whether these pages can be used: 0, or why not. */
@@ -94,17 +93,20 @@ static void use(Spells *s, int64_t page, double time) {
     begin_spell(s, page, combined, time);
 }
 
-/* Whether it could be noted that this call used these pages (an array), and the oldest such note be forgotten; else an exception. */
-static bool note_call(const Spells *s, PyObject *pages, int64_t call) {
-    PyObject *number = PyLong_FromLongLong(call), *copy = PyObject_CallMethod(pages, "copy", NULL), *oldest, *unused;
-    bool good = number && copy && !PyDict_SetItem(s->recent, number, copy);
+/* Whether it could be noted that this call used these pages, and the oldest such note be forgotten; else an exception. */
+static bool note_call(const Spells *s, const Rows *pages, int64_t call) {
+    PyObject *number = PyLong_FromLongLong(call), *note = PyBytes_FromStringAndSize(NULL, pages->count * (Py_ssize_t)sizeof(int64_t));
+    PyObject *oldest, *unused;
+    char *noted = note ? PyBytes_AsString(note) : NULL;
+    for (Py_ssize_t i = 0; noted && i < pages->count; i++) memcpy(noted + i * (Py_ssize_t)sizeof(int64_t), row_at(pages, i), sizeof(int64_t));
+    bool good = number && note && !PyDict_SetItem(s->recent, number, note);
     Py_ssize_t first = 0;
     if (good && PyDict_Size(s->recent) > RECENT_REQUESTS && PyDict_Next(s->recent, &first, &oldest, &unused)) {
         Py_INCREF(oldest);
         good = !PyDict_DelItem(s->recent, oldest);
         Py_DECREF(oldest);
     }
-    Py_XDECREF(copy);
+    Py_XDECREF(note);
     Py_XDECREF(number);
     return good;
 }
@@ -125,7 +127,7 @@ PyObject *touch(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
             if (!s->ranking->children[*row_at(&pages, i)]) ranking_enqueue(s->ranking, *row_at(&pages, i));
         }
         const int64_t call = s->counts[CALL_NUMBER];
-        failed = !note_call(s, arguments[0], call);
+        failed = !note_call(s, &pages, call);
         s->clock[LATEST] = time;
         count_held(s, pages.count, call);
         due = end_call(s, pages.count);
@@ -217,8 +219,15 @@ static void go_on(Spells *s, const Coming *coming, double time) {
 /* Whether it could be looked up which pages a call used, and so noted; else an exception. */
 static bool recall(const Spells *s, int64_t call, Coming *coming) {
     PyObject *number = PyLong_FromLongLong(call);
-    PyObject *used = number ? PyDict_GetItemWithError(s->recent, number) : NULL;
-    if (used && rows_open(&coming->used, used, false)) coming->continued = call;
+    PyObject *note = number ? PyDict_GetItemWithError(s->recent, number) : NULL;
+    char *pages;
+    Py_ssize_t bytes;
+    if (note && !PyBytes_AsStringAndSize(note, &pages, &bytes)) {
+        Py_INCREF(note);
+        coming->note = note;
+        coming->used = (Rows){.first = pages, .stride = sizeof(int64_t), .count = bytes / (Py_ssize_t)sizeof(int64_t)};
+        coming->continued = call;
+    }
     Py_XDECREF(number);
     return !PyErr_Occurred();
 }
@@ -295,7 +304,7 @@ static void come(Spells *s, const Coming *coming, Py_ssize_t i, double time) {
 }
 
 void look_away(Coming *coming) {
-    if (coming->continued >= 0) rows_close(&coming->used);
+    Py_XDECREF(coming->note);
     PyMem_Free(coming->ghosts);
 }
 

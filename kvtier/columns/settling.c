@@ -7,7 +7,7 @@
 static bool announce(const Settling *settling, Coming *coming) {
     coming->links = (Links){settling->rows, settling->parents, settling->depths};
     bool usual = true;
-    for (Py_ssize_t i = 0; usual && i < coming->names.count; i++) usual = name_of(item(settling->chain.keys, i), row_at(&coming->names, i));
+    for (Py_ssize_t i = 0; usual && i < coming->names.count; i++) usual = name_of(PyTuple_GetItem(settling->chain.keys, i), row_at(&coming->names, i));
     return usual;
 }
 
@@ -26,22 +26,25 @@ static long settle_both(Spells *s, Table *table, Settling *settling, Coming *com
 }
 
 PyObject *settle(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    const char *method = "settle(table, row_of, keys, before, depth, parent, fill, size, free_count, tier, slots, out, now)";
-    if (expect_arguments(method, given, 13)) return NULL;
+    const char *method = "settle(table, row_of, keys, before, depth, parent, fill, tier, slots, out, now)";
+    if (expect_arguments(method, given, 11)) return NULL;
     Spells *s = (Spells *)self;
     Table *table = table_of(arguments[0]);
-    if (!table) return NULL;
-    bool failed = false;
-    Settling settling = {.chain = chain_of(arguments + 1, &failed)};
-    settling.tier = number_of(arguments[9], &failed);
-    const double time = later_of(s, real_of(arguments[12], &failed));
-    if (failed || !rows_open(&settling.rows, arguments[11], true)) return NULL;
-    Coming coming = {0};
-    Rows *const made[] = {&settling.parents, &settling.depths, &settling.slots, &coming.names};
-    int count = 0;
-    while (count < 4 && rows_make(made[count], settling.rows.count)) count++;
-    const long due = count < 4 ? UNUSUAL : settle_both(s, table, &settling, &coming, arguments[10], time);
-    while (count > 0) rows_free(made[--count]);
-    rows_close(&settling.rows);
+    bool failed = !table;
+    const double time = failed ? 0.0 : later_of(s, real_of(arguments[10], &failed));
+    Settling settling;
+    PyObject *slots = failed ? NULL : settling_open(&settling, arguments + 1);
+    if (!slots) return NULL;
+    long due = UNUSUAL;
+    if (rows_open(&settling.rows, arguments[9], true)) {
+        Coming coming = {0};
+        Rows *const made[] = {&settling.parents, &settling.depths, &settling.slots, &coming.names};
+        int count = 0;
+        while (count < 4 && rows_make(made[count], settling.rows.count)) count++;
+        if (count == 4) due = settle_both(s, table, &settling, &coming, slots, time);
+        while (count > 0) rows_free(made[--count]);
+        rows_close(&settling.rows);
+    }
+    settling_close(&settling, slots);
     return PyErr_Occurred() ? NULL : PyLong_FromLong(due);
 }

@@ -16,8 +16,8 @@ PyObject *take_slots(PyObject *self, PyObject *const *arguments, Py_ssize_t give
     char *taken = bytes_of(arguments[1]);
     bool failed = !taken;
     const int64_t count = failed ? 0 : number_of(arguments[2], &failed);
-    const Py_ssize_t held = failed ? -1 : item_count(unused);
-    if (held < 0) return NULL;
+    if (failed) return NULL;
+    const Py_ssize_t held = PyList_Check(unused) ? PyList_Size(unused) : 0;
     if (count < 0 || count > held || !PyList_Check(unused)) {
         PyErr_Format(PyExc_ValueError, "%lld slots of a free list of %zd", (long long)count, held);
         return NULL;
@@ -37,13 +37,9 @@ PyObject *take_slots(PyObject *self, PyObject *const *arguments, Py_ssize_t give
     return NULL;
 }
 
-PyObject *give_slots(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    (void)self;
-    if (expect_arguments("give_slots(free, taken, slots)", given, 3)) return NULL;
-    PyObject *unused = arguments[0], *slots = arguments[2];
-    char *taken = bytes_of(arguments[1]);
-    const Py_ssize_t count = taken ? item_count(slots) : -1, limit = taken ? PyByteArray_Size(arguments[1]) : 0;
-    if (count < 0) return NULL;
+/* Whether these slots are free again; false, and nothing done, if not, with an exception if one is no number. */
+static bool give(PyObject *unused, char *taken, Py_ssize_t limit, PyObject *slots) {
+    const Py_ssize_t count = item_count(slots);
     bool failed = false, usual = true;
     Py_ssize_t done = 0;
     for (; done < count && usual && !failed; done++) {
@@ -54,7 +50,23 @@ PyObject *give_slots(PyObject *self, PyObject *const *arguments, Py_ssize_t give
     const Py_ssize_t length = usual && !failed ? PyList_Size(unused) : -1;
     if (length < 0 || PyList_SetSlice(unused, length, length, slots)) { /* marks go back to what they were */
         for (Py_ssize_t i = 0; i < done - !usual; i++) taken[PyLong_AsLongLong(item(slots, i))] = 1;
-        return failed || PyErr_Occurred() ? NULL : PyBool_FromLong(0);
+        return false;
     }
-    return PyBool_FromLong(1);
+    return true;
+}
+
+PyObject *give_slots(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    (void)self;
+    if (expect_arguments("give_slots(free, taken, slots)", given, 3)) return NULL;
+    char *taken = bytes_of(arguments[1]);
+    if (!taken) return NULL;
+    if (!PyList_Check(arguments[2]) && !PyTuple_Check(arguments[2])) {
+        PyErr_Format(PyExc_TypeError, "%R where a list or a tuple was expected", (PyObject *)Py_TYPE(arguments[2]));
+        return NULL;
+    }
+    PyObject *slots = sequence_open(arguments[2]);
+    if (!slots) return NULL;
+    const bool given_back = give(arguments[0], taken, PyByteArray_Size(arguments[1]), slots);
+    Py_DECREF(slots);
+    return PyErr_Occurred() ? NULL : PyBool_FromLong(given_back);
 }

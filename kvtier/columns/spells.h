@@ -20,7 +20,7 @@ enum { UNUSUAL = -1, UNKNOWN_KINDS = -2, COHORT_DUE = 1, ORDER_CHANGED = 2 };
 typedef struct {
     PyObject_HEAD
     Ranking *ranking;
-    PyObject *recent; /* dict: number of a call that used pages and may go on with new ones, to these pages */
+    PyObject *recent; /* dict: number of a call that used pages and may go on with new ones, to these pages: bytes, int64 [n] */
     int64_t *combined, *facts, *name, *scored;                  /* by page; `scored`: the scoring that its score is of */
     int64_t *kind_of, *hits, *change, *alive, *counted;         /* by kind, by age, by cohort */
     int64_t *cell_name, *cell_facts;                            /* by ghost */
@@ -34,6 +34,9 @@ typedef struct {
     int held;
     Py_buffer columns[23];
 } Spells;
+
+/* Numbers that Python keeps, or gives, are at most so large or small: sums of a few of them are numbers, too. */
+static const int64_t MOST_COUNTED = (int64_t)1 << 61;
 
 /* This time, unless a later one was seen. */
 static inline double later_of(const Spells *s, double time) { return time > s->clock[LATEST] ? time : s->clock[LATEST]; }
@@ -52,6 +55,9 @@ PyObject *score_all(PyObject *self, PyObject *ignored);
 
 /* -- guarding.c -- */
 
+/* Whether the numbers that Python keeps beside pages can be what they say. */
+bool is_in_order(const Spells *s);
+
 /* Takes the last use of a page by that call out of the count; whether LRU would hold the page. */
 bool was_held(Spells *s, int64_t call);
 
@@ -69,7 +75,8 @@ typedef struct {
     Rows names;
     Py_ssize_t *ghosts;                       /* the cell of each, -1 where nothing is remembered */
     int64_t continued, generation;            /* the call that used the page which they continue, if that may go on (else -1); theirs */
-    Rows used;                                /* the pages that it used */
+    Rows used;                                /* the pages that it used, in the memory of `note` */
+    PyObject *note;
     int64_t new;                              /* how many were no ghosts, as a part of the number of a kind */
     Py_ssize_t deepest;                       /* which of them is */
 } Coming;

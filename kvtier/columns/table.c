@@ -43,14 +43,14 @@ static bool hold_columns(Table *table, PyObject *columns) {
            (table->used = hold_column(table, columns, 1, cells)) && (table->open = hold_column(table, columns, 1, cells)) &&
            (table->key = hold_column(table, columns, sizeof(PyObject *), cells)) &&
            (table->parent_key = hold_column(table, columns, sizeof(PyObject *), cells)) &&
-           (table->free = hold_column(table, columns, 8, table->rows));
+           (table->free = hold_column(table, columns, 8, table->rows)) && (table->counts = hold_column(table, columns, 8, TABLE_COUNTS));
 }
 
 static PyObject *table_new(PyTypeObject *type, PyObject *columns, PyObject *named) {
     (void)named;
     Table *table = (Table *)PyType_GenericAlloc(type, 0);
     if (!table) return NULL;
-    if (expect_arguments("Table", PyTuple_Size(columns), 17) || !hold_columns(table, columns)) {
+    if (expect_arguments("Table", PyTuple_Size(columns), TABLE_COLUMNS) || !hold_columns(table, columns)) {
         Py_DECREF(table);
         return NULL;
     }

@@ -10,11 +10,13 @@
 #include "index.h"
 
 enum { ABSENT, WRITING, READY, MOST_TIERS = 8 };
+enum { SIZE, UNUSED, HOLLOW, TABLE_COUNTS }; /* rows there have been, those on the free list; whether a row ever had to stay for its children */
+enum { TABLE_COLUMNS = 18 };
 static const uint64_t READY_ANYWHERE = 0x0202020202020202;
 
 typedef struct {
     PyObject_HEAD
-    int64_t *parent, *children, *depth, *fill, *leases, *uses, *prefetched_from, *slot, *readers, *free;
+    int64_t *parent, *children, *depth, *fill, *leases, *uses, *prefetched_from, *slot, *readers, *free, *counts;
     double *pin_until, *attention;
     uint64_t *copies;
     uint8_t *used, *open;
@@ -22,7 +24,7 @@ typedef struct {
     Py_ssize_t cells, rows; /* rows is cells - 1: the last cell is nobody's */
     Py_ssize_t tiers;
     int held;
-    Py_buffer columns[17];
+    Py_buffer columns[TABLE_COLUMNS];
 } Table;
 
 static inline Py_ssize_t cell(const Table *table, int64_t row) { return (uint64_t)row < (uint64_t)table->rows ? row : table->rows; }
@@ -30,6 +32,11 @@ static inline Py_ssize_t cell(const Table *table, int64_t row) { return (uint64_
 static inline uint8_t *state(const Table *table, int64_t row, int64_t tier) { return (uint8_t *)&table->copies[row] + tier; }
 
 static inline bool is_empty(const Table *table, int64_t row) { return !table->copies[row] && !table->leases[row]; }
+
+/* Whether the numbers of rows, which Python writes too, can be what they say. */
+static inline bool has_sound_counts(const Table *table) {
+    return (uint64_t)table->counts[SIZE] <= (uint64_t)table->rows && (uint64_t)table->counts[UNUSED] <= (uint64_t)table->rows;
+}
 
 static inline bool tier_within(const Table *table, int64_t tier) { return tier >= 0 && tier < table->tiers; }
 
@@ -64,15 +71,17 @@ PyObject *table_names(PyObject *self, PyObject *const *arguments, Py_ssize_t giv
 
 /* -- chains.c -- */
 
-/* Pages that follow each other, and where to find rows for them: `unused` on the free list, then from `size` up. */
+/* Pages that follow each other. */
 typedef struct {
     Index *index;
-    PyObject *keys, *before;
-    int64_t depth, parent, fill, size, unused;
+    PyObject *keys, *before; /* `keys` is a tuple, which nobody changes meanwhile */
+    int64_t depth, parent, fill;
 } Chain;
 
-/* The arguments (row_of, keys, before, depth, parent, fill, size, free_count). */
-Chain chain_of(PyObject *const *arguments, bool *failed);
+/* The arguments (row_of, keys, before, depth, parent, fill); false with an exception if they are something else, else `chain_close`. */
+bool chain_open(Chain *chain, PyObject *const *arguments);
+
+void chain_close(Chain *chain);
 
 /* A chain of pages none of which has a row yet, and their copies in a tier. */
 typedef struct {
@@ -81,7 +90,13 @@ typedef struct {
     Rows rows, parents, depths, slots;
 } Settling;
 
-/* Which rows they will have, in which slots, after which ones. 1 if so, 0 if anything is unusual, -1 with an exception. */
+/* The arguments (row_of, keys, before, depth, parent, fill, tier, slots), the last of which is the answer; else NULL with an exception. */
+PyObject *settling_open(Settling *settling, PyObject *const *arguments);
+
+void settling_close(Settling *settling, PyObject *slots);
+
+/* Which rows they will have, in which slots, after which ones; their keys are fetched. 1 if so, 0 if anything is unusual, -1 with an
+   exception. */
 int foresee(const Table *table, Settling *settling, PyObject *slots);
 
 /* The keys lead to these rows. 1 if so; 0, and nothing done, if one leads to a row already; -1 with an exception. */
@@ -98,12 +113,11 @@ PyObject *table_settle_chain(PyObject *self, PyObject *const *arguments, Py_ssiz
 
 /* -- reaping.c -- */
 
-/* What goes while rows are given up. */
+/* Where rows are given up. */
 typedef struct {
     Table *table;
     Index *index;
-    int64_t unused;
-    bool hollow, failed;
+    bool failed; /* an exception is set */
 } Burial;
 
 /* Removes those of these rows of which nothing is left: `PageTable._reap`, in the same order. */

@@ -7,6 +7,7 @@ replaced by larger ones when rows run out, so nobody keeps one across calls that
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Container
 
 import numpy as np
@@ -24,6 +25,10 @@ MOST_TIERS = 8
 
 Rows = NDArray[np.int64]
 
+_COUNTS = SIZE, UNUSED, HOLLOW = range(3)
+"""Cells of `counts`: rows that there have been; rows on the free list; 1 once a row without copies had to stay: until then, with one tier
+only, all children of a page are in that tier."""
+
 COLUMNS = (
     *("key", "parent_key", "parent", "children", "depth", "fill", "leases", "uses", "pin_tier", "pin_until", "attention", "leaving"),
     *("prefetched_from", "slot", "readers", "_used", "_open", "_copies"),
@@ -39,7 +44,8 @@ class PageColumns:
             raise IntegrityError(f"a page table for {tiers} tiers; there are at most {MOST_TIERS}")
         self.tiers = tiers
         self.page_tokens = page_tokens
-        self._size = 0
+        self.counts = array("q", bytes(8 * len(_COUNTS)))
+        """A column that Python reads as fast as an attribute: compiled loops write it, too."""
         # Every column has one row more than there is room for: NO_ROW indexes it, it holds no copy, and nobody looks at what it counts.
         self.key: NDArray[np.object_] = np.empty(1, np.object_)
         """`PageKey` of a page, None for an open page and for rows not in use."""
@@ -66,9 +72,6 @@ class PageColumns:
         self.state: NDArray[np.uint8] = np.empty((tiers, 0), np.uint8)
         """`[tiers, rows]`, a view of the same bytes."""
         self._free: Rows = np.empty(0, np.int64)
-        self._free_count = 0
-        self.hollow = False
-        """Whether a row without copies ever had to stay: until then, with one tier only, all children of a page are in that tier."""
         self.pinned_until = -math.inf
         """No pin lasts longer."""
         self._alone = [np.array(cell) for cell in (np.eye(MOST_TIERS, dtype=np.uint8) * READY).view(np.uint64)[:, 0]]
@@ -79,12 +82,12 @@ class PageColumns:
 
     def __len__(self) -> int:
         """Rows in use, hollow and open ones included."""
-        return self._size - self._free_count
+        return self.counts[SIZE] - self.counts[UNUSED]
 
     @property
     def rows(self) -> int:
         """Row numbers are below this."""
-        return self._size
+        return self.counts[SIZE]
 
     def _grow(self, rows: int) -> None:
         held = len(self.parent) - 1
@@ -96,8 +99,8 @@ class PageColumns:
         self.key[held:] = None
         self.parent[held:] = NO_ROW
         self.state = self._copies.view(np.uint8).reshape(rows + 1, MOST_TIERS).T[: self.tiers]
-        free = np.empty(rows, np.int64)
-        free[: self._free_count] = self._free[: self._free_count]
+        free, unused = np.empty(rows, np.int64), self.counts[UNUSED]
+        free[:unused] = self._free[:unused]
         self._free = free
         self.loops = self.attach()
 
@@ -107,8 +110,8 @@ class PageColumns:
         if loops is None:
             return None
         links = (self.parent, self.slot, self.readers, self.children, self.depth, self.fill, self.leases, self.uses, self.prefetched_from)
-        others = (self.pin_until, self.attention, self._copies, self._used, self._open, self.key, self.parent_key, self._free)
-        return loops.Table(*links, *others)
+        others = (self.pin_until, self.attention, self._copies, self._used, self._open, self.key, self.parent_key)
+        return loops.Table(*links, *others, self._free, self.counts)
 
     def _index(self) -> compiled.RowIndex:
         """An empty index of rows by key: one that the compiled loops take where they are, else a dict."""
@@ -117,11 +120,12 @@ class PageColumns:
 
     def check_integrity(self) -> None:
         """IntegrityError if the columns contradict each other. Slow; for tests."""
-        free = set(self._free[: self._free_count].tolist())
-        used = [row for row in range(self._size) if row not in free]
-        if len(free) != self._free_count or free != set(np.flatnonzero(~self._used[: self._size]).tolist()):
+        size, unused = self.counts[SIZE], self.counts[UNUSED]
+        free = set(self._free[:unused].tolist())
+        used = [row for row in range(size) if row not in free]
+        if len(free) != unused or free != set(np.flatnonzero(~self._used[:size]).tolist()):
             raise IntegrityError("the free list names a row twice, or is not the list of rows that are not in use")
-        children = np.zeros(self._size, np.int64)
+        children = np.zeros(size, np.int64)
         for row in used:
             parent = int(self.parent[row])
             if parent != NO_ROW:
@@ -147,7 +151,7 @@ class PageColumns:
                 raise IntegrityError(f"row {row} was released more often than held")
             if (self.readers[:, row] > 0).any() and (self.state[self.readers[:, row] > 0, row] != READY).any():
                 raise IntegrityError(f"row {row}: a copy that is not READY is being read")
-        if not np.array_equal(children, self.children[: self._size] * np.isin(np.arange(self._size), used)):
+        if not np.array_equal(children, self.children[:size] * np.isin(np.arange(size), used)):
             raise IntegrityError("child counts are wrong")
         if len(self._row_of) != sum(self.key[row] is not None for row in used):
             raise IntegrityError("the key index has entries without a row")
@@ -162,7 +166,7 @@ class PageColumns:
 
         For tests.
         """
-        for row in range(self._size):
+        for row in range(self.rows):
             here = bool(self.state[tier, row] == READY and self.key[row] is not None)
             if here != (row in candidates):
                 raise IntegrityError(f"row {row}: copy in tier {tier} is {'not ' * (not here)}there, but the policy thinks otherwise")

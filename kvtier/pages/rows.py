@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 
 from kvtier.columns import WHOLE
 from kvtier.errors import IntegrityError
 from kvtier.keys import PageKey
-from kvtier.pages.columns import ABSENT, NO_ROW, NO_TIER, READY, WRITING, PageColumns, Rows
+from kvtier.pages.columns import ABSENT, HOLLOW, NO_ROW, NO_TIER, READY, SIZE, UNUSED, WRITING, PageColumns, Rows
 from kvtier.tiers.base import PageId
 
 # Arrays without dimensions, as in `table`.
@@ -25,14 +24,6 @@ _NO_ROW, _NO_TIER = np.array(NO_ROW), np.array(NO_TIER)
 _NO_KEY = np.array(None)
 _FALSE, _TRUE = np.array(False), np.array(True)
 _NOT_PINNED, _NO_ATTENTION = np.array(-math.inf), np.array(math.nan)
-
-_PLAIN = (list, tuple)  # made once: `list | tuple` would be made at every call
-_Item = TypeVar("_Item")
-
-
-def plain(items: Sequence[_Item]) -> Sequence[_Item]:
-    """A list or tuple with these items, as the compiled loops want them."""
-    return items if isinstance(items, _PLAIN) else list(items)
 
 
 class PageRows(PageColumns):
@@ -111,26 +102,19 @@ class PageRows(PageColumns):
         self._reap_up(row)
         return sealed, slot
 
-    def took(self, count: int) -> None:
-        """Compiled loops took so many rows, first from the free list."""
-        left = self._free_count - count
-        if left < 0:
-            self._size -= left
-            left = 0
-        self._free_count = left
-
     # -- inside ----------------------------------------------------------------------------------------------------------------
 
     def _take_rows(self, count: int) -> Rows:
         """Rows nobody uses, as new. What a row must have lost before it was given up (copies, holders, children) is not set again."""
-        held = self._free_count
-        self._free_count = max(0, held - count)
-        rows = self._free[self._free_count : held][::-1].copy()
+        counts, held = self.counts, self.counts[UNUSED]
+        left = counts[UNUSED] = max(0, held - count)
+        rows = self._free[left:held][::-1].copy()
         if fresh := count - len(rows):
-            if self._size + fresh >= len(self.parent):
-                self._grow(max(self._size + fresh, 2 * self._size))
-            rows = np.concatenate((rows, np.arange(self._size, self._size + fresh)))
-            self._size += fresh
+            size = counts[SIZE]
+            if size + fresh >= len(self.parent):
+                self._grow(max(size + fresh, 2 * size))
+            rows = np.concatenate((rows, np.arange(size, size + fresh)))
+            counts[SIZE] += fresh
         self._used[rows] = _TRUE
         self.uses[rows] = _NOBODY
         self.pin_until[rows] = _NOT_PINNED
@@ -143,11 +127,7 @@ class PageRows(PageColumns):
         loops, rows = self.loops, np.empty(len(keys), WHOLE)
         if loops is None:
             return None
-        known = loops.add_chain(self._row_of, plain(keys), before, depth, parent, self.page_tokens, self._size, self._free_count, rows)
-        if known < 0:
-            return None
-        self.took(len(keys) - known)
-        return rows
+        return None if loops.add_chain(self._row_of, keys, before, depth, parent, self.page_tokens, rows) < 0 else rows
 
     def _new_chain(self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int) -> Rows:
         rows = self._take_rows(len(keys))
@@ -169,7 +149,7 @@ class PageRows(PageColumns):
         row = self._row_of.get(key)
         if row is None:
             row = int(self._new_chain([key], b"", depth, NO_ROW)[0])
-            self.hollow = True
+            self.counts[HOLLOW] = True
         return row
 
     def _link(self, row: int, parent: int) -> None:
@@ -185,14 +165,14 @@ class PageRows(PageColumns):
         empty = rows[copies == _NO_COPIES] if left else rows
         if np.count_nonzero(leases := self.leases[empty]):
             empty = empty[leases == _NOBODY]
-            self.hollow = True
+            self.counts[HOLLOW] = True
         parents = self.parent[empty]
         np.subtract.at(self.children, parents, _ONE)
         if np.count_nonzero(self.children[empty]):  # some keep children: then row by row
             np.add.at(self.children, parents, _ONE)
             for row in empty.tolist():
                 self._reap_up(row)
-            self.hollow = True
+            self.counts[HOLLOW] = True
             return
         self._bury(empty)
         for parent in parents[self._used[parents]].tolist():
@@ -213,5 +193,6 @@ class PageRows(PageColumns):
         self.parent[rows] = _NO_ROW
         self._used[rows] = _FALSE
         self._open[rows] = _FALSE
-        self._free[self._free_count : self._free_count + len(rows)] = rows
-        self._free_count += len(rows)
+        unused = self.counts[UNUSED]
+        self._free[unused : unused + len(rows)] = rows
+        self.counts[UNUSED] = unused + len(rows)

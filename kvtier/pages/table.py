@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from kvtier.columns import WHOLE, NewChain
 from kvtier.errors import IntegrityError
 from kvtier.keys import PageKey
-from kvtier.pages.columns import ABSENT, MOST_TIERS, NO_ROW, NO_TIER, READY, WRITING, Rows
-from kvtier.pages.rows import PageRows, plain
+from kvtier.pages.columns import ABSENT, MOST_TIERS, NO_ROW, NO_TIER, READY, SIZE, WRITING, Rows
+from kvtier.pages.rows import PageRows
 from kvtier.tiers.base import PageId
 
 Links = tuple[Rows, Rows, NDArray[np.bool_] | None]
@@ -51,7 +51,7 @@ class PageTable(PageRows):
         """Rows of the longest prefix of `keys` of which every page has a READY copy somewhere."""
         if self.loops is not None:
             rows = np.empty(len(keys), WHOLE)
-            return rows[: self.loops.find(self._row_of, plain(keys), rows)]
+            return rows[: self.loops.find(self._row_of, keys, rows)]
         known = iter(map(self._row_of.get, keys).__next__, None)  # up to the first key without a row, or the last
         rows = np.fromiter(known, np.int64)
         visible = self._copies[rows] & _READY_ANYWHERE
@@ -61,7 +61,8 @@ class PageTable(PageRows):
         """`find`, `lease` and `use` at once."""
         if self.loops is not None:
             rows = np.empty(len(keys), WHOLE)
-            return rows[: self.loops.claim(self._row_of, plain(keys), rows)]
+            found = self.loops.claim(self._row_of, keys, rows)
+            return rows if found == len(keys) else rows[:found]
         rows = self.find(keys)
         self.lease(rows)
         self.use(rows)
@@ -69,7 +70,7 @@ class PageTable(PageRows):
 
     def ready(self, tier: int) -> Rows:
         """Rows of all pages with a key that have a READY copy in `tier`, prefixes before what follows them. Looks at every row."""
-        used = slice(0, self._size)
+        used = slice(0, self.counts[SIZE])
         rows = np.flatnonzero((self.state[tier, used] == _READY) & ~self._open[used])
         return rows[np.argsort(self.depth[rows], kind="stable")]
 
@@ -145,7 +146,7 @@ class PageTable(PageRows):
     def begin(self, rows: Rows | Sequence[int], tier: int, slots: Sequence[int]) -> None:
         """Reserve a copy per row: invisible until `commit`. IntegrityError, and nothing begun, if one already has or awaits one there."""
         rows = np.asarray(rows, WHOLE)
-        if self.loops is not None and self.loops.begin(rows, tier, plain(slots)):
+        if self.loops is not None and self.loops.begin(rows, tier, slots):
             return
         state = self.state[tier]
         if np.count_nonzero(state[rows]):
@@ -155,7 +156,7 @@ class PageTable(PageRows):
 
     def settle(self, rows: Rows, tier: int, slots: Sequence[int]) -> None:
         """`begin`, `commit`, `lease` and `use` at once: copies that are already written. IntegrityError, and nothing done, as `begin`."""
-        if self.loops is None or not self.loops.settle(rows, tier, plain(slots)):
+        if self.loops is None or not self.loops.settle(rows, tier, slots):
             self.begin(rows, tier, slots)
             self.commit(rows, tier)
             self.lease(rows)
@@ -169,7 +170,6 @@ class PageTable(PageRows):
             count = len(keys)
             rows, parents, depths = np.empty(count, WHOLE), np.empty(count, WHOLE), np.empty(count, WHOLE)
             if chain[0].settle_chain(*chain[1:], rows, parents, depths):
-                self.took(count)
                 return rows, (parents, depths, None)
         rows = self.add_chain(keys, before, depth, parent)
         self.settle(rows, tier, slots)
@@ -178,11 +178,10 @@ class PageTable(PageRows):
     def new_chain(
         self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int, tier: int, slots: Sequence[int]
     ) -> NewChain | None:
-        """What compiled loops of others must know to `settle_chain` by themselves, which is to be told to `took`; None without loops."""
+        """What compiled loops of others must know to `settle_chain` by themselves; None without loops."""
         if (loops := self.loops) is None:
             return None
-        there = (self.page_tokens, self._size, self._free_count)
-        return loops, self._row_of, plain(keys), before, depth, parent, *there, tier, plain(slots)
+        return loops, self._row_of, keys, before, depth, parent, self.page_tokens, tier, slots
 
     def commit(self, rows: Rows | Sequence[int], tier: int) -> None:
         """Make WRITING copies visible. IntegrityError, and nothing done, if one of them is not WRITING."""
@@ -200,9 +199,7 @@ class PageTable(PageRows):
         IntegrityError, and nothing dropped, if one has no copy or is being read.
         """
         rows = np.asarray(rows, WHOLE)
-        if self.loops is not None and (dropped := self.loops.drop(rows, tier, self._row_of, self._free_count)) is not None:
-            slots, self._free_count, hollow = dropped
-            self.hollow |= hollow
+        if self.loops is not None and (slots := self.loops.drop(rows, tier, self._row_of)) is not None:
             return slots
         state = self.state[tier]
         if 0 in state[rows].tobytes():
@@ -240,9 +237,7 @@ class PageTable(PageRows):
         IntegrityError, and nothing released, if one of them is not leased.
         """
         held = np.asarray(rows, WHOLE)
-        if self.loops is not None and (released := self.loops.release(held, self._row_of, self._free_count)) is not None:
-            self._free_count, hollow = released
-            self.hollow |= hollow
+        if self.loops is not None and self.loops.release(held, self._row_of):
             return []
         left = self.leases[held] - _ONE
         if len(left) and left[left.argmin()] < 0:

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from kvtier.columns import WHOLE
 from kvtier.errors import IntegrityError
+from kvtier.policy.ages import EDGES, age_bins
 from kvtier.policy.base import Mask, Pages, Protection, TableProtection
 from kvtier.policy.guard import ROOM
-from kvtier.policy.reuse import EDGES, age_bins
-from kvtier.policy.spells import ATTENTION, CALL_NUMBER, KIND, USES, Spells
+from kvtier.policy.kinds import ATTENTION
+from kvtier.policy.spells import CALL_NUMBER, KIND, USES, Spells
 
 UNATTENDED, LITTLE, USUAL, MUCH = range(ATTENTION)
 """Attention: never reported, less than half of the mean page's, about that, more than twice that."""
@@ -49,41 +50,34 @@ class A2CR(Spells):
         self._mean_attention = math.nan
 
     def evict(self, count: int, protected: Protection, now: float, pressure: float) -> Pages | None:
-        self._score_if_due(now)
-        if (held := self._ranking.count) > self._most_held:
+        held = self._ranking.count
+        if self._left * RESCORED_SHARE >= held:
+            self._score_all(max(now, self._latest))
+        if held > self._most_held:
             self._most_held = held
             self._memory.fit(held)
             self._guard.fit(held, int(self._counts[CALL_NUMBER]))
             self._fit_loops()
+        loops, holders = self._loops, protected.holders if isinstance(protected, TableProtection) else None
+        if loops is not None and holders is not None and 0 < count <= held:
+            victims = np.empty(count, WHOLE)
+            if loops.evict(victims, *holders, held, now):
+                self._ranking.count = held - count
+                self._left += count
+                return victims
         self._guard.state[ROOM] = held
-        victims = self._take_unheld(count, protected, now)
-        if victims is None:
-            victims = self._ranking.take(count, protected)
-            if victims is None:
-                return None
-            self._note(now)
-            self._remember(victims)
+        taken = self._ranking.take(count, protected)
+        if taken is None:
+            return None
+        self._note(now)
+        self._remember(taken)
         self._left += count
-        return victims
-
-    def _take_unheld(self, count: int, protected: Protection, now: float) -> Pages | None:
-        """`count` pages out of the tier, and remembered, where compiled loops can see what is protected; else None, and nothing changed."""
-        loops, ranking = self._loops, self._ranking
-        if loops is None or not 0 < count <= ranking.count or not isinstance(protected, TableProtection):
-            return None
-        holders = protected.holders()
-        if holders is None or not loops.evict(victims := np.empty(count, WHOLE), *holders, now):
-            return None
-        ranking.count -= count
-        return victims
+        return taken
 
     def peek(self, count: int, protected: Protection, now: float, pressure: float) -> Pages:
-        self._score_if_due(now)
-        return self._ranking.first(count, protected)
-
-    def _score_if_due(self, now: float) -> None:
         if self._left * RESCORED_SHARE >= self._ranking.count:
             self._score_all(max(now, self._latest))
+        return self._ranking.first(count, protected)
 
     def record_attention(self, page: int, mass: float) -> None:
         if not 0 <= mass <= 1:

@@ -14,7 +14,8 @@ from heapq import heappop, heappush
 from kvtier.errors import ConfigError, IntegrityError
 from kvtier.policy.base import ROOT, Pages, Protection
 from kvtier.policy.pressure import SOURCE_BANDS, PressureBand, PressureBands, require_amount, require_share
-from kvtier.policy.queued import ABSENT, NOBODY, PAGE_MASK, Entry, QueuedPolicy
+from kvtier.policy.queued import QueuedPolicy
+from kvtier.policy.queues import ABSENT, NOBODY, PAGE_MASK, Entry
 
 COUNT_CAP = 10
 """Touches that give the full frequency term, the insert included."""

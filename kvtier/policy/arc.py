@@ -12,7 +12,8 @@ distinct pages: what was used twice crowds out what will be.
 from __future__ import annotations
 
 from kvtier.policy.ghosts import Ghosts
-from kvtier.policy.queued import NOBODY, QueuedPolicy
+from kvtier.policy.queued import QueuedPolicy
+from kvtier.policy.queues import NOBODY
 
 ONCE, AGAIN = 0, 1
 """T1 and T2 of the source; their ghosts are B1 and B2."""

@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 
 from kvtier.policy.ghosts import GHOSTS_PER_PAGE, Ghosts
-from kvtier.policy.queued import NOBODY, QueuedPolicy
+from kvtier.policy.queued import QueuedPolicy
+from kvtier.policy.queues import NOBODY
 
 TURNS = 4
 DEPTHS = (1, 64)

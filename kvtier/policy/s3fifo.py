@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from kvtier.policy.ghosts import Ghosts
-from kvtier.policy.queued import NOBODY, QueuedPolicy
+from kvtier.policy.queued import QueuedPolicy
+from kvtier.policy.queues import NOBODY
 
 SMALL, MAIN = 0, 1
 SMALL_SHARE = 0.1

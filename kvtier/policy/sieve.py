@@ -10,7 +10,8 @@ conversation's next turn comes too late. It loses to LRU from 5 % of the distinc
 
 from __future__ import annotations
 
-from kvtier.policy.queued import NOBODY, PAGE_BITS, QueuedPolicy
+from kvtier.policy.queued import QueuedPolicy
+from kvtier.policy.queues import NOBODY, PAGE_BITS
 
 Place = tuple[float, float, int]
 """(round of the hand, time of arrival, rank of the page)."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from kvtier.policy.queued import NOBODY, QueuedPolicy
+from kvtier.policy.queued import QueuedPolicy
+from kvtier.policy.queues import NOBODY
 
 PROBATION, PROTECTED = 0, 1
 PROTECTED_SHARE = 0.8

@@ -1,7 +1,6 @@
 """What A²CR knows about the pages of a tier: which kind each is of, when the spell of its use began, what it is worth.
 
-`kvtier.policy.a2cr` says what makes a kind, and lets pages leave; `kvtier.policy.reuse` learns what a kind is worth at every age.
-
+`kvtier.policy.a2cr` lets pages leave; `kvtier.policy.kinds` is what makes a kind, `kvtier.policy.reuse` what each is worth at every age.
 Where the compiled loops of `kvtier.columns` are, they do the usual calls, to the same bits; scores are then found when a page queues.
 """
 
@@ -13,41 +12,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtier import columns
+from kvtier.policy.ages import EDGES, age_bins
 from kvtier.policy.base import ROOT, EvictionPolicy, Pages
 from kvtier.policy.guard import BASE_USES, MOST_DOUBLINGS, UNKNOWN_CALL, Guard
+from kvtier.policy.kinds import ATTENTION, COUNT_OF, END_STEP, FEATURES, GENERATION_OF, MOST_GENERATIONS, MOST_USES, NEW, NEW_STEP
 from kvtier.policy.memory import Facts, Memory
 from kvtier.policy.ranking import Ranking
-from kvtier.policy.reuse import EDGES, ReuseModel, age_bins
-
-COUNTS, ENDS, GENERATIONS, NEW, ATTENTION = 16, 2, 6, 8, 4
-"""How many values each feature of a page's kind has."""
-_KINDS = (COUNTS, ENDS, GENERATIONS, NEW, ATTENTION)
-_COUNT_STEP = ENDS * GENERATIONS * NEW * ATTENTION
-_END_STEP = GENERATIONS * NEW * ATTENTION
-_GENERATION_STEP = NEW * ATTENTION
-_NEW_STEP = ATTENTION
-
-MOST_USES = 256
-_COUNT_OF = np.array([0] + [min(uses - 1 if uses <= 4 else int(2 * math.log2(uses)), COUNTS - 1) for uses in range(1, MOST_USES + 1)])
-_COUNT_OF *= _COUNT_STEP
-"""By uses up to MOST_USES: one by one up to four, then in half octaves; the feature's part in the number of a kind."""
-MOST_GENERATIONS = 16
-_GENERATION_OF = np.array([0, 0, 1, 2, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 5, 5, 5]) * _GENERATION_STEP
+from kvtier.policy.reuse import ReuseModel
 
 RECENT_REQUESTS = 64
 """Uses that may still turn out to be the beginning of a request that goes on with new pages."""
 
 _FACTS = KIND, COHORT, USES, GENERATION, CALL = range(5)
-_MOST_USES, _MOST_GENERATIONS = np.array(MOST_USES), np.array(MOST_GENERATIONS)
-_STEPS = np.array([_END_STEP, _NEW_STEP, ATTENTION, NEW, BASE_USES, MOST_DOUBLINGS])
+_MOST_USES = np.array(MOST_USES)
+_STEPS = np.array([END_STEP, NEW_STEP, ATTENTION, NEW, BASE_USES, MOST_DOUBLINGS])
 
 _COUNTS = CALL_NUMBER, SCORING = range(2)
 """Cells of `_counts`: the number of the next call that uses pages, and how often all pages were scored."""
 _CLOCK = LATEST, SCORED_AT = range(2)
 """Cells of `_clock`, seconds: the latest time seen, and when all pages were scored last."""
 UNUSUAL, UNKNOWN_KINDS, COHORT_DUE, ORDER_CHANGED = -1, -2, 1, 2
-"""Answers of compiled loops: nothing was done, for other pages than usual or kinds to be met; or what is due at the end of a call: a new
-cohort, scores in the guard's other order."""
+"""Answers of compiled loops: nothing done, for other pages than usual or kinds to meet; or due at the end: a new cohort, scores anew."""
 MOST_MISSING = 1024
 """More kinds than the pages of one call can be of."""
 
@@ -58,7 +43,7 @@ class Spells(EvictionPolicy):
     def __init__(self) -> None:
         super().__init__()
         self._ranking = Ranking()
-        self._model = ReuseModel(_KINDS)
+        self._model = ReuseModel(FEATURES)
         self._memory = Memory(len(_FACTS))
         self._guard = Guard()
         self._left = 0
@@ -75,8 +60,8 @@ class Spells(EvictionPolicy):
         """The moving average of a page's attention, where its kind says that there is one."""
         self._counts: Pages = np.zeros(len(_COUNTS), np.int64)
         self._clock: NDArray[np.float64] = np.full(len(_CLOCK), -math.inf)
-        self._recent: dict[int, Pages] = {}
-        """By the number of a call that used pages and may go on with new ones, these pages; the last RECENT_REQUESTS."""
+        self._recent: dict[int, bytes] = {}
+        """By the number of a call that used pages and may go on with new ones, these pages' ids in memory; the last RECENT_REQUESTS."""
         self._missing: Pages = np.zeros(1 + MOST_MISSING, np.int64)
         """How many kinds compiled loops did not know, and the features of each."""
         self._loops: columns.SpellLoops | None = None
@@ -90,7 +75,7 @@ class Spells(EvictionPolicy):
         pages = (self._combined, self._facts, self._name, self._scored)
         kinds = (model.kind_of, model.worth, model.hits, model.change, model.alive, model.counted, model.period, EDGES)
         ghosts = (memory.names, memory.last, memory.facts)
-        rest = (_COUNT_OF, _GENERATION_OF, _STEPS, self._guard.state, self._guard.ring, self._counts, self._clock)
+        rest = (COUNT_OF, GENERATION_OF, _STEPS, self._guard.state, self._guard.ring, self._counts, self._clock)
         return loops.Spells(ranking.loops, self._recent, *pages, *kinds, *ghosts, *rest, self._missing)
 
     def _fit_loops(self) -> columns.SpellLoops | None:
@@ -165,7 +150,7 @@ class Spells(EvictionPolicy):
         self._note(now)
         self._use(pages)
         ranking.rescored(pages)
-        self._recent[call] = pages.copy()
+        self._recent[call] = pages.tobytes()
         if len(self._recent) > RECENT_REQUESTS:
             del self._recent[next(iter(self._recent))]
         return self._end_call(len(pages))
@@ -207,9 +192,9 @@ class Spells(EvictionPolicy):
             self._guard.missed(facts[:, CALL])
             uses[known] += facts[:, USES]
             generations[known] = facts[:, GENERATION]
-        new = min((len(pages) - len(known)).bit_length(), NEW - 1) * _NEW_STEP
-        combined = _COUNT_OF[np.minimum(uses, _MOST_USES)] + _GENERATION_OF[generations] + new
-        combined[deepest] += _END_STEP
+        new = min((len(pages) - len(known)).bit_length(), NEW - 1) * NEW_STEP
+        combined = COUNT_OF[np.minimum(uses, _MOST_USES)] + GENERATION_OF[generations] + new
+        combined[deepest] += END_STEP
         self._name[pages] = names
         self._facts[pages, USES] = uses
         self._facts[pages, GENERATION] = generations
@@ -223,7 +208,7 @@ class Spells(EvictionPolicy):
         self._guard.found(facts[:, CALL])
         uses = facts[:, USES] + 1
         self._facts[pages, USES] = uses
-        combined = _COUNT_OF[np.minimum(uses, _MOST_USES)] + _GENERATION_OF[facts[:, GENERATION]]
+        combined = COUNT_OF[np.minimum(uses, _MOST_USES)] + GENERATION_OF[facts[:, GENERATION]]
         self._begin(pages, combined + self._combined[pages] % ATTENTION)
 
     def _begin(self, pages: Pages, combined: Pages) -> None:
@@ -242,11 +227,12 @@ class Spells(EvictionPolicy):
     def _go_on(self, before: int, new: int) -> None:
         """If a request used this page last that may go on, it did, with new pages: all that it used are of another kind."""
         request = int(self._facts[before, CALL])
-        if (used := self._recent.pop(request, None)) is None:
+        if (note := self._recent.pop(request, None)) is None:
             return
+        used = np.frombuffer(note, np.int64)
         pages = used[(self._facts[used, CALL] == request) & self._ranking.here[used]]
         combined = self._combined[pages]
-        self._change(pages, combined + new - combined // _NEW_STEP % NEW * _NEW_STEP)
+        self._change(pages, combined + new - combined // NEW_STEP % NEW * NEW_STEP)
 
     def _change(self, pages: Pages, combined: Pages) -> None:
         """These pages turn out to be of another kind than they were taken for."""

@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 
-from kvtier.policy.queued import NOBODY, QueuedPolicy
+from kvtier.policy.queued import QueuedPolicy
+from kvtier.policy.queues import NOBODY
 
 WINDOW, ARRIVING, PROBATION, PROTECTED = 0, 1, 2, 3
 """Where pages are; those that are `ARRIVING` fell out of the window and must prove themselves."""

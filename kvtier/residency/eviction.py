@@ -147,7 +147,11 @@ class Eviction:
                 likely = policy.peek(missing, protected, now, pressure)
             if len(likely) < missing or not self.is_clean(likely, tier).all():
                 return None
-        with Protected(residency.table, tier, now, hinted) as protected:
+        protected = Protected(residency.table, tier, now, hinted)
+        if protected.notes_children:
+            with protected:
+                victims = policy.evict(missing, protected, now, pressure)
+        else:  # the usual case, which `with` would take longer to enter and leave than all of this took to make
             victims = policy.evict(missing, protected, now, pressure)
         if victims is None:
             return None

@@ -22,7 +22,8 @@ class Hinted:
         self._budget = budget
         self.count = 0
         """How many there are."""
-        self._waiting: dict[object, Callable[[], None]] = {}
+        self.waiting: dict[object, Callable[[], None]] = {}
+        """Whom `room_came` calls."""
 
     @property
     def room(self) -> int:
@@ -45,17 +46,16 @@ class Hinted:
 
     def wait_for_room(self, hint: object, again: Callable[[], None]) -> None:
         """Call `again` once, when pages were let go of, unless `hint` gives up before."""
-        self._waiting[hint] = again
-        if len(self._waiting) > MOST_WAITING:
-            del self._waiting[next(iter(self._waiting))]
+        self.waiting[hint] = again
+        if len(self.waiting) > MOST_WAITING:
+            del self.waiting[next(iter(self.waiting))]
 
     def give_up(self, hint: object) -> None:
         """`hint` does not wait any more."""
-        self._waiting.pop(hint, None)
+        self.waiting.pop(hint, None)
 
     def room_came(self) -> None:
         """A request let go of its pages: whoever waits looks again, the oldest hint first."""
-        if self._waiting:
-            waiting, self._waiting = self._waiting, {}
-            for again in waiting.values():
-                again()
+        waiting, self.waiting = self.waiting, {}
+        for again in waiting.values():
+            again()

@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from kvtier.pages import ABSENT, NO_TIER, READY, PageTable, Rows
-from kvtier.policy import Holders, Mask, TableProtection
+from kvtier.pages.columns import HOLLOW
+from kvtier.policy import Mask, TableProtection
 
 # Without dimensions: with a Python number, NumPy spends longer on finding the type than on a whole request's rows.
 _NOBODY, _ONE, _NO_TIER = np.array(0), np.array(1), np.array(NO_TIER)
@@ -21,13 +22,18 @@ class Protected(TableProtection):
     whose children were asked about before it, and would leave with their only copies, is not kept for them.
     """
 
+    __slots__ = ("_hinted", "_leaving", "_now", "_table", "_tier", "notes_children")
+
     def __init__(self, table: PageTable, tier: int, now: float, hinted: bool = False) -> None:
         self._hinted = hinted
         self._table = table
         self._tier = tier
         self._now = now
-        self._keeps_parents = tier == table.tiers - 1 and (tier > 0 or table.hollow)
+        self.notes_children = tier == table.tiers - 1 and (tier > 0 or bool(table.counts[HOLLOW]))
+        """Whether children that leave are noted in the table, as long as this is entered: they keep their parents else."""
         self._leaving: list[Rows] = []
+        loops = None if hinted or self.notes_children or table.pinned_until > now else table.loops
+        self.holders = None if loops is None else (loops, tier)
 
     def __enter__(self) -> Protected:
         return self
@@ -35,12 +41,6 @@ class Protected(TableProtection):
     def __exit__(self, *_: object) -> None:
         for parents in self._leaving:
             self._table.leaving[parents] = _NOBODY
-
-    def holders(self) -> Holders | None:
-        table = self._table
-        if table.loops is None or self._hinted or self._keeps_parents or table.pinned_until > self._now:
-            return None
-        return table.loops, self._tier
 
     def __call__(self, pages: Rows) -> Mask:
         """Which of these pages may not leave."""
@@ -51,7 +51,7 @@ class Protected(TableProtection):
         if (pinned := table.any_pinned(pages, self._now)) is not None:
             for index in np.flatnonzero(pinned & ~kept).tolist():
                 kept[index] = self._is_pinned_here(int(pages[index]))
-        if self._keeps_parents:
+        if self.notes_children:
             self._add_parents(pages, kept)
         return kept
 

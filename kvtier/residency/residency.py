@@ -110,7 +110,8 @@ class Residency:
 
     def smoothed_pressure(self, tier: int) -> float:
         """Pressure as the policies see it: smoothed over the calls of this method, so that one burst does not change their bands."""
-        return self._smoothed[tier].observe(self.tiers[tier].bytes_used, self.tiers[tier].capacity_bytes)
+        room = self.tiers[tier]
+        return self._smoothed[tier].observe(room.bytes_used, room.capacity_bytes)
 
     def protecting(self, tier: int, hinted: bool = False) -> Protected:
         """The pages that may not leave `tier` now, or not for a hint: for one question to its policy, in a `with`. Lock held."""
@@ -119,7 +120,8 @@ class Residency:
     def admit(self, rows: Rows, tier: int) -> None:
         """READY copies of pages with a key are from now on candidates of the tier's policy. Lock held."""
         self._insert(rows, tier, self.table.links(rows), self.clock())
-        self._tell(rows)
+        if self.watcher is not None:
+            self.watcher(self.table.key[rows].tolist())
 
     def _insert(self, rows: Rows, tier: int, links: Links, now: float) -> None:
         policy = self.policies[tier]
@@ -128,11 +130,6 @@ class Residency:
         if attended is not None:
             for row in rows[attended].tolist():
                 policy.record_attention(row, float(self.table.attention[row]))
-
-    def _tell(self, rows: Rows) -> None:
-        """The watcher, that these pages got a copy somewhere."""
-        if self.watcher is not None:
-            self.watcher(self.table.key[rows].tolist())
 
     def touch(self, rows: Rows, tier: int) -> None:
         """Copies in `tier` were used; those that its policy does not know (on their way out) are passed over. Lock held."""
@@ -152,10 +149,16 @@ class Residency:
         metrics.tokens_asked += len(keys) * table.page_tokens
         if not len(rows):
             return rows
-        warmest = table.warmest(rows) if self.last else None
+        if not self.last:
+            self.touch(rows, DEVICE)
+            if self.hinted.count:
+                self._served(rows, DEVICE)
+            else:
+                metrics.tiers[DEVICE].served(len(rows), table.page_tokens)
+            return rows
+        warmest = table.warmest(rows)
         for tier in range(len(self.tiers)):
-            here = rows if warmest is None else rows[warmest == tier]
-            if len(here):
+            if len(here := rows[warmest == tier]):
                 self.touch(here, tier)
                 self._served(here, tier)
         for tier in range(self.last):
@@ -186,8 +189,6 @@ class Residency:
         if rows is None:
             rows, links = table.settle_chain(keys, before, depth, parent, DEVICE, slots)
             self._insert(rows, DEVICE, links, now)
-        else:
-            table.took(len(rows))
         self._arrived(rows)
         return rows
 
@@ -200,7 +201,8 @@ class Residency:
     def _arrived(self, rows: Rows) -> None:
         if self.last:
             self.admission.computed(self.table.names(rows))
-        self._tell(rows)
+        if self.watcher is not None:
+            self.watcher(self.table.key[rows].tolist())
         self.metrics.tiers[DEVICE].pages_in += len(rows)
 
     def used(self, rows: Rows) -> None:
@@ -214,7 +216,8 @@ class Residency:
         open_slots = self.table.release(rows)
         if open_slots:
             self.device.free(open_slots)
-        self.hinted.room_came()
+        if self.hinted.waiting:
+            self.hinted.room_came()
 
     # -- jobs ------------------------------------------------------------------------------------------------------------------
 

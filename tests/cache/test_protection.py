@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from kvtier.pages import PageTable
+from kvtier.pages.columns import HOLLOW
 from kvtier.residency.protection import Protected
 from tests.pages.rig import key, page, ready
 
@@ -88,14 +89,14 @@ def test_loops_may_look_themselves_only_where_nothing_but_holders_is_protected()
     """At any other time a policy has to ask."""
     table = PageTable(2, 4)
     with Protected(table, DEVICE, 0.0) as protected:
-        assert protected.holders() == (None if table.loops is None else (table.loops, DEVICE))
+        assert protected.holders == (None if table.loops is None else (table.loops, DEVICE))
     with Protected(table, HOST, 0.0) as coldest, Protected(table, DEVICE, 0.0, hinted=True) as hinted:
-        assert (coldest.holders(), hinted.holders()) == (None, None)
+        assert (coldest.holders, hinted.holders) == (None, None)
     table.pin(np.array([ready(table, (1,))]), DEVICE, 10.0)
     with Protected(table, DEVICE, 9.0) as pinned, Protected(table, DEVICE, 10.0) as after:
-        assert pinned.holders() is None
-        assert after.holders() == (None if table.loops is None else (table.loops, DEVICE))
+        assert pinned.holders is None
+        assert after.holders == (None if table.loops is None else (table.loops, DEVICE))
     single = PageTable(1, 4)
-    single.hollow = True
+    single.counts[HOLLOW] = 1
     with Protected(single, DEVICE, 0.0) as protected:
-        assert protected.holders() is None
+        assert protected.holders is None

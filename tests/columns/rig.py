@@ -11,7 +11,7 @@ import pytest
 
 from kvtier import columns
 from kvtier.pages import PageTable
-from kvtier.pages.columns import COLUMNS
+from kvtier.pages.columns import COLUMNS, UNUSED
 from kvtier.policy import A2CR, LRU
 from kvtier.policy.ranking import Ranking
 
@@ -54,8 +54,8 @@ def table_state(table: PageTable) -> dict[str, Any]:
     """Everything a table holds, as it is in memory."""
     state = {name: getattr(table, name) for name in COLUMNS}
     plain = {name: column.tolist() if column.dtype == object else column.tobytes() for name, column in state.items()}
-    numbers = (table._size, table._free_count, table.hollow, table.pinned_until)
-    return plain | {"free": table._free[: table._free_count].tolist(), "index": dict(table._row_of.items()), "numbers": numbers}
+    free = table._free[: table.counts[UNUSED]].tolist()
+    return plain | {"free": free, "index": dict(table._row_of.items()), "numbers": (*table.counts, table.pinned_until)}
 
 
 def order_state(policy: LRU) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def a2cr_state(policy: A2CR) -> dict[str, Any]:
     leaves = pages[ranking.children[pages] == 0]
     state["score"] = ranking.score[leaves].tobytes()  # compiled loops score others when they become leaves
     state |= {name: getattr(policy, name)[pages].tobytes() for name in ("_combined", "_facts", "_name")}
-    state |= {"counts": policy._counts.tobytes(), "recent": {call: pages.tolist() for call, pages in policy._recent.items()}}
+    state |= {"counts": policy._counts.tobytes(), "recent": dict(policy._recent)}
     learned = ("kind_of", "worth", "chance", "hits", "change", "alive", "counted", "period", "_exposed", "_factors")
     state |= {name: getattr(model, name).tobytes() for name in learned}
     state |= {f"ghosts' {name}": getattr(memory, name).tobytes() for name in ("names", "last", "facts")}

@@ -13,8 +13,9 @@ from kvtier.policy import A2CR, ROOT, nothing_protected
 from kvtier.policy import memory as memory_module
 from kvtier.policy import reuse as reuse_module
 from kvtier.policy import spells as spells_module
+from kvtier.policy.ages import AGES
 from kvtier.policy.ranking import Ranking
-from kvtier.policy.reuse import AGES, ReuseModel
+from kvtier.policy.reuse import ReuseModel
 from kvtier.residency.protection import Protected
 from kvtier.testing.policy import PolicyContract
 from tests.columns.rig import PlainA2CR, PlainRanking, PlainTable, Twins, a2cr_state, needs_loops, table_state
@@ -135,12 +136,37 @@ def test_loops_refuse_columns_that_do_not_fit_and_rows_that_are_not_there():
     spells.score_all()
     table = PageTable(1, 1).loops
     assert table is not None
-    assert not spells.evict(np.zeros(1, np.int64), table, 1, 1.0), "the table has no such tier"
+    assert not spells.evict(np.zeros(1, np.int64), table, 1, 2, 1.0), "the table has no such tier"
     with pytest.raises(TypeError, match="table's loops"):
-        spells.evict(np.zeros(1, np.int64), ranked, 0, 1.0)  # type: ignore[arg-type]
-    spells.evict(np.zeros(4, np.int64), table, 0, 1.0)
+        spells.evict(np.zeros(1, np.int64), ranked, 0, 2, 1.0)  # type: ignore[arg-type]
+    spells.evict(np.zeros(4, np.int64), table, 0, 2, 1.0)
     ranked.pop(np.zeros(4, np.int64))
     ranked.rescored(np.array([1]))
+
+
+@needs_loops
+def test_counts_that_cannot_be_are_refused():
+    """Sums of them would be no numbers."""
+    policy, page = A2CR(), np.array([0])
+    policy.insert(np.array([0, 5]), np.array([ROOT, ROOT]), np.array([0, 0]), 1.0)
+    policy.touch(page, 2.0)
+    loops = policy._loops
+    assert loops is not None
+    for column in (policy._guard.state, policy._model.period, policy._counts):
+        for cell, held in enumerate(column.tolist()):
+            for strange in (2**63 - 1, 2**61 + 1, -(2**63)):
+                column[cell] = strange
+                state = a2cr_state(policy)
+                assert loops.touch(page, 3.0) == -1
+                assert loops.insert(page + 1, page, page + 1, page, 3.0) == -1
+                assert a2cr_state(policy) == state
+            column[cell] = held
+    policy._recent[int(policy._counts[0]) - 1] = [0]  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="bytes"):
+        loops.insert(page + 1, page, page + 1, page, 3.0)
+    policy._recent.clear()
+    policy.touch(page, 3.0)
+    policy.check_integrity()
 
 
 @needs_loops
@@ -165,7 +191,7 @@ def test_an_eviction_that_looks_into_the_table_takes_what_one_that_asks_takes(ha
             continue
         wanted = int(chance.integers(1, 12))
         with Protected(table, DEVICE, now) as protected:
-            assert protected.holders() is not None
+            assert protected.holders is not None
             victims, again = [policy.evict(wanted, protected, now, 1.0) for policy in policies]
         assert a2cr_state(policies[0]) == a2cr_state(policies[1])
         assert (victims is None) == (again is None)
@@ -208,7 +234,6 @@ def test_pages_that_settle_in_table_and_policy_at_once_are_where_two_steps_put_t
             rows, (parents, depths, _) = tables[0].settle_chain(*where)
             policies[0].insert(rows, parents, depths, now)
         else:
-            tables[0].took(len(rows))
             at_once += 1
         assert tables[1].new_chain(*where) is None
         again, (parents, depths, _) = tables[1].settle_chain(*where)
@@ -266,7 +291,6 @@ def test_pages_that_cannot_settle_in_both_settle_in_neither():
     assert chain is not None
     settled = policy.settle(chain, 2.0)
     assert settled is not None
-    table.took(len(settled))
     assert settled.tolist() == [2, 3]
     table.check_integrity()
     policy.check_integrity()
@@ -330,7 +354,7 @@ def test_nothing_is_fitted_to_arrays_that_do_not_fit():
 @needs_loops
 def test_loops_refuse_factors_without_one_for_the_generation_of_a_page_that_continues_none(monkeypatch):
     policy = A2CR()
-    monkeypatch.setattr(spells_module, "_GENERATION_OF", np.zeros(1, np.int64))
+    monkeypatch.setattr(spells_module, "GENERATION_OF", np.zeros(1, np.int64))
     with pytest.raises(ValueError, match="fit"):
         policy.attach()
 

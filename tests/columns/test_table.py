@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserList
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 from kvtier import columns
 from kvtier.errors import IntegrityError
 from kvtier.pages import ABSENT, NO_ROW, READY, WRITING, PageTable
+from kvtier.pages.columns import SIZE, UNUSED
 from tests.columns.rig import PlainTable, Twins, needs_loops, table_state
 from tests.pages.rig import PATHS, ROOT, TIERS, chain, key
 from tests.pages.test_any_order import TableMachine
@@ -156,16 +158,31 @@ def test_rows_that_do_not_exist_are_refused_like_without_loops():
 
 
 @needs_loops
+@pytest.mark.parametrize("kind", [list, tuple, UserList])
+def test_keys_and_slots_are_any_sequence(kind):
+    table, keys = twins(), chain((1, 2, 3, 4))
+    first, _ = table.settle_chain(kind(keys[:2]), ROOT, 0, NO_ROW, 0, kind([7, 8]))
+    rows = table.add_chain(kind(keys), ROOT, 0)
+    table.begin(rows[2:], 0, kind([9, 5]))
+    table.commit(rows[2:], 0)
+    table.settle(rows, 1, kind(range(4)))
+    assert rows[:2].tolist() == first.tolist()
+    assert table.find(kind(keys)).tolist() == table.claim(kind(keys)).tolist() == rows.tolist()
+    table.check_integrity()
+
+
+@needs_loops
 def test_loops_refuse_what_is_no_column_and_no_rows():
     loops = columns.loops()
     assert loops is not None
     table = PageTable(TIERS, 4)
-    with pytest.raises(TypeError, match="17"):
+    with pytest.raises(TypeError, match="18"):
         loops.Table(table.parent)
-    good = [table.parent, table.slot, table.readers, *[table.leases] * 9, *[table._used] * 2, table.key, table.key, table._free]
+    links: list[Any] = [table.parent, table.slot, table.readers, *[table.leases] * 9]
+    good = [*links, *[table._used] * 2, table.key, table.key, table._free, table.counts]
     loops.Table(*good)
     for place, wrong in enumerate(
-        (table._used, table._free, table.parent, *[table._free] * 11, table.leases[1:], table._free, table.leases)
+        (table._used, table._free, table.parent, *[table._free] * 11, table.leases[1:], table._free, table.leases, table.leases)
     ):
         for column_ in (wrong, np.zeros(5, "V0")):
             with pytest.raises(ValueError, match="column|cell"):
@@ -179,13 +196,17 @@ def test_loops_refuse_what_is_no_column_and_no_rows():
             native.lease(rows)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="room"):
         native.find(loops.Index(), [b"", b""], np.zeros(1, np.int64))
-    with pytest.raises(TypeError, match="list"):
-        native.find(loops.Index(), iter([b""]), np.zeros(1, np.int64))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="iterable"):
+        native.find(loops.Index(), 7, np.zeros(1, np.int64))  # type: ignore[arg-type]
     for size, free_count in ((10**6, 0), (-1, 0), (0, 10**6), (0, -1)):
-        assert native.add_chain(loops.Index(), [b"k"], b"", 0, NO_ROW, 4, size, free_count, np.zeros(1, np.int64)) == -1
-    assert native.add_chain(loops.Index(), [b"k"], b"", 1, NO_ROW, 4, 0, 0, np.zeros(1, np.int64)) == -1, "the page before has no row"
+        table.counts[SIZE], table.counts[UNUSED] = size, free_count
+        assert native.add_chain(loops.Index(), [b"k"], b"", 0, NO_ROW, 4, np.zeros(1, np.int64)) == -1
+        assert not native.release(np.zeros(0, np.int64), loops.Index())
+        assert native.drop(np.zeros(0, np.int64), 0, loops.Index()) is None
+    table.counts[SIZE] = table.counts[UNUSED] = 0
+    assert native.add_chain(loops.Index(), [b"k"], b"", 1, NO_ROW, 4, np.zeros(1, np.int64)) == -1, "the page before has no row"
     with pytest.raises(ValueError, match="room"):
-        native.add_chain(loops.Index(), [b"k", b"l"], b"", 0, NO_ROW, 4, 0, 0, np.zeros(1, np.int64))
+        native.add_chain(loops.Index(), [b"k", b"l"], b"", 0, NO_ROW, 4, np.zeros(1, np.int64))
     for strange in (np.array([-1]), np.array([10**9]), np.array([0])):
         assert not native.names(strange, np.zeros(1, np.int64)), "no such row, or one without a key"
     assert len(table) == 0
@@ -202,7 +223,7 @@ def test_a_column_that_went_wrong_leads_nowhere():
     assert table.find([key((9,))]).tolist() == []
     table.release(rows)
     assert table.drop(rows[::-1], 0) == [1, 0]
-    table._free_count = 1
+    table.counts[UNUSED] = 1
     table._free[0] = 2**60
     with pytest.raises(ValueError, match="free"):
         table.add_chain([key((3,))], ROOT, 0)

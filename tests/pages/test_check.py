@@ -7,6 +7,7 @@ import pytest
 
 from kvtier.errors import IntegrityError
 from kvtier.pages import ABSENT, NO_ROW, READY, PageTable
+from kvtier.pages.columns import UNUSED
 from tests.pages.rig import TIERS, key, ready
 
 
@@ -25,7 +26,7 @@ def corruptible() -> tuple[PageTable, dict[str, int]]:
 def give_up(table: PageTable, *rows: int) -> None:
     """Put rows on the free list and nowhere else."""
     table._free[: len(rows)] = rows
-    table._free_count = len(rows)
+    table.counts[UNUSED] = len(rows)
 
 
 CORRUPTIONS = {

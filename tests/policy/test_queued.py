@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvtier.policy import FIFO, ROOT, A2CRClassic, a2cr_classic, nothing_protected, queued
-from kvtier.policy.queued import SPARE_ENTRIES, QueuedPolicy
+from kvtier.policy import FIFO, ROOT, A2CRClassic, a2cr_classic, nothing_protected, queued, queues
+from kvtier.policy.queued import QueuedPolicy
+from kvtier.policy.queues import SPARE_ENTRIES
 from kvtier.testing.policy import evicted, insert_one, pages_of
 
 PAGES = 1_000_000
@@ -24,7 +25,7 @@ class Work:
         self.lines = self.heap_operations = self.questions = 0
         self.protected = protected
         costs = {"heappush": lambda _: 1, "heappop": lambda _: 1, "heapreplace": lambda _: 1, "heapify": len}
-        for module in (queued, a2cr_classic):
+        for module in (queued, queues, a2cr_classic):
             for operation in costs.keys() & vars(module).keys():
                 monkeypatch.setattr(module, operation, self.counted(getattr(heapq, operation), costs[operation]))
 
