@@ -35,13 +35,8 @@ Receive = Callable[[Sequence[Payload], Sequence[int], Sequence[bytes], Sequence[
 """`receive(records, counts, keys, rows)`: see `BlockFormat.receiver`."""
 
 
-def _needs_care(numbers: torch.Tensor) -> bool:
-    """Whether the memory of a tensor does not say what it holds, since torch has put off a sign, or begins within a word of 4 bytes."""
-    return numbers.is_neg() or numbers.data_ptr() & 3 != 0
-
-
 _EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-USUAL: Expected | None = None if _EXCHANGE is None else (torch.Tensor, _EXCHANGE, _needs_care)
+USUAL: Expected | None = None if _EXCHANGE is None else (torch.Tensor, _EXCHANGE, torch.Tensor.is_neg)
 """What the native codecs see by that a tensor is a usual one; None with older versions of torch, where Python's checks do."""
 
 

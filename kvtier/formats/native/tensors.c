@@ -27,6 +27,7 @@ static bool is_of_plan(const Tensor *tensor, const Plan *plan, Py_ssize_t count)
     const int64_t sizes[AXES] = {count, plan->layers, plan->planes, shape->tokens, shape->heads, shape->head_dim};
     if (tensor->device_type != CPU || tensor->axes != AXES || tensor->lanes != 1) return false;
     if (tensor->code != kinds[shape->dtype].code || tensor->bits != kinds[shape->dtype].bits) return false;
+    if (((uintptr_t)tensor->data + tensor->byte_offset) % value_bytes(shape->dtype)) return false;
     int64_t stride = 1;
     for (int axis = AXES - 1; axis >= 0; axis--) {
         if (tensor->sizes[axis] != sizes[axis] || (sizes[axis] > 1 && tensor->strides[axis] != stride)) return false;
