@@ -31,8 +31,8 @@ CHUNK_VALUES = 1 << 19
 
 _ALL = slice(None)
 
-Receive = Callable[[Sequence[Payload], Sequence[int], Sequence[bytes], Sequence[int]], Arrivals]
-"""`receive(records, counts, keys, rows)`: see `BlockFormat.receiver`."""
+Receive = Callable[[int, Sequence[int], Sequence[bytes], Sequence[int]], Arrivals]
+"""`receive(record_bytes, counts, keys, rows)`: see `BlockFormat.receiver`."""
 
 
 _EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
@@ -180,9 +180,9 @@ class BlockFormat(Format):
         """What proves records and decodes them, each right after its proof, on the threads that read them; None where compiled kernels
         cannot.
 
-        A record is a head that `proof` describes and a payload, perhaps more bytes behind. `receive(records, counts, keys, rows)` gives
-        what is to be told of groups of records that were read (`NativeCodecs.arrivals`): record i is decoded into `out[rows[i]]`, `out` as
-        for `decode`, if it proves to be the copy of `keys[i]`. LayoutError if `out` or a row does not fit.
+        A record is a head that `proof` describes and a payload, perhaps more bytes behind. `receive(record_bytes, counts, keys, rows)`
+        gives what is to be told of groups of records that were read (`NativeCodecs.arrivals`): record i is decoded into `out[rows[i]]`,
+        `out` as for `decode`, if it proves to be the copy of `keys[i]`. LayoutError if `out` or a row does not fit.
         """
         plan = self._plan_of(layout)
         digest_of = digest_address()
@@ -192,9 +192,9 @@ class BlockFormat(Format):
         target_of(out, [], 0, layout.layers, layout)
         row_bytes = layout.page_bytes if out.is_contiguous() else out.stride(0) * DTYPE_BYTES[layout.dtype]
 
-        def receive(records: Sequence[Payload], counts: Sequence[int], keys: Sequence[bytes], rows: Sequence[int]) -> Arrivals:
+        def receive(record_bytes: int, counts: Sequence[int], keys: Sequence[bytes], rows: Sequence[int]) -> Arrivals:
             places = check_rows(rows, len(out), "decode")
-            return native.arrivals(described, proof.packed, records, counts, keys, out.data_ptr(), places, row_bytes, digest_of)
+            return native.arrivals(described, proof.packed, record_bytes, counts, keys, out.data_ptr(), places, row_bytes, digest_of)
 
         return receive
 

@@ -53,12 +53,12 @@ SomeOutcomes = Generator[list[Outcome], None, None]
 class Then(Protocol):
     """What is to be done with requests of a batch once they were read. Several threads may call it at once, each about another request."""
 
-    def take(self, index: int, read: int, /) -> None:
-        """So many bytes of request `index` were read, or less than 0: the system said no."""
+    def take(self, index: int, read: int, memory: Bytes, /) -> None:
+        """So many bytes of request `index` were read into `memory`, its own, or less than 0: the system said no."""
 
     def function(self) -> tuple[int, int]:
-        """Address of compiled code that does the same, `void (*)(void *context, Py_ssize_t index, int64_t read)`, on any thread and without
-        the interpreter's lock, and its context, which lives as long as this."""
+        """Address of compiled code that does the same, `void (*)(void *context, Py_ssize_t index, int64_t read, const void *memory)`, on
+        any thread and without the interpreter's lock, and its context, which lives as long as this."""
 
 
 class FileEngine(ABC):
@@ -120,7 +120,7 @@ class FileEngine(ABC):
         with closing(self.read_some(requests)) as groups:
             for group in groups:
                 for index, outcome in group:
-                    then.take(index, -1 if isinstance(outcome, OSError) else outcome)
+                    then.take(index, -1 if isinstance(outcome, OSError) else outcome, requests[index].buffer)
                 yield group
 
     @abstractmethod

@@ -29,7 +29,8 @@ class _Batch(Protocol):
 class _Threads(Protocol):
     def begin(self, requests: list[Request], writing: bool, helping: bool, /, *then: object) -> _Batch:
         """Start on a batch. `helping`: calls of `ended` carry requests, too. `then`: nothing, or the addresses of a function that is told
-        of each request that was read and of its context, whose owner is kept, and how many threads may be in such functions at once."""
+        of each request that was read (`Then.function`) and of its context, whose owner is kept, and how many threads may be in such
+        functions at once."""
 
     def keep_on(self, cpus: list[int], /) -> None:
         """Keep threads that start from now on on these CPUs, if the system lets them; any, for none."""

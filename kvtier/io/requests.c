@@ -33,8 +33,8 @@ struct Request {
     Request *next; /* of a queue: requests that were read and await what is to be done then */
 };
 
-/* What is to be done with a request that was read: `index` of its batch, bytes or -errno. */
-typedef void Then(void *context, Py_ssize_t index, int64_t outcome);
+/* What is to be done with a request that was read: `index` of its batch, bytes or -errno, and where they are. */
+typedef void Then(void *context, Py_ssize_t index, int64_t outcome, const void *memory);
 
 typedef struct {
     PyObject_HEAD
@@ -125,7 +125,7 @@ static void work(Pool *pool) {
         pool->waiting = request->next;
         pool->working++;
         pthread_mutex_unlock(&pool->lock);
-        batch->then(batch->context, request - batch->requests, request->outcome);
+        batch->then(batch->context, request - batch->requests, request->outcome, request->memory.buf);
         pthread_mutex_lock(&pool->lock);
         pool->working--;
         note(request);

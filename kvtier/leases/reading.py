@@ -20,6 +20,10 @@ from kvtier.mover.transfer import Transfer
 from kvtier.pages import ABSENT, DEVICE, READY, WRITING, Rows
 from kvtier.residency import Residency
 
+LEARN_AFTER_S = 0.001
+"""So long whoever waited for a restore is left alone before what it took is learned: it goes on with the interpreter's lock, and soon
+needs that of the cache."""
+
 
 class Reader:
     """Gives leases on the pages of one cache, and takes them back."""
@@ -151,9 +155,10 @@ class Reader:
             whole, seconds = alone and len(asked) == missing and lease.tokens == tokens, time.perf_counter() - asked_s
             lease.submitted.set()
             lease.restored.set_result(None)
-            if whole:
-                with residency.lock:
-                    residency.prices.restored(moved, seconds)
+        if whole:
+            await asyncio.sleep(LEARN_AFTER_S)
+            with residency.lock:
+                residency.prices.restored(moved, seconds)
 
     def _cut(self, lease: Lease) -> None:
         """Shorten a lease to the prefix that is on the device and let the rest go. Lock held."""

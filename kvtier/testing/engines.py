@@ -58,20 +58,20 @@ def threads() -> set[str]:
 
 
 class Told:
-    """What an engine tells of requests that were read (`FileEngine.read_then`): what was in `memory` at that moment, block by block as
-    `pieces` cuts it, and how many threads told at once. `pause_s`: how long it takes to be told."""
+    """What an engine tells of requests that were read (`FileEngine.read_then`): what was read, and how many threads told at once.
+    `pause_s`: how long it takes to be told."""
 
-    def __init__(self, memory: Bytes, pause_s: float = 0.0) -> None:
+    def __init__(self, pause_s: float = 0.0) -> None:
         self.found: dict[int, tuple[int, bytes]] = {}
         self.twice: list[int] = []
         self.most_at_once = 0
-        self._memory = memory
         self._pause_s = pause_s
         self._now = 0
         self._lock = threading.Lock()
-        self._compiled = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int64)(self._called)
+        kinds = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int64, ctypes.c_void_p)
+        self._compiled = ctypes.CFUNCTYPE(None, *kinds)(self._called)
 
-    def take(self, index: int, read: int, /) -> None:
+    def take(self, index: int, read: int, memory: Bytes, /) -> None:
         """Note it."""
         with self._lock:
             self._now += 1
@@ -79,16 +79,16 @@ class Told:
         time.sleep(self._pause_s)
         with self._lock:
             self.twice += [index] if index in self.found else []
-            self.found[index] = read, self._memory[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES].tobytes()
+            self.found[index] = read, memory[: max(0, read)].tobytes()
             self._now -= 1
 
     def function(self) -> tuple[int, int]:
         """The same for compiled code."""
         return ctypes.cast(self._compiled, ctypes.c_void_p).value or 0, id(self)
 
-    def _called(self, context: int, index: int, read: int) -> None:
+    def _called(self, context: int, index: int, read: int, address: int) -> None:
         assert context == id(self)
-        self.take(index, read)
+        self.take(index, read, np.frombuffer(ctypes.string_at(address, max(0, read)), np.uint8))
 
 
 def ended(others: Collection[str]) -> bool:
@@ -214,7 +214,7 @@ class FileEngineContract:
         with self.opened(tmp_path, depth) as (engine, file):
             written, read = filled(max(1, count)), page_aligned(max(1, count) * BLOCK_BYTES)
             engine.write_all(pieces(file, written))
-            told, reads = Told(read, 0.001), pieces(file, read)[:count]
+            told, reads = Told(0.001), pieces(file, read)[:count]
             for group in engine.read_then(reads, told, at_once):
                 assert {index for index, _ in group} <= set(told.found)
             assert told.found == {i: (BLOCK_BYTES, written[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES].tobytes()) for i in range(count)}
@@ -226,7 +226,7 @@ class FileEngineContract:
             engine.pwrite(file, 0, filled(3))
             os.truncate(tmp_path / "data", 2 * BLOCK_BYTES + 100)
             read = page_aligned(4 * BLOCK_BYTES)
-            told, reads = Told(read), pieces(file, read)
+            told, reads = Told(), pieces(file, read)
             nowhere = 1 << 20  # no file has this number
             outcomes = dict(
                 each for group in engine.read_then([reads[0], Request(nowhere, 0, reads[1].buffer), *reads[2:]], told, 2) for each in group
@@ -235,12 +235,13 @@ class FileEngineContract:
             assert told.found[1][0] < 0
             assert isinstance(outcomes.pop(1), OSError)
             assert outcomes == {0: BLOCK_BYTES, 2: 100, 3: 0}
+            assert told.found[2] == (100, read[2 * BLOCK_BYTES :][:100].tobytes())
 
     def test_after_a_batch_was_left_early_nobody_is_told_of_it(self, tmp_path: Path) -> None:
         with self.opened(tmp_path, depth=3) as (engine, file):
             engine.write_all(pieces(file, filled(64), 16))
             read = page_aligned(64 * BLOCK_BYTES)
-            told = Told(read, 0.001)
+            told = Told(0.001)
             batch = engine.read_then(pieces(file, read), told, 2)
             next(batch)
             batch.close()

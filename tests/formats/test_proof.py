@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -73,10 +74,10 @@ def form_of(name: str) -> BlockFormat:
 
 
 def prove(receive: Receive, records: list[Any], keys: list[bytes], rows: list[int]) -> bytes:
-    """Which of these are placed, each read alone and whole."""
-    arrivals = receive(records, [1] * len(records), keys, rows)
+    """Which of these, which are of one size, are placed, each read alone and whole."""
+    arrivals = receive(len(records[0]), [1] * len(records), keys, rows)
     for index, record in enumerate(records):
-        arrivals.take(index, len(record))
+        arrivals.take(index, len(record), record)
     return arrivals.placed()
 
 
@@ -184,19 +185,18 @@ def test_law_1_of_records_read_together_only_those_that_are_whole_are_decoded(fe
     payloads = payloads_of(form, LAYOUT, 4)
     room = np.concatenate([record_of(payload, key) for payload, key in zip(payloads, KEYS[:4], strict=True)])
     size = len(room) // 4
-    records = [room[place * size : (place + 1) * size] for place in range(4)]
     memory, rows = memory_of(LAYOUT, 4), [3, 1, 0, 2]
     receive = form.receiver(LAYOUT, proof_of(), memory)
     assert receive is not None
-    arrivals = receive(records, [3, 1], KEYS[:4], rows)
+    arrivals = receive(size, [3, 1], KEYS[:4], rows)
     names = {"one less": size - 1, "two": 2 * size, "two and a bit": 2 * size + 1, "all": 3 * size}
     whole = {"two": 2, "two and a bit": 2, "all": 3}.get(read, 0)
-    arrivals.take(0, names.get(read, read))
+    arrivals.take(0, names.get(read, read), room)
     expected = memory_of(LAYOUT, 4)
     expected[rows[:whole]] = form.decode(payloads[:whole], LAYOUT)
     assert arrivals.placed() == bytes([*[1] * whole, *[0] * (4 - whole)]), features
     assert torch.equal(memory.view(torch.uint8), expected.view(torch.uint8))
-    arrivals.take(1, size)
+    arrivals.take(1, size, room[3 * size :])
     assert arrivals.placed()[3] == 1
     assert torch.equal(memory[2], form.decode(payloads[3:], LAYOUT)[0])
 
@@ -208,11 +208,15 @@ def test_groups_that_do_not_make_the_records_are_refused(counts):
     receive = form.receiver(LAYOUT, proof_of(), memory)
     assert receive is not None
     with pytest.raises(ValueError, match="2 records"):
-        receive([record, record], counts, KEYS[:1] * 2, [0, 1])
-    whole = receive([record, record], [0, 2, 0], KEYS[:1] * 2, [0, 1])
+        receive(len(record), counts, KEYS[:1] * 2, [0, 1])
+    whole, text = receive(len(record), [0, 2, 0], KEYS[:1] * 2, [0, 1]), cast(Any, "text")
     for group in (-1, 3):
         with pytest.raises(IndexError):
-            whole.take(group, len(record))
+            whole.take(group, len(record), record)
+    with pytest.raises(ValueError, match="were read into memory of"):
+        whole.take(1, len(record) + 1, record)
+    with pytest.raises(TypeError):
+        whole.take(1, len(record), text)
     assert whole.placed() == b"\0\0"
     assert (memory == UNTOUCHED).all()
 
@@ -223,17 +227,21 @@ def test_bad_input_is_refused_before_anything_is_written():
     record, memory = record_of(payload, KEYS[0]), memory_of(LAYOUT, 2)
     receive = form.receiver(LAYOUT, proof_of(), memory)
     assert receive is not None
-    bad: list[tuple[list[Any], list[bytes], list[int], type[Exception]]] = [
-        ([record, record[: HEAD_BYTES + len(payload) - 1]], KEYS[:1] * 2, [0, 1], ValueError),
-        ([record, record], KEYS[:1], [0, 1], ValueError),
-        ([record], KEYS[:1], [0, 1], ValueError),
-        ([record, record], [KEYS[0], bytes(HEAD_BYTES)], [0, 1], ValueError),
-        ([record, record], KEYS[:1] * 2, [0, 2], LayoutError),
-        ([record, "text"], KEYS[:1] * 2, [0, 1], TypeError),
+    size = len(record)
+    bad: list[tuple[Any, list[Any], list[int], type[Exception]]] = [
+        (HEAD_BYTES + len(payload) - 1, KEYS[:1] * 2, [0, 1], ValueError),
+        (sys.maxsize + 1, KEYS[:1] * 2, [0, 1], ValueError),
+        (-1, KEYS[:1] * 2, [0, 1], OverflowError),
+        ("text", KEYS[:1] * 2, [0, 1], TypeError),
+        (size, KEYS[:1], [0, 1], ValueError),
+        (size, KEYS[:1], [0], ValueError),
+        (size, [KEYS[0], bytes(HEAD_BYTES)], [0, 1], ValueError),
+        (size, [KEYS[0], "text"], [0, 1], TypeError),
+        (size, KEYS[:1] * 2, [0, 2], LayoutError),
     ]
-    for records, keys, rows, error in bad:
+    for record_bytes, keys, rows, error in bad:
         with pytest.raises(error):
-            prove(receive, records, keys, rows)
+            receive(record_bytes, [1, 1], keys, rows)
     assert (memory == UNTOUCHED).all()
     with pytest.raises(LayoutError):
         form.receiver(LAYOUT, proof_of(), memory[:, :1])
@@ -252,16 +260,16 @@ def test_what_is_no_proof_is_refused():
         receive = form.receiver(LAYOUT, bad, memory)
         assert receive is not None
         with pytest.raises(ValueError, match="proof"):
-            prove(receive, [], [], [])
+            receive(1 << 20, [], [], [])
 
 
 def test_records_cannot_be_proven_without_a_function_that_digests():
     assert loaded is not None
     native_plan, memory = form_of("q4")._plan_of(LAYOUT).native, memory_of(LAYOUT, 1)
     assert native_plan is not None
-    plan, record, address = native_plan[1], record_of(payloads_of(form_of("q4"), LAYOUT, 1)[0], KEYS[0]), memory.data_ptr()
+    plan, record = native_plan[1], record_of(payloads_of(form_of("q4"), LAYOUT, 1)[0], KEYS[0])
     with pytest.raises(ValueError, match="digest"):
-        loaded.arrivals(plan, proof_of().packed, [record], [1], KEYS[:1], address, [0], LAYOUT.page_bytes, 0).take(0, len(record))
+        loaded.arrivals(plan, proof_of().packed, len(record), [1], KEYS[:1], memory.data_ptr(), [0], LAYOUT.page_bytes, 0)
     assert (memory == UNTOUCHED).all()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kvtier.io import native_pool
-from kvtier.io.files import BLOCK_BYTES, Request, page_aligned
+from kvtier.io.files import BLOCK_BYTES, Bytes, Request, page_aligned
 from kvtier.testing.engines import Told, ended, filled, pieces, threads
 
 pytestmark = pytest.mark.skipif(bool(native_pool.why_missing()), reason=f"the extension is {native_pool.why_missing()}")
@@ -86,14 +86,14 @@ def test_a_batch_keeps_its_memory_until_nobody_writes_there(pool, file):
 
 def test_threads_that_may_tell_no_more_go_on_reading_and_all_is_told_at_the_end(pool, file):
     class Gated(Told):
-        def take(self, index: int, read: int, /) -> None:
+        def take(self, index: int, read: int, memory: Bytes, /) -> None:
             entered.release()
             assert opened.wait(10)
-            super().take(index, read)
+            super().take(index, read, memory)
 
     memory, others = page_aligned(64 * BLOCK_BYTES), page_aligned(64 * BLOCK_BYTES)
     entered, opened = threading.Semaphore(0), threading.Event()
-    told, groups = Gated(memory), []
+    told, groups = Gated(), []
     waiting = threading.Thread(target=lambda: groups.extend(pool.then(pieces(file, memory), told, 2)))
     waiting.start()
     try:
@@ -113,7 +113,7 @@ def test_threads_that_may_tell_no_more_go_on_reading_and_all_is_told_at_the_end(
 
 def test_two_batches_tell_no_more_at_once_than_one(pool, file):
     memory = page_aligned(64 * BLOCK_BYTES)
-    told = Told(memory, 0.001)
+    told = Told(0.001)
     callers = [threading.Thread(target=lambda: [*pool.then(pieces(file, memory)[:32], told, 2)]) for _ in range(2)]
     for caller in callers:
         caller.start()
@@ -125,7 +125,7 @@ def test_two_batches_tell_no_more_at_once_than_one(pool, file):
 
 def test_a_batch_that_was_left_waits_until_nobody_is_told_of_it(pool, file):
     memory = page_aligned(64 * BLOCK_BYTES)
-    told = Told(memory, 0.002)
+    told = Told(0.002)
     batch = pool._threads.begin(pieces(file, memory), False, False, *told.function(), told, 1)
     while not told.found:
         time.sleep(0.001)

@@ -27,15 +27,15 @@ to it than its memory (such as its `is_neg`), asked last."""
 
 
 class Arrivals(Protocol):
-    """Records that are being read; see `NativeCodecs.arrivals`. Keeps their memory. Groups may be taken by several threads at once, each
-    group by one."""
+    """Records that are being read; see `NativeCodecs.arrivals`. Groups may be taken by several threads at once, each group by one."""
 
-    def take(self, group: int, read: int, /) -> None:
-        """So many bytes of a group were read, or less than 0: decodes those of its records that are whole and prove themselves."""
+    def take(self, group: int, read: int, memory: Payload, /) -> None:
+        """So many bytes of a group were read into `memory`, or less than 0: decodes those of its records that are whole and prove
+        themselves."""
 
     def function(self) -> tuple[int, int]:
-        """Address of what does the same, `void (*)(void *context, Py_ssize_t group, int64_t read)`, on any thread and without the
-        interpreter's lock, and its context, which lives as long as this."""
+        """Address of what does the same, `void (*)(void *context, Py_ssize_t group, int64_t read, const void *memory)`, on any thread and
+        without the interpreter's lock, and its context, which lives as long as this."""
 
     def placed(self) -> bytes:
         """For each record 1 if it was decoded, else 0: nothing was written then."""
@@ -79,7 +79,7 @@ class NativeCodecs(Protocol):
         self,
         plan: bytes,
         proof: bytes,
-        records: Sequence[Payload],
+        record_bytes: int,
         counts: Sequence[int],
         keys: Sequence[bytes],
         target: int,
@@ -89,9 +89,9 @@ class NativeCodecs(Protocol):
         /,
     ) -> Arrivals:
         """Records to come, in groups that are read at once, `counts` says how many records each, one right behind the other in memory. Each
-        is a head and a payload, perhaps more bytes; all layers of those that prove themselves (`kvtier.formats.proof`, `Proof.packed`) are
-        decoded to address `target + rows[i] * row_bytes`, past the caches, for whoever reads them later. `digest_of`: as for `encode`, and
-        not 0."""
+        is a head and a payload, perhaps more bytes, `record_bytes` together; all layers of those that prove themselves
+        (`kvtier.formats.proof`, `Proof.packed`) to be copies of `keys[i]` are decoded to address `target + rows[i] * row_bytes`, past the
+        caches, for whoever reads them later. `digest_of`: as for `encode`, and not 0."""
 
     def features(self) -> str:
         """The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable"."""

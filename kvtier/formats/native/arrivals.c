@@ -1,6 +1,7 @@
 /* See arrivals.h. Each record is decoded right after it was proven, while it is in the cache; numbers go past the caches, by the codecs
    themselves or block by block through a little memory that stays in them. All checks of arguments come before the first byte is written.
-   State: what was held when the object was made, and a flag for each record, which belongs to the thread that takes its group. */
+   State: what was held when the object was made, and a flag for each record, which belongs to the thread that takes its group. Where records
+   are is said when they are there. */
 #include "arrivals.h"
 
 #include <sched.h>
@@ -13,7 +14,7 @@
 enum { LINE = 64, MOST_BLOCK_BYTES = 256 << 10 }; /* a larger block would not stay in a core's cache */
 
 typedef struct {
-    Py_buffer record, key;
+    Py_buffer key;
     size_t row;
     char good;
 } Arrival;
@@ -28,7 +29,7 @@ typedef struct {
     Arrival *arrivals;
     Py_ssize_t *begins; /* of the groups, and the end of the last one */
     char *address;
-    size_t row_bytes;
+    size_t row_bytes, record_bytes;
     Py_ssize_t count, held, groups;
 } Arrivals;
 
@@ -63,35 +64,29 @@ static void decode_page(const Arrivals *self, char *room, const uint8_t *payload
     }
 }
 
-/* Group `group` was read, so many bytes of it, or less than 0: those of its records that are whole and prove themselves are decoded. */
-static void take_group(void *context, Py_ssize_t group, int64_t read) {
+/* Group `group` was read, so many bytes of it, or less than 0, to where `memory` is: those of its records that are whole and prove themselves
+   are decoded. */
+static void take_group(void *context, Py_ssize_t group, int64_t read, const void *memory) {
     const Arrivals *const self = context;
     const size_t block = block_bytes(&self->plan.shape);
-    char *const memory = block > MOST_BLOCK_BYTES ? NULL : malloc(block + LINE);
-    char *const room = memory ? memory + (LINE - (uintptr_t)memory % LINE) % LINE : NULL;
-    const Arrival *const first = &self->arrivals[self->begins[group]];
-    for (Py_ssize_t i = self->begins[group]; i < self->begins[group + 1] && read > 0; i++) {
-        Arrival *const arrival = &self->arrivals[i];
-        const uint8_t *const record = arrival->record.buf;
-        const size_t before = (size_t)(record - (const uint8_t *)first->record.buf), size = (size_t)arrival->record.len;
-        if (size > (size_t)read || before > (size_t)read - size) break;
-        if (!proven(&self->proof, record, arrival->key.buf, (size_t)arrival->key.len, self->plan.payload_bytes, self->digest_of)) continue;
-        decode_page(self, room, record + self->proof.head_bytes, self->address + arrival->row * self->row_bytes);
-        arrival->good = 1;
-        sched_yield(); /* to threads that woke to read on: they would wait for milliseconds, since this one only computes */
+    char *const scratch = block > MOST_BLOCK_BYTES ? NULL : malloc(block + LINE);
+    char *const room = scratch ? scratch + (LINE - (uintptr_t)scratch % LINE) % LINE : NULL;
+    const uint8_t *record = memory;
+    for (Arrival *arrival = &self->arrivals[self->begins[group]]; arrival < &self->arrivals[self->begins[group + 1]]; arrival++) {
+        if (read < (int64_t)self->record_bytes) break;
+        if (proven(&self->proof, record, arrival->key.buf, (size_t)arrival->key.len, self->plan.payload_bytes, self->digest_of)) {
+            decode_page(self, room, record + self->proof.head_bytes, self->address + arrival->row * self->row_bytes);
+            arrival->good = 1;
+            sched_yield(); /* to threads that woke to read on: they would wait for milliseconds, since this one only computes */
+        }
+        record += self->record_bytes;
+        read -= (int64_t)self->record_bytes;
     }
     self->kernels->lines_arrive();
-    free(memory);
+    free(scratch);
 }
 
 /* -- with it ----------------------------------------------------------------------------------------------------------------- */
-
-static int hold_buffer(Py_buffer *buffer, PyObject *list, Py_ssize_t index) {
-    PyObject *object = PySequence_GetItem(list, index);
-    const int failed = !object || PyObject_GetBuffer(object, buffer, PyBUF_SIMPLE);
-    Py_XDECREF(object);
-    return failed ? -1 : 0;
-}
 
 static Py_ssize_t number_at(PyObject *list, Py_ssize_t index) {
     PyObject *object = PySequence_GetItem(list, index);
@@ -100,18 +95,18 @@ static Py_ssize_t number_at(PyObject *list, Py_ssize_t index) {
     return number;
 }
 
-static int hold_arrival(Arrivals *self, PyObject *records, PyObject *keys, PyObject *rows) {
+static int hold_arrival(Arrivals *self, PyObject *keys, PyObject *rows) {
     Arrival *const arrival = &self->arrivals[self->held];
     const Py_ssize_t number = number_at(rows, self->held);
     if (number == -1 && PyErr_Occurred()) return -1;
-    const Py_ssize_t place = self->held++;
-    if (hold_buffer(&arrival->record, records, place) || hold_buffer(&arrival->key, keys, place)) return -1;
-    const size_t expected = self->proof.head_bytes + self->plan.payload_bytes;
+    PyObject *key = PySequence_GetItem(keys, self->held);
+    const int failed = !key || PyObject_GetBuffer(key, &arrival->key, PyBUF_SIMPLE);
+    Py_XDECREF(key);
+    if (failed) return -1;
+    self->held++;
     arrival->row = (size_t)number;
     if (number < 0) PyErr_Format(PyExc_ValueError, "row %zd of a batch of pages; expected 0 or more", number);
-    else if ((size_t)arrival->record.len < expected) {
-        PyErr_Format(PyExc_ValueError, "a record has %zd bytes; expected %zu or more", arrival->record.len, expected);
-    } else if (self->proof.key_at + (size_t)arrival->key.len > self->proof.head_bytes) {
+    else if (self->proof.key_at + (size_t)arrival->key.len > self->proof.head_bytes) {
         PyErr_Format(PyExc_ValueError, "a key of %zd bytes does not fit into the head", arrival->key.len);
     }
     return PyErr_Occurred() ? -1 : 0;
@@ -134,19 +129,22 @@ static int set_groups(Arrivals *self, PyObject *counts) {
 }
 
 static int open_arrivals(Arrivals *self, PyObject *const *arguments) {
-    PyObject *const records = arguments[2], *const counts = arguments[3], *const keys = arguments[4], *const rows = arguments[6];
+    PyObject *const counts = arguments[3], *const keys = arguments[4], *const rows = arguments[6];
     if (PyObject_GetBuffer(arguments[0], &self->plan_bytes, PyBUF_SIMPLE)) return -1;
     const char *error = plan_open(&self->plan, self->plan_bytes.buf, (size_t)self->plan_bytes.len);
     if (!error && PyObject_GetBuffer(arguments[1], &self->proof_bytes, PyBUF_SIMPLE)) return -1;
     if (!error) error = proof_open(&self->proof, self->proof_bytes.buf, (size_t)self->proof_bytes.len);
+    self->record_bytes = PyLong_AsSize_t(arguments[2]);
     self->address = PyLong_AsVoidPtr(arguments[5]);
     self->row_bytes = PyLong_AsSize_t(arguments[7]);
     self->digest_of = (DigestOf *)PyLong_AsVoidPtr(arguments[8]);
-    self->count = PySequence_Size(records);
+    self->count = PySequence_Size(keys);
     self->groups = PySequence_Size(counts);
-    const Py_ssize_t keys_given = PySequence_Size(keys), rows_given = PySequence_Size(rows);
+    const Py_ssize_t rows_given = PySequence_Size(rows);
     if (PyErr_Occurred()) return -1;
-    if (!error && (keys_given != self->count || rows_given != self->count)) error = "as many keys and rows as records are needed";
+    if (!error && rows_given != self->count) error = "as many rows as keys are needed";
+    if (!error && self->record_bytes < self->proof.head_bytes + self->plan.payload_bytes) error = "records are shorter than a head and a payload";
+    if (!error && self->record_bytes > PTRDIFF_MAX) error = "records are longer than memory";
     if (!error && !self->digest_of) error = "the address of a digest is needed";
     if (error) {
         PyErr_SetString(PyExc_ValueError, error);
@@ -160,7 +158,7 @@ static int open_arrivals(Arrivals *self, PyObject *const *arguments) {
         return -1;
     }
     while (self->held < self->count) {
-        if (hold_arrival(self, records, keys, rows)) return -1;
+        if (hold_arrival(self, keys, rows)) return -1;
     }
     return set_groups(self, counts);
 }
@@ -176,11 +174,7 @@ PyObject *make_arrivals(PyObject *module, PyObject *const *arguments, Py_ssize_t
 static void free_arrivals(PyObject *object) {
     Arrivals *self = (Arrivals *)object;
     PyTypeObject *type = Py_TYPE(object);
-    while (self->held > 0) {
-        Arrival *const arrival = &self->arrivals[--self->held];
-        PyBuffer_Release(&arrival->record);
-        PyBuffer_Release(&arrival->key);
-    }
+    while (self->held > 0) PyBuffer_Release(&self->arrivals[--self->held].key);
     PyMem_Free(self->arrivals);
     PyMem_Free(self->begins);
     PyBuffer_Release(&self->proof_bytes);
@@ -193,11 +187,19 @@ static PyObject *take(PyObject *object, PyObject *arguments) {
     const Arrivals *self = (Arrivals *)object;
     Py_ssize_t group;
     long long read;
-    if (!PyArg_ParseTuple(arguments, "nL", &group, &read)) return NULL;
+    PyObject *given;
+    Py_buffer memory;
+    if (!PyArg_ParseTuple(arguments, "nLO", &group, &read, &given)) return NULL;
     if (group < 0 || group >= self->groups) return PyErr_Format(PyExc_IndexError, "group %zd of %zd", group, self->groups);
-    Py_BEGIN_ALLOW_THREADS;
-    take_group(object, group, read);
-    Py_END_ALLOW_THREADS;
+    if (PyObject_GetBuffer(given, &memory, PyBUF_SIMPLE)) return NULL;
+    if (read > memory.len) PyErr_Format(PyExc_ValueError, "%lld bytes were read into memory of %zd", read, memory.len);
+    else {
+        Py_BEGIN_ALLOW_THREADS;
+        take_group(object, group, read, memory.buf);
+        Py_END_ALLOW_THREADS;
+    }
+    PyBuffer_Release(&memory);
+    if (PyErr_Occurred()) return NULL;
     Py_RETURN_NONE;
 }
 

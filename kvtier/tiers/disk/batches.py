@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -23,17 +23,13 @@ class Reads:
     `first`."""
 
     first: int
-    lengths: Sequence[int]
     runs: Sequence[Run]
     requests: Sequence[Request]
     slot_bytes: int
 
-    def records(self) -> Iterator[tuple[int, Bytes]]:
-        """The index of each copy in the batch and the memory that it is read into, in the order of `requests`."""
-        for run, request in zip(self.runs, self.requests, strict=True):
-            for place in range(run.count):
-                start, index = place * self.slot_bytes, run.first + place
-                yield self.first + index, request.buffer[start : start + self.lengths[index]]
+    def copies(self) -> list[int]:
+        """The index of each copy in the batch, in the order of `requests`; those of one lie `slot_bytes` apart."""
+        return [self.first + index for run in self.runs for index in range(run.first, run.first + run.count)]
 
 
 Read = Callable[[Reads], SomeOutcomes]
@@ -83,7 +79,7 @@ def fetch(
             failed += [(index, error) for index in range(run.first, run.first + run.count)]
         else:
             runs.append(run)
-    reading = engine.read_some(requests) if read is None else read(Reads(first, lengths, runs, requests, slot_bytes))
+    reading = engine.read_some(requests) if read is None else read(Reads(first, runs, requests, slot_bytes))
     with closing(reading) as done:
         for ended in done:
             found, failed = failed, []

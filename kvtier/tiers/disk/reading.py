@@ -105,12 +105,11 @@ class RecordReader:
         placed: dict[int, int] = {}  # and payload bytes
 
         def read(reads: Reads) -> SomeOutcomes:
-            records = dict(reads.records())
-            counts = [run.count for run in reads.runs]
-            arrivals = receive([*records.values()], counts, [keys[index] for index in records], [rows[index] for index in records])
+            copies, counts = reads.copies(), [run.count for run in reads.runs]
+            arrivals = receive(reads.slot_bytes, counts, [keys[index] for index in copies], [rows[index] for index in copies])
             with closing(self._segments.engine.read_then(reads.requests, arrivals, self._decoders)) as groups:
                 for group in groups:
-                    placed.update(dict.fromkeys(compress(records, arrivals.placed() if group else b""), self._most_payload_bytes))
+                    placed.update(dict.fromkeys(compress(copies, arrivals.placed() if group else b""), self._most_payload_bytes))
                     yield group
 
         told = 0
