@@ -47,9 +47,9 @@ class KeyedPages:
         self._host = below if isinstance(below, Tier) and below.in_memory else None
         """The tier below the staging area, if that is memory."""
         self.at_once = max(1, min(MOST_AT_ONCE, residency.device.capacity_slots // 8))
+        self._spare_slots = min(2 * self.at_once, residency.device.capacity_slots // 4)
+        """As many as a restore has in the staging area. Stores, which may wait there for a disk, leave them free."""
         with residency.lock:
-            # As many as a restore has in the staging area, where stores may wait for a disk.
-            residency.spare_slots = min(2 * self.at_once, residency.device.capacity_slots // 4)
             residency.watcher = self._note
             for tier in range(len(residency.tiers)):
                 self._note(residency.table.key[residency.table.ready(tier)].tolist())
@@ -108,10 +108,9 @@ class KeyedPages:
         residency = self._residency
         with residency.lock:
             missing = np.flatnonzero(self._homes(keys) == NO_TIER).tolist()
-            spare = residency.spare_slots
-            slots = residency.eviction.reserve_now(DEVICE, len(missing), spare=spare)
+            slots = residency.eviction.reserve_now(DEVICE, len(missing), spare=self._spare_slots)
             if slots is None and residency.eviction.vacate(residency.table.ready(DEVICE)):
-                slots = residency.eviction.reserve_now(DEVICE, len(missing), spare=spare)
+                slots = residency.eviction.reserve_now(DEVICE, len(missing), spare=self._spare_slots)
         if slots is None:
             slots = self._wait_for_room(len(missing), enough)
         written = missing[: len(slots)]
@@ -134,7 +133,7 @@ class KeyedPages:
         residency = self._residency
         if (enough is not None and enough.done()) or (self._asked_for_room is not None and not self._asked_for_room.done()):
             return []
-        self._asked_for_room = asked = residency.mover.spawn(residency.eviction.reserve(DEVICE, count, spare=residency.spare_slots))
+        self._asked_for_room = asked = residency.mover.spawn(residency.eviction.reserve(DEVICE, count, spare=self._spare_slots))
         waited: list[Future[Any]] = [asked] if enough is None else [asked, enough]
         wait_for(waited, return_when=FIRST_COMPLETED)
         if asked.done():

@@ -83,8 +83,6 @@ class Residency:
         """The digests of committed pages, as many as there is room for."""
         self.watcher: Callable[[Sequence[PageKey | None]], None] | None = None
         """Told, lock held, which pages (None: an open one) got or lost a copy somewhere."""
-        self.spare_slots = 0
-        """Device slots that only pages from the next tier may take: they must not wait for those that wait for colder ones."""
         self.hinted = Hinted(self.table, self._prefetch_pages)
         self.eviction = Eviction(self)
         self.copying = Copying(self)
