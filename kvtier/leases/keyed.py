@@ -222,11 +222,6 @@ class KeyedPages:
             found += [(keys[at : min(at + at_once, end)], not far[start]) for at in range(start, end, at_once)]
         return found
 
-    def _begin(self, keys: Sequence[PageKey], near: bool) -> Part:
-        if near and self._host is not None:
-            return NearPages(self._residency, self._host, keys)
-        return ComingPages(self._residency, keys, self._acquire(keys))
-
     def _make_room(self, wanted: PageKey) -> bool:
         """A page did not come: make what room there is; whether it is still somewhere, so that trying again makes sense."""
         residency = self._residency
