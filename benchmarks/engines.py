@@ -18,8 +18,8 @@ that comes back must find at least half of what was sent before, or the run fail
 - `engines.SYSTEM.disk_bytes`: what the files occupy after all workloads; the ceiling is the smallest other system's.
 - `engines.SYSTEM.no_reuse`: time of some prompts that nobody sends again, one right after the other so that what goes on behind one answer
   slows the next, over a plain engine's for such prompts in the same turn, less 1. The two are alone on the machine, so that no third one's
-  leftovers meet either. The median of at least `--repeats` turns, in equal parts after four starts of each pair, because two starts of
-  the same engine differ by more than its turns. `.no_reuse.cpu`: the same of CPU seconds, until the system is at rest.
+  leftovers meet either. The median of at least `--repeats` turns, in equal parts after four starts of each pair, because where memory
+  happens to lie is a start's own. `.no_reuse.cpu`: the same of CPU seconds, until the system is at rest.
 """
 
 from __future__ import annotations

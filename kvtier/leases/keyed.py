@@ -212,6 +212,8 @@ class KeyedPages:
 
     def _parts(self, keys: Sequence[PageKey]) -> list[tuple[Sequence[PageKey], bool]]:
         """`keys` in parts that are handed out together, and whether each is in memory. All that follow each other in memory are one."""
+        if not keys:
+            return []
         with self._residency.lock:
             far = self._homes(keys) > (DEVICE if self._host is None else HOST)
         changes = {int(place) + 1 for place in np.flatnonzero(far[1:] != far[:-1])}

@@ -68,6 +68,7 @@ class Engine:
 def test_pages_come_back_though_the_staging_area_is_far_smaller(tmp_path):
     with TieredKVCache(config(tmp_path, device=16, host=64), LAYOUT) as cache:
         engine = Engine(cache)
+        assert engine.restore(0) == 0
         assert engine.store(0, 40) == 40
         assert engine.restore(40) == 40
         cache.check_integrity()
