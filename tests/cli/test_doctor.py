@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from kvtier.cli import main
 from kvtier.cli.app import app
@@ -71,11 +74,23 @@ def test_every_command_is_in_the_documents():
     assert all(f"`kvtier {name}" in text for name in [*names, *(group.name for group in app.registered_groups)])
 
 
-def test_a_gpu_is_told_about_as_it_is(monkeypatch, capsys):
-    from kvtier.cuda import find
+FindsAccelerator = Callable[[Callable[[str], object]], None]
+
+
+@pytest.fixture
+def gpu_found_by(monkeypatch) -> FindsAccelerator:
+    """Replaces how a GPU is found. What keeps that function under a name of its own is imported before, with the real one: it stays so for
+    the tests that follow in this process."""
+    import kvtier.cli.cuda_links
+    import kvtier.tiers.gpu  # noqa: F401
+
+    return lambda find: monkeypatch.setattr("kvtier.cuda.find.find_accelerator", find)
+
+
+def test_a_gpu_is_told_about_as_it_is(gpu_found_by, capsys):
     from kvtier.testing.accelerator import LateAccelerator
 
-    monkeypatch.setattr(find, "find_accelerator", lambda place: LateAccelerator(can_grow=False, refuse_after=0))
+    gpu_found_by(lambda place: LateAccelerator(can_grow=False, refuse_after=0))
     assert main(["doctor"]) == 0
     told = capsys.readouterr().out
     for line in ("CUDA: a stand-in", "GPU memory that grows: the device tier has a fixed size", "the stand-in registers no more"):
@@ -85,14 +100,14 @@ def test_a_gpu_is_told_about_as_it_is(monkeypatch, capsys):
         ("", "yes  GPU copies by a kernel: faster than the copy engines for 64 pages: d2h up to"),
         ("no Triton", "kernel: no Triton; the"),
     ):
-        monkeypatch.setattr(find, "find_accelerator", lambda place, why=why: LateAccelerator(why_no_kernels=why))
+        gpu_found_by(lambda place, why=why: LateAccelerator(why_no_kernels=why))
         assert main(["doctor"]) == 0
         assert told in capsys.readouterr().out
 
     def broken(place):
         raise ConfigError("device.place is 'auto', but no kernel image is available")
 
-    monkeypatch.setattr(find, "find_accelerator", broken)
+    gpu_found_by(broken)
     assert main(["doctor"]) == 0
     assert "no kernel image is available" in capsys.readouterr().out
 
@@ -103,18 +118,18 @@ def told_of_direct_storage(capsys, *args: str) -> str:
     return next(line for line in told.splitlines() if "GPUDirect Storage" in line).strip()
 
 
-def test_without_a_gpu_there_is_nothing_to_read_into(monkeypatch, capsys):
-    monkeypatch.setattr("kvtier.cuda.find.find_accelerator", lambda place: None)
+def test_without_a_gpu_there_is_nothing_to_read_into(gpu_found_by, capsys):
+    gpu_found_by(lambda place: None)
     found = told_of_direct_storage(capsys)
     assert found.startswith("no   GPUDirect Storage: the device tier is not in a GPU's memory")
     assert found.endswith("; disk pages pass through host memory")
 
 
-def test_direct_storage_is_tried_for_real_in_the_directory_asked_for(monkeypatch, capsys, tmp_path):
+def test_direct_storage_is_tried_for_real_in_the_directory_asked_for(gpu_found_by, monkeypatch, capsys, tmp_path):
     from kvtier.testing.accelerator import LateAccelerator
 
     gpu = LateAccelerator()
-    monkeypatch.setattr("kvtier.cuda.find.find_accelerator", lambda place: gpu)
+    gpu_found_by(lambda place: gpu)
     measured: list[LateAccelerator] = []
 
     def why_no_kernel_copies(gpu: LateAccelerator) -> str:
@@ -132,12 +147,12 @@ def test_direct_storage_is_tried_for_real_in_the_directory_asked_for(monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_kvikio_that_is_not_there_is_named(monkeypatch, capsys):
+def test_kvikio_that_is_not_there_is_named(gpu_found_by, monkeypatch, capsys):
     """As on a machine with a GPU: the way to kvikio is the real one."""
     from kvtier.cuda.gds import GdsReader
     from kvtier.testing.accelerator import LateAccelerator
 
     monkeypatch.setattr(LateAccelerator, "direct_reader", lambda gpu, depth: GdsReader(depth))
-    monkeypatch.setattr("kvtier.cuda.find.find_accelerator", lambda place: LateAccelerator())
+    gpu_found_by(lambda place: LateAccelerator())
     monkeypatch.setitem(sys.modules, "kvikio", None)
     assert "kvikio is not installed" in told_of_direct_storage(capsys)
