@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #define GROUP 16
+#define WITH_SPANS
 #define DECODES_FAR 0
 #define group_store_far group_store
 #define PARTS 2        /* registers of floats */

@@ -199,6 +199,7 @@ INLINE void decode_run(const Shape *shape, void *numbers, const Sides *sides, co
     int stop, int head_dim) {
     const float factor = (float)(1 / sqrt(hadamard_block(shape)) / levels.per_rms);
     uint8_t codes[16 * MAX_HEAD_DIM];
+    const bool spans = unpacks_spans(head_dim);
     for (int first = start, head = 0; first < stop; first += 16) {
         const int count = fewer(stop - first, 16);
         float factors[16];
@@ -210,9 +211,12 @@ INLINE void decode_run(const Shape *shape, void *numbers, const Sides *sides, co
             factors[row] = fabsf(sides->supers[head]) * SCALE_STEP[step & 127] * factor;
             if (++head == shape->heads) head = 0;
             if (levels.bits == 8) memcpy(codes + row * head_dim, packed + vector * head_dim, (size_t)head_dim);
+#if defined(WITH_SPANS)
+            else if (spans) unpack_levels((int8_t *)codes + row * head_dim, packed, vector, (size_t)(stop - start), head_dim, levels.bits, levels.table->values);
+#endif
             else unpack_codes(codes + row * head_dim, packed, vector, (size_t)(stop - start), head_dim, levels.bits);
         }
-        for (int i = 0; i < count * head_dim && levels.bits != 8; i += GROUP) {
+        for (int i = 0; i < count * head_dim && levels.bits != 8 && !spans; i += GROUP) {
             group_lookup((int8_t *)codes + i, (const int8_t *)codes + i, levels.table->values);
         }
         char *const place = (char *)numbers + (size_t)first * head_dim * value_bytes(shape->dtype);
