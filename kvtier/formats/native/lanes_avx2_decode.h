@@ -82,24 +82,40 @@ static inline void store_pairs(char *numbers, Floats even, Floats odd, int dtype
     }
 }
 
-/* A vector's Hadamard block; means in the order of means_for_decoding. */
-INLINE void unrotate_spans(char *numbers, const int8_t *codes, Floats factor, const float *mean, bool add_mean, int dtype, bool far,
-    int block) {
-    const int spans = block / SPAN;
-    Shorts whole[MAX_BLOCK / SPAN][SPAN_SHORTS];
+/* The transform of a block but for its first step. */
+INLINE void rotate_block(Shorts (*whole)[SPAN_SHORTS], const int8_t *codes, int spans) {
     for (int span = 0; span < spans; span++) span_rotate_codes(whole[span], codes + SPAN * span);
     for (int distance = 1; distance < spans; distance *= 2) {
         for (int span = 0; span < spans; span++) {
             for (int part = 0; part < SPAN_SHORTS && !(span & distance); part++) meet_shorts(&whole[span][part], &whole[span + distance][part]);
         }
     }
-    for (int part = 0; part < spans * SPAN_SHORTS; part++) {
-        const Shorts pairs = whole[part / SPAN_SHORTS][part % SPAN_SHORTS];
-        Floats even = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-        Floats odd = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi32((int32_t)0xFFFF0001)));
-        even = floats_mul(even, factor), odd = floats_mul(odd, factor);
-        if (add_mean) even = floats_add(even, floats_load(mean + 16 * part)), odd = floats_add(odd, floats_load(mean + 16 * part + 8));
-        store_pairs(numbers + 16 * part * value_bytes(dtype), even, odd, dtype, far);
+}
+
+/* 16 numbers of which neighbours have not met yet; a mean in the order of split_means. */
+INLINE void finish_line(char *numbers, Shorts pairs, Floats factor, const float *mean, bool add_mean, int dtype, bool far) {
+    Floats even = floats_mul(_mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1))), factor);
+    Floats odd = floats_mul(_mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi32((int32_t)0xFFFF0001))), factor);
+    if (add_mean) even = floats_add(even, floats_load(mean)), odd = floats_add(odd, floats_load(mean + 8));
+    store_pairs(numbers, even, odd, dtype, far);
+}
+
+/* Up to 16 vectors. All are rotated before the first is finished: one alone takes as many steps, one after the other, as the CPU sees ahead,
+   and would leave it waiting for half of the time. */
+INLINE void unrotate_spans(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
+    int dtype, bool far, bool add_means, int block) {
+    const int spans = block / SPAN;
+    Shorts whole[16][MAX_BLOCK / SPAN][SPAN_SHORTS];
+    for (int start = 0; start < head_dim; start += block) {
+        for (int row = 0; row < count; row++) rotate_block(whole[row], codes + row * head_dim + start, spans);
+        for (int row = 0; row < count; row++) {
+            const Floats factor = floats_all(factors[row]);
+            char *const to = numbers + (size_t)(row * head_dim + start) * value_bytes(dtype);
+            for (int i = 0; i < block; i += 16) {
+                finish_line(to + i * value_bytes(dtype), whole[row][i / SPAN][i % SPAN / 16], factor, add_means ? means[row] + start + i : NULL,
+                    add_means, dtype, far);
+            }
+        }
     }
 }
 

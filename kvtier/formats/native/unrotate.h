@@ -4,17 +4,15 @@
 INLINE void unrotate_rows_of(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
     int dtype, bool far, bool add_means, int block) {
     const int groups = block / GROUP;
+#if defined(WITH_SPANS)
+    if (block >= SPAN) {
+        unrotate_spans(numbers, codes, factors, means, count, head_dim, dtype, far, add_means, block);
+        return;
+    }
+#endif
     for (int row = 0; row < count; row++) {
         const Floats factor = floats_all(factors[row]);
         for (int start = 0; start < head_dim; start += block) {
-#if defined(WITH_SPANS)
-            if (block >= SPAN) {
-                const size_t at = (size_t)row * head_dim + start;
-                const float *const mean = add_means ? means[row] + start : NULL;
-                unrotate_spans(numbers + at * value_bytes(dtype), codes + at, factor, mean, add_means, dtype, far, block);
-                continue;
-            }
-#endif
             Shorts whole[MAX_BLOCK / GROUP][SHORT_PARTS];
             for (int group = 0; group < groups; group++) {
                 group_rotate_codes(whole[group], codes + (size_t)row * head_dim + start + group * GROUP);
