@@ -53,14 +53,23 @@ static inline void span_rotate_codes(Shorts whole[SPAN_SHORTS], const int8_t *co
 /* Upper halves of 8 finite floats, rounded to the nearest, in their place. */
 static inline __m256i upper_halves(Floats a) {
     const __m256i bits = _mm256_castps_si256(a), odd = _mm256_slli_epi32(bits, 15);
-    const __m256 half = _mm256_blendv_ps(_mm256_castsi256_ps(_mm256_set1_epi32(0x7FFF)), _mm256_castsi256_ps(_mm256_set1_epi32(0x8000)),
-        _mm256_castsi256_ps(odd));
-    return _mm256_add_epi32(bits, _mm256_castps_si256(half));
+    const Floats below = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFF)), half = _mm256_castsi256_ps(_mm256_set1_epi32(0x8000));
+    return _mm256_add_epi32(bits, _mm256_castps_si256(_mm256_blendv_ps(below, half, _mm256_castsi256_ps(odd))));
+}
+
+/* Those of even and of odd numbers, as a line of 16. */
+static inline __m256i bf16_pairs(Floats even, Floats odd) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(upper_halves(even), 16), upper_halves(odd), 0xAA);
 }
 
 static inline __m128i fp16_of(Floats a) {
     const Floats within = _mm256_max_ps(_mm256_min_ps(a, _mm256_set1_ps(65504)), _mm256_set1_ps(-65504));
     return _mm256_cvtps_ph(within, _MM_FROUND_TO_NEAREST_INT);
+}
+
+static inline __m256i fp16_pairs(Floats even, Floats odd) {
+    const __m128i low = fp16_of(even), high = fp16_of(odd);
+    return _mm256_set_m128i(_mm_unpackhi_epi16(low, high), _mm_unpacklo_epi16(low, high));
 }
 
 static inline void store_32(char *to, __m256i bytes, bool far) {
@@ -70,17 +79,29 @@ static inline void store_32(char *to, __m256i bytes, bool far) {
 
 /* 16 numbers from the even and the odd ones. */
 static inline void store_pairs(char *numbers, Floats even, Floats odd, int dtype, bool far) {
-    if (dtype == BF16) {
-        store_32(numbers, _mm256_blend_epi16(_mm256_srli_epi32(upper_halves(even), 16), upper_halves(odd), 0xAA), far);
-    } else if (dtype == FP16) {
-        const __m128i low = fp16_of(even), high = fp16_of(odd);
-        store_32(numbers, _mm256_set_m128i(_mm_unpackhi_epi16(low, high), _mm_unpacklo_epi16(low, high)), far);
-    } else {
+    if (dtype == FP32) {
         const Floats low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
         store_32(numbers, _mm256_castps_si256(_mm256_permute2f128_ps(low, high, 0x20)), far);
         store_32(numbers + 32, _mm256_castps_si256(_mm256_permute2f128_ps(low, high, 0x31)), far);
+    } else {
+        store_32(numbers, dtype == BF16 ? bf16_pairs(even, odd) : fp16_pairs(even, odd), far);
     }
 }
+
+/* Numbers in their order. */
+static inline void store_numbers(char *numbers, const Floats group[PARTS], int dtype, bool far) {
+    if (dtype == FP32) {
+        for (int part = 0; part < PARTS; part++) store_32(numbers + 32 * part, _mm256_castps_si256(group[part]), far);
+    } else if (dtype == FP16) {
+        store_32(numbers, _mm256_set_m128i(fp16_of(group[1]), fp16_of(group[0])), far);
+    } else {
+        const __m256i low = _mm256_srli_epi32(upper_halves(group[0]), 16), high = _mm256_srli_epi32(upper_halves(group[1]), 16);
+        store_32(numbers, _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xD8), far);
+    }
+}
+
+static inline void group_store(void *numbers, const Floats group[PARTS], int dtype) { store_numbers(numbers, group, dtype, false); }
+static inline void group_store_far(char *numbers, const Floats group[PARTS], int dtype) { store_numbers(numbers, group, dtype, true); }
 
 /* The transform of a block but for its first step. */
 INLINE void rotate_block(Shorts (*whole)[SPAN_SHORTS], const int8_t *codes, int spans) {
@@ -204,5 +225,61 @@ INLINE void unpack_signed_6(int8_t *values, const uint8_t *packed, int head_dim)
     for (int place = 0; place < head_dim; place += 32) {
         const __m256i codes = _mm256_or_si256(nibbles(packed, place, head_dim), high_pairs(packed + head_dim / 2, place, head_dim));
         _mm256_storeu_si256((void *)(values + place), _mm256_sub_epi8(codes, _mm256_set1_epi8(32)));
+    }
+}
+
+/* -- ggml blocks ---------------------------------------------------------------------------------------------------------------------- */
+
+/* Of each 16 numbers the even ones, then the odd ones. */
+static inline void block_from_bytes(Floats block[BLOCK_PARTS], const int8_t *bytes) {
+    for (int half = 0; half < 2; half++) {
+        const __m256i pairs = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(bytes + 16 * half)));
+        block[2 * half] = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi32(1)));
+        block[2 * half + 1] = _mm256_cvtepi32_ps(_mm256_srai_epi32(pairs, 16));
+    }
+}
+
+static inline void block_store(void *numbers, const Floats block[BLOCK_PARTS], int dtype) {
+    for (int half = 0; half < 2; half++) {
+        store_pairs((char *)numbers + half * 16 * value_bytes(dtype), block[2 * half], block[2 * half + 1], dtype, false);
+    }
+}
+
+/* Bytes can be looked up, 16-bit numbers not: their lower and upper bytes are looked up apart. Two blocks at a time, one in each half of
+   registers. */
+static inline void two_nibble_blocks(char *numbers, const uint8_t *first, const uint8_t *second, const float scales[2], int dtype) {
+    const Floats scale = _mm256_set_m128(_mm_set1_ps(scales[1]), _mm_set1_ps(scales[0]));
+    const __m256i codes = _mm256_set_m128i(_mm_loadu_si128((const void *)second), _mm_loadu_si128((const void *)first));
+    const __m256i byte = _mm256_set1_epi16(255), nibble = _mm256_set1_epi8(15);
+    __m256i table[2];
+    for (int half = 0; half < 2; half++) {
+        const float least = 8 * half - 8;
+        const Floats even = floats_mul(scale, _mm256_setr_ps(least, least + 2, least + 4, least + 6, least, least + 2, least + 4, least + 6));
+        const Floats odd = floats_mul(scale, _mm256_setr_ps(least + 1, least + 3, least + 5, least + 7, least + 1, least + 3, least + 5, least + 7));
+        table[half] = dtype == BF16 ? bf16_pairs(even, odd) : fp16_pairs(even, odd);
+    }
+    const __m256i lower = _mm256_packus_epi16(_mm256_and_si256(table[0], byte), _mm256_and_si256(table[1], byte));
+    const __m256i upper = _mm256_packus_epi16(_mm256_srli_epi16(table[0], 8), _mm256_srli_epi16(table[1], 8));
+    for (int half = 0; half < 2; half++) {
+        const __m256i own = _mm256_and_si256(half ? _mm256_srli_epi16(codes, 4) : codes, nibble);
+        const __m256i low = _mm256_shuffle_epi8(lower, own), high = _mm256_shuffle_epi8(upper, own);
+        const __m256i a = _mm256_unpacklo_epi8(low, high), b = _mm256_unpackhi_epi8(low, high);
+        store_32(numbers + 32 * half, _mm256_permute2x128_si256(a, b, 0x20), false);
+        store_32(numbers + 64 + 32 * half, _mm256_permute2x128_si256(a, b, 0x31), false);
+    }
+}
+
+/* Up to 16 blocks of q4_0, each a scale of two bytes and 16 bytes of codes; the last one of an odd number is done twice. */
+INLINE void nibble_blocks(char *numbers, const uint8_t *coded, const float scales[16], int count, int dtype) {
+    const int with_scale = 18;
+    for (int block = 0; block + 1 < count; block += 2) {
+        const uint8_t *const codes = coded + block * with_scale + 2;
+        two_nibble_blocks(numbers + 64 * block, codes, codes + with_scale, scales + block, dtype);
+    }
+    if (count % 2) {
+        const uint8_t *const codes = coded + (count - 1) * with_scale + 2;
+        char last[128];
+        two_nibble_blocks(last, codes, codes, (const float[2]){scales[count - 1], scales[count - 1]}, dtype);
+        memcpy(numbers + 64 * (count - 1), last, 64);
     }
 }
