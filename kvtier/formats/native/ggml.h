@@ -105,6 +105,12 @@ INLINE void encode_ggml(const Shape *shape, const char *numbers, uint8_t *coded,
 
 /* Scales of up to 16 blocks, each in front of its codes. */
 INLINE void load_block_scales(float scales[16], const uint8_t *coded, int count, int coded_bytes) {
+#if defined(WITH_SPANS)
+    if (count == 16) {
+        apart_load(scales, coded, coded_bytes);
+        return;
+    }
+#endif
     uint16_t halves[16] = {0};
     for (int block = 0; block < count; block++) memcpy(halves + block, coded + block * coded_bytes, SCALE_BYTES);
     halves_load(scales, halves);

@@ -230,6 +230,17 @@ INLINE void unpack_signed_6(int8_t *values, const uint8_t *packed, int head_dim)
 
 /* -- ggml blocks ---------------------------------------------------------------------------------------------------------------------- */
 
+/* 16 fp16 numbers that are `stride` bytes apart; what would be stored one by one could not be loaded as a whole at once. */
+INLINE void apart_load(float numbers[16], const uint8_t *halves, int stride) {
+    for (int part = 0; part < 2; part++, halves += 8 * stride) {
+        uint16_t own[8];
+        for (int i = 0; i < 8; i++) memcpy(own + i, halves + i * stride, sizeof *own);
+        const __m128i eight = _mm_setr_epi16((short)own[0], (short)own[1], (short)own[2], (short)own[3], (short)own[4], (short)own[5],
+            (short)own[6], (short)own[7]);
+        floats_store(numbers + 8 * part, _mm256_cvtph_ps(eight));
+    }
+}
+
 /* Of each 16 numbers the even ones, then the odd ones. */
 static inline void block_from_bytes(Floats block[BLOCK_PARTS], const int8_t *bytes) {
     for (int half = 0; half < 2; half++) {
