@@ -124,7 +124,7 @@ INLINE void decode_q8_0_as(const Shape *shape, const uint8_t *coded, char *numbe
         load_block_scales(scales, coded, count, Q8_0_BYTES);
         for (int block = 0; block < count; block++, coded += Q8_0_BYTES, numbers += 32 * value_bytes(dtype)) {
             Floats values[BLOCK_PARTS];
-            block_from_bytes(values, (const int8_t *)coded + SCALE_BYTES);
+            block_from_bytes(values, (const int8_t *)coded + SCALE_BYTES, dtype);
             for (int part = 0; part < BLOCK_PARTS; part++) values[part] = floats_mul(floats_all(scales[block]), values[part]);
             block_store(numbers, values, dtype);
         }

@@ -62,14 +62,17 @@ static inline __m256i bf16_pairs(Floats even, Floats odd) {
     return _mm256_blend_epi16(_mm256_srli_epi32(upper_halves(even), 16), upper_halves(odd), 0xAA);
 }
 
-static inline __m128i fp16_of(Floats a) {
-    const Floats within = _mm256_max_ps(_mm256_min_ps(a, _mm256_set1_ps(65504)), _mm256_set1_ps(-65504));
-    return _mm256_cvtps_ph(within, _MM_FROUND_TO_NEAREST_INT);
+static inline __m128i fp16_of(Floats a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+
+/* Infinite fp16 numbers become the largest finite ones: positive numbers are signed whole numbers in the order of what they stand for,
+   negative ones come last among unsigned whole numbers, in the order of magnitude. */
+static inline __m256i fp16_finite(__m256i a) {
+    return _mm256_min_epu16(_mm256_min_epi16(a, _mm256_set1_epi16(0x7BFF)), _mm256_set1_epi16((int16_t)0xFBFF));
 }
 
 static inline __m256i fp16_pairs(Floats even, Floats odd) {
     const __m128i low = fp16_of(even), high = fp16_of(odd);
-    return _mm256_set_m128i(_mm_unpackhi_epi16(low, high), _mm_unpacklo_epi16(low, high));
+    return fp16_finite(_mm256_set_m128i(_mm_unpackhi_epi16(low, high), _mm_unpacklo_epi16(low, high)));
 }
 
 static inline void store_32(char *to, __m256i bytes, bool far) {
@@ -93,7 +96,7 @@ static inline void store_numbers(char *numbers, const Floats group[PARTS], int d
     if (dtype == FP32) {
         for (int part = 0; part < PARTS; part++) store_32(numbers + 32 * part, _mm256_castps_si256(group[part]), far);
     } else if (dtype == FP16) {
-        store_32(numbers, _mm256_set_m128i(fp16_of(group[1]), fp16_of(group[0])), far);
+        store_32(numbers, fp16_finite(_mm256_set_m128i(fp16_of(group[1]), fp16_of(group[0]))), far);
     } else {
         const __m256i low = _mm256_srli_epi32(upper_halves(group[0]), 16), high = _mm256_srli_epi32(upper_halves(group[1]), 16);
         store_32(numbers, _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xD8), far);
@@ -241,18 +244,23 @@ INLINE void apart_load(float numbers[16], const uint8_t *halves, int stride) {
     }
 }
 
-/* Of each 16 numbers the even ones, then the odd ones. */
-static inline void block_from_bytes(Floats block[BLOCK_PARTS], const int8_t *bytes) {
-    for (int half = 0; half < 2; half++) {
-        const __m256i pairs = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(bytes + 16 * half)));
-        block[2 * half] = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi32(1)));
-        block[2 * half + 1] = _mm256_cvtepi32_ps(_mm256_srai_epi32(pairs, 16));
+/* For bf16 the even numbers of each 16, then the odd ones, else all in their order. */
+static inline void block_from_bytes(Floats block[BLOCK_PARTS], const int8_t *bytes, int dtype) {
+    for (int part = 0; part < BLOCK_PARTS && dtype != BF16; part++) {
+        block[part] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(bytes + 8 * part))));
+    }
+    for (int part = 0; part < BLOCK_PARTS && dtype == BF16; part += 2) {
+        const __m256i pairs = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(bytes + 8 * part)));
+        block[part] = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi32(1)));
+        block[part + 1] = _mm256_cvtepi32_ps(_mm256_srai_epi32(pairs, 16));
     }
 }
 
 static inline void block_store(void *numbers, const Floats block[BLOCK_PARTS], int dtype) {
-    for (int half = 0; half < 2; half++) {
-        store_pairs((char *)numbers + half * 16 * value_bytes(dtype), block[2 * half], block[2 * half + 1], dtype, false);
+    for (int part = 0; part < BLOCK_PARTS; part += 2) {
+        char *const to = (char *)numbers + 8 * part * value_bytes(dtype);
+        if (dtype == BF16) store_pairs(to, block[part], block[part + 1], BF16, false);
+        else store_numbers(to, block + part, dtype, false);
     }
 }
 
