@@ -210,11 +210,10 @@ INLINE void decode_run(const Shape *shape, void *numbers, const Sides *sides, co
             chosen[row] = step & 128 ? sides->means + head * head_dim : no_mean;
             factors[row] = fabsf(sides->supers[head]) * SCALE_STEP[step & 127] * factor;
             if (++head == shape->heads) head = 0;
-            if (levels.bits == 8) memcpy(codes + row * head_dim, packed + vector * head_dim, (size_t)head_dim);
-#if defined(WITH_SPANS)
-            else if (spans) unpack_levels((int8_t *)codes + row * head_dim, packed, vector, (size_t)(stop - start), head_dim, levels.bits, levels.table->values);
-#endif
-            else unpack_codes(codes + row * head_dim, packed, vector, (size_t)(stop - start), head_dim, levels.bits);
+            uint8_t *const own = codes + row * head_dim;
+            if (levels.bits == 8) memcpy(own, packed + vector * head_dim, (size_t)head_dim);
+            else if (spans) unpack_levels((int8_t *)own, packed, vector, (size_t)(stop - start), head_dim, levels.bits, levels.table->values);
+            else unpack_codes(own, packed, vector, (size_t)(stop - start), head_dim, levels.bits);
         }
         for (int i = 0; i < count * head_dim && levels.bits != 8 && !spans; i += GROUP) {
             group_lookup((int8_t *)codes + i, (const int8_t *)codes + i, levels.table->values);

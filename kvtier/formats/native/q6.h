@@ -71,11 +71,9 @@ INLINE void decode_q6_of(const Shape *shape, const uint8_t *coded, void *numbers
             chosen[row] = signbit(factors[row]) ? means + head * head_dim : no_mean;
             factors[row] = fabsf(factors[row]) * norm;
             if (++head == heads) head = 0;
-#if defined(WITH_SPANS)
-            if (spans) unpack_signed_6((int8_t *)codes + row * head_dim, packed + (size_t)(first + row) * (head_dim / 4 * 3), head_dim);
-            else
-#endif
-            unpack_6(codes + row * head_dim, packed + (size_t)(first + row) * (head_dim / 4 * 3), head_dim);
+            const uint8_t *const from = packed + (size_t)(first + row) * (head_dim / 4 * 3);
+            if (spans) unpack_signed_6((int8_t *)codes + row * head_dim, from, head_dim);
+            else unpack_6(codes + row * head_dim, from, head_dim);
         }
         for (int i = 0; i < count * head_dim && !spans; i++) codes[i] -= 32;
         char *const place = (char *)numbers + (size_t)first * head_dim * value_bytes(shape->dtype);
