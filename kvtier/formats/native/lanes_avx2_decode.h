@@ -1,15 +1,15 @@
-/* From codes to numbers in AVX2 registers, for Hadamard blocks of 64 and more: 64 numbers at a time, which are the codes of two registers and
+/* From codes to numbers in AVX2 registers. Hadamard blocks of 64 and more in spans of 64 numbers, which are the codes of two registers and
    the floats of eight.
 
    Bit k of a number's index decides about step k of the transform, and whole numbers may take its steps in any order: each where it is
-   cheapest. Adjacent bytes and, in the end, adjacent 16-bit numbers meet in one multiply-add each, which widens them, too. The numbers in two
-   registers meet at once; what has to meet inside of registers gets into two of them first, by an exchange. Codes are read in the order
-   that brings each number to its place by all that. The last step is that of neighbours: its sums are the even numbers of a line and its
-   differences the odd ones, as the halves of 32 bits. */
+   cheapest. Adjacent bytes and, in the end, adjacent 16-bit numbers meet in one multiply-add each, which widens them, too. What lies in two
+   registers meets at once; what has to meet inside of registers gets into two of them first. That moves numbers about; reading the codes
+   in the right order in the first place brings every number to its place. The last step is that of neighbours: its sums are the even
+   numbers of a line and its differences the odd ones, which are the halves of 32 bits. */
 
 enum { SPAN = 64, SPAN_SHORTS = SPAN / 16 };
 
-/* Halves of the second sum and difference. */
+/* Two registers: what lies in their lower and what in their upper halves; or in even and in odd parts of 64 or 32 bits. */
 static inline void exchange_lanes(Shorts *a, Shorts *b) {
     const Shorts low = _mm256_permute2x128_si256(*a, *b, 0x20);
     *b = _mm256_permute2x128_si256(*a, *b, 0x31), *a = low;
@@ -111,7 +111,8 @@ INLINE void rotate_block(Shorts (*whole)[SPAN_SHORTS], const int8_t *codes, int 
     for (int span = 0; span < spans; span++) span_rotate_codes(whole[span], codes + SPAN * span);
     for (int distance = 1; distance < spans; distance *= 2) {
         for (int span = 0; span < spans; span++) {
-            for (int part = 0; part < SPAN_SHORTS && !(span & distance); part++) meet_shorts(&whole[span][part], &whole[span + distance][part]);
+            if (span & distance) continue;
+            for (int part = 0; part < SPAN_SHORTS; part++) meet_shorts(&whole[span][part], &whole[span + distance][part]);
         }
     }
 }
@@ -124,8 +125,8 @@ INLINE void finish_line(char *numbers, Shorts pairs, Floats factor, const float 
     store_pairs(numbers, even, odd, dtype, far);
 }
 
-/* Up to 16 vectors. All are rotated before the first is finished: one alone takes as many steps, one after the other, as the CPU sees ahead,
-   and would leave it waiting for half of the time. */
+/* Up to 16 vectors. All are rotated before the first is finished: the steps of one alone, each of which waits for the one before, fill what
+   the CPU sees ahead, and it would do half as much again in the same time. */
 INLINE void unrotate_spans(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
     int dtype, bool far, bool add_means, int block) {
     const int spans = block / SPAN;
@@ -136,8 +137,8 @@ INLINE void unrotate_spans(char *numbers, const int8_t *codes, const float *fact
             const Floats factor = floats_all(factors[row]);
             char *const to = numbers + (size_t)(row * head_dim + start) * value_bytes(dtype);
             for (int i = 0; i < block; i += 16) {
-                finish_line(to + i * value_bytes(dtype), whole[row][i / SPAN][i % SPAN / 16], factor, add_means ? means[row] + start + i : NULL,
-                    add_means, dtype, far);
+                const float *const mean = add_means ? means[row] + start + i : NULL;
+                finish_line(to + i * value_bytes(dtype), whole[row][i / SPAN][i % SPAN / 16], factor, mean, add_means, dtype, far);
             }
         }
     }
@@ -146,27 +147,28 @@ INLINE void unrotate_spans(char *numbers, const int8_t *codes, const float *fact
 /* Of each 16 numbers of means the even ones first, as unrotate_spans adds them. */
 static inline void split_means(float *mean, int count) {
     for (int i = 0; i < count; i += 16) {
-        const __m256i order = _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7);
+        const __m256i order = _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7); /* what is shuffled stays in its half of a register */
         const Floats low = floats_load(mean + i), high = floats_load(mean + i + 8);
         floats_store(mean + i, _mm256_permutevar8x32_ps(_mm256_shuffle_ps(low, high, 0x88), order));
         floats_store(mean + i + 8, _mm256_permutevar8x32_ps(_mm256_shuffle_ps(low, high, 0xDD), order));
     }
 }
 
-/* -- codes of 2, 3, 4 and 6 bits, 32 at a time: what would be stored in smaller pieces could not be loaded again at once ---------------- */
+/* -- codes of 2, 3, 4 and 6 bits, 32 at a time: what would be stored in smaller pieces could not be loaded again at once --------------- */
 
-/* Vectors of which each plane of codes is whole registers, or of one span, whose planes fit into one. */
-static inline bool unpacks_spans(int head_dim) { return head_dim == SPAN || head_dim % (2 * SPAN) == 0; }
+/* Sizes of vectors for which 32 codes have each bit in one place, or each 16 or 8 of them. */
+static inline bool unpacks_spans(int head_dim) { return head_dim == SPAN || head_dim == 2 * SPAN || head_dim % (4 * SPAN) == 0; }
 
 static inline __m256i load_32(const uint8_t *from) { return _mm256_loadu_si256((const void *)from); }
+static inline __m256i load_16_twice(const uint8_t *from) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)from)); }
+
 static inline int64_t load_8(const uint8_t *from) {
     int64_t word;
     memcpy(&word, from, sizeof word);
     return word;
 }
-static inline __m256i load_16_twice(const uint8_t *from) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)from)); }
 
-/* Bits 4 and 5 of codes at `place`, from the pairs of bits of a vector. */
+/* Of the 32 codes at `place`: bits 4 and 5. */
 static inline __m256i high_pairs(const uint8_t *pairs, int place, int head_dim) {
     const __m256i mask = _mm256_set1_epi8(48);
     if (head_dim == SPAN) {
@@ -194,7 +196,7 @@ static inline __m256i low_pairs(const uint8_t *pairs, int place, int head_dim) {
     return _mm256_and_si256(_mm256_srli_epi64(load_32(pairs + place % part), 2 * (place / part)), mask);
 }
 
-/* Bit 2 of codes. A part, which is the bytes that hold one bit of each code, is 8 bytes of a span and else 16 or whole registers. */
+/* Bit 2. A part, which holds it for eighths of a vector, is 8 bytes, 16 or whole registers. */
 static inline __m256i thirds(const uint8_t *third, int place, int head_dim) {
     const int part = head_dim / 8;
     const __m256i bit = _mm256_set1_epi8((char)(1 << place / part));
@@ -210,7 +212,8 @@ static inline __m256i thirds(const uint8_t *third, int place, int head_dim) {
 }
 
 /* What the codes of vector `index` of `count` stand for; see unpack_codes. */
-INLINE void unpack_levels(int8_t *values, const uint8_t *packed, size_t index, size_t count, int head_dim, int bits, const int8_t table[16]) {
+INLINE void unpack_levels(int8_t *values, const uint8_t *packed, size_t index, size_t count, int head_dim, int bits,
+    const int8_t table[16]) {
     const size_t pair_bytes = (size_t)head_dim / 4, third_bytes = (size_t)head_dim / 8;
     const uint8_t *const pairs = packed + index * pair_bytes, *const third = packed + count * pair_bytes + index * third_bytes;
     const __m256i levels = load_16_twice((const uint8_t *)table);
@@ -272,9 +275,9 @@ static inline void two_nibble_blocks(char *numbers, const uint8_t *first, const 
     const __m256i byte = _mm256_set1_epi16(255), nibble = _mm256_set1_epi8(15);
     __m256i table[2];
     for (int half = 0; half < 2; half++) {
-        const float least = 8 * half - 8;
-        const Floats even = floats_mul(scale, _mm256_setr_ps(least, least + 2, least + 4, least + 6, least, least + 2, least + 4, least + 6));
-        const Floats odd = floats_mul(scale, _mm256_setr_ps(least + 1, least + 3, least + 5, least + 7, least + 1, least + 3, least + 5, least + 7));
+        const float least = half ? 0 : -8;
+        const Floats wholes = _mm256_setr_ps(least, least + 2, least + 4, least + 6, least, least + 2, least + 4, least + 6);
+        const Floats even = floats_mul(scale, wholes), odd = floats_mul(scale, floats_add(wholes, floats_all(1)));
         table[half] = dtype == BF16 ? bf16_pairs(even, odd) : fp16_pairs(even, odd);
     }
     const __m256i lower = _mm256_packus_epi16(_mm256_and_si256(table[0], byte), _mm256_and_si256(table[1], byte));

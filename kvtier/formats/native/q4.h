@@ -206,14 +206,14 @@ INLINE void decode_run(const Shape *shape, void *numbers, const Sides *sides, co
         const float *chosen[16];
         for (int row = 0; row < count; row++) {
             const int step = sides->steps[first + row];
-            const size_t vector = (size_t)(first - start + row);
+            const size_t vector = (size_t)(first - start + row), vectors = (size_t)(stop - start);
             chosen[row] = step & 128 ? sides->means + head * head_dim : no_mean;
             factors[row] = fabsf(sides->supers[head]) * SCALE_STEP[step & 127] * factor;
             if (++head == shape->heads) head = 0;
             uint8_t *const own = codes + row * head_dim;
             if (levels.bits == 8) memcpy(own, packed + vector * head_dim, (size_t)head_dim);
-            else if (spans) unpack_levels((int8_t *)own, packed, vector, (size_t)(stop - start), head_dim, levels.bits, levels.table->values);
-            else unpack_codes(own, packed, vector, (size_t)(stop - start), head_dim, levels.bits);
+            else if (spans) unpack_levels((int8_t *)own, packed, vector, vectors, head_dim, levels.bits, levels.table->values);
+            else unpack_codes(own, packed, vector, vectors, head_dim, levels.bits);
         }
         for (int i = 0; i < count * head_dim && levels.bits != 8 && !spans; i += GROUP) {
             group_lookup((int8_t *)codes + i, (const int8_t *)codes + i, levels.table->values);

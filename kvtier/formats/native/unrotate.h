@@ -60,6 +60,7 @@ INLINE void unrotate_rows_as(char *numbers, const int8_t *codes, const float *fa
 #endif
 }
 
+/* Spans gain from instructions that alternate, too. */
 #if defined(WITH_SPANS)
 #define UNROTATING ALTERNATING
 #else
@@ -67,8 +68,8 @@ INLINE void unrotate_rows_as(char *numbers, const int8_t *codes, const float *fa
 #endif
 
 /* `count` vectors, one after the other, as numbers of `dtype`; `means` is NULL or the row to add to each vector. */
-static UNROTATING void unrotate_near(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
-    int dtype) {
+static UNROTATING void unrotate_near(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count,
+    int head_dim, int dtype) {
 #define UNROTATE_ROWS(dtype) unrotate_rows_as(numbers, codes, factors, NULL, count, head_dim, dtype, false, false)
 #define UNROTATE_REDUCED_ROWS(dtype) unrotate_rows_as(numbers, codes, factors, means, count, head_dim, dtype, false, true)
     if (means) FOR_DTYPES(dtype, UNROTATE_REDUCED_ROWS)
@@ -76,8 +77,8 @@ static UNROTATING void unrotate_near(char *numbers, const int8_t *codes, const f
 }
 
 /* The same past the caches, to whole lines of memory. Apart, because a branch in the innermost loop would cost a fifth of the whole. */
-static UNROTATING void unrotate_far(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
-    int dtype) {
+static UNROTATING void unrotate_far(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count,
+    int head_dim, int dtype) {
 #define UNROTATE_ROWS_FAR(dtype) unrotate_rows_as(numbers, codes, factors, NULL, count, head_dim, dtype, true, false)
 #define UNROTATE_REDUCED_ROWS_FAR(dtype) unrotate_rows_as(numbers, codes, factors, means, count, head_dim, dtype, true, true)
     if (means) FOR_DTYPES(dtype, UNROTATE_REDUCED_ROWS_FAR)
