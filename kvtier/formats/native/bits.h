@@ -106,6 +106,6 @@ INLINE void unpack_codes(uint8_t *codes, const uint8_t *packed, size_t index, si
    less 32. */
 #if !defined(WITH_SPANS)
 #define unpacks_spans(head_dim) false
-#define unpack_levels(values, packed, index, count, head_dim, bits, table)
-#define unpack_signed_6(values, packed, head_dim)
+#define unpack_levels(values, packed, index, count, head_dim, bits, table) ((void)0)
+#define unpack_signed_6(values, packed, head_dim) ((void)0)
 #endif
