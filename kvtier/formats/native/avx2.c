@@ -11,6 +11,7 @@
 #include "tables.h"
 
 #include "lanes_avx2.h"
+#include "lanes_avx2_decode.h"
 
 #include "kernels.h"
 

@@ -101,3 +101,11 @@ INLINE void unpack_codes(uint8_t *codes, const uint8_t *packed, size_t index, si
     else unpack_pairs(codes, packed + index * pair_bytes, head_dim);
     if (bits == 3) unpack_thirds(codes, packed + count * pair_bytes + index * third_bytes, head_dim);
 }
+
+/* Lanes with spans unpack vectors of some sizes on their own, straight to whole numbers: the levels that codes stand for, codes of 6 bits
+   less 32. */
+#if !defined(WITH_SPANS)
+#define unpacks_spans(head_dim) false
+#define unpack_levels(values, packed, index, count, head_dim, bits, table) ((void)0)
+#define unpack_signed_6(values, packed, head_dim) ((void)0)
+#endif

@@ -105,6 +105,12 @@ INLINE void encode_ggml(const Shape *shape, const char *numbers, uint8_t *coded,
 
 /* Scales of up to 16 blocks, each in front of its codes. */
 INLINE void load_block_scales(float scales[16], const uint8_t *coded, int count, int coded_bytes) {
+#if defined(WITH_SPANS)
+    if (count == 16) {
+        apart_load(scales, coded, coded_bytes);
+        return;
+    }
+#endif
     uint16_t halves[16] = {0};
     for (int block = 0; block < count; block++) memcpy(halves + block, coded + block * coded_bytes, SCALE_BYTES);
     halves_load(scales, halves);
@@ -118,39 +124,52 @@ INLINE void decode_q8_0_as(const Shape *shape, const uint8_t *coded, char *numbe
         load_block_scales(scales, coded, count, Q8_0_BYTES);
         for (int block = 0; block < count; block++, coded += Q8_0_BYTES, numbers += 32 * value_bytes(dtype)) {
             Floats values[BLOCK_PARTS];
-            block_from_bytes(values, (const int8_t *)coded + SCALE_BYTES);
+            block_from_bytes(values, (const int8_t *)coded + SCALE_BYTES, dtype);
             for (int part = 0; part < BLOCK_PARTS; part++) values[part] = floats_mul(floats_all(scales[block]), values[part]);
             block_store(numbers, values, dtype);
         }
     }
 }
 
+static const float nibble_wholes[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+
 /* A block has at most 16 different numbers: they are computed and rounded once, and looked up. */
+#if !defined(WITH_NIBBLE_BLOCKS)
+INLINE void nibble_blocks(char *numbers, const uint8_t *coded, const float scales[16], int count, int dtype) {
+    for (int some = 0; some < count; some += GROUP / 16) {
+        Floats values[PARTS];
+        char table[GROUP * 2] __attribute__((aligned(64)));
+        for (int part = 0; part < PARTS; part++) {
+            const float scale = scales[some + part * LANES / 16];
+            values[part] = floats_mul(floats_all(scale), floats_load(nibble_wholes + part * LANES % 16));
+        }
+        group_store(table, values, dtype);
+        for (int block = some; block < fewer(count, some + GROUP / 16); block++) {
+            const uint16_t *const own = (const uint16_t *)table + (block - some) * 16;
+            nibble_numbers((uint16_t *)numbers + 32 * block, coded + block * Q4_0_BYTES + SCALE_BYTES, own);
+        }
+    }
+}
+#endif
+
+INLINE void nibble_floats(float *numbers, const uint8_t *codes, float scale) {
+    for (int i = 0; i < 16; i++) {
+        numbers[i] = scale * nibble_wholes[codes[i] & 15];
+        numbers[i + 16] = scale * nibble_wholes[codes[i] >> 4];
+    }
+}
+
 INLINE void decode_q4_0_as(const Shape *shape, const uint8_t *coded, char *numbers, int dtype) {
-    static const float wholes[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
     const int blocks = ggml_blocks(shape);
     for (int first = 0; first < blocks; first += 16) {
         const int count = fewer(blocks - first, 16);
         float scales[16];
         load_block_scales(scales, coded, count, Q4_0_BYTES);
-        for (int some = 0; some < count; some += GROUP / 16) {
-            Floats values[PARTS];
-            char table[GROUP * 4] __attribute__((aligned(64)));
-            for (int part = 0; part < PARTS; part++) {
-                const float scale = scales[some + part * LANES / 16];
-                values[part] = floats_mul(floats_all(scale), floats_load(wholes + part * LANES % 16));
-            }
-            group_store(table, values, dtype);
-            for (int block = 0; block < fewer(count - some, GROUP / 16); block++) {
-                const char *const own = table + block * 16 * value_bytes(dtype);
-                if (dtype != FP32) nibble_numbers((uint16_t *)numbers, coded + SCALE_BYTES, (const uint16_t *)own);
-                for (int i = 0; i < 16 && dtype == FP32; i++) {
-                    memcpy(numbers + 4 * i, own + 4 * (coded[SCALE_BYTES + i] & 15), 4);
-                    memcpy(numbers + 4 * (i + 16), own + 4 * (coded[SCALE_BYTES + i] >> 4), 4);
-                }
-                coded += Q4_0_BYTES, numbers += 32 * value_bytes(dtype);
-            }
+        if (dtype != FP32) nibble_blocks(numbers, coded, scales, count, dtype);
+        for (int block = 0; block < count && dtype == FP32; block++) {
+            nibble_floats((float *)numbers + 32 * block, coded + block * Q4_0_BYTES + SCALE_BYTES, scales[block]);
         }
+        coded += count * Q4_0_BYTES, numbers += (size_t)count * 32 * value_bytes(dtype);
     }
 }
 

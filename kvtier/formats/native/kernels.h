@@ -12,7 +12,11 @@
    (block_round), cut to 0..15 and packed (block_nibbles), looked up in a table of 16 numbers of 16 bits (nibble_numbers); and whole
    numbers that order numbers whose 13 lowest bits are 0 by magnitude, the first of equals in front, with the sign in their lowest bit
    (extreme_keys, keys_max; rows_key, the largest of each of 16 registers). 64 bytes copied past the caches (line_copy_far), and
-   what makes others see them (lines_arrive).
+   what makes others see them (lines_arrive). block_store takes a block of a dtype in the order in which block_from_bytes gives it.
+
+   Lanes WITH_SPANS decode larger Hadamard blocks on their own (unrotate_spans; split_means, means in the order that it adds them in;
+   unpacks_spans, unpack_levels and unpack_signed_6, see bits.h; apart_load, 16 fp16 numbers from between codes), those WITH_NIBBLE_BLOCKS
+   all 16 blocks of q4_0 (nibble_blocks) instead of one at a time.
 
    Rotated vectors are kept without the factor block**-0.5: it goes into the scale, where it costs nothing. */
 #include <float.h>

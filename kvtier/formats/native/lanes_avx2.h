@@ -2,8 +2,9 @@
 #include <immintrin.h>
 
 #define GROUP 16
-#define DECODES_FAR 0
-#define group_store_far group_store
+#define WITH_SPANS
+#define WITH_NIBBLE_BLOCKS
+#define DECODES_FAR 1
 #define PARTS 2        /* registers of floats */
 #define SHORT_PARTS 1  /* registers of 16-bit whole numbers */
 
@@ -79,27 +80,6 @@ static inline void group_sums(float sums[GROUP], Floats *most, const char *numbe
 }
 
 static inline Floats group_magnitude(const Floats group[PARTS]) { return magnitude_max(magnitude_max(floats_all(0), group[0]), group[1]); }
-
-/* bf16 of 8 finite floats, as 32-bit numbers. */
-static inline __m256i rounded_to_bf16(Floats a) {
-    const __m256i bits = _mm256_castps_si256(a);
-    const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), even), 16);
-}
-
-static inline void group_store(void *numbers, const Floats group[PARTS], int dtype) {
-    if (dtype == FP32) {
-        for (int part = 0; part < PARTS; part++) _mm256_storeu_ps((float *)numbers + part * 8, group[part]);
-    } else if (dtype == FP16) {
-        const Floats most = _mm256_set1_ps(65504), least = _mm256_set1_ps(-65504);
-        const __m128i low = _mm256_cvtps_ph(_mm256_max_ps(_mm256_min_ps(group[0], most), least), _MM_FROUND_TO_NEAREST_INT);
-        const __m128i high = _mm256_cvtps_ph(_mm256_max_ps(_mm256_min_ps(group[1], most), least), _MM_FROUND_TO_NEAREST_INT);
-        _mm256_storeu_si256(numbers, _mm256_set_m128i(high, low));
-    } else {
-        const __m256i packed = _mm256_packus_epi32(rounded_to_bf16(group[0]), rounded_to_bf16(group[1]));
-        _mm256_storeu_si256(numbers, _mm256_permute4x64_epi64(packed, 0xD8));
-    }
-}
 
 /* Lane i meets lane i ^ distance: `signs` is -0.0 where the lane is the upper one and becomes the difference. */
 static inline Floats meet(Floats a, Floats other, Floats signs) { return floats_add(other, _mm256_xor_ps(a, signs)); }
@@ -238,16 +218,6 @@ static inline void block_load(Floats block[BLOCK_PARTS], const void *numbers, in
     for (int half = 0; half < 2; half++) group_load(block + 2 * half, (const char *)numbers + half * 16 * (dtype == FP32 ? 4 : 2), dtype);
 }
 
-static inline void block_store(void *numbers, const Floats block[BLOCK_PARTS], int dtype) {
-    for (int half = 0; half < 2; half++) group_store((char *)numbers + half * 16 * (dtype == FP32 ? 4 : 2), block + 2 * half, dtype);
-}
-
-static inline void block_from_bytes(Floats block[BLOCK_PARTS], const int8_t *bytes) {
-    for (int part = 0; part < BLOCK_PARTS; part++) {
-        block[part] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(bytes + 8 * part))));
-    }
-}
-
 static inline void block_round(int8_t *codes, const Floats block[BLOCK_PARTS]) {
     __m256i whole[BLOCK_PARTS];
     for (int part = 0; part < BLOCK_PARTS; part++) {
@@ -265,20 +235,6 @@ static inline void block_nibbles(uint8_t packed[16], const Floats block[BLOCK_PA
     const __m256i high = _mm256_or_si256(codes[1], _mm256_slli_epi32(codes[3], 4));
     const __m256i shorts = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xD8);
     _mm_storeu_si128((void *)packed, _mm_packus_epi16(_mm256_castsi256_si128(shorts), _mm256_extracti128_si256(shorts, 1)));
-}
-
-/* Bytes can be looked up, 16-bit numbers not: their lower and upper bytes are looked up apart. */
-static inline void nibble_numbers(uint16_t numbers[32], const uint8_t packed[16], const uint16_t table[16]) {
-    const __m128i first = _mm_loadu_si128((const void *)table), second = _mm_loadu_si128((const void *)(table + 8));
-    const __m128i byte = _mm_set1_epi16(255), nibble = _mm_set1_epi8(15), codes = _mm_loadu_si128((const void *)packed);
-    const __m128i lower = _mm_packus_epi16(_mm_and_si128(first, byte), _mm_and_si128(second, byte));
-    const __m128i upper = _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8));
-    const __m128i halves[2] = {_mm_and_si128(codes, nibble), _mm_and_si128(_mm_srli_epi16(codes, 4), nibble)};
-    for (int half = 0; half < 2; half++) {
-        const __m128i low = _mm_shuffle_epi8(lower, halves[half]), high = _mm_shuffle_epi8(upper, halves[half]);
-        _mm_storeu_si128((void *)(numbers + 16 * half), _mm_unpacklo_epi8(low, high));
-        _mm_storeu_si128((void *)(numbers + 16 * half + 8), _mm_unpackhi_epi8(low, high));
-    }
 }
 
 static inline Floats extreme_keys(Floats a, int place) {

@@ -402,7 +402,8 @@ static inline void halves_load(float *numbers, const uint16_t *halves) {
 }
 
 /* ggml blocks of 32 numbers; see kernels.h. */
-static inline void block_from_bytes(Floats block[BLOCK_PARTS], const int8_t *bytes) {
+static inline void block_from_bytes(Floats block[BLOCK_PARTS], const int8_t *bytes, int dtype) {
+    (void)dtype;
     for (int part = 0; part < BLOCK_PARTS; part++) {
         block[part] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(bytes + 16 * part))));
     }

@@ -174,7 +174,8 @@ static inline void block_store(void *numbers, const Floats block[BLOCK_PARTS], i
     for (int part = 0; part < BLOCK_PARTS; part++) group_store(place + part * 16 * (dtype == FP32 ? 4 : 2), block + part, dtype);
 }
 
-static inline void block_from_bytes(Floats block[BLOCK_PARTS], const int8_t *bytes) {
+static inline void block_from_bytes(Floats block[BLOCK_PARTS], const int8_t *bytes, int dtype) {
+    (void)dtype;
     for (int i = 0; i < 32; i++) block[i / GROUP].lane[i % GROUP] = bytes[i];
 }
 

@@ -125,5 +125,8 @@ static __attribute__((noinline)) void decode_means(float *means, const Shape *sh
         }
         for (int i = 0; i < count * head_dim; i += GROUP) group_lookup((int8_t *)codes + i, (const int8_t *)codes + i, LEVELS4.values);
         unrotate_rows((char *)(means + first * head_dim), (const int8_t *)codes, factors, NULL, count, head_dim, FP32, false);
+#if defined(WITH_SPANS)
+        if (hadamard_block(shape) >= SPAN) split_means(means + first * head_dim, count * head_dim);
+#endif
     }
 }

@@ -199,20 +199,23 @@ INLINE void decode_run(const Shape *shape, void *numbers, const Sides *sides, co
     int stop, int head_dim) {
     const float factor = (float)(1 / sqrt(hadamard_block(shape)) / levels.per_rms);
     uint8_t codes[16 * MAX_HEAD_DIM];
+    const bool spans = unpacks_spans(head_dim);
     for (int first = start, head = 0; first < stop; first += 16) {
         const int count = fewer(stop - first, 16);
         float factors[16];
         const float *chosen[16];
         for (int row = 0; row < count; row++) {
             const int step = sides->steps[first + row];
-            const size_t vector = (size_t)(first - start + row);
+            const size_t vector = (size_t)(first - start + row), vectors = (size_t)(stop - start);
             chosen[row] = step & 128 ? sides->means + head * head_dim : no_mean;
             factors[row] = fabsf(sides->supers[head]) * SCALE_STEP[step & 127] * factor;
             if (++head == shape->heads) head = 0;
-            if (levels.bits == 8) memcpy(codes + row * head_dim, packed + vector * head_dim, (size_t)head_dim);
-            else unpack_codes(codes + row * head_dim, packed, vector, (size_t)(stop - start), head_dim, levels.bits);
+            uint8_t *const own = codes + row * head_dim;
+            if (levels.bits == 8) memcpy(own, packed + vector * head_dim, (size_t)head_dim);
+            else if (spans) unpack_levels((int8_t *)own, packed, vector, vectors, head_dim, levels.bits, levels.table->values);
+            else unpack_codes(own, packed, vector, vectors, head_dim, levels.bits);
         }
-        for (int i = 0; i < count * head_dim && levels.bits != 8; i += GROUP) {
+        for (int i = 0; i < count * head_dim && levels.bits != 8 && !spans; i += GROUP) {
             group_lookup((int8_t *)codes + i, (const int8_t *)codes + i, levels.table->values);
         }
         char *const place = (char *)numbers + (size_t)first * head_dim * value_bytes(shape->dtype);

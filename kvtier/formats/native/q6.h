@@ -59,6 +59,7 @@ INLINE void decode_q6_of(const Shape *shape, const uint8_t *coded, void *numbers
     const float norm = norm_of(shape);
     const uint8_t *const coded_scales = coded + mean_bytes(shape), *const packed = coded_scales + 2 * (size_t)vectors;
     uint8_t codes[16 * MAX_HEAD_DIM];
+    const bool spans = unpacks_spans(head_dim);
     float means[MAX_HEADS_TIMES_DIM];
     if (shape->keys) decode_means(means, shape, coded);
     for (int first = 0, head = 0; first < vectors; first += 16) {
@@ -70,9 +71,11 @@ INLINE void decode_q6_of(const Shape *shape, const uint8_t *coded, void *numbers
             chosen[row] = signbit(factors[row]) ? means + head * head_dim : no_mean;
             factors[row] = fabsf(factors[row]) * norm;
             if (++head == heads) head = 0;
-            unpack_6(codes + row * head_dim, packed + (size_t)(first + row) * (head_dim / 4 * 3), head_dim);
+            const uint8_t *const from = packed + (size_t)(first + row) * (head_dim / 4 * 3);
+            if (spans) unpack_signed_6((int8_t *)codes + row * head_dim, from, head_dim);
+            else unpack_6(codes + row * head_dim, from, head_dim);
         }
-        for (int i = 0; i < count * head_dim; i++) codes[i] -= 32;
+        for (int i = 0; i < count * head_dim && !spans; i++) codes[i] -= 32;
         char *const place = (char *)numbers + (size_t)first * head_dim * value_bytes(shape->dtype);
         unrotate_rows(place, (const int8_t *)codes, factors, shape->keys ? chosen : NULL, count, head_dim, shape->dtype, shape->far);
     }

@@ -4,6 +4,12 @@
 INLINE void unrotate_rows_of(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
     int dtype, bool far, bool add_means, int block) {
     const int groups = block / GROUP;
+#if defined(WITH_SPANS)
+    if (block >= SPAN) {
+        unrotate_spans(numbers, codes, factors, means, count, head_dim, dtype, far, add_means, block);
+        return;
+    }
+#endif
     for (int row = 0; row < count; row++) {
         const Floats factor = floats_all(factors[row]);
         for (int start = 0; start < head_dim; start += block) {
@@ -54,9 +60,16 @@ INLINE void unrotate_rows_as(char *numbers, const int8_t *codes, const float *fa
 #endif
 }
 
+/* Spans gain from instructions that alternate, too. */
+#if defined(WITH_SPANS)
+#define UNROTATING ALTERNATING
+#else
+#define UNROTATING
+#endif
+
 /* `count` vectors, one after the other, as numbers of `dtype`; `means` is NULL or the row to add to each vector. */
-static void unrotate_near(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
-    int dtype) {
+static UNROTATING void unrotate_near(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count,
+    int head_dim, int dtype) {
 #define UNROTATE_ROWS(dtype) unrotate_rows_as(numbers, codes, factors, NULL, count, head_dim, dtype, false, false)
 #define UNROTATE_REDUCED_ROWS(dtype) unrotate_rows_as(numbers, codes, factors, means, count, head_dim, dtype, false, true)
     if (means) FOR_DTYPES(dtype, UNROTATE_REDUCED_ROWS)
@@ -64,8 +77,8 @@ static void unrotate_near(char *numbers, const int8_t *codes, const float *facto
 }
 
 /* The same past the caches, to whole lines of memory. Apart, because a branch in the innermost loop would cost a fifth of the whole. */
-static void unrotate_far(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count, int head_dim,
-    int dtype) {
+static UNROTATING void unrotate_far(char *numbers, const int8_t *codes, const float *factors, const float *const *means, int count,
+    int head_dim, int dtype) {
 #define UNROTATE_ROWS_FAR(dtype) unrotate_rows_as(numbers, codes, factors, NULL, count, head_dim, dtype, true, false)
 #define UNROTATE_REDUCED_ROWS_FAR(dtype) unrotate_rows_as(numbers, codes, factors, means, count, head_dim, dtype, true, true)
     if (means) FOR_DTYPES(dtype, UNROTATE_REDUCED_ROWS_FAR)
