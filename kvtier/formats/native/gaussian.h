@@ -30,9 +30,25 @@ SIZED void rows_energy(float energies[16], const float *rows, int count, int hea
     rows_sum(energies, totals);
 }
 
-/* Codes of rotated vectors; `totals` sum up to their inner products with the levels. The last row is done twice rather than alone. */
-INLINE void level_codes(Floats totals[16], uint8_t *codes, const Levels *levels, const float *const rows[16], const float factors[16],
-    int count, int head_dim) {
+#if defined(WITH_ROW_LEVELS)
+/* Codes of rotated vectors, and their inner products with the levels. */
+INLINE void level_codes(float along[16], uint8_t *codes, const Levels *levels, const float *const rows[16], const float factors[16], int count,
+    int head_dim) {
+    Floats totals[16];
+    for (int row = 0; row < count; row++) {
+        totals[row] = row_levels(codes + row * head_dim, rows[row], factors[row], head_dim, levels->table);
+    }
+    for (unsigned row = (unsigned)count; row < 16; row++) totals[row] = floats_all(0);
+    rows_sum(along, totals);
+    const Floats part = floats_all(1 / (float)(1 << finer_bits(head_dim)));
+    SIXTEEN(along, floats_mul(floats_mul(floats_load(along + i), part), inverses(floats_load(factors + i))));
+}
+#else
+/* The same by groups. The last row is done twice rather than alone. */
+INLINE void level_codes(float along[16], uint8_t *codes, const Levels *levels, const float *const rows[16], const float factors[16], int count,
+    int head_dim) {
+    Floats totals[16];
+    for (unsigned row = (unsigned)count; row < 16; row++) totals[row] = floats_all(0);
     for (int first = 0; first < count; first += LEVELS_AT_ONCE) {
         int at[LEVELS_AT_ONCE];
         Floats sums[LEVELS_AT_ONCE][PARTS], factor[LEVELS_AT_ONCE];
@@ -55,18 +71,17 @@ INLINE void level_codes(Floats totals[16], uint8_t *codes, const Levels *levels,
         }
         for (int i = 0; i < LEVELS_AT_ONCE; i++) totals[at[i]] = parts_sum(sums[i]);
     }
+    rows_sum(along, totals);
 }
+#endif
 
 /* Codes [count, head_dim] of up to 16 rows of these energies, and the scales that keep the inner product of a vector with itself: 0
    where there is nothing to code. */
 SIZED void encode_levels(uint8_t *codes, float scales[16], const Levels *levels, const float *const rows[16], const float energies[16],
     int count, int head_dim) {
     float factors[16], along[16];
-    Floats totals[16];
     const Floats per_rms = floats_all((float)levels->per_rms), size = floats_all((float)head_dim);
     SIXTEEN(factors, floats_mul(inverses(floats_root(floats_div(floats_load(energies + i), size))), per_rms));
-    for (unsigned row = (unsigned)count; row < 16; row++) totals[row] = floats_all(0);
-    level_codes(totals, codes, levels, rows, factors, count, head_dim);
-    rows_sum(along, totals);
+    level_codes(along, codes, levels, rows, factors, count, head_dim);
     SIXTEEN(scales, floats_mul(floats_mul(floats_load(energies + i), inverses(floats_load(along + i))), per_rms));
 }

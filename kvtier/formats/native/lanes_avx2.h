@@ -13,7 +13,7 @@ typedef __m256i Shorts;
 static inline Floats floats_add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 static inline Floats floats_sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 static inline Floats floats_mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
-static inline Floats floats_fused(Floats a, Floats b, Floats c) { return _mm256_add_ps(_mm256_mul_ps(a, b), c); }
+static inline Floats floats_fused(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 static inline Floats floats_all(float number) { return _mm256_set1_ps(number); }
 static inline Floats floats_div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
 static inline Floats floats_root(Floats a) { return _mm256_sqrt_ps(a); }
@@ -175,8 +175,6 @@ static inline void group_round(int8_t *codes, const Floats group[PARTS], Floats 
     _mm_storeu_si128((void *)codes, largest < 127 ? _mm_min_epi8(bytes, _mm_set1_epi8((int8_t)largest)) : bytes);
 }
 
-static inline __m256i floor_of(Floats a) { return _mm256_cvttps_epi32(_mm256_floor_ps(a)); }
-
 static inline void values_of(Floats values[PARTS], __m128i codes, const LevelTable *levels) {
     const __m128i found = _mm_shuffle_epi8(_mm_loadu_si128((const void *)levels->values), codes);
     values[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(found));
@@ -187,33 +185,8 @@ static inline void group_values(Floats values[PARTS], const uint8_t *codes, cons
     values_of(values, _mm_loadu_si128((const void *)codes), levels);
 }
 
-/* A few comparisons are faster than a look-up in a table of 256. */
-static inline void group_levels(uint8_t *codes, Floats values[PARTS], const Floats group[PARTS], Floats factor, const LevelTable *levels) {
-    static const int8_t boundaries[3][7] = {{78}, {28, 59, 98}, {12, 24, 36, 49, 64, 82, 107}};
-    const int count = levels == &LEVELS4 ? 16 : levels == &LEVELS3 ? 8 : 4;
-    const int8_t *const bounds = boundaries[count == 16 ? 2 : count == 8];
-    const __m128i cell = bytes_of(floor_of(floats_mul(group[0], factor)), floor_of(floats_mul(group[1], factor)));
-    const __m128i negative = _mm_cmpgt_epi8(_mm_setzero_si128(), cell), mirrored = _mm_xor_si128(cell, negative);
-    __m128i code = _mm_set1_epi8((int8_t)(count == 8 ? 0 : count / 2));
-    for (int i = 0; i < count / 2 - 1; i++) {
-        code = _mm_sub_epi8(code, _mm_cmpgt_epi8(mirrored, _mm_set1_epi8((int8_t)(bounds[i] - 1))));
-    }
-    const __m128i all = _mm_set1_epi8((int8_t)(count == 8 ? 4 : count - 1)); /* of 8 levels only the sign differs */
-    code = _mm_xor_si128(code, _mm_and_si128(negative, all));
-    _mm_storeu_si128((void *)codes, code);
-    values_of(values, code, levels);
-}
-
-#define LEVELS_AT_ONCE 1
-
-INLINE void groups_levels(uint8_t *const *codes, Floats (*values)[PARTS], const float *const *rows, const Floats *factors, int count,
-    const LevelTable *levels) {
-    for (int i = 0; i < count; i++) {
-        Floats group[PARTS];
-        for (int part = 0; part < PARTS; part++) group[part] = floats_load(rows[i] + part * (GROUP / PARTS));
-        group_levels(codes[i], values[i], group, factors[i], levels);
-    }
-}
+#define WITH_ROW_LEVELS
+#include "levels_avx2.h"
 
 /* Codes below 16 to what the table holds for them. */
 static inline void group_lookup(int8_t *values, const int8_t *codes, const int8_t table[16]) {
