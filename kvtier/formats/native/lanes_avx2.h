@@ -65,14 +65,35 @@ static inline void group_load(Floats group[PARTS], const void *numbers, int dtyp
     }
 }
 
-/* Sums of a group of numbers of each of `count` rows; `most` becomes at least as large as each magnitude. */
+/* Pairs of bf16: of each the first, then the other. */
+static inline void split_pairs(Floats both[2], __m256i pairs) {
+    both[0] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    both[1] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xFFFF0000)));
+}
+
+/* Sums of a group of numbers of each of `count` rows; `most` becomes at least as large as each magnitude. Of bf16 the sums of pairs, which are put
+   in order at the end, and the magnitudes of both at once. */
 static inline void group_sums(float sums[GROUP], Floats *most, const char *numbers, size_t stride, int count, int dtype) {
     Floats total[PARTS] = {floats_all(0), floats_all(0)}, group[PARTS];
-    for (int row = 0; row < count; row++) {
-        group_load(group, numbers + row * stride, dtype);
-        for (int part = 0; part < PARTS; part++) {
-            total[part] = floats_add(total[part], group[part]);
-            *most = magnitude_max(*most, group[part]);
+    if (dtype == BF16) {
+        __m256i largest = _mm256_setzero_si256();
+        for (int row = 0; row < count; row++) {
+            const __m256i pairs = _mm256_loadu_si256((const void *)(numbers + row * stride));
+            largest = _mm256_max_epi16(largest, _mm256_and_si256(pairs, _mm256_set1_epi16(0x7FFF)));
+            split_pairs(group, pairs);
+            for (int part = 0; part < PARTS; part++) total[part] = floats_add(total[part], group[part]);
+        }
+        split_pairs(group, largest);
+        for (int part = 0; part < PARTS; part++) *most = magnitude_max(*most, group[part]);
+        const Floats low = _mm256_unpacklo_ps(total[0], total[1]), high = _mm256_unpackhi_ps(total[0], total[1]);
+        total[0] = _mm256_permute2f128_ps(low, high, 0x20), total[1] = _mm256_permute2f128_ps(low, high, 0x31);
+    } else {
+        for (int row = 0; row < count; row++) {
+            group_load(group, numbers + row * stride, dtype);
+            for (int part = 0; part < PARTS; part++) {
+                total[part] = floats_add(total[part], group[part]);
+                *most = magnitude_max(*most, group[part]);
+            }
         }
     }
     for (int part = 0; part < PARTS; part++) floats_store(sums + 8 * part, total[part]);
@@ -186,6 +207,7 @@ static inline void group_values(Floats values[PARTS], const uint8_t *codes, cons
 }
 
 #define WITH_ROW_LEVELS
+#define WITH_SCALE_STEPS
 #include "levels_avx2.h"
 
 /* Codes below 16 to what the table holds for them. */

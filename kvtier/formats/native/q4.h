@@ -27,25 +27,44 @@ typedef struct {
     bool complete;
 } Sizes;
 
-/* Scale bytes of the scales that are kept, the first of them of `head`: steps below the super, from the bits of the ratio: the same on every machine. */
+/* Steps of scales below their supers, from the bits of the ratio: the same on every machine. */
+#if defined(WITH_SCALE_STEPS)
+#include "q4_steps_avx2.h"
+#else
+INLINE void scale_steps(uint8_t steps[16], const float scales[16], const float supers[16]) {
+    for (int i = 0; i < 16; i++) {
+        const uint32_t bits = bits_of(at_most(scales[i] / supers[i], 1));
+        const int step = (127 - (int)(bits >> 23)) * STEPS_PER_OCTAVE - SCALE_LOG[bits >> 15 & 255];
+        const int nearest = step < 0 ? 0 : step > SMALLEST_SCALE ? SMALLEST_SCALE : step;
+        const bool none = step > SMALLEST_SCALE + STEPS_PER_OCTAVE || scales[i] == 0 || supers[i] == 0;
+        steps[i] = (uint8_t)(none ? NO_SCALE : nearest);
+    }
+}
+#endif
+
+/* Scale bytes of the scales that are kept, the first of them of `head`. */
 static __attribute__((noinline)) void scale_bytes(uint8_t *bytes, const Sizes *sizes, int count, int head, int heads) {
+    float supers[16] = {0};
+    uint8_t steps[16];
     for (int first = 0; first < count; first += 16) {
-        const float *const scales = sizes->scales + first;
         const int some = fewer(count - first, 16);
-        float supers[16] = {0};
-        uint8_t steps[16];
-        for (int i = 0; i < some; i++) {
+        for (int i = 0; i < some && (first == 0 || 16 % heads); i++) {
             supers[i] = sizes->largest[head];
             if (++head == heads) head = 0;
         }
-        for (int i = 0; i < 16; i++) {
-            const uint32_t bits = bits_of(at_most(scales[i] / supers[i], 1));
-            const int step = (127 - (int)(bits >> 23)) * STEPS_PER_OCTAVE - SCALE_LOG[bits >> 15 & 255];
-            const int nearest = step < 0 ? 0 : step > SMALLEST_SCALE ? SMALLEST_SCALE : step;
-            const bool none = step > SMALLEST_SCALE + STEPS_PER_OCTAVE || scales[i] == 0 || supers[i] == 0;
-            steps[i] = (uint8_t)((none ? NO_SCALE : nearest) | sizes->reduced[first + i] << 7);
-        }
+        scale_steps(steps, sizes->scales + first, supers);
+        for (int i = 0; i < 16; i++) steps[i] |= (uint8_t)(sizes->reduced[first + i] << 7);
         memcpy(bytes + first, steps, (size_t)some);
+    }
+}
+
+/* The largest scales of heads so far, and of `count` vectors more, the first of them of `head`. */
+INLINE void keep_largest(float *largest, const float *scales, int count, int head, int heads) {
+    for (int first = 0; first < fewer(count, heads); first++) {
+        float most = largest[head];
+        for (int i = first; i < count; i += heads) most = scales[i] > most ? scales[i] : most;
+        largest[head] = most;
+        if (++head == heads) head = 0;
     }
 }
 
@@ -85,7 +104,6 @@ INLINE void encode_run(Sizes *sizes, const Shape *shape, const char *numbers, ui
     const Floats norm = floats_all(norm_of(shape));
     Batch batches[2];
     uint8_t codes[16 * MAX_HEAD_DIM];
-    int head = 0;
     for (int next = start, turn = 0; next < stop + 16; next += 16, turn ^= 1) {
         if (next < stop) {
             batches[turn].first = next, batches[turn].count = fewer(stop - next, 16), batches[turn].head = (next - start) % heads;
@@ -107,11 +125,7 @@ INLINE void encode_run(Sizes *sizes, const Shape *shape, const char *numbers, ui
         SIXTEEN(scales, floats_mul(floats_load(scales + i), norm));
         memcpy(sizes->reduced + kept, batch->reduced, sizeof batch->reduced);
         if (sizes->complete) scale_bytes(steps + first, sizes, count, batch->head, heads);
-        for (int row = 0; row < count && !sizes->complete; row++) {
-            float *const largest = sizes->largest + head;
-            *largest = scales[row] > *largest ? scales[row] : *largest;
-            if (++head == heads) head = 0;
-        }
+        else keep_largest(sizes->largest, scales, count, batch->head, heads);
     }
 }
 
