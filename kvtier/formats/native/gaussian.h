@@ -30,23 +30,37 @@ SIZED void rows_energy(float energies[16], const float *rows, int count, int hea
     rows_sum(energies, totals);
 }
 
-#if defined(WITH_ROW_LEVELS)
+/* What becomes of the codes of rows: [count, head_dim] codes; the same, for scales that are rounded to fp16 and nothing coarser; or [count,
+   head_dim / 2] bytes packed as in pack_nibbles, where LEVELS_BY_ROW and head_dim is a multiple of 64. */
+typedef enum { CODES, EXACT_CODES, NIBBLES } Wanted;
+
+#if LEVELS_BY_ROW
 /* Codes of rotated vectors, and their inner products with the levels. */
-INLINE void level_codes(float along[16], uint8_t *codes, const Levels *levels, const float *const rows[16], const float factors[16], int count,
-    int head_dim) {
+INLINE void level_codes(float along[16], uint8_t *to, Wanted wanted, const Levels *levels, const float *const rows[16],
+    const float factors[16], int count, int head_dim) {
+    const bool ordered = levels->bits != 3;
+    const int bits = finer_bits(levels->per_rms, head_dim);
+    const Floats parts = floats_all((float)(1 << bits)), half = floats_all(0.5f);
     Floats totals[16];
+    float finer[16];
+    SIXTEEN(finer, floats_mul(floats_load(factors + i), parts));
     for (int row = 0; row < count; row++) {
-        totals[row] = row_levels(codes + row * head_dim, rows[row], factors[row], head_dim, levels->table);
+        if (wanted == NIBBLES) totals[row] = row_nibbles(to + row * (head_dim / 2), rows[row], finer[row], bits, head_dim);
+        else totals[row] = row_levels(to + row * head_dim, rows[row], finer[row], bits, head_dim, levels->table, ordered);
+    }
+    for (int row = 0; row < count && wanted == EXACT_CODES; row++) {
+        totals[row] = row_along(to + row * head_dim, rows[row], head_dim, levels->table);
     }
     for (unsigned row = (unsigned)count; row < 16; row++) totals[row] = floats_all(0);
     rows_sum(along, totals);
-    const Floats part = floats_all(1 / (float)(1 << finer_bits(head_dim)));
-    SIXTEEN(along, floats_mul(floats_mul(floats_load(along + i), part), inverses(floats_load(factors + i))));
+    if (wanted == EXACT_CODES) return;
+    SIXTEEN(along, floats_mul(floats_mul(floats_load(along + i), half), inverses(floats_load(finer + i))));
 }
 #else
 /* The same by groups. The last row is done twice rather than alone. */
-INLINE void level_codes(float along[16], uint8_t *codes, const Levels *levels, const float *const rows[16], const float factors[16], int count,
-    int head_dim) {
+INLINE void level_codes(float along[16], uint8_t *codes, Wanted wanted, const Levels *levels, const float *const rows[16],
+    const float factors[16], int count, int head_dim) {
+    (void)wanted;
     Floats totals[16];
     for (unsigned row = (unsigned)count; row < 16; row++) totals[row] = floats_all(0);
     for (int first = 0; first < count; first += LEVELS_AT_ONCE) {
@@ -75,13 +89,19 @@ INLINE void level_codes(float along[16], uint8_t *codes, const Levels *levels, c
 }
 #endif
 
-/* Codes [count, head_dim] of up to 16 rows of these energies, and the scales that keep the inner product of a vector with itself: 0
+/* What rows of these energies are multiplied by to become levels. Roots and quotients take long: asked for well before encode_levels, they cost
+   nothing. */
+INLINE void level_factors(float factors[16], const float energies[16], double per_rms, int head_dim) {
+    const Floats size = floats_all((float)head_dim), rms = floats_all((float)per_rms);
+    SIXTEEN(factors, floats_mul(inverses(floats_root(floats_div(floats_load(energies + i), size))), rms));
+}
+
+/* Codes of up to 16 rows of these energies and factors, and the scales that keep the inner product of a vector with itself: 0
    where there is nothing to code. */
-SIZED void encode_levels(uint8_t *codes, float scales[16], const Levels *levels, const float *const rows[16], const float energies[16],
-    int count, int head_dim) {
-    float factors[16], along[16];
-    const Floats per_rms = floats_all((float)levels->per_rms), size = floats_all((float)head_dim);
-    SIXTEEN(factors, floats_mul(inverses(floats_root(floats_div(floats_load(energies + i), size))), per_rms));
-    level_codes(along, codes, levels, rows, factors, count, head_dim);
+SIZED void encode_levels(uint8_t *to, Wanted wanted, float scales[16], const Levels *levels, const float *const rows[16],
+    const float energies[16], const float factors[16], int count, int head_dim) {
+    float along[16];
+    level_codes(along, to, wanted, levels, rows, factors, count, head_dim);
+    const Floats per_rms = floats_all((float)levels->per_rms);
     SIXTEEN(scales, floats_mul(floats_mul(floats_load(energies + i), inverses(floats_load(along + i))), per_rms));
 }

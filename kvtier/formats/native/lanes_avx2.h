@@ -206,7 +206,7 @@ static inline void group_values(Floats values[PARTS], const uint8_t *codes, cons
     values_of(values, _mm_loadu_si128((const void *)codes), levels);
 }
 
-#define WITH_ROW_LEVELS
+#define LEVELS_BY_ROW 1
 #define WITH_SCALE_STEPS
 #include "levels_avx2.h"
 

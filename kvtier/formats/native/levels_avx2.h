@@ -1,8 +1,11 @@
 /* Gaussian levels in AVX2 registers: 32 codes at once, and inner products with the levels in whole numbers. */
 
-/* Numbers times their factor become whole ones of FINER_BITS bits less than what 16 bits hold of the largest that may be, sqrt(head_dim) times
-   the level of one rms. The upper bits are the cell that tables.h has codes of. */
-INLINE int finer_bits(int head_dim) { return head_dim <= 128 ? 5 : head_dim <= 512 ? 4 : 3; }
+/* Numbers times their factor become whole ones with so many bits behind the point that the largest that may be, sqrt(head_dim) times the level of
+   one rms, fits 16 bits. Those before the point are the cell that tables.h has codes of. */
+INLINE int finer_bits(double per_rms, int head_dim) {
+    const double room = INT16_MAX / per_rms * (INT16_MAX / per_rms) / head_dim;
+    return room >= 1 << 14 ? 7 : room >= 1 << 12 ? 6 : room >= 1 << 10 ? 5 : room >= 1 << 8 ? 4 : 3;
+}
 
 /* 16 numbers rounded down, in the order in which registers are packed. */
 static inline __m256i finer_numbers(const float *row, Floats finer) {
@@ -16,32 +19,78 @@ static inline __m256i looked_up(const void *table, __m256i at) {
 }
 
 /* Codes of 32 cells: at most one boundary between levels is in any sixteen cells. */
-INLINE __m256i codes_of(__m256i cells, const LevelTable *levels) {
+INLINE __m256i codes_of(__m256i cells, const LevelTable *levels, bool ordered) {
     const __m256i sixteens = _mm256_and_si256(_mm256_srli_epi16(cells, 4), _mm256_set1_epi8(15));
     const __m256i above = _mm256_cmpgt_epi8(cells, looked_up(levels->lasts, sixteens));
     const __m256i ranks = _mm256_sub_epi8(looked_up(levels->ranks, sixteens), above);
-    return levels == &LEVELS3 ? looked_up(levels->ordered, ranks) : ranks; /* the only ones that are not in order */
+    return ordered ? ranks : looked_up(levels->ordered, ranks);
 }
 
-/* Codes of 32 numbers, or of the first 16 of them if `half`; `along` and their products with the levels. */
-INLINE __m256i add_levels(uint8_t *codes, __m256i along, const float *row, Floats finer, int bits, const LevelTable *levels, bool half) {
-    const __m256i first = finer_numbers(row, finer), last = half ? _mm256_setzero_si256() : finer_numbers(row + 16, finer);
-    const __m256i own = codes_of(_mm256_packs_epi16(_mm256_srai_epi16(first, bits), _mm256_srai_epi16(last, bits)), levels);
-    const __m256i values = looked_up(levels->values, own), signs = _mm256_cmpgt_epi8(_mm256_setzero_si256(), values);
-    const __m256i in_order = _mm256_permutevar8x32_epi32(own, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    if (half) _mm_storeu_si128((void *)codes, _mm256_castsi256_si128(in_order));
-    else _mm256_storeu_si256((void *)codes, in_order);
-    along = _mm256_add_epi32(along, _mm256_madd_epi16(first, _mm256_unpacklo_epi8(values, signs)));
-    return _mm256_add_epi32(along, _mm256_madd_epi16(last, _mm256_unpackhi_epi8(values, signs)));
+/* Sums over numbers of a row: their products with the levels, in whole numbers rounded down, and the levels, half of which is what rounding down
+   takes away. */
+typedef struct {
+    __m256i products, levels;
+} Along;
+
+/* Codes of 32 numbers, or of the first 16 of them if `half`, in the order in which registers are packed. */
+INLINE __m256i add_levels(Along *along, const float *row, Floats finer, int bits, const LevelTable *levels, bool ordered, bool half) {
+    const __m256i none = _mm256_setzero_si256(), first = finer_numbers(row, finer), last = half ? none : finer_numbers(row + 16, finer);
+    const __m256i cells = _mm256_packs_epi16(_mm256_srai_epi16(first, bits), _mm256_srai_epi16(last, bits));
+    const __m256i codes = codes_of(cells, levels, ordered);
+    const __m256i values = looked_up(levels->values, codes), signs = _mm256_cmpgt_epi8(none, values);
+    const __m256i before = _mm256_unpacklo_epi8(values, signs), after = half ? none : _mm256_unpackhi_epi8(values, signs);
+    along->products = _mm256_add_epi32(along->products, _mm256_madd_epi16(first, before));
+    along->products = _mm256_add_epi32(along->products, _mm256_madd_epi16(last, after));
+    along->levels = _mm256_add_epi16(along->levels, _mm256_add_epi16(before, after));
+    return codes;
 }
 
-/* Codes of a row whose numbers times `factor` are its levels; what sums up to their inner product with the levels, in parts of
-   1 / (factor << finer_bits). */
-INLINE Floats row_levels(uint8_t *codes, const float *row, float factor, int head_dim, const LevelTable *levels) {
-    const int bits = finer_bits(head_dim), halves = head_dim % 32;
-    const Floats finer = floats_all(factor * (float)(1 << bits));
-    __m256i along = _mm256_setzero_si256();
-    for (int i = 0; i < head_dim - halves; i += 32) along = add_levels(codes + i, along, row + i, finer, bits, levels, false);
-    if (halves) along = add_levels(codes + head_dim - 16, along, row + head_dim - 16, finer, bits, levels, true);
-    return _mm256_cvtepi32_ps(along);
+/* Twice the inner products. */
+static inline Floats along_floats(Along along) {
+    const __m256i lost = _mm256_madd_epi16(along.levels, _mm256_set1_epi16(1));
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_add_epi32(along.products, along.products), lost));
+}
+
+/* 32 bytes in the order of the numbers that they are codes of. */
+static inline __m256i in_order(__m256i codes) {
+    return _mm256_permutevar8x32_epi32(codes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+/* Codes of a row whose numbers times `finer` are its levels with finer_bits more; what sums up to their inner product with the levels, times
+   2 * `finer`. `ordered`: whether the codes of these levels are in order. */
+INLINE Floats row_levels(uint8_t *codes, const float *row, float finer, int bits, int head_dim, const LevelTable *levels, bool ordered) {
+    const int halves = head_dim % 32;
+    Along along = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int i = 0; i < head_dim - halves; i += 32) {
+        const __m256i some = in_order(add_levels(&along, row + i, floats_all(finer), bits, levels, ordered, false));
+        _mm256_storeu_si256((void *)(codes + i), some);
+    }
+    if (halves) {
+        const int i = head_dim - 16;
+        const __m256i some = in_order(add_levels(&along, row + i, floats_all(finer), bits, levels, ordered, true));
+        _mm_storeu_si128((void *)(codes + i), _mm256_castsi256_si128(some));
+    }
+    return along_floats(along);
+}
+
+/* The same for codes of LEVELS4 as pack_nibbles has them; head_dim is a multiple of 64. */
+INLINE Floats row_nibbles(uint8_t *packed, const float *row, float finer, int bits, int head_dim) {
+    const int half = head_dim / 2;
+    Along along = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int i = 0; i < half; i += 32) {
+        const __m256i low = add_levels(&along, row + i, floats_all(finer), bits, &LEVELS4, true, false);
+        const __m256i high = add_levels(&along, row + half + i, floats_all(finer), bits, &LEVELS4, true, false);
+        _mm256_storeu_si256((void *)(packed + i), in_order(_mm256_or_si256(low, _mm256_slli_epi16(high, 4))));
+    }
+    return along_floats(along);
+}
+
+/* The inner product of a row with the levels of its codes, as exact as floats are. */
+INLINE Floats row_along(const uint8_t *codes, const float *row, int head_dim, const LevelTable *levels) {
+    Floats sums[PARTS] = {floats_all(0), floats_all(0)}, values[PARTS];
+    for (int i = 0; i < head_dim; i += GROUP) {
+        group_values(values, codes + i, levels);
+        for (int part = 0; part < PARTS; part++) sums[part] = floats_fused(values[part], floats_load(row + i + part * 8), sums[part]);
+    }
+    return floats_add(sums[0], sums[1]);
 }

@@ -38,7 +38,7 @@ static __attribute__((noinline)) void encode_means(float *means, const Shape *sh
         const size_t vector_bytes = head_dim * value_bytes(shape->dtype);
         const char *const place = numbers + first * vector_bytes;
         Floats most[16];
-        float largest[16], energies[16], scales[16];
+        float largest[16], energies[16], factors[16], scales[16];
         const float *rows[16];
         uint8_t codes[16 * MAX_HEAD_DIM];
         uint16_t halves[16];
@@ -65,7 +65,8 @@ static __attribute__((noinline)) void encode_means(float *means, const Shape *sh
         rotate_rows(tile.rows, tile.largest, (const char *)sums, head_dim * sizeof(float), count, head_dim, FP32);
         for (int row = 0; row < 16; row++) rows[row] = tile.rows + row * head_dim;
         rows_energy(energies, tile.rows, count, head_dim);
-        encode_levels(codes, scales, &levels, rows, energies, count, head_dim);
+        level_factors(factors, energies, levels.per_rms, head_dim);
+        encode_levels(codes, EXACT_CODES, scales, &levels, rows, energies, factors, count, head_dim);
         SIXTEEN(scales, floats_mul(floats_load(scales + i), floats_all(norm)));
         round_scales(halves, scales);
         copy_halves(coded + 2 * first, halves, count);

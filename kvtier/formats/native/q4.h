@@ -77,22 +77,23 @@ typedef struct {
     Tile tile;
     float rest[TILE_VALUES] __attribute__((aligned(64)));
     const float *rows[16];
-    float energies[16];
+    float energies[16], factors[16];
     bool reduced[16];
     int first, count, head;
 } Batch;
 
-SIZED void open_batch(Batch *batch, const Sizes *sizes, const Shape *shape, const char *numbers, int head_dim) {
+SIZED void open_batch(Batch *batch, const Sizes *sizes, const Shape *shape, const char *numbers, double per_rms, int head_dim) {
     const size_t vector_bytes = head_dim * value_bytes(shape->dtype);
     float *const tile = batch->tile.rows;
     load_tile(&batch->tile, shape, numbers + batch->first * vector_bytes, batch->count, FP16_MAX);
     for (int row = 0; row < 16; row++) batch->rows[row] = tile + row * head_dim, batch->reduced[row] = false;
-    if (!shape->keys) {
+    if (shape->keys) {
+        choose_rows(batch->rows, batch->reduced, batch->energies, batch->rest, tile, sizes->means, batch->head, shape->heads, batch->count,
+            head_dim);
+    } else {
         rows_energy(batch->energies, tile, batch->count, head_dim);
-        return;
     }
-    choose_rows(batch->rows, batch->reduced, batch->energies, batch->rest, tile, sizes->means, batch->head, shape->heads, batch->count,
-        head_dim);
+    level_factors(batch->factors, batch->energies, per_rms, head_dim);
 }
 
 /* Vectors `start` to `stop`, from the first head of one token to the last of another: a run of codes alike, at `packed`, and their scales.
@@ -107,7 +108,7 @@ INLINE void encode_run(Sizes *sizes, const Shape *shape, const char *numbers, ui
     for (int next = start, turn = 0; next < stop + 16; next += 16, turn ^= 1) {
         if (next < stop) {
             batches[turn].first = next, batches[turn].count = fewer(stop - next, 16), batches[turn].head = (next - start) % heads;
-            open_batch(&batches[turn], sizes, shape, numbers, head_dim);
+            open_batch(&batches[turn], sizes, shape, numbers, levels.per_rms, head_dim);
         }
         if (next == start) continue;
         const Batch *const batch = &batches[!turn];
@@ -116,8 +117,11 @@ INLINE void encode_run(Sizes *sizes, const Shape *shape, const char *numbers, ui
         if (levels.bits == 8) {
             rows_largest(scales, batch->rows, count, head_dim);
             SIXTEEN(scales, floats_mul(floats_load(scales + i), floats_all((float)(levels.per_rms / LARGEST_CODE))));
+        } else if (LEVELS_BY_ROW && levels.bits == 4 && head_dim % 64 == 0) {
+            uint8_t *const to = packed + (size_t)(first - start) * (head_dim / 2);
+            encode_levels(to, NIBBLES, scales, &levels, batch->rows, batch->energies, batch->factors, count, head_dim);
         } else {
-            encode_levels(codes, scales, &levels, batch->rows, batch->energies, count, head_dim);
+            encode_levels(codes, CODES, scales, &levels, batch->rows, batch->energies, batch->factors, count, head_dim);
             for (int row = 0; row < count; row++) {
                 pack_codes(packed, codes + row * head_dim, (size_t)(first - start + row), (size_t)(stop - start), head_dim, levels.bits);
             }
