@@ -11,6 +11,7 @@
 #include "tables.h"
 
 #include "lanes_avx2.h"
+#include "rotate_avx2.h"
 
 #include "kernels.h"
 

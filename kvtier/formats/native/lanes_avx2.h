@@ -26,12 +26,6 @@ static inline void floats_store(float *to, Floats a) { _mm256_storeu_ps(to, a); 
 static inline Shorts shorts_add(Shorts a, Shorts b) { return _mm256_add_epi16(a, b); }
 static inline Shorts shorts_sub(Shorts a, Shorts b) { return _mm256_sub_epi16(a, b); }
 
-static inline float floats_sum(Floats a) {
-    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-}
-
 static inline Floats magnitude_max(Floats most, Floats a) {
     const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7FFFFFFF));
     return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(most), magnitude));
@@ -41,20 +35,26 @@ static inline Floats keys_max(Floats a, Floats b) {
     return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
 }
 
-static inline float magnitude_of(Floats most) {
-    const __m256i bits = _mm256_castps_si256(most);
-    __m128i half = _mm_max_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
-    half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4E));
-    return float_of((uint32_t)_mm_cvtsi128_si32(_mm_max_epi32(half, _mm_shuffle_epi32(half, 0xB1))));
-}
+/* Across the lanes of 16 registers at once: halves of two registers meet until each lane holds what one register had. */
+#define ACROSS(name, combine) \
+    static inline void name(float results[16], const Floats rows[16]) { \
+        Floats pairs[8], fours[4]; \
+        for (int i = 0; i < 8; i++) { \
+            pairs[i] = combine(_mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]), _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1])); \
+        } \
+        for (int i = 0; i < 4; i++) { \
+            const __m256d a = _mm256_castps_pd(pairs[2 * i]), b = _mm256_castps_pd(pairs[2 * i + 1]); \
+            fours[i] = combine(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b))); \
+        } \
+        for (int i = 0; i < 2; i++) { \
+            const Floats a = fours[2 * i], b = fours[2 * i + 1]; \
+            floats_store(results + 8 * i, combine(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31))); \
+        } \
+    }
 
-static inline void rows_sum(float results[16], const Floats rows[16]) {
-    for (int row = 0; row < 16; row++) results[row] = floats_sum(rows[row]);
-}
-
-static inline void rows_magnitude(float results[16], const Floats rows[16]) {
-    for (int row = 0; row < 16; row++) results[row] = magnitude_of(rows[row]);
-}
+ACROSS(rows_sum, floats_add)
+ACROSS(rows_key, keys_max)
+ACROSS(rows_magnitude, keys_max) /* magnitudes have no sign */
 
 static inline void group_load(Floats group[PARTS], const void *numbers, int dtype) {
     for (int part = 0; part < PARTS; part++) {
@@ -120,52 +120,6 @@ static inline void group_store(void *numbers, const Floats group[PARTS], int dty
         const __m256i packed = _mm256_packus_epi32(rounded_to_bf16(group[0]), rounded_to_bf16(group[1]));
         _mm256_storeu_si256(numbers, _mm256_permute4x64_epi64(packed, 0xD8));
     }
-}
-
-/* Lane i meets lane i ^ distance: `signs` is -0.0 where the lane is the upper one and becomes the difference. */
-static inline Floats meet(Floats a, Floats other, Floats signs) { return floats_add(other, _mm256_xor_ps(a, signs)); }
-
-/* Two registers become their sum and difference. */
-static inline void meet_both(Floats *a, Floats *b) {
-    const Floats sum = floats_add(*a, *b);
-    *b = floats_sub(*a, *b), *a = sum;
-}
-
-/* Two registers: adjacent numbers get into different registers, meet, and stay there. */
-static inline void meet_adjacent(Floats *a, Floats *b) {
-    const Floats even = _mm256_shuffle_ps(*a, *b, 0x88);
-    *b = _mm256_shuffle_ps(*a, *b, 0xDD), *a = even;
-    meet_both(a, b);
-}
-
-/* Neighbours meet first, then numbers 2, 4 and 8 apart, as in the reference. bf16 numbers are the halves of 32 bits, so neighbours are in
-   different registers from the start; each step moves what met in the one before back between the lanes. */
-static inline void group_load_rotated(Floats group[PARTS], const void *numbers, int dtype) {
-    if (dtype == BF16) {
-        const __m256i pairs = _mm256_loadu_si256(numbers);
-        group[0] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-        group[1] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xFFFF0000)));
-        meet_both(&group[0], &group[1]);
-        meet_adjacent(&group[0], &group[1]);
-        meet_adjacent(&group[0], &group[1]);
-        const Floats low = _mm256_permute2f128_ps(group[0], group[1], 0x20);
-        group[1] = _mm256_permute2f128_ps(group[0], group[1], 0x31), group[0] = low;
-    } else {
-        group_load(group, numbers, dtype);
-        for (int part = 0; part < PARTS; part++) {
-            Floats a = group[part];
-            a = meet(a, _mm256_permute_ps(a, 0xB1), _mm256_setr_ps(0.f, -0.f, 0.f, -0.f, 0.f, -0.f, 0.f, -0.f));
-            a = meet(a, _mm256_permute_ps(a, 0x4E), _mm256_setr_ps(0.f, 0.f, -0.f, -0.f, 0.f, 0.f, -0.f, -0.f));
-            group[part] = meet(a, _mm256_permute2f128_ps(a, a, 0x01), _mm256_setr_ps(0.f, 0.f, 0.f, 0.f, -0.f, -0.f, -0.f, -0.f));
-        }
-    }
-    meet_both(&group[0], &group[1]);
-}
-
-#define GROUPS_AT_ONCE 1
-
-INLINE void groups_load_rotated(Floats (*groups)[PARTS], const char *const *numbers, int count, int dtype) {
-    for (int i = 0; i < count; i++) group_load_rotated(groups[i], numbers[i], dtype);
 }
 
 static inline Shorts meet_codes(Shorts a, Shorts other, Shorts signs) { return shorts_add(other, _mm256_sign_epi16(a, signs)); }
@@ -280,15 +234,6 @@ static inline Floats extreme_keys(Floats a, int place) {
     const __m256i bits = _mm256_castps_si256(a), before = _mm256_setr_epi32(62, 60, 58, 56, 54, 52, 50, 48);
     const __m256i rotated = _mm256_or_si256(_mm256_slli_epi32(bits, 1), _mm256_srli_epi32(bits, 31));
     return _mm256_castsi256_ps(_mm256_or_si256(rotated, _mm256_sub_epi32(before, _mm256_set1_epi32(2 * place))));
-}
-
-static inline void rows_key(float results[16], const Floats rows[16]) {
-    for (int row = 0; row < 16; row++) {
-        const __m256i bits = _mm256_castps_si256(rows[row]);
-        __m128i half = _mm_max_epu32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
-        half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4E));
-        results[row] = float_of((uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(half, _mm_shuffle_epi32(half, 0xB1))));
-    }
 }
 
 /* -- copies past the caches, a line at a time -------------------------------------------------------------------------------------- */

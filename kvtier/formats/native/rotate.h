@@ -12,6 +12,18 @@ typedef struct {
     float largest[TILE_ROWS] __attribute__((aligned(64)));
 } Tile;
 
+#if defined(WITH_ROW_ROTATION)
+/* Up to 16 rows. */
+INLINE void rotate_rows_of(float *rows, float largest_of[16], const char *numbers, size_t stride, int count, int head_dim, int dtype,
+    int block) {
+    Floats largest_in[16];
+    for (unsigned row = (unsigned)count; row < 16; row++) largest_in[row] = floats_all(0);
+    for (int row = 0; row < count; row++) {
+        largest_in[row] = row_rotate(rows + row * head_dim, numbers + row * stride, head_dim, dtype, block);
+    }
+    rows_magnitude(largest_of, largest_in);
+}
+#else
 /* Up to 16 rows, some side by side; the last ones are done twice rather than alone. */
 INLINE void rotate_rows_of(float *rows, float largest_of[16], const char *numbers, size_t stride, int count, int head_dim, int dtype,
     int block) {
@@ -48,6 +60,7 @@ INLINE void rotate_rows_of(float *rows, float largest_of[16], const char *number
     }
     rows_magnitude(largest_of, largest_in);
 }
+#endif
 
 /* The block is a constant in each case, so that its loops unroll and the block stays in registers. */
 INLINE void rotate_rows_as(float *rows, float largest[16], const char *numbers, size_t stride, int count, int head_dim, int dtype) {
