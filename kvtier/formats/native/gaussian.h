@@ -30,6 +30,30 @@ SIZED void rows_energy(float energies[16], const float *rows, int count, int hea
     rows_sum(energies, totals);
 }
 
+#if ENERGIES_FIRST
+/* Up to 16 vectors, one after the other, and their energies. These tell instead of the largest magnitudes which rows to clean: no number of a
+   vector is larger than the root of the energy that it had before it was rotated. */
+INLINE void load_tile_energies(Tile *tile, float energies[16], const Shape *shape, const char *numbers, int count, int head_dim) {
+    const size_t vector_bytes = head_dim * value_bytes(shape->dtype);
+    const float most = FP16_MAX * FP16_MAX / 4 * (float)hadamard_block(shape);
+    int clean = 1;
+    rotate_rows_energy(tile->rows, energies, numbers, vector_bytes, count, head_dim, shape->dtype);
+    for (int i = 0; i < 16; i++) clean &= energies[i] < most;
+    if (clean) return;
+    for (int i = 0; i < count; i++) {
+        if (energies[i] < most) continue;
+        clean_row(tile->rows + i * head_dim, tile->largest + i, numbers + i * vector_bytes, shape, FP16_MAX);
+    }
+    rows_energy(energies, tile->rows, count, head_dim);
+}
+#else
+/* The same, without the energies of keys, which choose_rows finds beside those of others. */
+INLINE void load_tile_energies(Tile *tile, float energies[16], const Shape *shape, const char *numbers, int count, int head_dim) {
+    load_tile(tile, shape, numbers, count, FP16_MAX);
+    if (!shape->keys) rows_energy(energies, tile->rows, count, head_dim);
+}
+#endif
+
 /* What becomes of the codes of rows: [count, head_dim] codes; the same, for scales that are rounded to fp16 and nothing coarser; or [count,
    head_dim / 2] bytes packed as in pack_nibbles, where LEVELS_BY_ROW and head_dim is a multiple of 64. */
 typedef enum { CODES, EXACT_CODES, NIBBLES } Wanted;

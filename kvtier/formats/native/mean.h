@@ -85,7 +85,8 @@ static __attribute__((noinline)) void encode_means(float *means, const Shape *sh
 }
 
 /* Up to 16 rows, one after the other, the first of `head`, each perhaps without the mean of its head: what is coded, in `chosen`, is the
-   shorter vector, and `reduced` says which. `rest` takes rows without their means. */
+   shorter vector, and `reduced` says which; `energies` are theirs, and before that, where ENERGIES_FIRST, those of the rows. `rest` takes rows
+   without their means. */
 SIZED void choose_rows(const float *chosen[16], bool reduced[16], float energies[16], float *rest, const float *rows, const float *means,
     int head, int heads, int count, int head_dim) {
     Floats with[16], without[16];
@@ -98,11 +99,11 @@ SIZED void choose_rows(const float *chosen[16], bool reduced[16], float energies
         for (int i = 0; i < head_dim; i += GROUP / PARTS) {
             const Floats whole = floats_load(rows + row * head_dim + i), less = floats_sub(whole, floats_load(mean + i));
             floats_store(rest + row * head_dim + i, less);
-            with[row] = floats_fused(whole, whole, with[row]);
+            if (!ENERGIES_FIRST) with[row] = floats_fused(whole, whole, with[row]);
             without[row] = floats_fused(less, less, without[row]);
         }
     }
-    rows_sum(energies, with);
+    if (!ENERGIES_FIRST) rows_sum(energies, with);
     rows_sum(shorter, without);
     for (int row = 0; row < count; row++) {
         reduced[row] = shorter[row] < energies[row];

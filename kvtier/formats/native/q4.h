@@ -83,15 +83,13 @@ typedef struct {
 } Batch;
 
 SIZED void open_batch(Batch *batch, const Sizes *sizes, const Shape *shape, const char *numbers, double per_rms, int head_dim) {
-    const size_t vector_bytes = head_dim * value_bytes(shape->dtype);
+    const char *const place = numbers + batch->first * head_dim * value_bytes(shape->dtype);
     float *const tile = batch->tile.rows;
-    load_tile(&batch->tile, shape, numbers + batch->first * vector_bytes, batch->count, FP16_MAX);
     for (int row = 0; row < 16; row++) batch->rows[row] = tile + row * head_dim, batch->reduced[row] = false;
+    load_tile_energies(&batch->tile, batch->energies, shape, place, batch->count, head_dim);
     if (shape->keys) {
         choose_rows(batch->rows, batch->reduced, batch->energies, batch->rest, tile, sizes->means, batch->head, shape->heads, batch->count,
             head_dim);
-    } else {
-        rows_energy(batch->energies, tile, batch->count, head_dim);
     }
     level_factors(batch->factors, batch->energies, per_rms, head_dim);
 }

@@ -56,10 +56,14 @@ INLINE void parts_load_rotated(Floats *parts, int count, const char *numbers, in
     }
 }
 
-/* Rotated by blocks, which are a constant; returns the largest magnitudes. What meets more than 64 numbers apart does so in memory. */
-INLINE Floats row_rotate(float *row, const char *numbers, int head_dim, int dtype, int block) {
+/* `found`, which is the largest magnitudes or the sums of squares, with that of rotated numbers. */
+INLINE Floats find_in(Floats found, Floats a, bool squares) { return squares ? floats_fused(a, a, found) : magnitude_max(found, a); }
+
+/* Rotated by blocks, which are a constant; returns the largest magnitudes, or sums of squares. What meets more than 64 numbers apart does so in
+   memory. */
+INLINE Floats row_rotate(float *row, const char *numbers, int head_dim, int dtype, int block, bool squares) {
     const int some = block < 64 ? block : 64, count = some / 8;
-    Floats most = floats_all(0);
+    Floats found = floats_all(0);
     for (int start = 0; start < head_dim; start += some) {
         Floats parts[8];
         parts_load_rotated(parts, count, numbers + start * value_bytes(dtype), dtype);
@@ -70,7 +74,7 @@ INLINE Floats row_rotate(float *row, const char *numbers, int head_dim, int dtyp
         }
         for (int i = 0; i < count; i++) {
             floats_store(row + start + 8 * i, parts[i]);
-            if (some == block) most = magnitude_max(most, parts[i]);
+            if (some == block) found = find_in(found, parts[i], squares);
         }
     }
     for (int distance = some; distance < block; distance *= 2) {
@@ -79,8 +83,8 @@ INLINE Floats row_rotate(float *row, const char *numbers, int head_dim, int dtyp
             Floats a = floats_load(row + i), b = floats_load(row + i + distance);
             meet_both_fused(&a, &b);
             floats_store(row + i, a), floats_store(row + i + distance, b);
-            if (2 * distance == block) most = magnitude_max(magnitude_max(most, a), b);
+            if (2 * distance == block) found = find_in(find_in(found, a, squares), b, squares);
         }
     }
-    return most;
+    return found;
 }
