@@ -65,17 +65,18 @@ INLINE void level_codes(float along[16], uint8_t *to, Wanted wanted, const Level
     const bool ordered = levels->bits != 3;
     const int bits = finer_bits(levels->per_rms, head_dim);
     const Floats parts = floats_all((float)(1 << bits)), half = floats_all(0.5f);
-    Floats totals[16];
+    Floats totals[16], last = floats_all(0);
     float finer[16];
     SIXTEEN(finer, floats_mul(floats_load(factors + i), parts));
     for (int row = 0; row < count; row++) {
-        if (wanted == NIBBLES) totals[row] = row_nibbles(to + row * (head_dim / 2), rows[row], finer[row], bits, head_dim);
-        else totals[row] = row_levels(to + row * head_dim, rows[row], finer[row], bits, head_dim, levels->table, ordered);
+        if (wanted == NIBBLES) last = row_nibbles(to + row * (head_dim / 2), rows[row], finer[row], bits, head_dim);
+        else last = row_levels(to + row * head_dim, rows[row], finer[row], bits, head_dim, levels->table, ordered);
+        totals[row] = last;
     }
     for (int row = 0; row < count && wanted == EXACT_CODES; row++) {
         totals[row] = row_along(to + row * head_dim, rows[row], head_dim, levels->table);
     }
-    for (unsigned row = (unsigned)count; row < 16; row++) totals[row] = floats_all(0);
+    for (int row = count; row < 16; row++) totals[row] = last;
     rows_sum(along, totals);
     if (wanted == EXACT_CODES) return;
     SIXTEEN(along, floats_mul(floats_mul(floats_load(along + i), half), inverses(floats_load(finer + i))));

@@ -62,9 +62,13 @@ static __attribute__((noinline)) void encode_means(float *means, const Shape *sh
         for (int i = 0; i < count * head_dim; i += GROUP / PARTS) {
             floats_store(sums + i, floats_mul(floats_load(sums + i), floats_all(share)));
         }
+#if ENERGIES_FIRST
+        rotate_rows_energy(tile.rows, energies, (const char *)sums, head_dim * sizeof(float), count, head_dim, FP32);
+#else
         rotate_rows(tile.rows, tile.largest, (const char *)sums, head_dim * sizeof(float), count, head_dim, FP32);
-        for (int row = 0; row < 16; row++) rows[row] = tile.rows + row * head_dim;
         rows_energy(energies, tile.rows, count, head_dim);
+#endif
+        for (int row = 0; row < 16; row++) rows[row] = tile.rows + row * head_dim;
         level_factors(factors, energies, levels.per_rms, head_dim);
         encode_levels(codes, EXACT_CODES, scales, &levels, rows, energies, factors, count, head_dim);
         SIXTEEN(scales, floats_mul(floats_load(scales + i), floats_all(norm)));

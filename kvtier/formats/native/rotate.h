@@ -19,11 +19,11 @@ typedef struct {
 /* Up to 16 rows, and their largest magnitudes or the sums of their squares. */
 INLINE void rotate_rows_of(float *rows, float found[16], const char *numbers, size_t stride, int count, int head_dim, int dtype, int block,
     bool squares) {
-    Floats found_in[16];
-    for (unsigned row = (unsigned)count; row < 16; row++) found_in[row] = floats_all(0);
+    Floats found_in[16], last = floats_all(0);
     for (int row = 0; row < count; row++) {
-        found_in[row] = row_rotate(rows + row * head_dim, numbers + row * stride, head_dim, dtype, block, squares);
+        found_in[row] = last = row_rotate(rows + row * head_dim, numbers + row * stride, head_dim, dtype, block, squares);
     }
+    for (int row = count; row < 16; row++) found_in[row] = last; /* of zeros GCC makes an instruction that takes long to begin */
     if (squares) rows_sum(found, found_in);
     else rows_magnitude(found, found_in);
 }
