@@ -21,7 +21,7 @@ void choose_set(int set) { chosen = set; }
 
 bool set_available(int set) {
 #if defined(__x86_64__)
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
     const bool avx512 = avx2 && wide && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi");
     if (sets[set] == &avx2_kernels) return avx2;

@@ -5,9 +5,9 @@
    (magnitude_max; NaN counts as larger than everything; group_magnitude, of a group), the total or largest magnitude of each of 16
    registers (rows_sum, rows_magnitude), groups from and to memory (group_load, group_store; group_store_far, past the caches where
    DECODES_FAR), sums over rows (group_sums), the +-1 Hadamard transform of groups from memory (groups_load_rotated, GROUPS_AT_ONCE side by
-   side) and of codes (group_rotate_codes, then
-   group_widen to floats), rounding to codes (group_round; groups_levels, LEVELS_AT_ONCE side by side; group_values back to floats),
-   table look-up, and 16 fp16 numbers at once (halves_*). For ggml blocks of 32 numbers in BLOCK_PARTS registers of floats:
+   side; or, with WITH_ROW_ROTATION, row_rotate, of a row at a time) and of codes (group_rotate_codes, then
+   group_widen to floats), rounding to codes (group_round; groups_levels, LEVELS_AT_ONCE side by side, or, with
+   LEVELS_BY_ROW, row_levels and row_nibbles; group_values back to floats), table look-up, and 16 fp16 numbers at once (halves_*). For ggml blocks of 32 numbers in BLOCK_PARTS registers of floats:
    from and to memory (block_load, block_store, block_from_bytes), rounded to the nearest, halves away from zero, of magnitude up to 127
    (block_round), cut to 0..15 and packed (block_nibbles), looked up in a table of 16 numbers of 16 bits (nibble_numbers); and whole
    numbers that order numbers whose 13 lowest bits are 0 by magnitude, the first of equals in front, with the sign in their lowest bit

@@ -14,7 +14,7 @@ typedef __m256i Shorts;
 static inline Floats floats_add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 static inline Floats floats_sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 static inline Floats floats_mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
-static inline Floats floats_fused(Floats a, Floats b, Floats c) { return _mm256_add_ps(_mm256_mul_ps(a, b), c); }
+static inline Floats floats_fused(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 static inline Floats floats_all(float number) { return _mm256_set1_ps(number); }
 static inline Floats floats_div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
 static inline Floats floats_root(Floats a) { return _mm256_sqrt_ps(a); }
@@ -27,12 +27,6 @@ static inline void floats_store(float *to, Floats a) { _mm256_storeu_ps(to, a); 
 static inline Shorts shorts_add(Shorts a, Shorts b) { return _mm256_add_epi16(a, b); }
 static inline Shorts shorts_sub(Shorts a, Shorts b) { return _mm256_sub_epi16(a, b); }
 
-static inline float floats_sum(Floats a) {
-    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-}
-
 static inline Floats magnitude_max(Floats most, Floats a) {
     const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7FFFFFFF));
     return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(most), magnitude));
@@ -42,20 +36,26 @@ static inline Floats keys_max(Floats a, Floats b) {
     return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
 }
 
-static inline float magnitude_of(Floats most) {
-    const __m256i bits = _mm256_castps_si256(most);
-    __m128i half = _mm_max_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
-    half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4E));
-    return float_of((uint32_t)_mm_cvtsi128_si32(_mm_max_epi32(half, _mm_shuffle_epi32(half, 0xB1))));
-}
+/* Across the lanes of 16 registers at once: halves of two registers meet until each lane holds what one register had. */
+#define ACROSS(name, combine) \
+    static inline void name(float results[16], const Floats rows[16]) { \
+        Floats pairs[8], fours[4]; \
+        for (int i = 0; i < 8; i++) { \
+            pairs[i] = combine(_mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]), _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1])); \
+        } \
+        for (int i = 0; i < 4; i++) { \
+            const __m256d a = _mm256_castps_pd(pairs[2 * i]), b = _mm256_castps_pd(pairs[2 * i + 1]); \
+            fours[i] = combine(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b))); \
+        } \
+        for (int i = 0; i < 2; i++) { \
+            const Floats a = fours[2 * i], b = fours[2 * i + 1]; \
+            floats_store(results + 8 * i, combine(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31))); \
+        } \
+    }
 
-static inline void rows_sum(float results[16], const Floats rows[16]) {
-    for (int row = 0; row < 16; row++) results[row] = floats_sum(rows[row]);
-}
-
-static inline void rows_magnitude(float results[16], const Floats rows[16]) {
-    for (int row = 0; row < 16; row++) results[row] = magnitude_of(rows[row]);
-}
+ACROSS(rows_sum, floats_add)
+ACROSS(rows_key, keys_max)
+ACROSS(rows_magnitude, keys_max) /* magnitudes have no sign */
 
 static inline void group_load(Floats group[PARTS], const void *numbers, int dtype) {
     for (int part = 0; part < PARTS; part++) {
@@ -66,66 +66,41 @@ static inline void group_load(Floats group[PARTS], const void *numbers, int dtyp
     }
 }
 
-/* Sums of a group of numbers of each of `count` rows; `most` becomes at least as large as each magnitude. */
+/* Pairs of bf16: of each the first, then the other. */
+static inline void split_pairs(Floats both[2], __m256i pairs) {
+    both[0] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    both[1] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xFFFF0000)));
+}
+
+/* Sums of a group of numbers of each of `count` rows; `most` becomes at least as large as each magnitude. Of bf16 the sums of pairs, which are put
+   in order at the end, and the magnitudes of both at once. */
 static inline void group_sums(float sums[GROUP], Floats *most, const char *numbers, size_t stride, int count, int dtype) {
     Floats total[PARTS] = {floats_all(0), floats_all(0)}, group[PARTS];
-    for (int row = 0; row < count; row++) {
-        group_load(group, numbers + row * stride, dtype);
-        for (int part = 0; part < PARTS; part++) {
-            total[part] = floats_add(total[part], group[part]);
-            *most = magnitude_max(*most, group[part]);
+    if (dtype == BF16) {
+        __m256i largest = _mm256_setzero_si256();
+        for (int row = 0; row < count; row++) {
+            const __m256i pairs = _mm256_loadu_si256((const void *)(numbers + row * stride));
+            largest = _mm256_max_epi16(largest, _mm256_and_si256(pairs, _mm256_set1_epi16(0x7FFF)));
+            split_pairs(group, pairs);
+            for (int part = 0; part < PARTS; part++) total[part] = floats_add(total[part], group[part]);
+        }
+        split_pairs(group, largest);
+        for (int part = 0; part < PARTS; part++) *most = magnitude_max(*most, group[part]);
+        const Floats low = _mm256_unpacklo_ps(total[0], total[1]), high = _mm256_unpackhi_ps(total[0], total[1]);
+        total[0] = _mm256_permute2f128_ps(low, high, 0x20), total[1] = _mm256_permute2f128_ps(low, high, 0x31);
+    } else {
+        for (int row = 0; row < count; row++) {
+            group_load(group, numbers + row * stride, dtype);
+            for (int part = 0; part < PARTS; part++) {
+                total[part] = floats_add(total[part], group[part]);
+                *most = magnitude_max(*most, group[part]);
+            }
         }
     }
     for (int part = 0; part < PARTS; part++) floats_store(sums + 8 * part, total[part]);
 }
 
 static inline Floats group_magnitude(const Floats group[PARTS]) { return magnitude_max(magnitude_max(floats_all(0), group[0]), group[1]); }
-
-/* Lane i meets lane i ^ distance: `signs` is -0.0 where the lane is the upper one and becomes the difference. */
-static inline Floats meet(Floats a, Floats other, Floats signs) { return floats_add(other, _mm256_xor_ps(a, signs)); }
-
-/* Two registers become their sum and difference. */
-static inline void meet_both(Floats *a, Floats *b) {
-    const Floats sum = floats_add(*a, *b);
-    *b = floats_sub(*a, *b), *a = sum;
-}
-
-/* Two registers: adjacent numbers get into different registers, meet, and stay there. */
-static inline void meet_adjacent(Floats *a, Floats *b) {
-    const Floats even = _mm256_shuffle_ps(*a, *b, 0x88);
-    *b = _mm256_shuffle_ps(*a, *b, 0xDD), *a = even;
-    meet_both(a, b);
-}
-
-/* Neighbours meet first, then numbers 2, 4 and 8 apart, as in the reference. bf16 numbers are the halves of 32 bits, so neighbours are in
-   different registers from the start; each step moves what met in the one before back between the lanes. */
-static inline void group_load_rotated(Floats group[PARTS], const void *numbers, int dtype) {
-    if (dtype == BF16) {
-        const __m256i pairs = _mm256_loadu_si256(numbers);
-        group[0] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-        group[1] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xFFFF0000)));
-        meet_both(&group[0], &group[1]);
-        meet_adjacent(&group[0], &group[1]);
-        meet_adjacent(&group[0], &group[1]);
-        const Floats low = _mm256_permute2f128_ps(group[0], group[1], 0x20);
-        group[1] = _mm256_permute2f128_ps(group[0], group[1], 0x31), group[0] = low;
-    } else {
-        group_load(group, numbers, dtype);
-        for (int part = 0; part < PARTS; part++) {
-            Floats a = group[part];
-            a = meet(a, _mm256_permute_ps(a, 0xB1), _mm256_setr_ps(0.f, -0.f, 0.f, -0.f, 0.f, -0.f, 0.f, -0.f));
-            a = meet(a, _mm256_permute_ps(a, 0x4E), _mm256_setr_ps(0.f, 0.f, -0.f, -0.f, 0.f, 0.f, -0.f, -0.f));
-            group[part] = meet(a, _mm256_permute2f128_ps(a, a, 0x01), _mm256_setr_ps(0.f, 0.f, 0.f, 0.f, -0.f, -0.f, -0.f, -0.f));
-        }
-    }
-    meet_both(&group[0], &group[1]);
-}
-
-#define GROUPS_AT_ONCE 1
-
-INLINE void groups_load_rotated(Floats (*groups)[PARTS], const char *const *numbers, int count, int dtype) {
-    for (int i = 0; i < count; i++) group_load_rotated(groups[i], numbers[i], dtype);
-}
 
 static inline Shorts meet_codes(Shorts a, Shorts other, Shorts signs) { return shorts_add(other, _mm256_sign_epi16(a, signs)); }
 
@@ -155,8 +130,6 @@ static inline void group_round(int8_t *codes, const Floats group[PARTS], Floats 
     _mm_storeu_si128((void *)codes, largest < 127 ? _mm_min_epi8(bytes, _mm_set1_epi8((int8_t)largest)) : bytes);
 }
 
-static inline __m256i floor_of(Floats a) { return _mm256_cvttps_epi32(_mm256_floor_ps(a)); }
-
 static inline void values_of(Floats values[PARTS], __m128i codes, const LevelTable *levels) {
     const __m128i found = _mm_shuffle_epi8(_mm_loadu_si128((const void *)levels->values), codes);
     values[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(found));
@@ -167,33 +140,9 @@ static inline void group_values(Floats values[PARTS], const uint8_t *codes, cons
     values_of(values, _mm_loadu_si128((const void *)codes), levels);
 }
 
-/* A few comparisons are faster than a look-up in a table of 256. */
-static inline void group_levels(uint8_t *codes, Floats values[PARTS], const Floats group[PARTS], Floats factor, const LevelTable *levels) {
-    static const int8_t boundaries[3][7] = {{78}, {28, 59, 98}, {12, 24, 36, 49, 64, 82, 107}};
-    const int count = levels == &LEVELS4 ? 16 : levels == &LEVELS3 ? 8 : 4;
-    const int8_t *const bounds = boundaries[count == 16 ? 2 : count == 8];
-    const __m128i cell = bytes_of(floor_of(floats_mul(group[0], factor)), floor_of(floats_mul(group[1], factor)));
-    const __m128i negative = _mm_cmpgt_epi8(_mm_setzero_si128(), cell), mirrored = _mm_xor_si128(cell, negative);
-    __m128i code = _mm_set1_epi8((int8_t)(count == 8 ? 0 : count / 2));
-    for (int i = 0; i < count / 2 - 1; i++) {
-        code = _mm_sub_epi8(code, _mm_cmpgt_epi8(mirrored, _mm_set1_epi8((int8_t)(bounds[i] - 1))));
-    }
-    const __m128i all = _mm_set1_epi8((int8_t)(count == 8 ? 4 : count - 1)); /* of 8 levels only the sign differs */
-    code = _mm_xor_si128(code, _mm_and_si128(negative, all));
-    _mm_storeu_si128((void *)codes, code);
-    values_of(values, code, levels);
-}
-
-#define LEVELS_AT_ONCE 1
-
-INLINE void groups_levels(uint8_t *const *codes, Floats (*values)[PARTS], const float *const *rows, const Floats *factors, int count,
-    const LevelTable *levels) {
-    for (int i = 0; i < count; i++) {
-        Floats group[PARTS];
-        for (int part = 0; part < PARTS; part++) group[part] = floats_load(rows[i] + part * (GROUP / PARTS));
-        group_levels(codes[i], values[i], group, factors[i], levels);
-    }
-}
+#define LEVELS_BY_ROW 1
+#define WITH_SCALE_STEPS
+#include "levels_avx2.h"
 
 /* Codes below 16 to what the table holds for them. */
 static inline void group_lookup(int8_t *values, const int8_t *codes, const int8_t table[16]) {
@@ -241,15 +190,6 @@ static inline Floats extreme_keys(Floats a, int place) {
     const __m256i bits = _mm256_castps_si256(a), before = _mm256_setr_epi32(62, 60, 58, 56, 54, 52, 50, 48);
     const __m256i rotated = _mm256_or_si256(_mm256_slli_epi32(bits, 1), _mm256_srli_epi32(bits, 31));
     return _mm256_castsi256_ps(_mm256_or_si256(rotated, _mm256_sub_epi32(before, _mm256_set1_epi32(2 * place))));
-}
-
-static inline void rows_key(float results[16], const Floats rows[16]) {
-    for (int row = 0; row < 16; row++) {
-        const __m256i bits = _mm256_castps_si256(rows[row]);
-        __m128i half = _mm_max_epu32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
-        half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4E));
-        results[row] = float_of((uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(half, _mm_shuffle_epi32(half, 0xB1))));
-    }
 }
 
 /* -- copies past the caches, a line at a time -------------------------------------------------------------------------------------- */

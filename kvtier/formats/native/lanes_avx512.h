@@ -367,6 +367,7 @@ static inline __m512i codes_of(__m512i cells, const LevelTable *levels) {
     return _mm512_mask_blend_epi8(_mm512_movepi8_mask(cells), positive, negative);
 }
 
+#define LEVELS_BY_ROW 0
 #define LEVELS_AT_ONCE 2
 
 /* `count` is a constant; each step is taken for all groups before the next one. */

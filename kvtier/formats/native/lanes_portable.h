@@ -137,6 +137,7 @@ static inline void group_levels(uint8_t *codes, Floats values[PARTS], const Floa
     group_values(values, codes, levels);
 }
 
+#define LEVELS_BY_ROW 0
 #define LEVELS_AT_ONCE 1
 
 INLINE void groups_levels(uint8_t *const *codes, Floats (*values)[PARTS], const float *const *rows, const Floats *factors, int count,

@@ -38,7 +38,7 @@ static __attribute__((noinline)) void encode_means(float *means, const Shape *sh
         const size_t vector_bytes = head_dim * value_bytes(shape->dtype);
         const char *const place = numbers + first * vector_bytes;
         Floats most[16];
-        float largest[16], energies[16], scales[16];
+        float largest[16], energies[16], factors[16], scales[16];
         const float *rows[16];
         uint8_t codes[16 * MAX_HEAD_DIM];
         uint16_t halves[16];
@@ -62,10 +62,15 @@ static __attribute__((noinline)) void encode_means(float *means, const Shape *sh
         for (int i = 0; i < count * head_dim; i += GROUP / PARTS) {
             floats_store(sums + i, floats_mul(floats_load(sums + i), floats_all(share)));
         }
+#if ENERGIES_FIRST
+        rotate_rows_energy(tile.rows, energies, (const char *)sums, head_dim * sizeof(float), count, head_dim, FP32);
+#else
         rotate_rows(tile.rows, tile.largest, (const char *)sums, head_dim * sizeof(float), count, head_dim, FP32);
-        for (int row = 0; row < 16; row++) rows[row] = tile.rows + row * head_dim;
         rows_energy(energies, tile.rows, count, head_dim);
-        encode_levels(codes, scales, &levels, rows, energies, count, head_dim);
+#endif
+        for (int row = 0; row < 16; row++) rows[row] = tile.rows + row * head_dim;
+        level_factors(factors, energies, levels.per_rms, head_dim);
+        encode_levels(codes, EXACT_CODES, scales, &levels, rows, energies, factors, count, head_dim);
         SIXTEEN(scales, floats_mul(floats_load(scales + i), floats_all(norm)));
         round_scales(halves, scales);
         copy_halves(coded + 2 * first, halves, count);
@@ -84,7 +89,8 @@ static __attribute__((noinline)) void encode_means(float *means, const Shape *sh
 }
 
 /* Up to 16 rows, one after the other, the first of `head`, each perhaps without the mean of its head: what is coded, in `chosen`, is the
-   shorter vector, and `reduced` says which. `rest` takes rows without their means. */
+   shorter vector, and `reduced` says which; `energies` are theirs, and before that, where ENERGIES_FIRST, those of the rows. `rest` takes rows
+   without their means. */
 SIZED void choose_rows(const float *chosen[16], bool reduced[16], float energies[16], float *rest, const float *rows, const float *means,
     int head, int heads, int count, int head_dim) {
     Floats with[16], without[16];
@@ -97,11 +103,11 @@ SIZED void choose_rows(const float *chosen[16], bool reduced[16], float energies
         for (int i = 0; i < head_dim; i += GROUP / PARTS) {
             const Floats whole = floats_load(rows + row * head_dim + i), less = floats_sub(whole, floats_load(mean + i));
             floats_store(rest + row * head_dim + i, less);
-            with[row] = floats_fused(whole, whole, with[row]);
+            if (!ENERGIES_FIRST) with[row] = floats_fused(whole, whole, with[row]);
             without[row] = floats_fused(less, less, without[row]);
         }
     }
-    rows_sum(energies, with);
+    if (!ENERGIES_FIRST) rows_sum(energies, with);
     rows_sum(shorter, without);
     for (int row = 0; row < count; row++) {
         reduced[row] = shorter[row] < energies[row];

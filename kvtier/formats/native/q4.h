@@ -27,25 +27,44 @@ typedef struct {
     bool complete;
 } Sizes;
 
-/* Scale bytes of the scales that are kept, the first of them of `head`: steps below the super, from the bits of the ratio: the same on every machine. */
+/* Steps of scales below their supers, from the bits of the ratio: the same on every machine. */
+#if defined(WITH_SCALE_STEPS)
+#include "q4_steps_avx2.h"
+#else
+INLINE void scale_steps(uint8_t steps[16], const float scales[16], const float supers[16]) {
+    for (int i = 0; i < 16; i++) {
+        const uint32_t bits = bits_of(at_most(scales[i] / supers[i], 1));
+        const int step = (127 - (int)(bits >> 23)) * STEPS_PER_OCTAVE - SCALE_LOG[bits >> 15 & 255];
+        const int nearest = step < 0 ? 0 : step > SMALLEST_SCALE ? SMALLEST_SCALE : step;
+        const bool none = step > SMALLEST_SCALE + STEPS_PER_OCTAVE || scales[i] == 0 || supers[i] == 0;
+        steps[i] = (uint8_t)(none ? NO_SCALE : nearest);
+    }
+}
+#endif
+
+/* Scale bytes of the scales that are kept, the first of them of `head`. */
 static __attribute__((noinline)) void scale_bytes(uint8_t *bytes, const Sizes *sizes, int count, int head, int heads) {
+    float supers[16] = {0};
+    uint8_t steps[16];
     for (int first = 0; first < count; first += 16) {
-        const float *const scales = sizes->scales + first;
         const int some = fewer(count - first, 16);
-        float supers[16] = {0};
-        uint8_t steps[16];
-        for (int i = 0; i < some; i++) {
+        for (int i = 0; i < some && (first == 0 || 16 % heads); i++) {
             supers[i] = sizes->largest[head];
             if (++head == heads) head = 0;
         }
-        for (int i = 0; i < 16; i++) {
-            const uint32_t bits = bits_of(at_most(scales[i] / supers[i], 1));
-            const int step = (127 - (int)(bits >> 23)) * STEPS_PER_OCTAVE - SCALE_LOG[bits >> 15 & 255];
-            const int nearest = step < 0 ? 0 : step > SMALLEST_SCALE ? SMALLEST_SCALE : step;
-            const bool none = step > SMALLEST_SCALE + STEPS_PER_OCTAVE || scales[i] == 0 || supers[i] == 0;
-            steps[i] = (uint8_t)((none ? NO_SCALE : nearest) | sizes->reduced[first + i] << 7);
-        }
+        scale_steps(steps, sizes->scales + first, supers);
+        for (int i = 0; i < 16; i++) steps[i] |= (uint8_t)(sizes->reduced[first + i] << 7);
         memcpy(bytes + first, steps, (size_t)some);
+    }
+}
+
+/* The largest scales of heads so far, and of `count` vectors more, the first of them of `head`. */
+INLINE void keep_largest(float *largest, const float *scales, int count, int head, int heads) {
+    for (int first = 0; first < fewer(count, heads); first++) {
+        float most = largest[head];
+        for (int i = first; i < count; i += heads) most = scales[i] > most ? scales[i] : most;
+        largest[head] = most;
+        if (++head == heads) head = 0;
     }
 }
 
@@ -58,22 +77,21 @@ typedef struct {
     Tile tile;
     float rest[TILE_VALUES] __attribute__((aligned(64)));
     const float *rows[16];
-    float energies[16];
+    float energies[16], factors[16];
     bool reduced[16];
     int first, count, head;
 } Batch;
 
-SIZED void open_batch(Batch *batch, const Sizes *sizes, const Shape *shape, const char *numbers, int head_dim) {
-    const size_t vector_bytes = head_dim * value_bytes(shape->dtype);
+SIZED void open_batch(Batch *batch, const Sizes *sizes, const Shape *shape, const char *numbers, double per_rms, int head_dim) {
+    const char *const place = numbers + batch->first * head_dim * value_bytes(shape->dtype);
     float *const tile = batch->tile.rows;
-    load_tile(&batch->tile, shape, numbers + batch->first * vector_bytes, batch->count, FP16_MAX);
     for (int row = 0; row < 16; row++) batch->rows[row] = tile + row * head_dim, batch->reduced[row] = false;
-    if (!shape->keys) {
-        rows_energy(batch->energies, tile, batch->count, head_dim);
-        return;
+    load_tile_energies(&batch->tile, batch->energies, shape, place, batch->count, head_dim);
+    if (shape->keys) {
+        choose_rows(batch->rows, batch->reduced, batch->energies, batch->rest, tile, sizes->means, batch->head, shape->heads, batch->count,
+            head_dim);
     }
-    choose_rows(batch->rows, batch->reduced, batch->energies, batch->rest, tile, sizes->means, batch->head, shape->heads, batch->count,
-        head_dim);
+    level_factors(batch->factors, batch->energies, per_rms, head_dim);
 }
 
 /* Vectors `start` to `stop`, from the first head of one token to the last of another: a run of codes alike, at `packed`, and their scales.
@@ -85,11 +103,10 @@ INLINE void encode_run(Sizes *sizes, const Shape *shape, const char *numbers, ui
     const Floats norm = floats_all(norm_of(shape));
     Batch batches[2];
     uint8_t codes[16 * MAX_HEAD_DIM];
-    int head = 0;
     for (int next = start, turn = 0; next < stop + 16; next += 16, turn ^= 1) {
         if (next < stop) {
             batches[turn].first = next, batches[turn].count = fewer(stop - next, 16), batches[turn].head = (next - start) % heads;
-            open_batch(&batches[turn], sizes, shape, numbers, head_dim);
+            open_batch(&batches[turn], sizes, shape, numbers, levels.per_rms, head_dim);
         }
         if (next == start) continue;
         const Batch *const batch = &batches[!turn];
@@ -98,8 +115,11 @@ INLINE void encode_run(Sizes *sizes, const Shape *shape, const char *numbers, ui
         if (levels.bits == 8) {
             rows_largest(scales, batch->rows, count, head_dim);
             SIXTEEN(scales, floats_mul(floats_load(scales + i), floats_all((float)(levels.per_rms / LARGEST_CODE))));
+        } else if (LEVELS_BY_ROW && levels.bits == 4 && head_dim % 64 == 0) {
+            uint8_t *const to = packed + (size_t)(first - start) * (head_dim / 2);
+            encode_levels(to, NIBBLES, scales, &levels, batch->rows, batch->energies, batch->factors, count, head_dim);
         } else {
-            encode_levels(codes, scales, &levels, batch->rows, batch->energies, count, head_dim);
+            encode_levels(codes, CODES, scales, &levels, batch->rows, batch->energies, batch->factors, count, head_dim);
             for (int row = 0; row < count; row++) {
                 pack_codes(packed, codes + row * head_dim, (size_t)(first - start + row), (size_t)(stop - start), head_dim, levels.bits);
             }
@@ -107,11 +127,7 @@ INLINE void encode_run(Sizes *sizes, const Shape *shape, const char *numbers, ui
         SIXTEEN(scales, floats_mul(floats_load(scales + i), norm));
         memcpy(sizes->reduced + kept, batch->reduced, sizeof batch->reduced);
         if (sizes->complete) scale_bytes(steps + first, sizes, count, batch->head, heads);
-        for (int row = 0; row < count && !sizes->complete; row++) {
-            float *const largest = sizes->largest + head;
-            *largest = scales[row] > *largest ? scales[row] : *largest;
-            if (++head == heads) head = 0;
-        }
+        else keep_largest(sizes->largest, scales, count, batch->head, heads);
     }
 }
 

@@ -28,10 +28,12 @@ INLINE void encode_q6_of(const Shape *shape, const char *numbers, uint8_t *coded
         float energies[16], scales[16];
         bool reduced[16] = {false};
         uint16_t halves[16];
-        load_tile(&tile, shape, numbers + first * vector_bytes, count, FP16_MAX);
         for (int row = 0; row < count; row++) rows[row] = tile.rows + row * head_dim;
-        memcpy(scales, tile.largest, sizeof scales);
-        if (shape->keys) {
+        if (!shape->keys) {
+            load_tile(&tile, shape, numbers + first * vector_bytes, count, FP16_MAX);
+            memcpy(scales, tile.largest, sizeof scales);
+        } else {
+            load_tile_energies(&tile, energies, shape, numbers + first * vector_bytes, count, head_dim);
             choose_rows(rows, reduced, energies, rest.rows, tile.rows, means, head, heads, count, head_dim);
             rows_largest(scales, rows, count, head_dim);
             head = (head + count) % heads;

@@ -12,9 +12,28 @@ typedef struct {
     float largest[TILE_ROWS] __attribute__((aligned(64)));
 } Tile;
 
-/* Up to 16 rows, some side by side; the last ones are done twice rather than alone. */
+/* Whether the energies of rows are found while they are rotated. */
+#if defined(WITH_ROW_ROTATION)
+#define ENERGIES_FIRST 1
+
+/* Up to 16 rows, and their largest magnitudes or the sums of their squares. */
+INLINE void rotate_rows_of(float *rows, float found[16], const char *numbers, size_t stride, int count, int head_dim, int dtype, int block,
+    bool squares) {
+    Floats found_in[16], last = floats_all(0);
+    for (int row = 0; row < count; row++) {
+        found_in[row] = last = row_rotate(rows + row * head_dim, numbers + row * stride, head_dim, dtype, block, squares);
+    }
+    for (int row = count; row < 16; row++) found_in[row] = last; /* of zeros GCC makes an instruction that takes long to begin */
+    if (squares) rows_sum(found, found_in);
+    else rows_magnitude(found, found_in);
+}
+#else
+#define ENERGIES_FIRST 0
+
+/* Up to 16 rows, some side by side; the last ones are done twice rather than alone. Never asked for squares. */
 INLINE void rotate_rows_of(float *rows, float largest_of[16], const char *numbers, size_t stride, int count, int head_dim, int dtype,
-    int block) {
+    int block, bool squares) {
+    (void)squares;
     const int groups = block / GROUP, beside = GROUPS_AT_ONCE > groups ? GROUPS_AT_ONCE / groups : 1;
     Floats largest_in[16];
     for (unsigned row = (unsigned)count; row < 16; row++) largest_in[row] = floats_all(0);
@@ -48,20 +67,22 @@ INLINE void rotate_rows_of(float *rows, float largest_of[16], const char *number
     }
     rows_magnitude(largest_of, largest_in);
 }
+#endif
 
 /* The block is a constant in each case, so that its loops unroll and the block stays in registers. */
-INLINE void rotate_rows_as(float *rows, float largest[16], const char *numbers, size_t stride, int count, int head_dim, int dtype) {
+INLINE void rotate_rows_as(float *rows, float found[16], const char *numbers, size_t stride, int count, int head_dim, int dtype,
+    bool squares) {
 #if defined(WITHOUT_CONSTANT_SIZES)
-    rotate_rows_of(rows, largest, numbers, stride, count, head_dim, dtype, head_dim & -head_dim);
+    rotate_rows_of(rows, found, numbers, stride, count, head_dim, dtype, head_dim & -head_dim, squares);
 #else
     switch (head_dim & -head_dim) {
 #if GROUP <= 16
-    case 16: rotate_rows_of(rows, largest, numbers, stride, count, head_dim, dtype, 16); break;
-    case 32: rotate_rows_of(rows, largest, numbers, stride, count, head_dim, dtype, 32); break;
+    case 16: rotate_rows_of(rows, found, numbers, stride, count, head_dim, dtype, 16, squares); break;
+    case 32: rotate_rows_of(rows, found, numbers, stride, count, head_dim, dtype, 32, squares); break;
 #endif
-    case 64: rotate_rows_of(rows, largest, numbers, stride, count, head_dim, dtype, 64); break;
-    case 128: rotate_rows_of(rows, largest, numbers, stride, count, head_dim, dtype, 128); break;
-    case 256: rotate_rows_of(rows, largest, numbers, stride, count, head_dim, dtype, 256); break;
+    case 64: rotate_rows_of(rows, found, numbers, stride, count, head_dim, dtype, 64, squares); break;
+    case 128: rotate_rows_of(rows, found, numbers, stride, count, head_dim, dtype, 128, squares); break;
+    case 256: rotate_rows_of(rows, found, numbers, stride, count, head_dim, dtype, 256, squares); break;
     }
 #endif
 }
@@ -75,9 +96,18 @@ INLINE void rotate_rows_as(float *rows, float largest[16], const char *numbers, 
 #endif
 
 static ALTERNATING void rotate_rows(float *rows, float largest[16], const char *numbers, size_t stride, int count, int head_dim, int dtype) {
-#define ROTATE_ROWS(dtype) rotate_rows_as(rows, largest, numbers, stride, count, head_dim, dtype)
+#define ROTATE_ROWS(dtype) rotate_rows_as(rows, largest, numbers, stride, count, head_dim, dtype, false)
     FOR_DTYPES(dtype, ROTATE_ROWS)
 }
+
+#if ENERGIES_FIRST
+/* The same with the sums of their squares instead. */
+static ALTERNATING void rotate_rows_energy(float *rows, float energies[16], const char *numbers, size_t stride, int count, int head_dim,
+    int dtype) {
+#define ROTATE_ROWS_ENERGY(dtype) rotate_rows_as(rows, energies, numbers, stride, count, head_dim, dtype, true)
+    FOR_DTYPES(dtype, ROTATE_ROWS_ENERGY)
+}
+#endif
 
 static float clean_number(float number, float limit) {
     if (number != number) return 0;

@@ -19,6 +19,12 @@ static int nearest(const int8_t *values, int count, double number) {
     return best;
 }
 
+static uint8_t rank_of(const LevelTable *levels, int count, int code) {
+    uint8_t below = 0;
+    for (int other = 0; other < count; other++) below += levels->values[other] < levels->values[code];
+    return below;
+}
+
 static void fill(LevelTable *levels, int count) {
     for (int code = 0; code < 16; code++) {
         const float value = levels->values[code];
@@ -28,6 +34,13 @@ static void fill(LevelTable *levels, int count) {
         levels->bf16_high[code] = (uint8_t)(bits >> 24);
     }
     for (int cell = -128; cell < 128; cell++) levels->codes[cell & 255] = (uint8_t)nearest(levels->values, count, cell + 0.5);
+    for (int code = 0; code < count; code++) levels->ordered[rank_of(levels, count, code)] = (uint8_t)code;
+    for (int first = -128; first < 128; first += 16) {
+        const int code = levels->codes[first & 255], at = first >> 4 & 15;
+        int last = first;
+        while (last < first + 15 && levels->codes[(last + 1) & 255] == code) last++;
+        levels->ranks[at] = rank_of(levels, count, code), levels->lasts[at] = (int8_t)last;
+    }
 }
 
 void tables_fill(void) {

@@ -10,6 +10,9 @@ typedef struct {
     uint8_t bf16_low[16];  /* the same as bf16, byte by byte */
     uint8_t bf16_high[16];
     uint8_t codes[256];    /* of what lies from m to m + 1, at m for m = 0 to 127, at m + 256 for m = -128 to -1 */
+    uint8_t ranks[16];     /* by four upper bits of m: how many levels are below that of the first such m */
+    int8_t lasts[16];      /* the last such m of the same level; those after it have the next one */
+    uint8_t ordered[16];   /* codes by rank */
 } LevelTable;
 
 extern LevelTable LEVELS4, LEVELS3, LEVELS2;
