@@ -12,6 +12,7 @@
 
 #include "lanes_avx2.h"
 #include "rotate_avx2.h"
+#include "blocks_avx2.h"
 
 #include "kernels.h"
 
