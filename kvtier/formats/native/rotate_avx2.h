@@ -56,31 +56,42 @@ INLINE void parts_load_rotated(Floats *parts, int count, const char *numbers, in
     }
 }
 
-/* Rotated by blocks, which are a constant; returns the largest magnitudes. What meets more than 64 numbers apart does so in memory. */
-INLINE Floats row_rotate(float *row, const char *numbers, int head_dim, int dtype, int block) {
-    const int some = block < 64 ? block : 64, count = some / 8;
-    Floats most = floats_all(0);
-    for (int start = 0; start < head_dim; start += some) {
-        Floats parts[8];
-        parts_load_rotated(parts, count, numbers + start * value_bytes(dtype), dtype);
-        for (int distance = 2; distance < count; distance *= 2) {
-            for (int i = 0; i < count; i++) {
-                if (!(i & distance)) meet_both_fused(&parts[i], &parts[i + distance]);
-            }
-        }
+/* `count` registers of numbers, rotated by all of them. */
+INLINE void parts_rotate(Floats *parts, int count, const char *numbers, int dtype) {
+    parts_load_rotated(parts, count, numbers, dtype);
+    for (int distance = 2; distance < count; distance *= 2) {
         for (int i = 0; i < count; i++) {
-            floats_store(row + start + 8 * i, parts[i]);
-            if (some == block) most = magnitude_max(most, parts[i]);
+            if (!(i & distance)) meet_both_fused(&parts[i], &parts[i + distance]);
         }
     }
-    for (int distance = some; distance < block; distance *= 2) {
-        for (int i = 0; i < head_dim; i += 8) {
-            if (i & distance) continue;
-            Floats a = floats_load(row + i), b = floats_load(row + i + distance);
-            meet_both_fused(&a, &b);
-            floats_store(row + i, a), floats_store(row + i + distance, b);
-            if (2 * distance == block) most = magnitude_max(magnitude_max(most, a), b);
+}
+
+/* Rotated by blocks, which are a constant; returns the largest magnitudes. What meets 64 numbers earlier does so before it is stored. */
+INLINE Floats row_rotate(float *row, const char *numbers, int head_dim, int dtype, int block) {
+    const int some = block < 64 ? block : 64;
+    Floats most = floats_all(0);
+    for (int start = 0; start < head_dim; start += some) {
+        const bool second = block > 64 && start & 64;
+        Floats parts[8];
+        parts_rotate(parts, some / 8, numbers + start * value_bytes(dtype), dtype);
+        for (int i = 0; i < some / 8; i++) {
+            float *const to = row + start + 8 * i;
+            if (second) {
+                Floats first = floats_load(to - 64);
+                meet_both_fused(&first, &parts[i]);
+                floats_store(to - 64, first);
+                if (block == 128) most = magnitude_max(most, first);
+            }
+            floats_store(to, parts[i]);
+            if (block <= 64 || (block == 128 && second)) most = magnitude_max(most, parts[i]);
         }
+    }
+    for (int i = 0; i < head_dim && block == 256; i += 8) {
+        if (i & 128) continue;
+        Floats a = floats_load(row + i), b = floats_load(row + i + 128);
+        meet_both_fused(&a, &b);
+        floats_store(row + i, a), floats_store(row + i + 128, b);
+        most = magnitude_max(magnitude_max(most, a), b);
     }
     return most;
 }
