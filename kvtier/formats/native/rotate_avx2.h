@@ -56,35 +56,38 @@ INLINE void parts_load_rotated(Floats *parts, int count, const char *numbers, in
     }
 }
 
-/* `count` registers of numbers, rotated by all of them. */
-INLINE void parts_rotate(Floats *parts, int count, const char *numbers, int dtype) {
-    parts_load_rotated(parts, count, numbers, dtype);
-    for (int distance = 2; distance < count; distance *= 2) {
-        for (int i = 0; i < count; i++) {
+/* `count` numbers rotated by blocks, both constants; `most` becomes at least as large as their magnitudes. What meets 64 numbers earlier does
+   so before it is stored. */
+INLINE void some_rotate(float *to, Floats *most, const char *numbers, int count, int dtype, int block, bool second) {
+    const int within = block < 64 ? block / 8 : 8;
+    Floats parts[8];
+    parts_load_rotated(parts, count / 8, numbers, dtype);
+    for (int distance = 2; distance < within; distance *= 2) {
+        for (int i = 0; i < count / 8; i++) {
             if (!(i & distance)) meet_both_fused(&parts[i], &parts[i + distance]);
         }
     }
+    for (int i = 0; i < count / 8; i++) {
+        if (second) {
+            Floats first = floats_load(to + 8 * i - 64);
+            meet_both_fused(&first, &parts[i]);
+            floats_store(to + 8 * i - 64, first);
+            if (block == 128) *most = magnitude_max(*most, first);
+        }
+        floats_store(to + 8 * i, parts[i]);
+        if (block <= 64 || (block == 128 && second)) *most = magnitude_max(*most, parts[i]);
+    }
 }
 
-/* Rotated by blocks, which are a constant; returns the largest magnitudes. What meets 64 numbers earlier does so before it is stored. */
+/* Rotated by blocks, which are a constant; returns the largest magnitudes. */
 INLINE Floats row_rotate(float *row, const char *numbers, int head_dim, int dtype, int block) {
-    const int some = block < 64 ? block : 64;
     Floats most = floats_all(0);
-    for (int start = 0; start < head_dim; start += some) {
-        const bool second = block > 64 && start & 64;
-        Floats parts[8];
-        parts_rotate(parts, some / 8, numbers + start * value_bytes(dtype), dtype);
-        for (int i = 0; i < some / 8; i++) {
-            float *const to = row + start + 8 * i;
-            if (second) {
-                Floats first = floats_load(to - 64);
-                meet_both_fused(&first, &parts[i]);
-                floats_store(to - 64, first);
-                if (block == 128) most = magnitude_max(most, first);
-            }
-            floats_store(to, parts[i]);
-            if (block <= 64 || (block == 128 && second)) most = magnitude_max(most, parts[i]);
-        }
+    int start = 0;
+    for (; start + 64 <= head_dim; start += 64) {
+        some_rotate(row + start, &most, numbers + start * value_bytes(dtype), 64, dtype, block, block > 64 && start & 64);
+    }
+    for (; start < head_dim && block < 64; start += block) {
+        some_rotate(row + start, &most, numbers + start * value_bytes(dtype), block, dtype, block, false);
     }
     for (int i = 0; i < head_dim && block == 256; i += 8) {
         if (i & 128) continue;
