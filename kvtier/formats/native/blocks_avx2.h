@@ -31,9 +31,9 @@ static __attribute__((noinline)) uint16_t first_of_magnitude(const uint16_t numb
     return numbers[first];
 }
 
-/* The bits of bf16 and fp16 numbers are ordered like their magnitudes. As whole numbers with a sign the largest is the largest of the positive
-   ones, as whole numbers without that of the negative ones, each if there is one. Which of both came first matters only if they are
-   equally large. Signs are not kept unless asked for. */
+/* The bits of bf16 and fp16 numbers are ordered like their magnitudes. As whole numbers with a sign the largest is the largest of the
+   positive ones, as whole numbers without that of the negative ones, each if there is one. Which of both came first matters only if they
+   are equally large. Signs are not kept unless asked for. */
 INLINE void halves_extremes(float extremes[16], const char *numbers, int count, int dtype, bool with_sign) {
     const Shorts magnitude = _mm256_set1_epi16(0x7FFF);
     Shorts largest[16], unsigned_largest[16], extreme;

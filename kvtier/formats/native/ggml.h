@@ -41,8 +41,8 @@ INLINE void encode_block_q4_0(uint8_t packed[16], const char *numbers, float fac
 }
 #endif
 
-/* The number of largest magnitude of each of up to 16 blocks, with its sign if that is needed; the first of equals, as in ggml. NaN if there
-   is one. */
+/* The number of largest magnitude of each of up to 16 blocks, with its sign if that is needed; the first of equals, as in ggml. NaN if
+   there is one. */
 INLINE void blocks_extremes(float extremes[16], const char *numbers, int count, int dtype, bool with_sign) {
     if (dtype == FP32) {
         for (int block = 0; block < count; block++) {

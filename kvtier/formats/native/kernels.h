@@ -11,8 +11,9 @@
    from and to memory (block_load, block_store, block_from_bytes), rounded to the nearest, halves away from zero, of magnitude up to 127
    (block_round), cut to 0..15 and packed (block_nibbles), looked up in a table of 16 numbers of 16 bits (nibble_numbers); and whole
    numbers that order numbers whose 13 lowest bits are 0 by magnitude, the first of equals in front, with the sign in their lowest bit
-   (extreme_keys, keys_max; rows_key, the largest of each of 16 registers). 64 bytes copied past the caches (line_copy_far), and
-   what makes others see them (lines_arrive).
+   (extreme_keys, keys_max; rows_key, the largest of each of 16 registers). With WITH_BLOCKS, instead of what only encoding needs of these:
+   halves_extremes, encode_block_q8_0 and encode_block_q4_0, as in ggml.h; with WITH_ROW_ROUNDING, row_round, as in rotate.h. 64 bytes
+   copied past the caches (line_copy_far), and what makes others see them (lines_arrive).
 
    Rotated vectors are kept without the factor block**-0.5: it goes into the scale, where it costs nothing. */
 #include <float.h>

@@ -1,5 +1,5 @@
-/* Rotation of whole vectors with AVX2: up to 64 numbers are in registers, and each step is taken for all of them before the next one, because
-   the CPU does not see far enough ahead to do that by itself. Neighbours meet first, then numbers 2, 4, ... apart, as in the reference. */
+/* Rotation of whole vectors with AVX2: up to 64 numbers are in registers, and each step is taken for all of them before the next one,
+   because the CPU does not see far enough ahead to do that by itself. Neighbours meet first, then numbers 2, 4, ... apart, as in the reference. */
 
 #define WITH_ROW_ROTATION
 
@@ -31,8 +31,8 @@ static inline void meet_lanes(Floats *a, Floats *b) {
 /* In one register: lane i meets lane i ^ distance; `signs` is -1 where the lane is the upper one and becomes the difference. */
 static inline Floats meet(Floats a, Floats other, Floats signs) { return _mm256_fmadd_ps(a, signs, other); }
 
-/* `count` registers of numbers, rotated by 16. bf16 numbers are the halves of 32 bits, so neighbours are in different registers from the start;
-   each step moves what met in the one before back between the lanes. */
+/* `count` registers of numbers, rotated by 16. bf16 numbers are the halves of 32 bits, so neighbours are in different registers from the
+   start; each step moves what met in the one before back between the lanes. */
 INLINE void parts_load_rotated(Floats *parts, int count, const char *numbers, int dtype) {
     if (dtype == BF16) {
         for (int i = 0; i < count; i += 2) {
@@ -46,18 +46,17 @@ INLINE void parts_load_rotated(Floats *parts, int count, const char *numbers, in
         for (int i = 0; i < count; i += 2) meet_lanes(&parts[i], &parts[i + 1]);
     } else {
         for (int i = 0; i < count; i += 2) group_load(parts + i, numbers + i * 8 * value_bytes(dtype), dtype);
-        for (int i = 0; i < count; i++) parts[i] = meet(parts[i], _mm256_permute_ps(parts[i], 0xB1), _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1));
-        for (int i = 0; i < count; i++) parts[i] = meet(parts[i], _mm256_permute_ps(parts[i], 0x4E), _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1));
-        for (int i = 0; i < count; i++) {
-            const Floats other = _mm256_permute2f128_ps(parts[i], parts[i], 0x01);
-            parts[i] = meet(parts[i], other, _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1));
-        }
+        const Floats ones = _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1), twos = _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1);
+        const Floats fours = _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1);
+        for (int i = 0; i < count; i++) parts[i] = meet(parts[i], _mm256_permute_ps(parts[i], 0xB1), ones);
+        for (int i = 0; i < count; i++) parts[i] = meet(parts[i], _mm256_permute_ps(parts[i], 0x4E), twos);
+        for (int i = 0; i < count; i++) parts[i] = meet(parts[i], _mm256_permute2f128_ps(parts[i], parts[i], 0x01), fours);
         for (int i = 0; i < count; i += 2) meet_both(&parts[i], &parts[i + 1]);
     }
 }
 
-/* `count` numbers rotated by blocks, both constants; `most` becomes at least as large as their magnitudes. What meets 64 numbers earlier does
-   so before it is stored. */
+/* `count` numbers rotated by blocks, both constants; `most` becomes at least as large as their magnitudes. What meets 64 numbers earlier
+   does so before it is stored. */
 INLINE void some_rotate(float *to, Floats *most, const char *numbers, int count, int dtype, int block, bool second) {
     const int within = block < 64 ? block / 8 : 8;
     Floats parts[8];
