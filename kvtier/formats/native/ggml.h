@@ -5,18 +5,10 @@ enum { Q8_0_BYTES = 34, Q4_0_BYTES = 18, SCALE_BYTES = 2 };
 
 static int ggml_blocks(const Shape *shape) { return (int)(block_values(shape) / 32); }
 
-/* The number of largest magnitude of each of up to 16 blocks, with its sign; the first of equals, as in ggml. NaN if there is one. */
-INLINE void blocks_extremes(float extremes[16], const char *numbers, int count, int dtype) {
-    if (dtype == FP32) {
-        for (int block = 0; block < count; block++) {
-            const float *const values = (const float *)numbers + 32 * block;
-            float extreme = values[0];
-            for (int i = 1; i < 32 && !isnan(extreme); i++) extreme = fabsf(values[i]) <= fabsf(extreme) ? extreme : values[i];
-            extremes[block] = extreme;
-        }
-        for (int block = count; block < 16; block++) extremes[block] = 0;
-        return;
-    }
+#if !defined(WITH_BLOCKS)
+/* Of up to 16 blocks of bf16 or fp16, with signs whether they are needed or not. */
+INLINE void halves_extremes(float extremes[16], const char *numbers, int count, int dtype, bool with_sign) {
+    (void)with_sign;
     Floats keys[16];
     for (int block = count; block < 16; block++) keys[block] = floats_all(0);
     for (int block = 0; block < count; block++) {
@@ -30,6 +22,39 @@ INLINE void blocks_extremes(float extremes[16], const char *numbers, int count, 
         const uint32_t key = bits_of(extremes[block]);
         extremes[block] = float_of((key >> 1 & ~31u) | key << 31);
     }
+}
+
+INLINE void encode_block_q8_0(int8_t codes[32], const char *numbers, float factor, int dtype) {
+    Floats values[BLOCK_PARTS];
+    block_load(values, numbers, dtype);
+    for (int part = 0; part < BLOCK_PARTS; part++) values[part] = floats_mul(values[part], floats_all(factor));
+    block_round(codes, values);
+}
+
+INLINE void encode_block_q4_0(uint8_t packed[16], const char *numbers, float factor, int dtype) {
+    Floats values[BLOCK_PARTS];
+    block_load(values, numbers, dtype);
+    for (int part = 0; part < BLOCK_PARTS; part++) {
+        values[part] = floats_add(floats_mul(values[part], floats_all(factor)), floats_all(8.5f));
+    }
+    block_nibbles(packed, values);
+}
+#endif
+
+/* The number of largest magnitude of each of up to 16 blocks, with its sign if that is needed; the first of equals, as in ggml. NaN if
+   there is one. */
+INLINE void blocks_extremes(float extremes[16], const char *numbers, int count, int dtype, bool with_sign) {
+    if (dtype == FP32) {
+        for (int block = 0; block < count; block++) {
+            const float *const values = (const float *)numbers + 32 * block;
+            float extreme = values[0];
+            for (int i = 1; i < 32 && !isnan(extreme); i++) extreme = fabsf(values[i]) <= fabsf(extreme) ? extreme : values[i];
+            extremes[block] = extreme;
+        }
+        for (int block = count; block < 16; block++) extremes[block] = 0;
+        return;
+    }
+    halves_extremes(extremes, numbers, count, dtype, with_sign);
 }
 
 /* NaN becomes 0, everything else is moved to within +-most. */
@@ -49,11 +74,8 @@ INLINE void encode_q8_0_blocks(uint8_t *coded, const float extremes[16], const c
     for (int i = 0; i < 16; i++) factors[i] = inverse(scales[i]);
     round_scales(halves, scales);
     for (int block = 0; block < count; block++, coded += Q8_0_BYTES) {
-        Floats values[BLOCK_PARTS];
-        block_load(values, numbers + (size_t)block * 32 * value_bytes(dtype), dtype);
-        for (int part = 0; part < BLOCK_PARTS; part++) values[part] = floats_mul(values[part], floats_all(factors[block]));
         memcpy(coded, halves + block, SCALE_BYTES);
-        block_round((int8_t *)coded + SCALE_BYTES, values);
+        encode_block_q8_0((int8_t *)coded + SCALE_BYTES, numbers + (size_t)block * 32 * value_bytes(dtype), factors[block], dtype);
     }
 }
 
@@ -64,13 +86,8 @@ INLINE void encode_q4_0_blocks(uint8_t *coded, const float extremes[16], const c
     for (int i = 0; i < 16; i++) factors[i] = copysignf(inverse(fabsf(scales[i])), scales[i]);
     halves_store(halves, scales);
     for (int block = 0; block < count; block++, coded += Q4_0_BYTES) {
-        Floats values[BLOCK_PARTS];
-        block_load(values, numbers + (size_t)block * 32 * value_bytes(dtype), dtype);
-        for (int part = 0; part < BLOCK_PARTS; part++) {
-            values[part] = floats_add(floats_mul(values[part], floats_all(factors[block])), floats_all(8.5f));
-        }
         memcpy(coded, halves + block, SCALE_BYTES);
-        block_nibbles(coded + SCALE_BYTES, values);
+        encode_block_q4_0(coded + SCALE_BYTES, numbers + (size_t)block * 32 * value_bytes(dtype), factors[block], dtype);
     }
 }
 
@@ -83,7 +100,7 @@ INLINE void encode_ggml_blocks(uint8_t *coded, const float extremes[16], const c
 static __attribute__((noinline)) void encode_clean_blocks(uint8_t *coded, const char *numbers, int count, int codec, int dtype, float most) {
     float clean[16 * 32], extremes[16];
     clean_blocks(clean, numbers, count, dtype, most);
-    blocks_extremes(extremes, (const char *)clean, count, FP32);
+    blocks_extremes(extremes, (const char *)clean, count, FP32, true);
     encode_ggml_blocks(coded, extremes, (const char *)clean, count, codec, FP32);
 }
 
@@ -96,7 +113,7 @@ INLINE void encode_ggml(const Shape *shape, const char *numbers, uint8_t *coded,
         uint8_t *const target = coded + (size_t)first * coded_bytes;
         float extremes[16];
         bool clean = true;
-        blocks_extremes(extremes, place, count, dtype);
+        blocks_extremes(extremes, place, count, dtype, codec == Q4_0);
         for (int i = 0; i < 16; i++) clean &= fabsf(extremes[i]) <= most;
         if (clean) encode_ggml_blocks(target, extremes, place, count, codec, dtype);
         else encode_clean_blocks(target, place, count, codec, dtype, most);

@@ -5,18 +5,20 @@
    (magnitude_max; NaN counts as larger than everything; group_magnitude, of a group), the total or largest magnitude of each of 16
    registers (rows_sum, rows_magnitude), groups from and to memory (group_load, group_store; group_store_far, past the caches where
    DECODES_FAR), sums over rows (group_sums), the +-1 Hadamard transform of groups from memory (groups_load_rotated, GROUPS_AT_ONCE side by
-   side; or, with WITH_ROW_ROTATION, row_rotate, of a row at a time) and of codes (group_rotate_codes, then
-   group_widen to floats), rounding to codes (group_round; groups_levels, LEVELS_AT_ONCE side by side, or, with
-   LEVELS_BY_ROW, row_levels and row_nibbles; group_values back to floats), table look-up, and 16 fp16 numbers at once (halves_*). For ggml blocks of 32 numbers in BLOCK_PARTS registers of floats:
+   side) and of codes (group_rotate_codes, then group_widen to floats), rounding to codes (group_round; groups_levels, LEVELS_AT_ONCE side by
+   side; group_values back to floats), table look-up, and 16 fp16 numbers at once (halves_*). For ggml blocks of 32 numbers in BLOCK_PARTS
+   registers of floats:
    from and to memory (block_load, block_store, block_from_bytes), rounded to the nearest, halves away from zero, of magnitude up to 127
    (block_round), cut to 0..15 and packed (block_nibbles), looked up in a table of 16 numbers of 16 bits (nibble_numbers); and whole
    numbers that order numbers whose 13 lowest bits are 0 by magnitude, the first of equals in front, with the sign in their lowest bit
    (extreme_keys, keys_max; rows_key, the largest of each of 16 registers). 64 bytes copied past the caches (line_copy_far), and
    what makes others see them (lines_arrive). block_store takes a block of a dtype in the order in which block_from_bytes gives it.
 
-   Lanes WITH_SPANS decode larger Hadamard blocks on their own (unrotate_spans; split_means, means in the order that it adds them in;
-   unpacks_spans, unpack_levels and unpack_signed_6, see bits.h; apart_load, 16 fp16 numbers from between codes), those WITH_NIBBLE_BLOCKS
-   all 16 blocks of q4_0 (nibble_blocks) instead of one at a time.
+   What lanes may do in their own way instead. Encoding: WITH_ROW_ROTATION, row_rotate, a row at a time, and WITH_ROW_ROUNDING, row_round, as
+   in rotate.h; LEVELS_BY_ROW, row_levels and row_nibbles, as in gaussian.h; WITH_BLOCKS, halves_extremes, encode_block_q8_0 and
+   encode_block_q4_0, as in ggml.h. Decoding: WITH_SPANS, larger Hadamard blocks (unrotate_spans; split_means, means in the order that it adds
+   them in; unpacks_spans, unpack_levels and unpack_signed_6, see bits.h; apart_load, 16 fp16 numbers from between codes);
+   WITH_NIBBLE_BLOCKS, all 16 blocks of q4_0 (nibble_blocks) instead of one at a time.
 
    Rotated vectors are kept without the factor block**-0.5: it goes into the scale, where it costs nothing. */
 #include <float.h>

@@ -54,7 +54,6 @@ static inline Floats keys_max(Floats a, Floats b) {
     }
 
 ACROSS(rows_sum, floats_add)
-ACROSS(rows_key, keys_max)
 ACROSS(rows_magnitude, keys_max) /* magnitudes have no sign */
 
 static inline void group_load(Floats group[PARTS], const void *numbers, int dtype) {
@@ -130,6 +129,24 @@ static inline void group_round(int8_t *codes, const Floats group[PARTS], Floats 
     _mm_storeu_si128((void *)codes, largest < 127 ? _mm_min_epi8(bytes, _mm_set1_epi8((int8_t)largest)) : bytes);
 }
 
+#define WITH_ROW_ROUNDING
+
+/* A whole row, 32 numbers at a time: registers are packed within their halves, and fours of bytes brought to their places once. */
+INLINE void row_round(int8_t *codes, const float *row, Floats factor, int head_dim, int largest) {
+    for (int place = 0; place + 32 <= head_dim; place += 32) {
+        __m256i whole[4];
+        for (int i = 0; i < 4; i++) whole[i] = _mm256_cvtps_epi32(floats_mul(floats_load(row + place + 8 * i), factor));
+        const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(whole[0], whole[1]), _mm256_packs_epi32(whole[2], whole[3]));
+        __m256i bytes = _mm256_max_epi8(packed, _mm256_set1_epi8((int8_t)-largest));
+        if (largest < 127) bytes = _mm256_min_epi8(bytes, _mm256_set1_epi8((int8_t)largest));
+        bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        _mm256_storeu_si256((void *)(codes + place), bytes);
+    }
+    if (head_dim % 32 == 0) return;
+    const Floats last[PARTS] = {floats_load(row + head_dim - 16), floats_load(row + head_dim - 8)};
+    group_round(codes + head_dim - 16, last, factor, largest);
+}
+
 static inline void values_of(Floats values[PARTS], __m128i codes, const LevelTable *levels) {
     const __m128i found = _mm_shuffle_epi8(_mm_loadu_si128((const void *)levels->values), codes);
     values[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(found));
@@ -165,31 +182,6 @@ enum { BLOCK_PARTS = 4 };
 
 static inline void block_load(Floats block[BLOCK_PARTS], const void *numbers, int dtype) {
     for (int half = 0; half < 2; half++) group_load(block + 2 * half, (const char *)numbers + half * 16 * (dtype == FP32 ? 4 : 2), dtype);
-}
-
-static inline void block_round(int8_t *codes, const Floats block[BLOCK_PARTS]) {
-    __m256i whole[BLOCK_PARTS];
-    for (int part = 0; part < BLOCK_PARTS; part++) {
-        const Floats half = _mm256_or_ps(_mm256_and_ps(block[part], _mm256_set1_ps(-0.f)), _mm256_set1_ps(0x1.fffffep-2f));
-        whole[part] = _mm256_cvttps_epi32(floats_add(block[part], half));
-    }
-    _mm_storeu_si128((void *)codes, bytes_of(whole[0], whole[1]));
-    _mm_storeu_si128((void *)(codes + 16), bytes_of(whole[2], whole[3]));
-}
-
-static inline void block_nibbles(uint8_t packed[16], const Floats block[BLOCK_PARTS]) {
-    __m256i codes[BLOCK_PARTS];
-    for (int part = 0; part < BLOCK_PARTS; part++) codes[part] = _mm256_min_epi32(_mm256_cvttps_epi32(block[part]), _mm256_set1_epi32(15));
-    const __m256i low = _mm256_or_si256(codes[0], _mm256_slli_epi32(codes[2], 4));
-    const __m256i high = _mm256_or_si256(codes[1], _mm256_slli_epi32(codes[3], 4));
-    const __m256i shorts = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xD8);
-    _mm_storeu_si128((void *)packed, _mm_packus_epi16(_mm256_castsi256_si128(shorts), _mm256_extracti128_si256(shorts, 1)));
-}
-
-static inline Floats extreme_keys(Floats a, int place) {
-    const __m256i bits = _mm256_castps_si256(a), before = _mm256_setr_epi32(62, 60, 58, 56, 54, 52, 50, 48);
-    const __m256i rotated = _mm256_or_si256(_mm256_slli_epi32(bits, 1), _mm256_srli_epi32(bits, 31));
-    return _mm256_castsi256_ps(_mm256_or_si256(rotated, _mm256_sub_epi32(before, _mm256_set1_epi32(2 * place))));
 }
 
 /* -- copies past the caches, a line at a time -------------------------------------------------------------------------------------- */

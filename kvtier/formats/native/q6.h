@@ -44,11 +44,7 @@ INLINE void encode_q6_of(const Shape *shape, const char *numbers, uint8_t *coded
             const uint16_t signed_scale = halves[row] | (uint16_t)(reduced[row] << 15);
             const Floats factor = floats_all(norm * inverse(scales[row]));
             uint8_t codes[MAX_HEAD_DIM];
-            for (int i = 0; i < head_dim; i += GROUP) {
-                Floats group[PARTS];
-                row_group(group, rows[row] + i);
-                group_round((int8_t *)codes + i, group, factor, 31);
-            }
+            row_round((int8_t *)codes, rows[row], factor, head_dim, 31);
             for (int i = 0; i < head_dim; i++) codes[i] += 32;
             memcpy(coded_scales + 2 * (first + row), &signed_scale, 2);
             pack_6(packed + (first + row) * packed_bytes, codes, head_dim);

@@ -13,11 +13,7 @@ INLINE void q8_scales(uint8_t *coded, float factors[16], const float largest[16]
 
 INLINE void q8_codes(int8_t *codes, const float *rows, const float factors[16], int count, int head_dim) {
     for (int row = 0; row < count; row++) {
-        for (int i = 0; i < head_dim; i += GROUP) {
-            Floats group[PARTS];
-            row_group(group, rows + row * head_dim + i);
-            group_round(codes + row * head_dim + i, group, floats_all(factors[row]), 127);
-        }
+        row_round(codes + row * head_dim, rows + row * head_dim, floats_all(factors[row]), head_dim, 127);
     }
 }
 

@@ -144,6 +144,16 @@ INLINE void row_group(Floats group[PARTS], const float *row) {
     for (int part = 0; part < PARTS; part++) group[part] = floats_load(row + part * (GROUP / PARTS));
 }
 
+#if !defined(WITH_ROW_ROUNDING)
+INLINE void row_round(int8_t *codes, const float *row, Floats factor, int head_dim, int largest) {
+    for (int i = 0; i < head_dim; i += GROUP) {
+        Floats group[PARTS];
+        row_group(group, row + i);
+        group_round(codes + i, group, factor, largest);
+    }
+}
+#endif
+
 INLINE Floats parts_sum(const Floats sums[PARTS]) {
     Floats total = sums[0];
     for (int part = 1; part < PARTS; part++) total = floats_add(total, sums[part]);
