@@ -1,5 +1,7 @@
 """kvtier inside vLLM beside what else there is for it, with one real model, on the same prompts, in one run. Needs vLLM (docs/vllm.md).
 
+The engines compute in bf16, in fp32 on x86 CPUs without AVX-512, whose KV takes twice the bytes: compare figures of one kind only.
+
 Workloads (`workloads.py`): questions about long documents, chats that take turns, agents that share a system prompt. The engine's own cache
 holds about one document, so that what comes back comes from elsewhere or is computed again. Each system is started in processes of its own,
 bound to the same cores; all live side by side (2 to 3 GB each) and are asked each request in turn, so that none has a quieter time than the
@@ -37,7 +39,7 @@ from typing import Any
 
 from kvtier.errors import KVTierError, MissingExtra
 
-from .contestants import GIB, LAYOUT, SYSTEMS, USUAL
+from .contestants import ENGINE_DTYPE, GIB, LAYOUT, SYSTEMS, USUAL
 from .engines_report import Seen, outcome, rows
 from .engines_report import plot as plot
 from .measure import Row, Run
@@ -88,7 +90,7 @@ class Plan:
         """Context manager of the system; `scarce`: with memory for about one of the largest requests."""
         arguments = {
             "model": str(self.model),
-            "dtype": "bfloat16",
+            "dtype": ENGINE_DTYPE,
             "block_size": BLOCK_TOKENS,
             "max_model_len": self.blocks * BLOCK_TOKENS,
             "max_num_seqs": 4,
@@ -98,6 +100,13 @@ class Plan:
         cache_gib = -(-(self.blocks + 2) * LAYOUT.page_bytes // GIB)
         memory = self.blocks * 3 // 2 if scarce else self.pages
         return serving(name, EngineSetUp(arguments, cache_gib, self.cores), memory, 2 * self.pages, self.room)
+
+
+def note() -> str:
+    """What to know beside the figures."""
+    return (
+        f"s: to the first token; engines in {ENGINE_DTYPE}; ceiling: documents in a plain engine's own cache; repeats are those of no-reuse"
+    )
 
 
 def find_engines(systems: Sequence[str]) -> None:

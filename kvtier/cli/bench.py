@@ -253,5 +253,4 @@ def engines(
     program = importlib.import_module("kvtier.bench.engines")
     options: dict[str, Any] = {"workloads": workload.split(","), "contexts": contexts, "document_tokens": document_tokens, "rounds": rounds}
     options |= {"systems": systems.split(",") if systems else program.USUAL, "path": checked_path(path)}
-    note = "s: to the first token; ceiling: documents in a plain engine's own cache; repeats are those of no-reuse"
-    measured("engines", repeats, tiny, json, plot, profile, note, **options)
+    measured("engines", repeats, tiny, json, plot, profile, program.note(), **options)
