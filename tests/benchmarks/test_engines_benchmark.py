@@ -93,8 +93,9 @@ def test_all_get_memory_for_the_same_number_of_pages(tmp_path):
     vllm, q8, raw = told("vllm-fs"), told("kvtier-q8"), told("kvtier-raw")
     assert vllm["cpu_bytes_to_use"] == 40 * LAYOUT.page_bytes
     assert 40 * LAYOUT.page_bytes <= raw["host.capacity_bytes"] < 41 * LAYOUT.page_bytes
-    assert 0.5 < q8["host.capacity_bytes"] / vllm["cpu_bytes_to_use"] < 0.55
-    assert 0.5 < q8["disk.capacity_bytes"] / (90 * LAYOUT.page_bytes) < 0.55
+    share = 8.25 / {"bf16": 16, "fp32": 32}[LAYOUT.dtype]
+    assert share <= q8["host.capacity_bytes"] / vllm["cpu_bytes_to_use"] < share + 0.02
+    assert share <= q8["disk.capacity_bytes"] / (90 * LAYOUT.page_bytes) < share + 0.02
 
 
 class Stub:
