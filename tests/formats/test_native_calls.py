@@ -118,6 +118,26 @@ class TestTheExtension:
         assert codecs.decode_all(plan, USUAL, room, target)
         assert torch.equal(target, decode(codecs, "q8", room, self.LAYOUT))
 
+    @pytest.mark.parametrize("name", ["raw", "q8", "q6", "q4", "q3", "q8_0", "q4_0"])
+    def test_many_pages_at_once_are_what_each_is_alone_wherever_they_go(self, codecs, name):
+        """Large batches go past the caches, into whole lines of memory where places are made of them."""
+        layout, count = PageLayout(2, 2, 16, 8, 128, "bf16"), 70
+        plan, _ = plan_of(name, layout)
+        page = layout.page_bytes
+        payloads = list(encode(codecs, name, usual_pages(layout, 5), layout)) * (count // 5)
+        alone = decode(codecs, name, payloads[:5], layout).view(torch.uint8).view(5, page).numpy()
+        for features in codecs.available():
+            codecs.use(features)
+            for row_bytes, offset in ((page, 0), (page + 64, 0), (page + 64, 64), (page + 2, 0), (page, 2), (page + 6, 34)):
+                memory = np.full(count * row_bytes + 192, GUARD, np.uint8)
+                start = -memory.ctypes.data % 64 + offset
+                codecs.decode(plan, payloads, memory.ctypes.data + start, range(count), 0, layout.layers, row_bytes)
+                rows = memory[start : start + count * row_bytes].reshape(count, row_bytes)
+                assert (rows[:, :page].reshape(count // 5, 5, page) == alone).all(), (features, row_bytes, offset)
+                assert (rows[:, page:] == GUARD).all()
+                assert (memory[:start] == GUARD).all()
+                assert (memory[start + count * row_bytes :] == GUARD).all()
+
     @pytest.mark.parametrize(
         "spoil",
         [

@@ -37,13 +37,6 @@ static PyTypeObject *arrivals_type;
 
 /* -- without the interpreter's lock ------------------------------------------------------------------------------------------ */
 
-/* Whether a codec writes past the caches by itself: it rotates, and each vector is whole lines of memory. */
-static bool decodes_far(const Arrivals *self, int codec) {
-    const size_t vector_bytes = (size_t)self->plan.shape.head_dim * value_bytes(self->plan.shape.dtype);
-    const bool rotates = codec == Q8 || codec == Q6 || codec == Q4 || codec == Q3;
-    return rotates && self->kernels->decodes_far && !(((uintptr_t)self->address | self->row_bytes | vector_bytes) % LINE);
-}
-
 static void decode_page(const Arrivals *self, char *room, const uint8_t *payload, char *numbers) {
     const Kernels *const kernels = self->kernels;
     const size_t plane_bytes = block_bytes(&self->plan.shape);
@@ -51,7 +44,7 @@ static void decode_page(const Arrivals *self, char *room, const uint8_t *payload
         for (int plane = 0; plane < self->plan.planes; plane++, numbers += plane_bytes) {
             Entry entry = plan_entry(&self->plan, layer, plane);
             const uint8_t *const coded = payload + entry.offset;
-            entry.shape.far = decodes_far(self, entry.codec);
+            entry.shape.far = decodes_far(kernels, entry.codec, &entry.shape, (uintptr_t)self->address | self->row_bytes);
             if (entry.codec == RAW) {
                 kernels->copy_far(numbers, (const char *)coded, plane_bytes);
             } else if (entry.shape.far || !room) {

@@ -37,3 +37,10 @@ const Kernels *kernels_for(int set, const Shape *shape) {
     while (hadamard_block(shape) % sets[set]->group) set++;
     return sets[set];
 }
+
+bool decodes_far(const Kernels *kernels, int codec, const Shape *shape, uintptr_t places) {
+    enum { LINE = 64 };
+    const size_t vector_bytes = (size_t)shape->head_dim * value_bytes(shape->dtype);
+    const bool rotates = codec == Q8 || codec == Q6 || codec == Q4 || codec == Q3;
+    return rotates && kernels->decodes_far && !((places | vector_bytes) % LINE);
+}

@@ -33,4 +33,8 @@ void choose_set(int set);
 /* The widest chosen kernels that fit the shape. */
 const Kernels *kernels_for(int set, const Shape *shape);
 
+/* Whether these kernels obey `Shape.far` where blocks begin at multiples of all bits that are set in `places`: the codec rotates, and each
+   vector is whole lines of memory. */
+bool decodes_far(const Kernels *kernels, int codec, const Shape *shape, uintptr_t places);
+
 #endif

@@ -115,20 +115,26 @@ static PyObject *encode_all(PyObject *self, PyObject *const *arguments, Py_ssize
     return digests;
 }
 
+/* So many bytes of numbers do not stay in a cache until they are read: they are decoded past it, as large copies are made. */
+enum { FAR_BYTES = 16 << 20 };
+
 /* Decodes layers `first` to `stop` of all payloads of a batch. */
 static void decode_batch(const Batch *batch, int first, int stop, size_t row_bytes) {
     const Kernels *kernels = kernels_for(chosen_set(), &batch->plan.shape);
     const size_t plane_bytes = block_bytes(&batch->plan.shape);
+    const bool far = (size_t)batch->count * (size_t)(stop - first) * batch->plan.layer_bytes >= FAR_BYTES;
     Py_BEGIN_ALLOW_THREADS;
     for (Py_ssize_t i = 0; i < batch->count; i++) {
         char *numbers = batch->address + batch->pages[i].row * row_bytes;
         for (int layer = first; layer < stop; layer++) {
             for (int plane = 0; plane < batch->plan.planes; plane++, numbers += plane_bytes) {
-                const Entry entry = plan_entry(&batch->plan, layer, plane);
+                Entry entry = plan_entry(&batch->plan, layer, plane);
+                entry.shape.far = far && decodes_far(kernels, entry.codec, &entry.shape, (uintptr_t)batch->address | row_bytes);
                 kernels->decode[entry.codec](&entry.shape, (const uint8_t *)batch->pages[i].payload.buf + entry.offset, numbers);
             }
         }
     }
+    if (far) kernels->lines_arrive();
     Py_END_ALLOW_THREADS;
 }
 
