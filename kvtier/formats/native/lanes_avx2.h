@@ -71,32 +71,38 @@ static inline void split_pairs(Floats both[2], __m256i pairs) {
     both[1] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xFFFF0000)));
 }
 
-/* Sums of a group of numbers of each of `count` rows; `most` becomes at least as large as each magnitude. Of bf16 the sums of pairs, which are put
-   in order at the end, and the magnitudes of both at once. */
-static inline void group_sums(float sums[GROUP], Floats *most, const char *numbers, size_t stride, int count, int dtype) {
-    Floats total[PARTS] = {floats_all(0), floats_all(0)}, group[PARTS];
-    if (dtype == BF16) {
-        __m256i largest = _mm256_setzero_si256();
-        for (int row = 0; row < count; row++) {
-            const __m256i pairs = _mm256_loadu_si256((const void *)(numbers + row * stride));
-            largest = _mm256_max_epi16(largest, _mm256_and_si256(pairs, _mm256_set1_epi16(0x7FFF)));
-            split_pairs(group, pairs);
-            for (int part = 0; part < PARTS; part++) total[part] = floats_add(total[part], group[part]);
-        }
-        split_pairs(group, largest);
-        for (int part = 0; part < PARTS; part++) *most = magnitude_max(*most, group[part]);
-        const Floats low = _mm256_unpacklo_ps(total[0], total[1]), high = _mm256_unpackhi_ps(total[0], total[1]);
-        total[0] = _mm256_permute2f128_ps(low, high, 0x20), total[1] = _mm256_permute2f128_ps(low, high, 0x31);
-    } else {
-        for (int row = 0; row < count; row++) {
-            group_load(group, numbers + row * stride, dtype);
-            for (int part = 0; part < PARTS; part++) {
-                total[part] = floats_add(total[part], group[part]);
-                *most = magnitude_max(*most, group[part]);
+#define SUMS_AT_ONCE 2
+
+/* Sums of some groups of numbers, side by side, of each of `count` rows; `most` becomes at least as large as each magnitude. Of bf16 the sums of
+   pairs, which are put in order at the end, and the magnitudes of both at once. */
+INLINE void groups_sums(float *sums, Floats *most, const char *numbers, size_t stride, int count, int groups, int dtype) {
+    Floats totals[SUMS_AT_ONCE][PARTS], group[PARTS];
+    __m256i largest[SUMS_AT_ONCE];
+    for (int i = 0; i < groups; i++) totals[i][0] = totals[i][1] = floats_all(0), largest[i] = _mm256_setzero_si256();
+    for (int row = 0; row < count; row++) {
+        for (int i = 0; i < groups; i++) {
+            const char *const from = numbers + row * stride + i * GROUP * (dtype == FP32 ? 4 : 2);
+            if (dtype == BF16) {
+                const __m256i pairs = _mm256_loadu_si256((const void *)from);
+                largest[i] = _mm256_max_epi16(largest[i], _mm256_and_si256(pairs, _mm256_set1_epi16(0x7FFF)));
+                split_pairs(group, pairs);
+            } else {
+                group_load(group, from, dtype);
+                *most = magnitude_max(magnitude_max(*most, group[0]), group[1]);
             }
+            for (int part = 0; part < PARTS; part++) totals[i][part] = floats_add(totals[i][part], group[part]);
         }
     }
-    for (int part = 0; part < PARTS; part++) floats_store(sums + 8 * part, total[part]);
+    for (int i = 0; i < groups; i++) {
+        Floats *const total = totals[i];
+        if (dtype == BF16) {
+            split_pairs(group, largest[i]);
+            *most = magnitude_max(magnitude_max(*most, group[0]), group[1]);
+            const Floats low = _mm256_unpacklo_ps(total[0], total[1]), high = _mm256_unpackhi_ps(total[0], total[1]);
+            total[0] = _mm256_permute2f128_ps(low, high, 0x20), total[1] = _mm256_permute2f128_ps(low, high, 0x31);
+        }
+        for (int part = 0; part < PARTS; part++) floats_store(sums + i * GROUP + 8 * part, total[part]);
+    }
 }
 
 static inline Floats group_magnitude(const Floats group[PARTS]) { return magnitude_max(magnitude_max(floats_all(0), group[0]), group[1]); }

@@ -8,7 +8,15 @@ static const float no_mean[MAX_HEAD_DIM];
 INLINE void head_sums(float *sums, Floats *most, const Shape *shape, const char *numbers, int head_dim, int dtype) {
     const size_t stride = shape->heads * head_dim * value_bytes(dtype);
     if (most) *most = floats_all(0);
+#if defined(SUMS_AT_ONCE)
+    int i = 0;
+    for (; i + SUMS_AT_ONCE * GROUP <= head_dim; i += SUMS_AT_ONCE * GROUP) {
+        groups_sums(sums + i, most, numbers + i * value_bytes(dtype), stride, shape->tokens, SUMS_AT_ONCE, dtype);
+    }
+    for (; i < head_dim; i += GROUP) groups_sums(sums + i, most, numbers + i * value_bytes(dtype), stride, shape->tokens, 1, dtype);
+#else
     for (int i = 0; i < head_dim; i += GROUP) group_sums(sums + i, most, numbers + i * value_bytes(dtype), stride, shape->tokens, dtype);
+#endif
 }
 
 /* The same where a number has to be cleaned first. */
