@@ -35,10 +35,8 @@ static __attribute__((noinline)) void clean_sums(float *sums, const Shape *shape
 }
 
 /* Codes the rotated means of all heads. `means` [heads, head_dim]: as they will be decoded, but like the rows of a tile without the factor
-   of the rotation. Sixteen heads at a time. Unless `checked` all numbers have to be finite and within fp16, or the means are of no use.
-   Compiled once for all sizes: of a block of 16 tokens it is a sixteenth of the work. */
-static __attribute__((noinline)) void encode_means(float *means, const Shape *shape, const char *numbers, uint8_t *coded, bool checked) {
-    const int head_dim = shape->head_dim;
+   of the rotation. Sixteen heads at a time. Unless `checked` all numbers have to be finite and within fp16, or the means are of no use. */
+SIZED void encode_means_of(float *means, const Shape *shape, const char *numbers, uint8_t *coded, bool checked, int head_dim) {
     const Levels levels = levels4();
     const float norm = norm_of(shape), share = 1 / (float)shape->tokens;
     for (int first = 0; first < shape->heads; first += 16) {
@@ -95,6 +93,9 @@ static __attribute__((noinline)) void encode_means(float *means, const Shape *sh
         }
     }
 }
+
+FOR_HEAD_DIMS(encode_means, (float *means, const Shape *shape, const char *numbers, uint8_t *coded, bool checked),
+    means, shape, numbers, coded, checked)
 
 /* Up to 16 rows, one after the other, the first of `head`, each perhaps without the mean of its head: what is coded, in `chosen`, is the
    shorter vector, and `reduced` says which; `energies` are theirs, and before that, where ENERGIES_FIRST, those of the rows. `rest` takes rows
