@@ -14,11 +14,11 @@
    (extreme_keys, keys_max; rows_key, the largest of each of 16 registers). 64 bytes copied past the caches (line_copy_far), and
    what makes others see them (lines_arrive). block_store takes a block of a dtype in the order in which block_from_bytes gives it.
 
-   What lanes may do in their own way instead. Encoding: WITH_ROW_ROTATION, row_rotate, a row at a time, and WITH_ROW_ROUNDING, row_round, as
-   in rotate.h; LEVELS_BY_ROW, row_levels and row_nibbles, as in gaussian.h; WITH_BLOCKS, halves_extremes, encode_block_q8_0 and
-   encode_block_q4_0, as in ggml.h. Decoding: WITH_SPANS, larger Hadamard blocks (unrotate_spans; split_means, means in the order that it adds
-   them in; unpacks_spans, unpack_levels and unpack_signed_6, see bits.h; apart_load, 16 fp16 numbers from between codes);
-   WITH_NIBBLE_BLOCKS, all 16 blocks of q4_0 (nibble_blocks) instead of one at a time.
+   What lanes may do in their own way instead. Encoding: WITH_FETCHING, memory is brought nearer ahead of large batches; WITH_ROW_ROTATION,
+   row_rotate, a row at a time, and WITH_ROW_ROUNDING, row_round, as in rotate.h; LEVELS_BY_ROW, row_levels and row_nibbles, as in gaussian.h;
+   WITH_BLOCKS, halves_extremes, encode_block_q8_0 and encode_block_q4_0, as in ggml.h. Decoding: WITH_SPANS, larger Hadamard blocks
+   (unrotate_spans; split_means, means in the order that it adds them in; unpacks_spans, unpack_levels and unpack_signed_6, see bits.h;
+   apart_load, 16 fp16 numbers from between codes); WITH_NIBBLE_BLOCKS, all 16 blocks of q4_0 (nibble_blocks) instead of one at a time.
 
    Rotated vectors are kept without the factor block**-0.5: it goes into the scale, where it costs nothing. */
 #include <float.h>

@@ -4,6 +4,7 @@
 #define GROUP 16
 #define WITH_SPANS
 #define WITH_NIBBLE_BLOCKS
+#define WITH_FETCHING
 #define DECODES_FAR 1
 #define PARTS 2        /* registers of floats */
 #define SHORT_PARTS 1  /* registers of 16-bit whole numbers */

@@ -86,6 +86,7 @@ typedef struct {
 SIZED void open_batch(Batch *batch, const Sizes *sizes, const Shape *shape, const char *numbers, double per_rms, int head_dim) {
     const char *const place = numbers + batch->first * head_dim * value_bytes(shape->dtype);
     float *const tile = batch->tile.rows;
+    fetch_next(shape, place, batch->count);
     for (int row = 0; row < 16; row++) batch->rows[row] = tile + row * head_dim, batch->reduced[row] = false;
     load_tile_energies(&batch->tile, batch->energies, shape, place, batch->count, head_dim);
     if (shape->keys) {

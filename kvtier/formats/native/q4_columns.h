@@ -2,7 +2,7 @@
    then, the steps of the rotation need no exchange of lanes, and the mean of a key is one number for all of them. Rows of bf16 and fp16 pay
    for that with one transposition of their pairs. For whole pages of usual numbers; encode_gaussian does the others. */
 
-enum { COLUMN_TOKENS = 16, LINE_BYTES = 64, LINE_VALUES = 32, MAX_COLUMNS = 128, MAX_COLUMN_HEADS = KEPT_SCALES / COLUMN_TOKENS };
+enum { COLUMN_TOKENS = 16, LINE_VALUES = 32, MAX_COLUMNS = 128, MAX_COLUMN_HEADS = KEPT_SCALES / COLUMN_TOKENS };
 
 static int column_batches(const Shape *shape) { return (shape->tokens + COLUMN_TOKENS - 1) / COLUMN_TOKENS; }
 
@@ -92,12 +92,6 @@ static bool load_heads(Loaded *loaded, __m512i *pairs, Means *means, const Shape
         if (step < count) usual &= load_head(&loaded[step], pairs + step * (head_dim / 2), shape, tokens, head + step);
     }
     return usual;
-}
-
-/* Has memory brought nearer that is likely to be encoded next: the strides in which columns read it are not what CPUs foresee. */
-static const char *fetch_ahead(const char *from, size_t count) {
-    for (size_t at = 0; at < count; at += LINE_BYTES) __builtin_prefetch(from + at, 0, 2);
-    return from + count;
 }
 
 /* A whole block, the mean of keys at `coded_mean`; false, and nothing of use written, if a number is none or too large. The CPU gets the next

@@ -29,6 +29,7 @@ INLINE void encode_q6_of(const Shape *shape, const char *numbers, uint8_t *coded
         bool reduced[16] = {false};
         uint16_t halves[16];
         for (int row = 0; row < count; row++) rows[row] = tile.rows + row * head_dim;
+        fetch_next(shape, numbers + first * vector_bytes, count);
         if (!shape->keys) {
             load_tile(&tile, shape, numbers + first * vector_bytes, count, FP16_MAX);
             memcpy(scales, tile.largest, sizeof scales);

@@ -12,6 +12,24 @@ typedef struct {
     float largest[TILE_ROWS] __attribute__((aligned(64)));
 } Tile;
 
+enum { LINE_BYTES = 64, FETCHED_AHEAD = 1 << 15 };
+
+/* Has memory brought nearer that is likely to be encoded next: the strides in which means and columns read it are not what CPUs foresee. */
+static inline const char *fetch_ahead(const char *from, size_t count) {
+    for (size_t at = 0; at < count; at += LINE_BYTES) __builtin_prefetch(from + at, 0, 2);
+    return from + count;
+}
+
+/* The same by vectors, for lanes that fetch: what lies in the next block where these lie in theirs, or nearer if blocks are large. */
+static inline void fetch_next(const Shape *shape, const char *vectors, int count) {
+#if defined(WITH_FETCHING)
+    const size_t block = block_bytes(shape);
+    fetch_ahead(vectors + (block < FETCHED_AHEAD ? block : FETCHED_AHEAD), count * shape->head_dim * value_bytes(shape->dtype));
+#else
+    (void)shape, (void)vectors, (void)count;
+#endif
+}
+
 /* Whether the energies of rows are found while they are rotated. */
 #if defined(WITH_ROW_ROTATION)
 #define ENERGIES_FIRST 1
