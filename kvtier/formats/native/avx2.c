@@ -13,7 +13,7 @@
 #include "lanes_avx2.h"
 #include "lanes_avx2_decode.h"
 #include "rotate_avx2.h"
-#include "blocks_avx2.h"
+#include "ggml_avx2.h"
 
 #include "kernels.h"
 

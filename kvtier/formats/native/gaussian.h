@@ -31,8 +31,8 @@ SIZED void rows_energy(float energies[16], const float *rows, int count, int hea
 }
 
 #if ENERGIES_FIRST
-/* Up to 16 vectors, one after the other, and their energies. These tell instead of the largest magnitudes which rows to clean: no number of a
-   vector is larger than the root of the energy that it had before it was rotated. */
+/* Up to 16 vectors, one after the other, and their energies. These tell instead of the largest magnitudes which rows to clean: no number of
+   a vector is larger than the root of the energy that it had before it was rotated. */
 INLINE void load_tile_energies(Tile *tile, float energies[16], const Shape *shape, const char *numbers, int count, int head_dim) {
     const size_t vector_bytes = head_dim * value_bytes(shape->dtype);
     const float most = FP16_MAX * FP16_MAX / 4 * (float)hadamard_block(shape);
@@ -114,8 +114,8 @@ INLINE void level_codes(float along[16], uint8_t *codes, Wanted wanted, const Le
 }
 #endif
 
-/* What rows of these energies are multiplied by to become levels. Roots and quotients take long: asked for well before encode_levels, they cost
-   nothing. */
+/* What rows of these energies are multiplied by to become levels. Roots and quotients take long: asked for well before encode_levels, they
+   cost nothing. */
 INLINE void level_factors(float factors[16], const float energies[16], double per_rms, int head_dim) {
     const Floats size = floats_all((float)head_dim), rms = floats_all((float)per_rms);
     SIXTEEN(factors, floats_mul(inverses(floats_root(floats_div(floats_load(energies + i), size))), rms));

@@ -122,7 +122,7 @@ INLINE void encode_ggml(const Shape *shape, const char *numbers, uint8_t *coded,
 
 /* Scales of up to 16 blocks, each in front of its codes. */
 INLINE void load_block_scales(float scales[16], const uint8_t *coded, int count, int coded_bytes) {
-#if defined(WITH_SPANS)
+#if defined(WITH_BLOCKS)
     if (count == 16) {
         apart_load(scales, coded, coded_bytes);
         return;
@@ -151,7 +151,7 @@ INLINE void decode_q8_0_as(const Shape *shape, const uint8_t *coded, char *numbe
 static const float nibble_wholes[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
 /* A block has at most 16 different numbers: they are computed and rounded once, and looked up. */
-#if !defined(WITH_NIBBLE_BLOCKS)
+#if !defined(WITH_BLOCKS)
 INLINE void nibble_blocks(char *numbers, const uint8_t *coded, const float scales[16], int count, int dtype) {
     for (int some = 0; some < count; some += GROUP / 16) {
         Floats values[PARTS];

@@ -1,9 +1,8 @@
-/* Groups of 16 numbers in AVX2 registers, with F16C for fp16. What a group must offer is listed in kernels.h. */
+/* Groups of 16 numbers in AVX2 registers, with F16C for fp16 and FMA. What a group must offer is listed in kernels.h; what AVX2 does in its
+   own way is in the other *_avx2*.h. */
 #include <immintrin.h>
 
 #define GROUP 16
-#define WITH_SPANS
-#define WITH_NIBBLE_BLOCKS
 #define WITH_FETCHING
 #define DECODES_FAR 1
 #define PARTS 2        /* registers of floats */
@@ -136,6 +135,11 @@ static inline void group_round(int8_t *codes, const Floats group[PARTS], Floats 
     _mm_storeu_si128((void *)codes, largest < 127 ? _mm_min_epi8(bytes, _mm_set1_epi8((int8_t)largest)) : bytes);
 }
 
+/* 32 bytes from four registers of numbers, packed within their halves, in the order of the numbers. */
+static inline __m256i in_order(__m256i bytes) {
+    return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
 #define WITH_ROW_ROUNDING
 
 /* A whole row, 32 numbers at a time: registers are packed within their halves, and fours of bytes brought to their places once. */
@@ -146,8 +150,7 @@ INLINE void row_round(int8_t *codes, const float *row, Floats factor, int head_d
         const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(whole[0], whole[1]), _mm256_packs_epi32(whole[2], whole[3]));
         __m256i bytes = _mm256_max_epi8(packed, _mm256_set1_epi8((int8_t)-largest));
         if (largest < 127) bytes = _mm256_min_epi8(bytes, _mm256_set1_epi8((int8_t)largest));
-        bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-        _mm256_storeu_si256((void *)(codes + place), bytes);
+        _mm256_storeu_si256((void *)(codes + place), in_order(bytes));
     }
     if (head_dim % 32 == 0) return;
     const Floats last[PARTS] = {floats_load(row + head_dim - 16), floats_load(row + head_dim - 8)};
@@ -182,13 +185,6 @@ static inline void halves_store(uint16_t *halves, const float *numbers) {
 
 static inline void halves_load(float *numbers, const uint16_t *halves) {
     for (int i = 0; i < 16; i += 8) _mm256_storeu_ps(numbers + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(halves + i))));
-}
-
-/* ggml blocks of 32 numbers; see kernels.h. */
-enum { BLOCK_PARTS = 4 };
-
-static inline void block_load(Floats block[BLOCK_PARTS], const void *numbers, int dtype) {
-    for (int half = 0; half < 2; half++) group_load(block + 2 * half, (const char *)numbers + half * 16 * (dtype == FP32 ? 4 : 2), dtype);
 }
 
 /* -- copies past the caches, a line at a time -------------------------------------------------------------------------------------- */

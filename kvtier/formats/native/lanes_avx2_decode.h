@@ -7,6 +7,8 @@
    in the right order in the first place brings every number to its place. The last step is that of neighbours: its sums are the even
    numbers of a line and its differences the odd ones, which are the halves of 32 bits. */
 
+#define WITH_SPANS
+
 enum { SPAN = 64, SPAN_SHORTS = SPAN / 16 };
 
 /* Two registers: what lies in their lower and what in their upper halves; or in even and in odd parts of 64 or 32 bits. */
@@ -231,77 +233,5 @@ INLINE void unpack_signed_6(int8_t *values, const uint8_t *packed, int head_dim)
     for (int place = 0; place < head_dim; place += 32) {
         const __m256i codes = _mm256_or_si256(nibbles(packed, place, head_dim), high_pairs(packed + head_dim / 2, place, head_dim));
         _mm256_storeu_si256((void *)(values + place), _mm256_sub_epi8(codes, _mm256_set1_epi8(32)));
-    }
-}
-
-/* -- ggml blocks ---------------------------------------------------------------------------------------------------------------------- */
-
-/* 16 fp16 numbers that are `stride` bytes apart; what would be stored one by one could not be loaded as a whole at once. */
-INLINE void apart_load(float numbers[16], const uint8_t *halves, int stride) {
-    for (int part = 0; part < 2; part++, halves += 8 * stride) {
-        uint16_t own[8];
-        for (int i = 0; i < 8; i++) memcpy(own + i, halves + i * stride, sizeof *own);
-        const __m128i eight = _mm_setr_epi16((short)own[0], (short)own[1], (short)own[2], (short)own[3], (short)own[4], (short)own[5],
-            (short)own[6], (short)own[7]);
-        floats_store(numbers + 8 * part, _mm256_cvtph_ps(eight));
-    }
-}
-
-/* For bf16 the even numbers of each 16, then the odd ones, else all in their order. */
-static inline void block_from_bytes(Floats block[BLOCK_PARTS], const int8_t *bytes, int dtype) {
-    for (int part = 0; part < BLOCK_PARTS && dtype != BF16; part++) {
-        block[part] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(bytes + 8 * part))));
-    }
-    for (int part = 0; part < BLOCK_PARTS && dtype == BF16; part += 2) {
-        const __m256i pairs = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(bytes + 8 * part)));
-        block[part] = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi32(1)));
-        block[part + 1] = _mm256_cvtepi32_ps(_mm256_srai_epi32(pairs, 16));
-    }
-}
-
-static inline void block_store(void *numbers, const Floats block[BLOCK_PARTS], int dtype) {
-    for (int part = 0; part < BLOCK_PARTS; part += 2) {
-        char *const to = (char *)numbers + 8 * part * value_bytes(dtype);
-        if (dtype == BF16) store_pairs(to, block[part], block[part + 1], BF16, false);
-        else store_numbers(to, block + part, dtype, false);
-    }
-}
-
-/* Bytes can be looked up, 16-bit numbers not: their lower and upper bytes are looked up apart. Two blocks at a time, one in each half of
-   registers. */
-static inline void two_nibble_blocks(char *numbers, const uint8_t *first, const uint8_t *second, const float scales[2], int dtype) {
-    const Floats scale = _mm256_set_m128(_mm_set1_ps(scales[1]), _mm_set1_ps(scales[0]));
-    const __m256i codes = _mm256_set_m128i(_mm_loadu_si128((const void *)second), _mm_loadu_si128((const void *)first));
-    const __m256i byte = _mm256_set1_epi16(255), nibble = _mm256_set1_epi8(15);
-    __m256i table[2];
-    for (int half = 0; half < 2; half++) {
-        const float least = half ? 0 : -8;
-        const Floats wholes = _mm256_setr_ps(least, least + 2, least + 4, least + 6, least, least + 2, least + 4, least + 6);
-        const Floats even = floats_mul(scale, wholes), odd = floats_mul(scale, floats_add(wholes, floats_all(1)));
-        table[half] = dtype == BF16 ? bf16_pairs(even, odd) : fp16_pairs(even, odd);
-    }
-    const __m256i lower = _mm256_packus_epi16(_mm256_and_si256(table[0], byte), _mm256_and_si256(table[1], byte));
-    const __m256i upper = _mm256_packus_epi16(_mm256_srli_epi16(table[0], 8), _mm256_srli_epi16(table[1], 8));
-    for (int half = 0; half < 2; half++) {
-        const __m256i own = _mm256_and_si256(half ? _mm256_srli_epi16(codes, 4) : codes, nibble);
-        const __m256i low = _mm256_shuffle_epi8(lower, own), high = _mm256_shuffle_epi8(upper, own);
-        const __m256i a = _mm256_unpacklo_epi8(low, high), b = _mm256_unpackhi_epi8(low, high);
-        store_32(numbers + 32 * half, _mm256_permute2x128_si256(a, b, 0x20), false);
-        store_32(numbers + 64 + 32 * half, _mm256_permute2x128_si256(a, b, 0x31), false);
-    }
-}
-
-/* Up to 16 blocks of q4_0, each a scale of two bytes and 16 bytes of codes; the last one of an odd number is done twice. */
-INLINE void nibble_blocks(char *numbers, const uint8_t *coded, const float scales[16], int count, int dtype) {
-    const int with_scale = 18;
-    for (int block = 0; block + 1 < count; block += 2) {
-        const uint8_t *const codes = coded + block * with_scale + 2;
-        two_nibble_blocks(numbers + 64 * block, codes, codes + with_scale, scales + block, dtype);
-    }
-    if (count % 2) {
-        const uint8_t *const codes = coded + (count - 1) * with_scale + 2;
-        char last[128];
-        two_nibble_blocks(last, codes, codes, (const float[2]){scales[count - 1], scales[count - 1]}, dtype);
-        memcpy(numbers + 64 * (count - 1), last, 64);
     }
 }

@@ -1,7 +1,7 @@
 /* Gaussian levels in AVX2 registers: 32 codes at once, and inner products with the levels in whole numbers. */
 
-/* Numbers times their factor become whole ones with so many bits behind the point that the largest that may be, sqrt(head_dim) times the level of
-   one rms, fits 16 bits. Those before the point are the cell that tables.h has codes of. */
+/* Numbers times their factor become whole ones with so many bits behind the point that the largest that may be, sqrt(head_dim) times the
+   level of one rms, fits 16 bits. Those before the point are the cell that tables.h has codes of. */
 INLINE int finer_bits(double per_rms, int head_dim) {
     const double room = INT16_MAX / per_rms * (INT16_MAX / per_rms) / head_dim;
     return room >= 1 << 14 ? 7 : room >= 1 << 12 ? 6 : room >= 1 << 10 ? 5 : room >= 1 << 8 ? 4 : 3;
@@ -18,15 +18,15 @@ static inline __m256i looked_up(const void *table, __m256i at) {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(table)), at);
 }
 
-/* Sums over numbers of a row: their products with the levels, in whole numbers rounded down, and the levels, half of which is what rounding down
-   takes away. */
+/* Sums over numbers of a row: their products with the levels, in whole numbers rounded down, and the levels, half of which is what rounding
+   down takes away. */
 typedef struct {
     __m256i products, levels;
 } Along;
 
-/* Codes of 32 numbers from each of `count` places, or of 16 numbers from one place if `half`, in the order in which registers are packed. Each step
-   is taken for all of them before the next one: the CPU does not see far enough ahead to do that by itself. At most one boundary between
-   levels is in any sixteen cells. */
+/* Codes of 32 numbers from each of `count` places, or of 16 numbers from one place if `half`, in the order in which registers are packed.
+   Each step is taken for all of them before the next one: the CPU does not see far enough ahead to do that by itself. At most one boundary
+   between levels is in any sixteen cells. */
 INLINE void add_levels(__m256i *codes, Along *along, const float *const *places, int count, Floats finer, int bits, const LevelTable *levels,
     bool ordered, bool half) {
     const __m256i none = _mm256_setzero_si256(), low_bits = _mm256_set1_epi8(15);
@@ -55,13 +55,8 @@ static inline Floats along_floats(Along along) {
     return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_add_epi32(along.products, along.products), lost));
 }
 
-/* 32 bytes in the order of the numbers that they are codes of. */
-static inline __m256i in_order(__m256i codes) {
-    return _mm256_permutevar8x32_epi32(codes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-}
-
-/* Codes of a row whose numbers times `finer` are its levels with finer_bits more; what sums up to their inner product with the levels, times
-   2 * `finer`. `ordered`: whether the codes of these levels are in order. */
+/* Codes of a row whose numbers times `finer` are its levels with finer_bits more; what sums up to their inner product with the levels,
+   times 2 * `finer`. `ordered`: whether the codes of these levels are in order. */
 INLINE Floats row_levels(uint8_t *codes, const float *row, float finer, int bits, int head_dim, const LevelTable *levels, bool ordered) {
     Along along = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     for (int i = 0; i < head_dim; i += 64) {

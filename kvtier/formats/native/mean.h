@@ -98,8 +98,8 @@ FOR_HEAD_DIMS(encode_means, (float *means, const Shape *shape, const char *numbe
     means, shape, numbers, coded, checked)
 
 /* Up to 16 rows, one after the other, the first of `head`, each perhaps without the mean of its head: what is coded, in `chosen`, is the
-   shorter vector, and `reduced` says which; `energies` are theirs, and before that, where ENERGIES_FIRST, those of the rows. `rest` takes rows
-   without their means. */
+   shorter vector, and `reduced` says which; `energies` are theirs, and before that, where ENERGIES_FIRST, those of the rows. `rest` takes
+   rows without their means. */
 SIZED void choose_rows(const float *chosen[16], bool reduced[16], float energies[16], float *rest, const float *rows, const float *means,
     int head, int heads, int count, int head_dim) {
     Floats with[16], without[16];

@@ -23,7 +23,7 @@ typedef struct {
     const float *means;
     float largest[MAX_HEADS_TIMES_DIM / MIN_BLOCK]; /* by head; rounded to fp16 when complete */
     float scales[KEPT_SCALES + 16];
-    bool reduced[KEPT_SCALES + 16];
+    uint8_t reduced[KEPT_SCALES + 16]; /* 0 or 1; no bool, because what is behind the last one is read, too, and not used */
     bool complete;
 } Sizes;
 

@@ -1,5 +1,6 @@
 /* Rotation of whole vectors with AVX2: up to 64 numbers are in registers, and each step is taken for all of them before the next one,
-   because the CPU does not see far enough ahead to do that by itself. Neighbours meet first, then numbers 2, 4, ... apart, as in the reference. */
+   because the CPU does not see far enough ahead to do that by itself. Neighbours meet first, then numbers 2, 4, ... apart, as in the
+   reference. */
 
 #define WITH_ROW_ROTATION
 
@@ -35,11 +36,7 @@ static inline Floats meet(Floats a, Floats other, Floats signs) { return _mm256_
    start; each step moves what met in the one before back between the lanes. */
 INLINE void parts_load_rotated(Floats *parts, int count, const char *numbers, int dtype) {
     if (dtype == BF16) {
-        for (int i = 0; i < count; i += 2) {
-            const __m256i pairs = _mm256_loadu_si256((const __m256i *)numbers + i / 2);
-            parts[i] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-            parts[i + 1] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xFFFF0000)));
-        }
+        for (int i = 0; i < count; i += 2) split_pairs(parts + i, _mm256_loadu_si256((const __m256i *)numbers + i / 2));
         for (int i = 0; i < count; i += 2) meet_both_fused(&parts[i], &parts[i + 1]);
         for (int i = 0; i < count; i += 2) meet_adjacent(&parts[i], &parts[i + 1]);
         for (int i = 0; i < count; i += 2) meet_adjacent(&parts[i], &parts[i + 1]);
@@ -58,8 +55,8 @@ INLINE void parts_load_rotated(Floats *parts, int count, const char *numbers, in
 /* `found`, which is the largest magnitudes or the sums of squares, with that of rotated numbers. */
 INLINE Floats find_in(Floats found, Floats a, bool squares) { return squares ? floats_fused(a, a, found) : magnitude_max(found, a); }
 
-/* `count` numbers rotated by blocks, both constants; `found` takes in what they are in the end. What meets 64 numbers earlier does so before it
-   is stored. */
+/* `count` numbers rotated by blocks, both constants; `found` takes in what they are in the end. What meets 64 numbers earlier does so
+   before it is stored. */
 INLINE void some_rotate(float *to, Floats *found, const char *numbers, int count, int dtype, int block, bool second, bool squares) {
     const int within = block < 64 ? block / 8 : 8;
     Floats parts[8];
