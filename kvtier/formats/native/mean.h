@@ -3,11 +3,10 @@
 /* What is subtracted from, and added to, vectors that keep their mean. */
 static const float no_mean[MAX_HEAD_DIM];
 
-/* The sums of the vectors of one head, not yet rotated, and, if `most` is not NULL, the largest magnitude among its numbers or a larger
-   one. */
+/* The sums of the vectors of one head, not yet rotated, and in `most` the largest magnitude among its numbers or a larger one. */
 INLINE void head_sums(float *sums, Floats *most, const Shape *shape, const char *numbers, int head_dim, int dtype) {
     const size_t stride = shape->heads * head_dim * value_bytes(dtype);
-    if (most) *most = floats_all(0);
+    *most = floats_all(0);
 #if defined(SUMS_AT_ONCE)
     int i = 0;
     for (; i + SUMS_AT_ONCE * GROUP <= head_dim; i += SUMS_AT_ONCE * GROUP) {
@@ -35,8 +34,8 @@ static __attribute__((noinline)) void clean_sums(float *sums, const Shape *shape
 }
 
 /* Codes the rotated means of all heads. `means` [heads, head_dim]: as they will be decoded, but like the rows of a tile without the factor
-   of the rotation. Sixteen heads at a time. Unless `checked` all numbers have to be finite and within fp16, or the means are of no use. */
-SIZED void encode_means_of(float *means, const Shape *shape, const char *numbers, uint8_t *coded, bool checked, int head_dim) {
+   of the rotation. Sixteen heads at a time. */
+SIZED void encode_means_of(float *means, const Shape *shape, const char *numbers, uint8_t *coded, int head_dim) {
     const Levels levels = levels4();
     const float norm = norm_of(shape), share = 1 / (float)shape->tokens;
     for (int first = 0; first < shape->heads; first += 16) {
@@ -54,15 +53,14 @@ SIZED void encode_means_of(float *means, const Shape *shape, const char *numbers
         for (int row = 0; row < count; row++) {
             float *const own = sums + row * head_dim;
             const char *const from = place + row * vector_bytes;
-            Floats *const most_of = checked ? most + row : NULL;
             switch (shape->dtype) {
-            case BF16: head_sums(own, most_of, shape, from, head_dim, BF16); break;
-            case FP16: head_sums(own, most_of, shape, from, head_dim, FP16); break;
-            case FP32: head_sums(own, most_of, shape, from, head_dim, FP32); break;
+            case BF16: head_sums(own, most + row, shape, from, head_dim, BF16); break;
+            case FP16: head_sums(own, most + row, shape, from, head_dim, FP16); break;
+            case FP32: head_sums(own, most + row, shape, from, head_dim, FP32); break;
             }
         }
-        if (checked) rows_magnitude(largest, most);
-        for (int row = 0; row < count && checked; row++) {
+        rows_magnitude(largest, most);
+        for (int row = 0; row < count; row++) {
             if (!(largest[row] <= FP16_MAX)) clean_sums(sums + row * head_dim, shape, place + row * vector_bytes);
         }
         for (int i = 0; i < count * head_dim; i += GROUP / PARTS) {
@@ -94,8 +92,7 @@ SIZED void encode_means_of(float *means, const Shape *shape, const char *numbers
     }
 }
 
-FOR_HEAD_DIMS(encode_means, (float *means, const Shape *shape, const char *numbers, uint8_t *coded, bool checked),
-    means, shape, numbers, coded, checked)
+FOR_HEAD_DIMS(encode_means, (float *means, const Shape *shape, const char *numbers, uint8_t *coded), means, shape, numbers, coded)
 
 /* Up to 16 rows, one after the other, the first of `head`, each perhaps without the mean of its head: what is coded, in `chosen`, is the
    shorter vector, and `reduced` says which; `energies` are theirs, and before that, where ENERGIES_FIRST, those of the rows. `rest` takes

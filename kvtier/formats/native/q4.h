@@ -183,7 +183,7 @@ INLINE void encode_gaussian(const Shape *shape, const char *numbers, uint8_t *co
         if (encode_columns(shape, numbers, coded, supers, steps, packed)) return;
     }
 #endif
-    if (shape->keys) encode_means(means, shape, numbers, coded, true);
+    if (shape->keys) encode_means(means, shape, numbers, coded);
     memset(sizes.largest, 0, heads * sizeof(float));
     for (int again = vectors > KEPT_SCALES; again >= 0; again--) {
         if (special) encode_special(&sizes, shape, numbers, steps, packed, &levels, special);

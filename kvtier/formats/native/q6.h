@@ -21,7 +21,7 @@ INLINE void encode_q6_of(const Shape *shape, const char *numbers, uint8_t *coded
     uint8_t *const coded_scales = coded + mean_bytes(shape), *const packed = coded_scales + 2 * (size_t)vectors;
     Tile tile, rest;
     float means[MAX_HEADS_TIMES_DIM];
-    if (shape->keys) encode_means(means, shape, numbers, coded, true);
+    if (shape->keys) encode_means(means, shape, numbers, coded);
     for (int first = 0, head = 0; first < vectors; first += 16) {
         const int count = fewer(vectors - first, 16);
         const float *rows[16];
