@@ -12,7 +12,7 @@ import torch
 
 from kvtier.formats.blocks import USUAL
 from kvtier.layout import PageLayout
-from tests.formats.rig import GUARD, decode, encode, needs_native, plan_of, usual_pages
+from tests.formats.rig import GUARD, decode, encode, needs_native, plan_of, reference_payloads, usual_pages
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -137,6 +137,20 @@ class TestTheExtension:
                 assert (rows[:, page:] == GUARD).all()
                 assert (memory[:start] == GUARD).all()
                 assert (memory[start + count * row_bytes :] == GUARD).all()
+
+    @pytest.mark.parametrize("name", ["q4", "q3"])
+    def test_scales_of_every_ratio_to_the_largest_get_the_step_of_the_reference(self, codecs, name):
+        """One vector again and again, at the middle of each of 256 parts of the upper two octaves, beside itself as it is."""
+        ratios = torch.cat([octave * (1 + (torch.arange(256) + 0.5) / 256) for octave in (0.5, 0.25)] + [torch.ones(1)])
+        layout = PageLayout(1, 1, len(ratios), 1, 64, "fp32")
+        vector = torch.randn(64, generator=torch.Generator().manual_seed(3))
+        pages = (ratios[:, None] * vector).reshape(1, *layout.shape)
+        steps = slice(2, 2 + len(ratios))  # behind the scale of the largest
+        expected = reference_payloads(name, pages, layout)[0][steps]
+        assert set(expected.tolist()) == set(range(65))
+        for features in codecs.available():
+            codecs.use(features)
+            assert encode(codecs, name, pages, layout)[0][steps].tolist() == expected.tolist(), features
 
     @pytest.mark.parametrize(
         "spoil",
