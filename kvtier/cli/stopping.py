@@ -3,16 +3,50 @@
 from __future__ import annotations
 
 import signal
-import sys
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_AGAIN_S = 0.05
+"""How long after an ending was dropped it is asked for again: by then whoever dropped it has gone on."""
+
+
+class _Ending(SystemExit):
+    """SystemExit that can be watched: weak references to that one itself are not possible."""
 
 
 @contextmanager
 def stopped_in_order() -> Iterator[None]:
-    """While in here, SIGTERM ends this program as an exception does. For the main thread."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    """While in here, SIGTERM ends this program as an exception does, with status 143. For the main thread.
+
+    Others' code may drop that exception: Cython's modules do while they are imported, and Python itself where it comes while an object is
+    taken apart. An exception on its way is alive, also while files are cleared away for it, so one that is gone was dropped, and the
+    signal is sent again.
+    """
+    main, inside = threading.get_ident(), True
+
+    def send() -> None:
+        if inside:
+            signal.pthread_kill(main, signal.SIGTERM)
+
+    def dropped() -> None:
+        if inside:
+            again = threading.Timer(_AGAIN_S, send)
+            again.daemon = True
+            again.start()
+
+    def ending() -> _Ending:
+        asked = _Ending(128 + signal.SIGTERM)
+        weakref.finalize(asked, dropped).atexit = False
+        return asked
+
+    def end(*_: object) -> None:
+        raise ending()  # in no variable of this frame, which it refers to: it would keep itself alive
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
+        inside = False
         signal.signal(signal.SIGTERM, before)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 
 def test_a_terminated_run_leaves_no_store_behind(tmp_path):
     environment = os.environ | {"TMPDIR": str(tmp_path)}
@@ -21,3 +23,42 @@ def test_a_terminated_run_leaves_no_store_behind(tmp_path):
         running.terminate()
         assert running.wait(60) == 128 + signal.SIGTERM
     assert not list(tmp_path.glob("kvtier-run-*"))
+
+
+DROPPED = """
+import time
+
+import pytest
+from kvtier.cli.stopping import stopped_in_order
+
+class Discarded:
+    def __del__(self):
+        print("here", flush=True)
+        time.sleep(60)
+
+def dropped_by_a_handler():
+    try:
+        print("here", flush=True)
+        time.sleep(60)
+    except BaseException:
+        pass
+
+with stopped_in_order():
+    try:
+        {dropping}
+        time.sleep(60)
+    finally:
+        time.sleep(0.5)  # what clears up is not asked again
+        print("cleared up", flush=True)
+"""
+
+
+@pytest.mark.parametrize("dropping", ["dropped_by_a_handler()", "Discarded()"])
+def test_an_ending_that_others_drop_is_asked_for_again(dropping):
+    command = [sys.executable, "-c", DROPPED.replace("{dropping}", dropping)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "here\n"
+        running.terminate()
+        assert running.stdout.read() == "cleared up\n"
+        assert running.wait(30) == 128 + signal.SIGTERM
