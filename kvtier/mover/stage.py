@@ -138,7 +138,7 @@ def _restore_by_layer(transfer: Transfer, start: int, moves: Sequence[Move], sou
         payloads.append(payload)
         moved += len(payload)
     last = start + len(moves) == len(transfer.moves)
-    step = layers_per_step(max(1, len(slots)), layout.layers, layout.page_bytes, scratch.cache_bytes)
+    step = layers_per_step(max(1, len(slots)), layout.layers, layout.page_bytes)
     for first in range(0, layout.layers, step):
         layers = slice(first, min(first + step, layout.layers))
         if slots:

@@ -37,7 +37,6 @@ class Scratch:
 
     encoded: NDArray[np.uint8]
     pages: torch.Tensor
-    cache_bytes: int
     lane: Lane | None
     direct: DirectRoom | None = None
     node: int | None = None
@@ -53,8 +52,8 @@ class StagingPool:
     def __init__(self, workers: int, total_bytes: int, tiers: Sequence[Slots], nodes: Sequence[int] = (), spare: int = 0) -> None:
         layout, device = tiers[0].layout, tiers[0]
         slot_bytes = max([tier.slot_bytes for tier in tiers[1:]], default=layout.page_bytes)
-        cache_bytes = last_level_cache_bytes() // workers
         each = total_bytes // workers
+        cache_bytes = last_level_cache_bytes() // workers
         piece = pages_per_piece(slot_bytes, layout.page_bytes, cache_bytes, max(1, each // 4 // layout.page_bytes))
         gpu = device if isinstance(device, GpuPool) else None
         self.lane_formats = {tier.name: LaneFormat(tier.format, layout) for tier in tiers[1:]} if gpu is not None else {}
@@ -78,7 +77,7 @@ class StagingPool:
                 if gpu is not None and disk is not None:
                     self._direct.append(DirectRoom(gpu.accelerator, disk.slot_bytes))
                 lane, direct = self._lanes[-1] if self._lanes else None, self._direct[-1] if self._direct else None
-                self._idle[node].put(Scratch(encoded, pages, cache_bytes, lane, direct, node))
+                self._idle[node].put(Scratch(encoded, pages, lane, direct, node))
             for lane in self._lanes:
                 self.crossover = lane.crossover = self.crossover or lane.measure()
         except (MemoryError, ValueError, OSError, DeviceError) as error:

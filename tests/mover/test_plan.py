@@ -5,7 +5,15 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.mover.plan import ARRIVAL_BYTES, SMALLEST_PIECE_BYTES, layers_per_step, pages_per_arrival, pages_per_piece, pieces
+from kvtier.mover.plan import (
+    ARRIVAL_BYTES,
+    SMALLEST_PIECE_BYTES,
+    STRETCH_BYTES,
+    layers_per_step,
+    pages_per_arrival,
+    pages_per_piece,
+    pieces,
+)
 
 sizes = st.integers(1, 1 << 30)
 
@@ -26,11 +34,14 @@ def test_a_piece_fits_half_of_the_cache_unless_it_would_not_be_worth_its_calls(e
     assert count == 1 or 2 * count * (encoded + page) <= cache or (count - 1) * page < SMALLEST_PIECE_BYTES
 
 
-@given(pages=st.integers(1, 4096), layers=st.integers(1, 200), page=sizes, cache=sizes)
-def test_a_step_of_layers_is_at_least_one_and_never_more_than_all(pages, layers, page, cache):
-    count = layers_per_step(pages, layers, page, cache)
+@given(pages=st.integers(1, 4096), layers=st.integers(1, 200), layer=st.integers(1, 1 << 24))
+def test_a_step_is_of_as_few_layers_as_make_a_long_stretch_of_each_page_and_a_piece_worth_its_call(pages, layers, layer):
+    count = layers_per_step(pages, layers, layers * layer)
+
+    worthwhile = max(STRETCH_BYTES, SMALLEST_PIECE_BYTES // pages)
     assert 1 <= count <= layers
-    assert count == 1 or (count - 1) * (pages * page // layers) < SMALLEST_PIECE_BYTES
+    assert count == layers or count * layer >= worthwhile
+    assert count == 1 or (count - 1) * layer < worthwhile
 
 
 @given(page=sizes, most=st.integers(1, 4096))
