@@ -147,7 +147,7 @@ class Reader:
                     asked.update(wanted)
                     await residency.copying.lift(wanted, launched)
                 for transfer in joined:
-                    await asyncio.wrap_future(transfer.future)
+                    await transfer.ending()
         finally:
             with residency.lock:
                 if not lease.released:

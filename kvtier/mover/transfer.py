@@ -66,12 +66,10 @@ class Transfer:
     lost: set[int] = field(default_factory=set)
     started: bool = False
     cancelled: bool = False
+    _waiting: list[asyncio.Future[None]] = field(default_factory=list)
     _layers: int = 0
     _marks: list[tuple[int, Event]] = field(default_factory=list)
     _progress: threading.Condition = field(default_factory=threading.Condition)
-
-    def __post_init__(self) -> None:
-        self.future.set_running_or_notify_cancel()  # asyncio cancels what a cancelled task waits for; this future must not be cancelled so
 
     def coming(self) -> list[int]:
         """Rows that were not refused so far: all that will come, once the first layer was placed, unless the worker fails."""
@@ -98,11 +96,23 @@ class Transfer:
                 return None
             return next((event for placed, event in self._marks if placed >= layers), None)
 
+    def ending(self) -> asyncio.Future[None]:
+        """Done once this has ended. For coroutines of the mover's loop, where transfers end: wrapping `future` takes it one more turn."""
+        waiting = asyncio.get_running_loop().create_future()
+        if self.future.done():
+            waiting.set_result(None)
+        else:
+            self._waiting.append(waiting)
+        return waiting
+
     def finish(self, outcome: Outcome) -> None:
-        """Set the outcome and wake everybody."""
+        """Set the outcome and wake everybody. On the thread of the mover's loop."""
         self.future.set_result(outcome)
         with self._progress:
             self._progress.notify_all()
+        for waiting in self._waiting:
+            if not waiting.done():  # a coroutine that was cancelled waits no longer
+                waiting.set_result(None)
 
     def wait_layers(self, layers: int, timeout: float | None = None) -> bool:
         """Block until `layers` layers are placed, or on their way with an event (`event_of`), or the transfer ended; False on timeout.
@@ -114,6 +124,6 @@ class Transfer:
 
 
 async def ended(transfers: Iterable[Transfer]) -> None:
-    """Wait until all of these have ended, however they did."""
+    """Wait until all of these have ended, however they did. On the mover's loop."""
     for transfer in transfers:
-        await asyncio.wrap_future(transfer.future)
+        await transfer.ending()

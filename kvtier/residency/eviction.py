@@ -225,7 +225,7 @@ class Eviction:
         for transfer in residency.copying.inflight.values():
             if tier in (transfer.source, transfer.target):
                 residency.mover.urge(transfer)
-                return asyncio.wrap_future(transfer.future)
+                return transfer.ending()
         return next((asyncio.shield(job) for job in residency.copying.copying_from[tier]), None)
 
     async def sink(self, rows: Rows, tier: int, reason: str, priority: Priority) -> int:

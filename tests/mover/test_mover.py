@@ -16,7 +16,7 @@ from kvtier.memory.limits import Room
 from kvtier.mover import stage, staging
 from kvtier.mover.mover import Mover
 from kvtier.mover.staging import StagingPool
-from kvtier.mover.transfer import Move, Outcome, Priority, Transfer
+from kvtier.mover.transfer import Move, Outcome, Priority, Transfer, ended
 from kvtier.tiers.base import PageId, Refused
 from kvtier.tiers.device import DevicePool
 from kvtier.tiers.host import HostTier
@@ -259,17 +259,19 @@ def test_an_owner_that_raises_on_finished_leaves_nobody_waiting(rig):
     assert len(complaints) == 3
 
 
-def test_a_waiter_that_is_cancelled_takes_no_transfer_with_it(rig):
+def test_a_waiter_that_is_cancelled_takes_no_transfer_and_no_other_waiter_with_it(rig):
     rig.fill_host(0, 1)
     running = rig.block(0)
     behind = rig.send(HOST, DEVICE, [1])
 
     async def give_up():
-        await asyncio.wait_for(asyncio.wrap_future(running.future), 0.02)
+        await asyncio.wait_for(running.ending(), 0.02)
 
     with pytest.raises(TimeoutError):
         rig.mover.spawn(give_up()).result(10)
+    patient = rig.mover.spawn(ended([running]))
     rig.host.gate.set()
+    patient.result(10)
     assert running.future.result(10).refused == {}
     assert behind.future.result(10).refused == {}, "the mover went on"
 
