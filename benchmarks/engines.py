@@ -47,7 +47,7 @@ from .serving import Answer, EngineSetUp, Serving, bytes_on_disk, drop_from_page
 from .workloads import WORKLOADS, Request, Sizes, Workload, random_tokens
 
 BLOCK_TOKENS = LAYOUT.page_tokens
-NEW_TOKENS = 8
+NEW_TOKENS, TINY_NEW_TOKENS = 8, 2
 UNIQUE_TOKENS, UNIQUE_IN_A_ROW = 1000, 4
 NO_REUSE, NO_REUSE_STARTS = "no-reuse", 4
 ALL = (*WORKLOADS, NO_REUSE)
@@ -56,12 +56,14 @@ GREETING_TOKENS = 3 * BLOCK_TOKENS + 10
 
 @dataclass
 class Plan:
-    """What is asked, of which model, where, on which cores; `turns` without reuse after each of `starts` starts of each pair."""
+    """What is asked, for `new_tokens` each time, of which model, where, on which cores; `turns` without reuse after each of `starts` starts
+    of each pair."""
 
     workloads: dict[str, Workload]
     document_tokens: int
     starts: int
     turns: int
+    new_tokens: int
     model: Path
     room: Path
     cores: Sequence[int]
@@ -77,7 +79,7 @@ class Plan:
     def blocks(self) -> int:
         """Blocks of vLLM that the largest request takes."""
         longest = max([each.longest for each in self.workloads.values()], default=0)
-        return -(-(max(longest, self.unique_tokens, GREETING_TOKENS) + NEW_TOKENS) // BLOCK_TOKENS)
+        return -(-(max(longest, self.unique_tokens, GREETING_TOKENS) + self.new_tokens) // BLOCK_TOKENS)
 
     @property
     def pages(self) -> int:
@@ -162,7 +164,8 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="kvtier-engines-", dir=path) as room:
         # Two threads that wait for each other at every operation take seconds per token where others use the processors too.
         cores = sorted(os.sched_getaffinity(0))[-1 if run.tiny else 0 :]
-        plan = Plan(chosen, document_tokens, starts, turns, packaged_model(), Path(room), cores)
+        new_tokens = TINY_NEW_TOKENS if run.tiny else NEW_TOKENS
+        plan = Plan(chosen, document_tokens, starts, turns, new_tokens, packaged_model(), Path(room), cores)
         ask_all(run, plan, seen)
     return rows(seen)
 
@@ -187,7 +190,7 @@ def ask_workloads(run: Run, plan: Plan, seen: dict[str, Seen], durable: Sequence
             began = {name: each.cpu_s() for name, each in served.items()}
             for number, asked in enumerate(workload.rounds):
                 run.step(f"{title}, round {number + 1}")
-                for name, played in play(served, asked, title, seen).items():
+                for name, played in play(plan, served, asked, title, seen).items():
                     seen[name].timed(title, played)
                 for name in durable:
                     bytes_on_disk(stored_in(plan.room, name))  # whatever is still on its way arrives, so that the next round finds it
@@ -207,7 +210,7 @@ def ask_after_restart(run: Run, plan: Plan, seen: dict[str, Seen], durable: Sequ
                 run.step(f"{title}, after a restart")
                 for name in served:
                     drop_from_page_cache(stored_in(plan.room, name))
-                play(served, asked, title, seen)
+                play(plan, served, asked, title, seen)
         tell(run, seen)
 
 
@@ -218,12 +221,12 @@ def started(run: Run, plan: Plan, names: Sequence[str], stack: ExitStack, scarce
         run.step(f"starting {name}")
         served[name] = stack.enter_context(plan.start(name, scarce))
     for each in served.values():
-        greet(each)
+        greet(plan, each)
     return served
 
 
 def play(
-    served: dict[str, Serving], asked: Sequence[Request], title: str, seen: dict[str, Seen]
+    plan: Plan, served: dict[str, Serving], asked: Sequence[Request], title: str, seen: dict[str, Seen]
 ) -> dict[str, list[tuple[Request, Answer]]]:
     """One round, each request asked of all systems in turn, of another one first each time.
 
@@ -232,7 +235,7 @@ def play(
     played: dict[str, list[tuple[Request, Answer]]] = {name: [] for name in served}
     for number, request in enumerate(asked):
         for name in turned(list(served), number):
-            answer = served[name].engine.ask(request.prompt, NEW_TOKENS)
+            answer = served[name].engine.ask(request.prompt, plan.new_tokens)
             served[name].settle()
             if SYSTEMS[name].connector is not None:
                 check(f"{name}, {title}, {request.case}", request, answer)
@@ -253,10 +256,10 @@ def tell(run: Run, seen: dict[str, Seen]) -> None:
         run.progress.console.print(f"{name}: {outcome(found)}")
 
 
-def greet(served: Serving) -> None:
+def greet(plan: Plan, served: Serving) -> None:
     """The first request after a start, and one that finds something."""
     for _ in range(2):
-        served.engine.ask(random_tokens(9999, GREETING_TOKENS), NEW_TOKENS)
+        served.engine.ask(random_tokens(9999, GREETING_TOKENS), plan.new_tokens)
     served.settle()
 
 
@@ -276,7 +279,7 @@ def compare_without_reuse(run: Run, plan: Plan, start: int, name: str, found: Se
         prompts = [random_tokens(next(plan.fresh), plan.unique_tokens) for _ in range(UNIQUE_IN_A_ROW)]
         began_cpu_s, began = served.cpu_s(), time.perf_counter()
         for prompt in prompts:
-            served.engine.ask(prompt, NEW_TOKENS)
+            served.engine.ask(prompt, plan.new_tokens)
         wall_s = time.perf_counter() - began
         served.settle()
         return wall_s, served.cpu_s() - began_cpu_s
