@@ -63,6 +63,9 @@ class TableLoops(Protocol):
     def names(self, rows: Numbers, out: Numbers, /) -> bool:
         """The first 8 bytes of the keys of `rows` into `out`."""
 
+    def warmest(self, rows: Numbers, out: Numbers, /) -> bool:
+        """The warmest tier with a READY copy of each row into `out`, NO_TIER where there is none."""
+
     def links(self, rows: Numbers, parents: Numbers, depths: Numbers, /) -> int:
         """Parents and depths of `rows` into the other two; whether attention was reported for any (-1: not done)."""
 

@@ -89,3 +89,23 @@ PyObject *table_names(PyObject *self, PyObject *const *arguments, Py_ssize_t giv
     rows_close(&rows);
     return PyBool_FromLong(usual);
 }
+
+PyObject *table_warmest(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    if (expect_arguments("warmest(rows, out)", given, 2)) return NULL;
+    const Table *table = (Table *)self;
+    Rows rows, out;
+    if (!rows_open(&rows, arguments[0], false)) return NULL;
+    if (!rows_open(&out, arguments[1], true)) {
+        rows_close(&rows);
+        return NULL;
+    }
+    const bool usual = rows_within(&rows, table->rows) && out.count == rows.count;
+    for (Py_ssize_t i = 0; usual && i < rows.count; i++) {
+        int64_t tier = 0;
+        while (tier < table->tiers && *state(table, *row_at(&rows, i), tier) != READY) tier++;
+        *row_at(&out, i) = tier < table->tiers ? tier : NO_TIER;
+    }
+    rows_close(&out);
+    rows_close(&rows);
+    return PyBool_FromLong(usual);
+}

@@ -60,11 +60,12 @@ static PyObject *table_new(PyTypeObject *type, PyObject *columns, PyObject *name
 static PyMethodDef methods[] = {
     {"find", FAST(table_find), NULL},           {"claim", FAST(table_claim), NULL},
     {"links", FAST(table_links), NULL},         {"names", FAST(table_names), NULL},
+    {"warmest", FAST(table_warmest), NULL},     {"begin", FAST(table_begin), NULL},
     {"add_chain", FAST(table_add_chain), NULL}, {"settle_chain", FAST(table_settle_chain), NULL},
-    {"begin", FAST(table_begin), NULL},         {"settle", FAST(table_settle), NULL},
-    {"commit", FAST(table_commit), NULL},       {"drop", FAST(table_drop), NULL},
-    {"lease", table_lease, METH_O, NULL},       {"use", table_use, METH_O, NULL},
-    {"release", FAST(table_release), NULL},     {"protect", FAST(table_protect), NULL},
+    {"settle", FAST(table_settle), NULL},       {"commit", FAST(table_commit), NULL},
+    {"drop", FAST(table_drop), NULL},           {"lease", table_lease, METH_O, NULL},
+    {"use", table_use, METH_O, NULL},           {"release", FAST(table_release), NULL},
+    {"protect", FAST(table_protect), NULL},
     {NULL, NULL, 0, NULL},
 };
 

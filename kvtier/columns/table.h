@@ -9,7 +9,7 @@
 
 #include "index.h"
 
-enum { ABSENT, WRITING, READY, MOST_TIERS = 8 };
+enum { ABSENT, WRITING, READY, MOST_TIERS = 8, NO_TIER = -1 };
 enum { SIZE, UNUSED, HOLLOW, TABLE_COUNTS }; /* rows there have been, those on the free list; whether a row ever had to stay for its children */
 enum { TABLE_COLUMNS = 18 };
 static const uint64_t READY_ANYWHERE = 0x0202020202020202;
@@ -68,6 +68,7 @@ PyObject *table_find(PyObject *self, PyObject *const *arguments, Py_ssize_t give
 PyObject *table_claim(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 PyObject *table_links(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 PyObject *table_names(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *table_warmest(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 
 /* -- chains.c -- */
 

@@ -76,6 +76,8 @@ class PageTable(PageRows):
 
     def warmest(self, rows: Rows) -> Rows:
         """For each row the warmest tier with a READY copy, NO_TIER if there is none."""
+        if self.loops is not None and self.loops.warmest(rows, found := np.empty(len(rows), WHOLE)):
+            return found
         warmest = np.full(len(rows), _NO_TIER)
         for tier in range(self.tiers - 1, -1, -1):
             warmest[self.state[tier][rows] == _READY] = tier

@@ -94,6 +94,10 @@ class TwinMachine(TableMachine):
     def ask_who_is_held(self, data, tier) -> None:
         self.table.held(np.array(self.some(data, list(range(self.table.rows))), np.int64), tier)
 
+    @rule(data=st.data())
+    def ask_where_they_are(self, data) -> None:
+        self.table.warmest(np.array(self.some(data, [*range(self.table.rows), NO_ROW]), np.int64))
+
     @rule(data=st.data(), tier=st.integers(0, TIERS - 1), call=st.sampled_from(["begin", "commit", "drop", "release", "settle"]))
     def anything_goes_for_all_rows_or_none(self, data, tier, call) -> None:
         rows = np.array(
@@ -149,6 +153,7 @@ def test_rows_that_do_not_exist_are_refused_like_without_loops():
             lambda rows=rows: table.drop(rows, 0),
             lambda rows=rows: table.held(rows, 0),
             lambda rows=rows: table.links(rows),
+            lambda rows=rows: table.warmest(rows),
         ):
             with pytest.raises(IndexError):
                 call()
