@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 
 VLLM := .venv-vllm
 
-.PHONY: help install run test test-numa test-engines lint format types bench docs clean
+.PHONY: help install run test test-numa test-avx512 test-engines lint format types bench docs clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -33,6 +33,9 @@ test: install ## Run all tests, lint and type checks
 
 test-numa: install ## Run the NUMA tests in an emulated machine of five memory nodes (root, Debian; 2 minutes)
 	tests/numa/guest/boot $(ARGS)
+
+test-avx512: install ## Run tests of the formats with the AVX-512 kernels, emulated (x86-64 with AVX2, gcc, libsimde-dev; 5 minutes)
+	tests/formats/emulated/run $(ARGS)
 
 test-engines: $(VLLM)/installed ## Run the tests in real serving engines, each in an environment of its own (some minutes; 4 GB to install)
 	$(VLLM)/bin/python -m pytest tests/engines_real $(ARGS)
