@@ -34,7 +34,7 @@ test: install ## Run all tests, lint and type checks
 test-numa: install ## Run the NUMA tests in an emulated machine of five memory nodes (root, Debian; 2 minutes)
 	tests/numa/guest/boot $(ARGS)
 
-test-avx512: install ## Run tests of the formats with the AVX-512 kernels, emulated (x86-64 with AVX2, gcc, libsimde-dev; 5 minutes)
+test-avx512: install ## Run tests of the formats with the AVX-512 kernels, emulated (x86-64 with AVX2, gcc, libsimde-dev; 3 minutes)
 	tests/formats/emulated/run $(ARGS)
 
 test-engines: $(VLLM)/installed ## Run the tests in real serving engines, each in an environment of its own (some minutes; 4 GB to install)

@@ -1,8 +1,9 @@
-/* AVX-512 for CPUs without it: `run` puts this into its copies of avx512.c and avx512_bf16.c, in place of the line that lets the compiler use
-   the real one.
+/* AVX-512 for CPUs without it: `run` puts this into its copies of avx512.c and avx512_bf16.c, in place of the line that lets the compiler
+   use the real one.
 
-   SIMD Everywhere (simde) has most of the intrinsics, made of AVX2. Here are those that Debian 12's version lacks, and two whose rules for what
-   is not a number or subnormal it does not keep. They do what Intel's manuals say, number by number or, where AVX2 has the same, half by half. */
+   SIMD Everywhere (simde) has most of the intrinsics, made of AVX2. Here are those that Debian 12's version lacks, and two whose rules for
+   what is not a number or subnormal it does not keep. They do what Intel's manuals say, number by number or, where AVX2 has the same, half
+   by half. */
 #pragma GCC target("avx2,f16c,fma")
 
 #include <float.h>
