@@ -10,7 +10,7 @@ VLLM := .venv-vllm
 .DEFAULT_GOAL := help
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Make .venv with kvtier, the demo's model and the development tools
 
@@ -34,7 +34,7 @@ test: install ## Run all tests, lint and type checks
 test-numa: install ## Run the NUMA tests in an emulated machine of five memory nodes (root, Debian; 2 minutes)
 	tests/numa/guest/boot $(ARGS)
 
-test-avx512: install ## Run tests of the formats with the AVX-512 kernels, emulated (x86-64 with AVX2, gcc, libsimde-dev; 3 minutes)
+test-avx512: install ## Run tests of the formats with the AVX-512 kernels, emulated (x86-64 with AVX2, gcc, Debian; 3 minutes)
 	tests/formats/emulated/run $(ARGS)
 
 test-engines: $(VLLM)/installed ## Run the tests in real serving engines, each in an environment of its own (some minutes; 4 GB to install)
