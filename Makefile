@@ -6,11 +6,11 @@ STAMP := $(VENV)/installed
 
 VLLM := .venv-vllm
 
-.PHONY: help install run test test-numa test-engines lint format types bench docs clean
+.PHONY: help install run test test-numa test-avx512 test-engines lint format types bench docs clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Make .venv with kvtier, the demo's model and the development tools
 
@@ -33,6 +33,9 @@ test: install ## Run all tests, lint and type checks
 
 test-numa: install ## Run the NUMA tests in an emulated machine of five memory nodes (root, Debian; 2 minutes)
 	tests/numa/guest/boot $(ARGS)
+
+test-avx512: install ## Run tests of the formats with the AVX-512 kernels, emulated (x86-64 with AVX2, gcc, Debian; 3 minutes)
+	tests/formats/emulated/run $(ARGS)
 
 test-engines: $(VLLM)/installed ## Run the tests in real serving engines, each in an environment of its own (some minutes; 4 GB to install)
 	$(VLLM)/bin/python -m pytest tests/engines_real $(ARGS)
