@@ -38,7 +38,8 @@ test-avx512: install ## Run tests of the formats with the AVX-512 kernels, emula
 	tests/formats/emulated/run $(ARGS)
 
 test-engines: $(VLLM)/installed ## Run the tests in real serving engines, each in an environment of its own (some minutes; 4 GB to install)
-	$(VLLM)/bin/python -m pytest tests/engines_real $(ARGS)
+	@# Its files come without bytecode, which the first process to import one leaves behind: each engine is three that import for half a minute else.
+	env -u PYTHONDONTWRITEBYTECODE $(VLLM)/bin/python -m pytest tests/engines_real $(ARGS)
 
 $(VLLM)/installed: tests/engines_real/vllm.txt setup.py $(wildcard kvtier/formats/native/*.[ch] kvtier/columns/*.[ch] kvtier/io/*.c kvtier/memory/*.c kvtier/numa/*.c)
 	$(PYTHON) -m venv --clear $(VLLM)
