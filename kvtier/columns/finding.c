@@ -74,38 +74,44 @@ bool name_of(PyObject *key, int64_t *name) {
     return true;
 }
 
+/* The arguments (rows, out); `*usual` says whether all rows are the table's and `out` has as many. False with an exception if one is no
+   array of rows; else `pair_close` them, whose answer is that. */
+static bool pair_open(Rows pair[2], const Table *table, PyObject *const *arguments, bool *usual) {
+    if (!rows_open(&pair[0], arguments[0], false)) return false;
+    if (!rows_open(&pair[1], arguments[1], true)) {
+        rows_close(&pair[0]);
+        return false;
+    }
+    *usual = rows_within(&pair[0], table->rows) && pair[1].count == pair[0].count;
+    return true;
+}
+
+static PyObject *pair_close(Rows pair[2], bool usual) {
+    rows_close(&pair[1]);
+    rows_close(&pair[0]);
+    return PyBool_FromLong(usual);
+}
+
 PyObject *table_names(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     if (expect_arguments("names(rows, out)", given, 2)) return NULL;
     const Table *table = (Table *)self;
-    Rows rows, out;
-    if (!rows_open(&rows, arguments[0], false)) return NULL;
-    if (!rows_open(&out, arguments[1], true)) {
-        rows_close(&rows);
-        return NULL;
-    }
-    bool usual = rows_within(&rows, table->rows) && out.count == rows.count;
-    for (Py_ssize_t i = 0; usual && i < rows.count; i++) usual = name_of(table->key[*row_at(&rows, i)], row_at(&out, i));
-    rows_close(&out);
-    rows_close(&rows);
-    return PyBool_FromLong(usual);
+    Rows pair[2];
+    bool usual;
+    if (!pair_open(pair, table, arguments, &usual)) return NULL;
+    for (Py_ssize_t i = 0; usual && i < pair[0].count; i++) usual = name_of(table->key[*row_at(&pair[0], i)], row_at(&pair[1], i));
+    return pair_close(pair, usual);
 }
 
 PyObject *table_warmest(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     if (expect_arguments("warmest(rows, out)", given, 2)) return NULL;
     const Table *table = (Table *)self;
-    Rows rows, out;
-    if (!rows_open(&rows, arguments[0], false)) return NULL;
-    if (!rows_open(&out, arguments[1], true)) {
-        rows_close(&rows);
-        return NULL;
-    }
-    const bool usual = rows_within(&rows, table->rows) && out.count == rows.count;
-    for (Py_ssize_t i = 0; usual && i < rows.count; i++) {
+    Rows pair[2];
+    bool usual;
+    if (!pair_open(pair, table, arguments, &usual)) return NULL;
+    for (Py_ssize_t i = 0; usual && i < pair[0].count; i++) {
         int64_t tier = 0;
-        while (tier < table->tiers && *state(table, *row_at(&rows, i), tier) != READY) tier++;
-        *row_at(&out, i) = tier < table->tiers ? tier : NO_TIER;
+        while (tier < table->tiers && *state(table, *row_at(&pair[0], i), tier) != READY) tier++;
+        *row_at(&pair[1], i) = tier < table->tiers ? tier : NO_TIER;
     }
-    rows_close(&out);
-    rows_close(&rows);
-    return PyBool_FromLong(usual);
+    return pair_close(pair, usual);
 }

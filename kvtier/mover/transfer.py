@@ -106,7 +106,7 @@ class Transfer:
         return waiting
 
     def finish(self, outcome: Outcome) -> None:
-        """Set the outcome and wake everybody. On the thread of the mover's loop."""
+        """Set the outcome and wake everybody. On the thread of the mover's loop, unless no coroutine can be waiting (`ending`)."""
         self.future.set_result(outcome)
         with self._progress:
             self._progress.notify_all()

@@ -27,8 +27,6 @@ def test_a_terminated_run_leaves_no_store_behind(tmp_path):
 
 DROPPED = """
 import time
-
-import pytest
 from kvtier.cli.stopping import stopped_in_order
 
 class Discarded:
