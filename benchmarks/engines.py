@@ -7,14 +7,16 @@ holds about one document, so that what comes back comes from elsewhere or is com
 bound to the same cores; all live side by side (2 to 3 GB each) and are asked each request in turn, so that none has a quieter time than the
 others; the next one is asked when the one before is at rest, stores done. Durable ones are started a second time, with memory for about one
 document and their files dropped from the page cache before each round. The first requests after a start are left out. Each request
-that comes back must find at least half of what was sent before, or the run fails.
+that comes back must find at least half of what was sent before, or the run fails, if it is kvtier that did not find it; what others did not
+find is counted (`.missed`) and left out of their seconds, and of what is compared with them.
 
 - `engines.SYSTEM.WORKLOAD.cold`, `.own`, `.ram`, `.restart`, `.disk`: seconds to the first token, medians: never seen; held by the engine's
   own cache; back from memory; after a restart; from disk, later on. The ceiling is `own` of the documents in a plain engine. `.p95`: the
   95th percentile. With a plain engine, what the others find is computed again in these.
 - `engines.SYSTEM.WORKLOAD.CASE.to_peer` (kvtier only): that over the same request's in the fastest other system of this run, the median of
   these; at most 1 is the aim.
-- `engines.SYSTEM.WORKLOAD.CASE.hit_tokens`: the fewest tokens of a prompt that came from a cache.
+- `engines.SYSTEM.WORKLOAD.CASE.hit_tokens`: the fewest tokens of a prompt that came from a cache. `.missed`, where there are any: how many
+  requests found less than they must.
 - `engines.SYSTEM.WORKLOAD.tokens`: tokens per second, of prompts and answers, over all requests before the restart. `.cpu`: CPU seconds of
   all processes for these.
 - `engines.SYSTEM.disk_bytes`: what the files occupy after all workloads; the ceiling is the smallest other system's.
@@ -33,7 +35,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -228,17 +230,14 @@ def started(run: Run, plan: Plan, names: Sequence[str], stack: ExitStack, scarce
 def play(
     plan: Plan, served: dict[str, Serving], asked: Sequence[Request], title: str, seen: dict[str, Seen]
 ) -> dict[str, list[tuple[Request, Answer]]]:
-    """One round, each request asked of all systems in turn, of another one first each time.
-
-    KVTierError if something that was sent before is not found: it would measure vLLM's own prefill.
-    """
+    """One round, each request asked of all systems in turn, of another one first each time. KVTierError as `checked`."""
     played: dict[str, list[tuple[Request, Answer]]] = {name: [] for name in served}
     for number, request in enumerate(asked):
         for name in turned(list(served), number):
             answer = served[name].engine.ask(request.prompt, plan.new_tokens)
             served[name].settle()
             if SYSTEMS[name].connector is not None:
-                check(f"{name}, {title}, {request.case}", request, answer)
+                answer = checked(name, title, request, answer)
             seen[name].answers.setdefault((title, request.case), []).append(answer)
             played[name].append((request, answer))
     return played
@@ -263,13 +262,19 @@ def greet(plan: Plan, served: Serving) -> None:
     served.settle()
 
 
-def check(what: str, request: Request, answer: Answer) -> None:
-    """KVTierError unless a prompt that comes back was found, half of it at least."""
-    if request.case != "cold" and answer.cached_tokens < request.known_tokens // BLOCK_TOKENS * BLOCK_TOKENS // 2:
+def checked(name: str, title: str, request: Request, answer: Answer) -> Answer:
+    """The answer, marked if less than half of a prompt that comes back was found: then it measures what vLLM computes again.
+
+    KVTierError instead if it was kvtier that did not find it.
+    """
+    if request.case == "cold" or answer.cached_tokens >= request.known_tokens // BLOCK_TOKENS * BLOCK_TOKENS // 2:
+        return answer
+    if name.startswith("kvtier"):
         raise KVTierError(
-            f"{what}: {answer.cached_tokens} tokens of a prompt were found, of {request.known_tokens} that were sent before; it would "
-            "measure what vLLM computes again"
+            f"{name}, {title}, {request.case}: {answer.cached_tokens} tokens of a prompt were found, of {request.known_tokens} that were "
+            "sent before; it would measure what vLLM computes again"
         )
+    return replace(answer, missed=True)
 
 
 def compare_without_reuse(run: Run, plan: Plan, start: int, name: str, found: Seen) -> None:

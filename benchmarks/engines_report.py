@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,23 +37,35 @@ class Seen:
         self.seconds[workload] = self.seconds.get(workload, 0.0) + sum(answer.total_s for _, answer in played)
 
 
+def found_s(answers: Sequence[Answer]) -> list[float]:
+    """Seconds to the first token of those that found what they must."""
+    return [answer.first_s for answer in answers if not answer.missed]
+
+
 def first_s(answers: Sequence[Answer]) -> float:
-    """Median seconds to the first token."""
-    return statistics.median(answer.first_s for answer in answers)
+    """Median seconds to the first token, NaN if no answer counts."""
+    seconds = found_s(answers)
+    return statistics.median(seconds) if seconds else math.nan
 
 
 def to_fastest(answers: Sequence[Answer], peers: Sequence[Sequence[Answer]]) -> float:
     """Median over the requests of seconds to the first token over those of the peer that is the fastest by its median. Each request was
     asked of all in turn, so what slows the machine for a while slows both."""
     fastest = min(peers, key=lambda peer: first_s(peer))
-    return statistics.median(ours.first_s / theirs.first_s for ours, theirs in zip(answers, fastest, strict=True))
+    return statistics.median(ours.first_s / theirs.first_s for ours, theirs in zip(answers, fastest, strict=True) if not theirs.missed)
+
+
+def told(answers: Sequence[Answer]) -> str:
+    """Seconds, and how many requests are left out of them."""
+    missed = sum(answer.missed for answer in answers)
+    return f"{first_s(answers):.3f}" + (f" ({missed} of {len(answers)} missed)" if missed else "")
 
 
 def outcome(found: Seen) -> str:
     """What a system showed, for those who wait for the rest."""
     said = []
     for workload in WORKLOADS:
-        cases = [f"{ANSWERS[case]} {first_s(found.answers[workload, case]):.3f}" for case in CASES if (workload, case) in found.answers]
+        cases = [f"{ANSWERS[case]} {told(found.answers[workload, case])}" for case in CASES if (workload, case) in found.answers]
         said += [f"{workload}: {', '.join(cases)} s"] if cases else []
     if found.no_reuse:
         said.append(f"without reuse {statistics.median(wall for wall, _ in found.no_reuse) - 1:+.1%}")
@@ -69,11 +82,15 @@ def rows(seen: dict[str, Seen]) -> list[Row]:
         title = f"engines.{name}"
         for (workload, case), answers in found.answers.items():
             row = f"{title}.{workload}.{case}"
+            if missed := sum(answer.missed for answer in answers):
+                made.append(Row(f"{row}.missed", missed, "requests"))
+            if missed == len(answers):
+                continue
             made.append(Row(row, first_s(answers), "s", first_s(own) if own and workload == "documents" else None))
-            made.append(Row(f"{row}.p95", percentile([answer.first_s for answer in answers], 0.95), "s"))
+            made.append(Row(f"{row}.p95", percentile(found_s(answers), 0.95), "s"))
             if case != "cold":
                 made.append(Row(f"{row}.hit_tokens", min(answer.cached_tokens for answer in answers), "tokens"))
-            theirs = [peer.answers[workload, case] for peer in peers if (workload, case) in peer.answers]
+            theirs = [peer.answers[workload, case] for peer in peers if found_s(peer.answers.get((workload, case), ()))]
             if name.startswith("kvtier") and theirs:
                 made.append(Row(f"{row}.to_peer", to_fastest(answers, theirs), "ratio"))
         for workload, tokens in found.tokens.items():

@@ -35,12 +35,16 @@ LOOK_S, AT_REST, SETTLE_S = 0.2, 0.1, 5.0
 
 @dataclass(frozen=True)
 class Answer:
-    """One request: seconds from giving it to the engine, the prompt's tokens that came from a cache, and tokens that it made."""
+    """One request: seconds from giving it to the engine, the prompt's tokens that came from a cache, and tokens that it made.
+
+    `missed`: it should have been found, and was not; its seconds are those of computing it again.
+    """
 
     first_s: float
     total_s: float
     cached_tokens: int
     new_tokens: int
+    missed: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import engines, serving
 from benchmarks.contestants import LAYOUT, SYSTEMS, Place
-from benchmarks.engines_report import Seen, plot, rows, to_fastest
+from benchmarks.engines_report import Seen, outcome, plot, rows, to_fastest
 from benchmarks.measure import Run
 from benchmarks.serving import Answer, Engine, EngineSetUp, Serving, drop_from_page_cache
 from benchmarks.workloads import WORKLOADS, Sizes
@@ -222,3 +222,22 @@ def test_a_system_is_at_rest_when_it_takes_no_more_processor_time(monkeypatch, t
     monkeypatch.setattr(serving, "SETTLE_S", 0.05)
     Serving(cast(Any, None), None).settle()
     assert next(took) > 3.0, "one that never rests is not waited for without end"
+
+
+def test_what_another_system_did_not_find_is_counted_and_compared_with_nothing():
+    def each(*seconds: float) -> list[Answer]:
+        return [Answer(one, 10.0, 0 if one == 9.0 else 256, 8, missed=one == 9.0) for one in seconds]
+
+    seen = {
+        "lmcache-fs": Seen({("agent", "ram"): each(0.4, 0.2, 9.0), ("agent", "disk"): each(9.0)}),
+        "vllm-fs": Seen({("agent", "ram"): each(0.9, 0.9, 0.9), ("agent", "disk"): each(0.8)}),
+        "kvtier-q8": Seen({("agent", "ram"): each(0.2, 0.2, 0.1), ("agent", "disk"): each(0.2)}),
+    }
+    value = {row.name.removeprefix("engines."): row.value for row in rows(seen)}
+    assert value["lmcache-fs.agent.ram"] == pytest.approx(0.3)
+    assert value["lmcache-fs.agent.ram.missed"] == value["lmcache-fs.agent.disk.missed"] == 1
+    assert "lmcache-fs.agent.disk" not in value
+    assert "vllm-fs.agent.ram.missed" not in value
+    assert value["kvtier-q8.agent.ram.to_peer"] == pytest.approx(0.75), "beside LMCache, in the two that it found"
+    assert value["kvtier-q8.agent.disk.to_peer"] == pytest.approx(0.25), "beside vLLM's tiers"
+    assert outcome(seen["lmcache-fs"]) == "agent: memory 0.300 (1 of 3 missed), disk nan (1 of 1 missed) s"

@@ -36,12 +36,14 @@ def test_a_tiny_run_finds_everything_again_and_reports_beside_a_plain_engine(cap
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_prompt_that_is_not_found_stops_the_measurement():
-    back = Request("ram", [7] * 400, 390)
-    engines.check("kvtier-q8", back, Answer(0.1, 0.2, 384, 8))
-    engines.check("kvtier-q8", Request("cold", [7] * 400, 0), Answer(1.9, 2.0, 0, 8))
-    with pytest.raises(KVTierError, match="0 tokens of a prompt were found, of 390"):
-        engines.check("kvtier-q8", back, Answer(1.9, 2.0, 0, 8))
+def test_a_prompt_that_kvtier_does_not_find_stops_the_measurement_and_others_are_marked():
+    back, late = Request("ram", [7] * 400, 390), Answer(1.9, 2.0, 0, 8)
+    for name in ("kvtier-q8", "lmcache-fs"):
+        for request, answer in ((back, Answer(0.1, 0.2, 384, 8)), (Request("cold", [7] * 400, 0), late)):
+            assert engines.checked(name, "documents", request, answer) == answer
+    with pytest.raises(KVTierError, match="kvtier-q8, documents, ram: 0 tokens of a prompt were found, of 390"):
+        engines.checked("kvtier-q8", "documents", back, late)
+    assert engines.checked("lmcache-fs", "documents", back, late).missed
 
 
 @pytest.mark.timeout(600)  # two engines and a server start
