@@ -167,10 +167,10 @@ class OrderLoops(Protocol):
     def evict(
         self, out: Numbers, table: TableLoops, tier: int, head: int, stop: int, tail: int, late: list[tuple[float, int]], /
     ) -> tuple[int, int] | None:
-        """The next pages by the heap `late` and the journal, of which [head, stop) is sorted, that nobody holds in that tier leave into `out`.
+        """The next pages that nobody holds in that tier leave into `out`, by the heap `late` and the journal, sorted in [head, stop).
 
-        Where the journal's bounds are then; `late` is the heap of now. None: not done, for there are fewer pages than `out` has room for, or
-        many that are held or in the heap.
+        Where the journal's bounds are then; `late` is the heap of now. None: not done, for there are fewer pages than `out` has room
+        for, or many that are held or in the heap.
         """
 
     def leaving(self, head: int, stop: int, time: float, keys: Numbers, pages: Numbers, /) -> tuple[int, int]:

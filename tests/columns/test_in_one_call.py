@@ -60,7 +60,7 @@ def test_an_eviction_that_looks_into_the_table_takes_what_one_that_asks_takes(or
         if call < 20:
             continue
         wanted = int(chance.integers(1, 16))
-        with Asked(table, DEVICE, now) as protected:
+        with (protected := Asked(table, DEVICE, now)):
             victims = policies[0].evict(wanted, protected, now, 1.0)
             in_one += not protected.asked
             again = policies[1].evict(wanted, protected, now, 1.0)
@@ -150,7 +150,8 @@ def test_pages_that_cannot_settle_in_both_settle_in_neither(order: Order):
         "a row that is a page of the policy already": (keys[2:6], *after, [2, 3, 4, 5]),
         "no page before": (keys[2:3], keys[1], 2, NO_ROW, DEVICE, [2]),
     }
-    no_key, wrong = ([keys[2], "a key of as many as 32 letters..."], *after, [2, 3]), [(keys[2:3], *after, ["2"])]
+    no_key: Any = ([keys[2], "a key of as many as 32 letters..."], *after, [2, 3])
+    wrong: list[Any] = [(keys[2:3], *after, ["2"])]
     if order.name == "a2cr":
         strange |= {"a page without a name": ([b"short"], *after, [2]), "a key that is none": no_key}
     else:
@@ -161,7 +162,7 @@ def test_pages_that_cannot_settle_in_both_settle_in_neither(order: Order):
         assert policy.settle(chain, 2.0) is None, what
         assert (table_state(table), order.state(policy)) == held, what
     for where in wrong:
-        chain = table.new_chain(*where)  # type: ignore[arg-type]
+        chain = table.new_chain(*where)
         assert chain is not None
         with pytest.raises(TypeError):
             policy.settle(chain, 2.0)

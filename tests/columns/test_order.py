@@ -128,9 +128,10 @@ def test_loops_refuse_what_is_no_column_no_pages_and_no_place():
     for bounds in ((1, 0, 2), (0, 2, 1)):
         assert native.evict(one, table, 0, *bounds, []) is None
     assert native.evict(one, table, 1, 0, 0, 2, []) is None, "the table has no such tier"
-    for late in ([0], [()], [(1.0,)], [("1", 1)], [(1.0, 1.5)], ()):
+    strange: list[Any] = [[0], [()], [(1.0,)], [("1", 1)], [(1.0, 1.5)], ()]
+    for heap in strange:
         with pytest.raises(TypeError):
-            native.evict(one, table, 0, 0, 0, 2, late)  # type: ignore[arg-type]
+            native.evict(one, table, 0, 0, 0, 2, heap)
     for entry in ((1.0, 2**62), (1.0, -2), (2.0, int(policy._key[1])), (1.0, int(policy._key[0])), (1.0, int(policy._key[1]) + 1)):
         late = [entry]
         assert native.evict(one, table, 0, 0, 0, 0, late) is None, "no entry of a page, or one that has children"

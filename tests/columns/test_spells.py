@@ -8,17 +8,14 @@ import numpy as np
 import pytest
 
 from kvtier import columns
-from kvtier.pages import DEVICE, NO_ROW, PageTable
+from kvtier.pages import PageTable
 from kvtier.policy import A2CR, ROOT, nothing_protected
-from kvtier.policy import memory as memory_module
-from kvtier.policy import reuse as reuse_module
 from kvtier.policy import spells as spells_module
 from kvtier.policy.ages import AGES
 from kvtier.policy.ranking import Ranking
 from kvtier.policy.reuse import ReuseModel
-from kvtier.residency.protection import Protected
 from kvtier.testing.policy import PolicyContract
-from tests.columns.rig import PlainA2CR, PlainRanking, PlainTable, Twins, a2cr_state, needs_loops, table_state
+from tests.columns.rig import PlainA2CR, PlainRanking, Twins, a2cr_state, needs_loops
 
 
 def twins() -> Any:
