@@ -128,7 +128,7 @@ class TableLoops(Protocol):
 
 
 NewChain = tuple[TableLoops, RowIndex, Sequence[bytes], bytes, int, int, int, int, Sequence[int]]
-"""What `SpellLoops.settle` has to know of a page table, and of the pages that are to settle there: its arguments but for the last two."""
+"""What `settle` of a policy's loops has to know of a page table, and of the pages that are to settle there: its first arguments."""
 
 
 class OrderLoops(Protocol):
@@ -140,11 +140,38 @@ class OrderLoops(Protocol):
     def queue(self, pages: Numbers, tail: int, time: float, /) -> bool:
         """Entries from `tail` on for pages that are here and were used at `time`."""
 
-    def moment(self, start: int, tail: int, /) -> tuple[int, int]:
-        """Moves the living entries of the moment that begins at `start` to its end: (the first of them, the end)."""
+    def settle(
+        self,
+        table: TableLoops,
+        row_of: RowIndex,
+        keys: Sequence[bytes],
+        before: bytes,
+        depth: int,
+        parent: int,
+        fill: int,
+        tier: int,
+        slots: Sequence[int],
+        out: Numbers,
+        tail: int,
+        time: float,
+        /,
+    ) -> bool:
+        """`TableLoops.settle_chain`, whose rows go into `out`, and `arrive` and `queue` of these. Not done means done in neither."""
 
-    def single(self, start: int, head: int, stop: int, /) -> int:
-        """Moves the sorted entries [head, stop), each once, to the end; what comes before, from `start`, repeats the first of them."""
+    def moment(self, start: int, tail: int, /) -> tuple[int, int]:
+        """Sorts the living entries of the moment that begins at `start`, each once, and moves them to its end: (the first, the end).
+
+        What comes before them repeats the first.
+        """
+
+    def evict(
+        self, out: Numbers, table: TableLoops, tier: int, head: int, stop: int, tail: int, late: list[tuple[float, int]], /
+    ) -> tuple[int, int] | None:
+        """The next pages that nobody holds in that tier leave into `out`, by the heap `late` and the journal, sorted in [head, stop).
+
+        Where the journal's bounds are then; `late` is the heap of now. None: not done, for there are fewer pages than `out` has room
+        for, or many that are held or in the heap.
+        """
 
     def leaving(self, head: int, stop: int, time: float, keys: Numbers, pages: Numbers, /) -> tuple[int, int]:
         """Into `keys` and `pages` what in [head, stop) was last used at `time`: (how many, how many of these could leave one by one)."""

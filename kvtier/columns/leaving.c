@@ -1,8 +1,200 @@
-/* Which pages leave a tier: the first that nobody holds, by the columns of the page table that says who does. `A2CR.evict`. */
+/* Which pages leave a tier: the first that nobody holds, by the columns of the page table that says who does. `LRU.evict`, `A2CR.evict`. */
+#include "order.h"
 #include "spells.h"
 #include "table.h"
 
 #include <stdlib.h>
+
+/* -- LRU -- */
+
+enum { MOST_LATE = 1024, MOST_HELD = 256 };
+
+/* An entry of the heap beside the journal. */
+typedef struct {
+    double time;
+    int64_t key;
+} Late;
+
+/* A page that left, as it was; `freed`: with it the last child went that its parent waited for. */
+typedef struct {
+    int64_t key;
+    double last;
+    uint8_t unqueued, freed;
+} Before;
+
+/* Pages that leave an order, and what it takes to bring them back. */
+typedef struct {
+    const Rows *leaving;
+    Before *before;
+    Py_ssize_t left;
+    int64_t head, sorted, tail; /* the journal */
+    Late *late, *kept;          /* the heap; entries of pages that somebody holds */
+    Py_ssize_t waiting, held, room;
+} Departure;
+
+static bool is_sooner(const Late *one, const Late *other) {
+    return one->time < other->time || (one->time == other->time && one->key < other->key);
+}
+
+static void push_late(Departure *d, Late entry) {
+    Py_ssize_t place = d->waiting++;
+    for (; place && is_sooner(&entry, &d->late[(place - 1) / 2]); place = (place - 1) / 2) d->late[place] = d->late[(place - 1) / 2];
+    d->late[place] = entry;
+}
+
+static Late pop_late(Departure *d) {
+    const Late first = d->late[0], moved = d->late[--d->waiting];
+    Py_ssize_t place = 0;
+    for (Py_ssize_t child = 1; child < d->waiting; child = 2 * place + 1) {
+        if (child + 1 < d->waiting && is_sooner(&d->late[child + 1], &d->late[child])) child++;
+        if (!is_sooner(&d->late[child], &moved)) break;
+        d->late[place] = d->late[child];
+        place = child;
+    }
+    d->late[place] = moved;
+    return first;
+}
+
+/* Whether the journal's next entry is that of a page which was used since, or left. */
+static bool is_past(const Order *order, int64_t head) {
+    const Py_ssize_t page = order_cell(order, order->keys[head] & PAGE_MASK);
+    return page == order->pages || order->last[page] != order->times[head];
+}
+
+/* Into `entry` the next of heap and journal that is alive; false if there is none. */
+static bool next_entry(Order *order, Departure *d, Late *entry) {
+    for (;;) {
+        while (d->head == d->sorted && d->sorted < d->tail) order_sort(order, d->sorted, d->tail, &d->head, &d->sorted);
+        const bool more = d->head < d->sorted;
+        if (more) *entry = (Late){order->times[d->head], order->keys[d->head]};
+        if (d->waiting && !(more && is_sooner(entry, &d->late[0]))) {
+            *entry = pop_late(d);
+            const Py_ssize_t page = order_cell(order, entry->key & PAGE_MASK);
+            if (page < order->pages && order->last[page] == entry->time && order->key[page] == entry->key) return true;
+        } else {
+            if (!more) return false;
+            if (!is_past(order, d->head++)) return true;
+        }
+    }
+}
+
+/* The page whose turn is next, -1 if there is none: those with children wait for them, those that somebody holds for another time. */
+static int64_t next_in_turn(Order *order, const Table *table, int64_t tier, Departure *d) {
+    Late entry;
+    while (next_entry(order, d, &entry)) {
+        const int64_t page = entry.key & PAGE_MASK;
+        if (order->children[page]) {
+            order->unqueued[page] = 1;
+        } else if (page >= table->rows) {
+            return -1;
+        } else if (!is_held(table, page, tier)) {
+            return page;
+        } else {
+            if (d->held == d->room) return -1;
+            d->kept[d->held++] = entry;
+        }
+    }
+    return -1;
+}
+
+static void depart(Order *order, Departure *d, int64_t page) {
+    const Py_ssize_t parent = order_cell(order, order->parent[page]);
+    order->children[parent]--;
+    const bool frees = parent < order->pages && order->unqueued[parent] && !order->children[parent];
+    d->before[d->left] = (Before){order->key[page], order->last[page], order->unqueued[page], frees};
+    *row_at(d->leaving, d->left++) = page;
+    order->key[page] = NOT_HERE;
+    order->last[page] = -INFINITY;
+    order->unqueued[page] = 0;
+    if (!frees) return;
+    order->unqueued[parent] = 0;
+    push_late(d, (Late){order->last[parent], order->key[parent]});
+}
+
+static void come_back(Order *order, Departure *d) {
+    while (d->left > 0) {
+        const int64_t page = *row_at(d->leaving, --d->left);
+        const Before *before = &d->before[d->left];
+        const Py_ssize_t parent = order_cell(order, order->parent[page]);
+        order->key[page] = before->key;
+        order->last[page] = before->last;
+        order->unqueued[page] = before->unqueued;
+        order->children[parent]++;
+        if (before->freed) order->unqueued[parent] = 1;
+    }
+}
+
+/* Memory for a departure, with the entries of a list of (time, key). False with an exception if there is none, or the list is another. */
+static bool departure_open(Departure *d, PyObject *late) {
+    const Py_ssize_t wanted = d->leaving->count, waiting = PyList_Check(late) ? PyList_Size(late) : 0;
+    d->room = waiting + MOST_HELD;
+    d->before = PyMem_Malloc(sizeof *d->before * (size_t)(wanted + 1));
+    d->late = PyMem_Malloc(sizeof *d->late * (size_t)(waiting + wanted + d->room));
+    d->kept = PyMem_Malloc(sizeof *d->kept * (size_t)d->room);
+    if (!d->before || !d->late || !d->kept) {
+        PyErr_NoMemory();
+        return false;
+    }
+    bool good = PyList_Check(late), failed = false;
+    for (; good && !failed && d->waiting < waiting; d->waiting++) {
+        PyObject *entry = PyList_GetItem(late, d->waiting);
+        good = PyTuple_Check(entry) && PyTuple_Size(entry) == 2;
+        if (!good) break;
+        d->late[d->waiting] = (Late){real_of(PyTuple_GetItem(entry, 0), &failed), number_of(PyTuple_GetItem(entry, 1), &failed)};
+    }
+    if (!good) PyErr_SetString(PyExc_TypeError, "the heap is a list of (time, key)");
+    return good && !failed;
+}
+
+static void departure_close(Departure *d) {
+    PyMem_Free(d->before);
+    PyMem_Free(d->late);
+    PyMem_Free(d->kept);
+}
+
+/* The list has the entries that the heap has now, in that order. False with an exception if it could not be made. */
+static bool tell_late(const Departure *d, PyObject *late) {
+    if (!d->waiting && !PyList_Size(late)) return true;
+    PyObject *entries = PyList_New(d->waiting);
+    bool made = entries;
+    for (Py_ssize_t i = 0; made && i < d->waiting; i++) {
+        PyObject *entry = Py_BuildValue("(dL)", d->late[i].time, (long long)d->late[i].key);
+        made = entry && !PyList_SetItem(entries, i, entry);
+    }
+    made = made && !PyList_SetSlice(late, 0, PyList_Size(late), entries);
+    Py_XDECREF(entries);
+    return made;
+}
+
+PyObject *order_evict(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    if (expect_arguments("evict(out, table, tier, head, sorted, tail, late)", given, 7)) return NULL;
+    Order *order = (Order *)self;
+    const Table *table = table_of(arguments[1]);
+    bool failed = !table;
+    const int64_t tier = failed ? 0 : number_of(arguments[2], &failed);
+    Departure d = {0};
+    int64_t *const places[] = {&d.head, &d.sorted, &d.tail};
+    for (int i = 0; i < 3 && !failed; i++) *places[i] = order_place(order, arguments[3 + i], &failed);
+    Rows out;
+    if (failed || !rows_open(&out, arguments[0], true)) return NULL;
+    d.leaving = &out;
+    bool usual = departure_open(&d, arguments[6]) && tier_within(table, tier) && d.head <= d.sorted && d.sorted <= d.tail && d.waiting <= MOST_LATE;
+    while (usual && d.left < out.count) {
+        const int64_t page = next_in_turn(order, table, tier, &d);
+        usual = page >= 0;
+        if (usual) depart(order, &d, page);
+    }
+    while (usual && d.held > 0) push_late(&d, d.kept[--d.held]);
+    usual = usual && tell_late(&d, arguments[6]);
+    if (!usual) come_back(order, &d);
+    while (usual && d.head < d.sorted && is_past(order, d.head)) d.head++;
+    departure_close(&d);
+    rows_close(&out);
+    if (usual) return Py_BuildValue("(LL)", (long long)d.head, (long long)d.sorted);
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+}
+
+/* -- A2CR -- */
 
 /* Pages that leave, and those before them that may not: they queue no more until the choice is made. */
 typedef struct {

@@ -1,21 +1,8 @@
 /* The loops of the least-recently-used order: what `kvtier.policy.recency` and `kvtier.policy.lru` do with its columns and its journal. As
-   in table.h, False or a negative number says that nothing has changed and that the method in Python is to do it.
+   in table.h, False or a negative number says that nothing has changed and that the method in Python is to do it. See order.h. */
+#include "order.h"
 
-   A journal entry is a key (depth above page id) and a time; it is alive while its page has this key and this last touch. */
-#include "rows.h"
-
-enum { PAGE_BITS = 40, ABSENT = -1 };
-static const int64_t PAGE_MASK = ((int64_t)1 << PAGE_BITS) - 1, DEEPEST = ((int64_t)1 << (63 - PAGE_BITS)) - 1;
-
-typedef struct {
-    PyObject_HEAD
-    int64_t *key, *parent, *children, *keys;
-    double *last, *times;
-    uint8_t *unqueued;
-    Py_ssize_t pages, room; /* pages is one less than there are cells: the last cell is ROOT's */
-    int held;
-    Py_buffer columns[7];
-} Order;
+#include <stdlib.h>
 
 static void order_dealloc(PyObject *self) {
     Order *order = (Order *)self;
@@ -36,7 +23,7 @@ static void *hold_column(Order *order, PyObject *columns, Py_ssize_t size, Py_ss
 
 static PyObject *order_new(PyTypeObject *type, PyObject *columns, PyObject *named) {
     (void)named;
-    if (expect_arguments("Order(key, parent, children, last, unqueued, keys, times)", PyTuple_Size(columns), 7)) return NULL;
+    if (expect_arguments("Order(key, parent, children, last, unqueued, keys, times)", PyTuple_Size(columns), ORDER_COLUMNS)) return NULL;
     Order *order = (Order *)PyType_GenericAlloc(type, 0);
     if (!order) return NULL;
     bool good = (order->key = hold_column(order, columns, 8, -1));
@@ -53,10 +40,7 @@ static PyObject *order_new(PyTypeObject *type, PyObject *columns, PyObject *name
     return NULL;
 }
 
-static inline Py_ssize_t cell(const Order *order, int64_t page) { return (uint64_t)page < (uint64_t)order->pages ? page : order->pages; }
-
-/* A number of journal entries or a position among them. */
-static int64_t place_of(const Order *order, PyObject *object, bool *failed) {
+int64_t order_place(const Order *order, PyObject *object, bool *failed) {
     const int64_t place = number_of(object, failed);
     if (!*failed && (place < 0 || place > order->room)) {
         PyErr_Format(PyExc_ValueError, "place %lld of a journal with room for %zd entries", (long long)place, order->room);
@@ -65,19 +49,42 @@ static int64_t place_of(const Order *order, PyObject *object, bool *failed) {
     return place;
 }
 
+/* -- coming and being used -- */
+
+bool order_may_come(const Order *order, const Links *links) {
+    bool usual = links_possible(links, order->pages, DEEPEST);
+    for (Py_ssize_t i = 0; usual && i < links->pages.count; i++) usual = order->key[*row_at(&links->pages, i)] == NOT_HERE;
+    return usual;
+}
+
+void order_come(Order *order, const Links *links) {
+    for (Py_ssize_t i = 0; i < links->pages.count; i++) {
+        const int64_t page = *row_at(&links->pages, i), parent = *row_at(&links->parents, i);
+        order->parent[page] = parent;
+        order->key[page] = (DEEPEST - *row_at(&links->depths, i)) << PAGE_BITS | page;
+        order->children[order_cell(order, parent)]++;
+    }
+}
+
+bool order_may_queue(const Order *order, const Rows *pages, int64_t tail) {
+    return pages->count <= order->room - tail && rows_within(pages, order->pages);
+}
+
+void order_queue(Order *order, const Rows *pages, int64_t tail, double time) {
+    for (Py_ssize_t i = 0; i < pages->count; i++) {
+        const int64_t page = *row_at(pages, i);
+        order->last[page] = time;
+        order->unqueued[page] = 0;
+        order->keys[tail + i] = order->key[page];
+        order->times[tail + i] = time;
+    }
+}
+
 static PyObject *arrive(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     Links links;
     if (expect_arguments("arrive(pages, parents, depths)", given, 3) || !links_open(&links, arguments)) return NULL;
-    Order *order = (Order *)self;
-    const Py_ssize_t count = links.pages.count;
-    bool usual = links_possible(&links, order->pages, DEEPEST);
-    for (Py_ssize_t i = 0; usual && i < count; i++) usual = order->key[*row_at(&links.pages, i)] == ABSENT;
-    for (Py_ssize_t i = 0; usual && i < count; i++) {
-        const int64_t page = *row_at(&links.pages, i), parent = *row_at(&links.parents, i);
-        order->parent[page] = parent;
-        order->key[page] = (DEEPEST - *row_at(&links.depths, i)) << PAGE_BITS | page;
-        order->children[cell(order, parent)]++;
-    }
+    const bool usual = order_may_come((Order *)self, &links);
+    if (usual) order_come((Order *)self, &links);
     links_close(&links);
     return PyBool_FromLong(usual);
 }
@@ -86,25 +93,21 @@ static PyObject *queue(PyObject *self, PyObject *const *arguments, Py_ssize_t gi
     if (expect_arguments("queue(pages, tail, time)", given, 3)) return NULL;
     Order *order = (Order *)self;
     bool failed = false;
-    const int64_t tail = place_of(order, arguments[1], &failed);
+    const int64_t tail = order_place(order, arguments[1], &failed);
     const double time = real_of(arguments[2], &failed);
     Rows pages;
     if (failed || !rows_open(&pages, arguments[0], false)) return NULL;
-    bool usual = pages.count <= order->room - tail && rows_within(&pages, order->pages);
-    for (Py_ssize_t i = 0; usual && i < pages.count; i++) usual = order->key[*row_at(&pages, i)] != ABSENT;
-    for (Py_ssize_t i = 0; usual && i < pages.count; i++) {
-        const int64_t page = *row_at(&pages, i);
-        order->last[page] = time;
-        order->unqueued[page] = 0;
-        order->keys[tail + i] = order->key[page];
-        order->times[tail + i] = time;
-    }
+    bool usual = order_may_queue(order, &pages, tail);
+    for (Py_ssize_t i = 0; usual && i < pages.count; i++) usual = order->key[*row_at(&pages, i)] != NOT_HERE;
+    if (usual) order_queue(order, &pages, tail, time);
     rows_close(&pages);
     return PyBool_FromLong(usual);
 }
 
+/* -- moments -- */
+
 static inline bool is_alive(const Order *order, int64_t key, double time) {
-    const Py_ssize_t page = cell(order, key & PAGE_MASK);
+    const Py_ssize_t page = order_cell(order, key & PAGE_MASK);
     return order->key[page] == key && order->last[page] == time;
 }
 
@@ -120,53 +123,67 @@ static int64_t moment_end(const Order *order, int64_t start, int64_t tail) {
     return outside;
 }
 
+static int by_key(const void *one, const void *other) {
+    const int64_t first = *(const int64_t *)one, second = *(const int64_t *)other;
+    return (first > second) - (first < second);
+}
+
+/* Sorts keys. Those of one request come in the order of its pages, the deepest last: turned round, they are sorted mostly. */
+static void sort_keys(int64_t *keys, int64_t count) {
+    bool falling = true, rising = true;
+    for (int64_t i = 1; i < count && (falling || rising); i++) {
+        falling &= keys[i] < keys[i - 1];
+        rising &= keys[i] >= keys[i - 1];
+    }
+    if (rising) return;
+    if (!falling) {
+        qsort(keys, (size_t)count, sizeof *keys, by_key);
+        return;
+    }
+    for (int64_t i = 0, j = count - 1; i < j; i++, j--) {
+        const int64_t key = keys[i];
+        keys[i] = keys[j];
+        keys[j] = key;
+    }
+}
+
+void order_sort(Order *order, int64_t start, int64_t tail, int64_t *head, int64_t *stop) {
+    const double time = order->times[start];
+    int64_t *const keys = order->keys, end = moment_end(order, start, tail);
+    int64_t living = end, first = end;
+    for (int64_t i = end - 1; i >= start; i--) {
+        if (is_alive(order, keys[i], time)) keys[--living] = keys[i];
+    }
+    sort_keys(keys + living, end - living);
+    for (int64_t i = end - 1; i >= living; i--) {
+        if (first == end || keys[first] != keys[i]) keys[--first] = keys[i];
+    }
+    for (int64_t i = start; first < end && i < first; i++) keys[i] = keys[first];
+    *head = first, *stop = end;
+}
+
 static PyObject *moment(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     if (expect_arguments("moment(start, tail)", given, 2)) return NULL;
     Order *order = (Order *)self;
     bool failed = false;
-    const int64_t start = place_of(order, arguments[0], &failed), tail = place_of(order, arguments[1], &failed);
+    const int64_t start = order_place(order, arguments[0], &failed), tail = order_place(order, arguments[1], &failed);
     if (failed) return NULL;
     if (start >= tail) {
         PyErr_SetString(PyExc_ValueError, "the journal has no next moment");
         return NULL;
     }
-    const double time = order->times[start];
-    const int64_t stop = moment_end(order, start, tail);
-    int64_t alive = 0;
-    for (int64_t i = start; i < stop; i++) alive += is_alive(order, order->keys[i], time);
-    if (alive) { /* else they are all left as they are */
-        int64_t head = stop;
-        for (int64_t i = stop - 1; i >= start; i--) {
-            if (is_alive(order, order->keys[i], time)) order->keys[--head] = order->keys[i];
-        }
-    }
-    return Py_BuildValue("(LL)", (long long)(stop - alive), (long long)stop);
+    int64_t head, stop;
+    order_sort(order, start, tail, &head, &stop);
+    return Py_BuildValue("(LL)", (long long)head, (long long)stop);
 }
 
-static PyObject *single(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    if (expect_arguments("single(start, head, stop)", given, 3)) return NULL;
-    Order *order = (Order *)self;
-    bool failed = false;
-    const int64_t start = place_of(order, arguments[0], &failed);
-    const int64_t head = place_of(order, arguments[1], &failed), stop = place_of(order, arguments[2], &failed);
-    if (failed) return NULL;
-    if (start > head || head > stop) {
-        PyErr_SetString(PyExc_ValueError, "a moment begins before it ends");
-        return NULL;
-    }
-    int64_t first = stop;
-    for (int64_t i = stop - 1; i >= head; i--) {
-        if (first == stop || order->keys[first] != order->keys[i]) order->keys[--first] = order->keys[i];
-    }
-    for (int64_t i = start; first < stop && i < first; i++) order->keys[i] = order->keys[first];
-    return PyLong_FromLongLong(first);
-}
+/* -- leaving -- */
 
 static PyObject *leaving(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     if (expect_arguments("leaving(head, stop, time, keys, pages)", given, 5)) return NULL;
     Order *order = (Order *)self;
     bool failed = false;
-    const int64_t head = place_of(order, arguments[0], &failed), stop = place_of(order, arguments[1], &failed);
+    const int64_t head = order_place(order, arguments[0], &failed), stop = order_place(order, arguments[1], &failed);
     const double time = real_of(arguments[2], &failed);
     Rows keys, pages;
     if (failed || !rows_open(&keys, arguments[3], true)) return NULL;
@@ -177,9 +194,9 @@ static PyObject *leaving(PyObject *self, PyObject *const *arguments, Py_ssize_t 
     const bool fits = keys.count >= stop - head && pages.count >= stop - head;
     int64_t count = 0, leave = INT64_MAX;
     for (int64_t i = head; fits && i < stop; i++) {
-        const int64_t key = order->keys[i], page = cell(order, key & PAGE_MASK);
+        const int64_t key = order->keys[i], page = order_cell(order, key & PAGE_MASK);
         if (page == order->pages || order->last[page] != time) continue;
-        const Py_ssize_t parent = cell(order, order->parent[page]);
+        const Py_ssize_t parent = order_cell(order, order->parent[page]);
         *row_at(&keys, count) = key;
         *row_at(&pages, count++) = page;
         order->children[parent]--;
@@ -189,7 +206,7 @@ static PyObject *leaving(PyObject *self, PyObject *const *arguments, Py_ssize_t 
     for (int64_t i = 0; i < leave; i++) {
         if (order->children[*row_at(&pages, i)]) leave = i;
     }
-    for (int64_t i = 0; i < count; i++) order->children[cell(order, order->parent[*row_at(&pages, i)])]++;
+    for (int64_t i = 0; i < count; i++) order->children[order_cell(order, order->parent[*row_at(&pages, i)])]++;
     rows_close(&pages);
     rows_close(&keys);
     if (fits) return Py_BuildValue("(LL)", (long long)count, (long long)leave);
@@ -203,7 +220,7 @@ static PyObject *step_over(PyObject *self, PyObject *array) {
     if (!rows_open(&keys, array, false)) return NULL;
     Py_ssize_t passed = 0;
     for (; passed < keys.count; passed++) {
-        const Py_ssize_t page = cell(order, *row_at(&keys, passed) & PAGE_MASK);
+        const Py_ssize_t page = order_cell(order, *row_at(&keys, passed) & PAGE_MASK);
         if (page == order->pages || !order->children[page]) break;
         order->unqueued[page] = 1;
     }
@@ -227,7 +244,7 @@ static PyObject *chain(PyObject *self, PyObject *const *arguments, Py_ssize_t gi
         return NULL;
     }
     Py_ssize_t count = 0;
-    for (; count < keys.count && cell(order, page) != order->pages; count++) {
+    for (; count < keys.count && order_cell(order, page) != order->pages; count++) {
         const bool first = !count, sooner = order->last[page] < before_time;
         const bool next = order->unqueued[page] && order->children[page] == 1;
         if (!first && !(next && (sooner || (order->last[page] == before_time && order->key[page] < before_key)))) break;
@@ -247,12 +264,12 @@ static PyObject *leave(PyObject *self, PyObject *array) {
     const bool usual = rows_within(&pages, order->pages);
     for (Py_ssize_t i = 0; usual && i < pages.count; i++) {
         const int64_t page = *row_at(&pages, i);
-        order->children[cell(order, order->parent[page])]--;
-        order->key[page] = ABSENT;
+        order->children[order_cell(order, order->parent[page])]--;
+        order->key[page] = NOT_HERE;
         order->last[page] = -INFINITY;
         order->unqueued[page] = 0;
     }
-    const Py_ssize_t parent = usual && pages.count ? cell(order, order->parent[*row_at(&pages, pages.count - 1)]) : order->pages;
+    const Py_ssize_t parent = usual && pages.count ? order_cell(order, order->parent[*row_at(&pages, pages.count - 1)]) : order->pages;
     rows_close(&pages);
     if (!usual) {
         PyErr_SetString(PyExc_ValueError, "pages leave that the order has no room for");
@@ -262,9 +279,9 @@ static PyObject *leave(PyObject *self, PyObject *array) {
 }
 
 static PyMethodDef methods[] = {
-    {"arrive", FAST(arrive), NULL}, {"queue", FAST(queue), NULL},     {"moment", FAST(moment), NULL}, {"single", FAST(single), NULL},
-    {"leaving", FAST(leaving), NULL}, {"chain", FAST(chain), NULL}, {"step_over", step_over, METH_O, NULL},
-    {"leave", leave, METH_O, NULL}, {NULL, NULL, 0, NULL},
+    {"arrive", FAST(arrive), NULL}, {"queue", FAST(queue), NULL},     {"moment", FAST(moment), NULL}, {"leaving", FAST(leaving), NULL},
+    {"chain", FAST(chain), NULL}, {"step_over", step_over, METH_O, NULL}, {"leave", leave, METH_O, NULL},
+    {"settle", FAST(order_settle), NULL}, {"evict", FAST(order_evict), NULL}, {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot slots[] = {

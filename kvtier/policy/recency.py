@@ -97,6 +97,18 @@ class Recency(EvictionPolicy):
         self._note(now)
         self._queue(pages, keys)
 
+    def settle(self, chain: columns.NewChain, now: float) -> Pages | None:
+        latest = now if now > self._latest else self._latest
+        if self._loops is None or latest == self._front:
+            return None
+        pages = np.empty(len(chain[2]), columns.WHOLE)
+        if not self._loops.settle(*chain, pages, self._tail, latest):
+            return None
+        self._latest = latest
+        self._count += len(pages)
+        self._tail += len(pages)
+        return pages
+
     def touch(self, pages: Pages, now: float) -> None:
         if self._append(pages, now):
             return
@@ -249,9 +261,7 @@ class Recency(EvictionPolicy):
             start = self._sorted
             self._set_front(float(self._times[start]))
             if self._loops is not None:
-                head, self._sorted = self._loops.moment(start, self._tail)
-                self._keys[head : self._sorted].sort()
-                self._head = self._loops.single(start, head, self._sorted)
+                self._head, self._sorted = self._loops.moment(start, self._tail)
                 continue
             self._sorted = start + int(self._times[start : self._tail].searchsorted(self._front_cell, "right"))
             entries = self._keys[start : self._sorted]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,19 @@ def a2cr_state(policy: A2CR) -> dict[str, Any]:
         len(model),
     )
     return state | {"here": pages.tobytes(), "children": ranking.children[pages].tobytes(), "numbers": numbers}
+
+
+@dataclass(frozen=True)
+class Order:
+    """A policy with compiled loops, the same without, and everything either holds."""
+
+    name: str
+    native: Callable[[], Any]
+    plain: Callable[[], Any]
+    state: Callable[[Any], dict[str, Any]]
+
+
+ORDERS = (Order("lru", LRU, PlainLRU, order_state), Order("a2cr", A2CR, PlainA2CR, a2cr_state))
 
 
 class Twins:

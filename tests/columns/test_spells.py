@@ -8,29 +8,18 @@ import numpy as np
 import pytest
 
 from kvtier import columns
-from kvtier.pages import DEVICE, NO_ROW, PageTable
+from kvtier.pages import PageTable
 from kvtier.policy import A2CR, ROOT, nothing_protected
-from kvtier.policy import memory as memory_module
-from kvtier.policy import reuse as reuse_module
 from kvtier.policy import spells as spells_module
 from kvtier.policy.ages import AGES
 from kvtier.policy.ranking import Ranking
 from kvtier.policy.reuse import ReuseModel
-from kvtier.residency.protection import Protected
 from kvtier.testing.policy import PolicyContract
-from tests.columns.rig import PlainA2CR, PlainRanking, PlainTable, Twins, a2cr_state, needs_loops, table_state
+from tests.columns.rig import PlainA2CR, PlainRanking, Twins, a2cr_state, needs_loops
 
 
 def twins() -> Any:
     return Twins(A2CR(), PlainA2CR(), a2cr_state)
-
-
-@pytest.fixture
-def hasty(monkeypatch):
-    """Fits and new cohorts after a few pages, few of them, and few ghosts."""
-    monkeypatch.setattr(reuse_module, "PERIOD_SPELLS", 64)
-    monkeypatch.setattr(reuse_module, "PERIOD_CALLS", 1)
-    monkeypatch.setattr(memory_module, "FEW", 256)
 
 
 @needs_loops
@@ -166,133 +155,6 @@ def test_counts_that_cannot_be_are_refused():
         loops.insert(page + 1, page, page + 1, page, 3.0)
     policy._recent.clear()
     policy.touch(page, 3.0)
-    policy.check_integrity()
-
-
-@needs_loops
-def test_an_eviction_that_looks_into_the_table_takes_what_one_that_asks_takes(hasty):
-    """Those that are held are few at first, and in the end most: then there are fewer to take than are wanted."""
-    table, policies, chance = PageTable(1, 1), (A2CR(), PlainA2CR()), np.random.default_rng(3)
-    for policy in policies:
-        policy.names = table.names
-    held: list[np.ndarray[Any, Any]] = []
-    taken: list[int] = []
-    for call in range(300):
-        now, length = float(call), int(chance.integers(1, 9))
-        keys = [bytes([call % 256, call // 256, place]) * 11 for place in range(length)]
-        rows, (parents, depths, _) = table.settle_chain(keys, bytes(32), 0, NO_ROW, DEVICE, range(length))
-        for policy in policies:
-            policy.insert(rows, parents, depths, now)
-        if chance.random() < call / 300:
-            held.append(rows)
-        else:
-            table.release(rows)
-        if call < 20:
-            continue
-        wanted = int(chance.integers(1, 12))
-        with Protected(table, DEVICE, now) as protected:
-            assert protected.holders is not None
-            victims, again = [policy.evict(wanted, protected, now, 1.0) for policy in policies]
-        assert a2cr_state(policies[0]) == a2cr_state(policies[1])
-        assert (victims is None) == (again is None)
-        if victims is not None and again is not None:
-            assert victims.tolist() == again.tolist()
-            assert not table.leases[victims].any()
-            table.drop(victims, DEVICE)
-        taken.append(victims is not None)
-        policies[0].check_integrity()
-    assert held
-    assert 0 < sum(taken) < len(taken)
-
-
-@needs_loops
-def test_pages_that_settle_in_table_and_policy_at_once_are_where_two_steps_put_them(hasty):
-    """In the plain twins nothing has loops. Chains go on after others, come back after they left, and are held for a while or not."""
-    tables, policies, chance = (PageTable(1, 4), PlainTable(1, 4)), (A2CR(), PlainA2CR()), np.random.default_rng(7)
-    for table, policy in zip(tables, policies, strict=True):
-        policy.names = table.names
-    chains: list[list[bytes]] = []
-    at_once = 0
-    for call in range(500):
-        now = float(call)
-        keys = list(chains[int(chance.integers(len(chains)))]) if chains and chance.random() < 0.7 else []
-        keys = keys[: int(chance.integers(0, len(keys) + 1))]
-        keys += [bytes([call % 256, call // 256, place]) * 11 for place in range(int(chance.integers(1, 9)))]
-        chains.append(keys)
-        found = [table.claim(keys) for table in tables]
-        assert found[0].tolist() == found[1].tolist()
-        count = len(found[0])
-        if count:
-            for policy in policies:
-                policy.touch(found[0], now)
-        before, parent = (keys[count - 1], int(found[0][-1])) if count else (bytes(32), NO_ROW)
-        where = (keys[count:], before, count, parent, DEVICE, range(100 * call, 100 * call + len(keys) - count))
-        chain = tables[0].new_chain(*where)
-        assert chain is not None
-        rows = policies[0].settle(chain, now)
-        if rows is None:  # columns have to grow
-            rows, (parents, depths, _) = tables[0].settle_chain(*where)
-            policies[0].insert(rows, parents, depths, now)
-        else:
-            at_once += 1
-        assert tables[1].new_chain(*where) is None
-        again, (parents, depths, _) = tables[1].settle_chain(*where)
-        policies[1].insert(again, parents, depths, now)
-        assert rows.tolist() == again.tolist()
-        assert table_state(tables[0]) == table_state(tables[1])
-        assert a2cr_state(policies[0]) == a2cr_state(policies[1])
-        for table in tables:
-            table.release(np.concatenate((found[0], rows)))
-        if len(tables[0]) > 300:
-            victims, likewise = [policy.evict(len(rows), nothing_protected, now, 1.0) for policy in policies]
-            assert victims is not None
-            assert likewise is not None
-            assert victims.tolist() == likewise.tolist()
-            for table in tables:
-                table.drop(victims, DEVICE)
-    assert at_once > 400
-    assert policies[0]._model.fits > 5
-    for part in (*tables, *policies):
-        part.check_integrity()
-
-
-@needs_loops
-def test_pages_that_cannot_settle_in_both_settle_in_neither():
-    table, policy = PageTable(1, 4), A2CR()
-    policy.insert(np.array([5]), np.array([ROOT]), np.array([0]), 1.0)
-    policy.names = table.names
-    keys = [bytes([place]) * 32 for place in range(6)]
-    rows, (parents, depths, _) = table.settle_chain(keys[:2], bytes(32), 0, NO_ROW, DEVICE, [0, 1])
-    policy.insert(rows, parents, depths, 1.0)
-    held = (table_state(table), a2cr_state(policy))
-    after = (keys[1], 2, int(rows[1]), DEVICE)
-    strange: dict[str, Any] = {
-        "a page that has a row": ([keys[2], keys[0]], *after, [2, 3]),
-        "the same page twice": ([keys[2], keys[2]], *after, [2, 3]),
-        "a page without a name": ([b"short"], *after, [2]),
-        "a key that is none": ([keys[2], "a key of as many as 32 letters..."], *after, [2, 3]),
-        "more slots than pages": (keys[2:3], *after, [2, 3]),
-        "no pages": ([], *after, []),
-        "no such tier": (keys[2:3], *after[:3], 1, [2]),
-        "a row that is a page of the policy already": (keys[2:6], *after, [2, 3, 4, 5]),
-        "no page before": (keys[2:3], keys[1], 2, NO_ROW, DEVICE, [2]),
-    }
-    for what, where in strange.items():
-        chain = table.new_chain(*where)
-        assert chain is not None
-        assert policy.settle(chain, 2.0) is None, what
-        assert (table_state(table), a2cr_state(policy)) == held, what
-    chain = table.new_chain(keys[2:3], *after, ["2"])  # type: ignore[list-item]
-    assert chain is not None
-    with pytest.raises(TypeError):
-        policy.settle(chain, 2.0)
-    assert (table_state(table), a2cr_state(policy)) == held
-    chain = table.new_chain(keys[2:4], *after, [2, 3])
-    assert chain is not None
-    settled = policy.settle(chain, 2.0)
-    assert settled is not None
-    assert settled.tolist() == [2, 3]
-    table.check_integrity()
     policy.check_integrity()
 
 

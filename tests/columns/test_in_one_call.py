@@ -1,0 +1,176 @@
+"""What compiled loops do with page table and policy in one call: an eviction, and pages that a request wrote settling. The twins do it in
+several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvtier.pages import DEVICE, NO_ROW, PageTable, Rows
+from kvtier.policy import ROOT, EvictionPolicy, Mask, nothing_protected
+from kvtier.residency.protection import Protected
+from tests.columns.rig import ORDERS, Order, PlainTable, needs_loops, table_state
+
+pytestmark = [needs_loops, pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.name), pytest.mark.usefixtures("hasty")]
+TICKS = (0.0, 1.0)
+"""Seconds between a request's calls."""
+
+
+class Asked(Protected):
+    """Whether it was, or the loops looked into the table themselves."""
+
+    asked = False
+
+    def __call__(self, pages: Rows) -> Mask:
+        self.asked = True
+        return super().__call__(pages)
+
+
+@pytest.mark.parametrize("tick", TICKS)
+def test_an_eviction_that_looks_into_the_table_takes_what_one_that_asks_takes(order: Order, tick: float):
+    """Those that are held are few at first, and in the end most: then there are fewer to take than are wanted."""
+    table, policies, chance = PageTable(1, 1), (order.native(), order.plain()), np.random.default_rng(3)
+    for policy in policies:
+        policy.names = table.names
+    held: list[np.ndarray[Any, Any]] = []
+    chains: list[list[bytes]] = []
+    taken: list[bool] = []
+    in_one, now = 0, 0.0
+    for call in range(300):
+        now += 1.0
+        keys = list(chains[int(chance.integers(max(0, len(chains) - 30), len(chains)))]) if chains and chance.random() < 0.6 else []
+        keys = keys[: int(chance.integers(0, len(keys) + 1))]
+        found = table.claim(keys)
+        keys = keys[: len(found)] + [bytes([call % 256, call // 256, place]) * 11 for place in range(int(chance.integers(1, 9)))]
+        chains.append(keys)
+        if count := len(found):
+            for policy in policies:
+                policy.touch(found, now)
+        before, parent = (keys[count - 1], int(found[-1])) if count else (bytes(32), NO_ROW)
+        rows, (parents, depths, _) = table.settle_chain(keys[count:], before, count, parent, DEVICE, range(len(keys) - count))
+        now += tick
+        for policy in policies:
+            policy.insert(rows, parents, depths, now)
+        if chance.random() < call / 300:
+            held.append(np.concatenate((found, rows)))
+        else:
+            table.release(np.concatenate((found, rows)))
+        if call < 20:
+            continue
+        wanted = int(chance.integers(1, 16))
+        with (protected := Asked(table, DEVICE, now)):
+            victims = policies[0].evict(wanted, protected, now, 1.0)
+            in_one += not protected.asked
+            again = policies[1].evict(wanted, protected, now, 1.0)
+        assert order.state(policies[0]) == order.state(policies[1])
+        assert (victims is None) == (again is None)
+        if victims is not None and again is not None:
+            assert victims.tolist() == again.tolist()
+            assert not table.leases[victims].any()
+            table.drop(victims, DEVICE)
+        taken.append(victims is not None)
+        policies[0].check_integrity()
+    assert held
+    assert 0 < sum(taken) < len(taken)
+    assert in_one > 25
+
+
+def settle(table: PageTable, policy: EvictionPolicy, where: tuple[Any, ...], now: float) -> tuple[np.ndarray[Any, Any], bool]:
+    """Pages settle in one call, else in two: their rows, and whether it was one."""
+    chain = table.new_chain(*where)
+    rows = None if chain is None else policy.settle(chain, now)
+    if rows is not None:
+        return rows, True
+    rows, (parents, depths, _) = table.settle_chain(*where)
+    policy.insert(rows, parents, depths, now)
+    return rows, False
+
+
+@pytest.mark.parametrize("tick", TICKS)
+def test_pages_that_settle_in_table_and_policy_at_once_are_where_two_steps_put_them(order: Order, tick: float):
+    """In the plain twins nothing has loops. Chains go on after others, come back after they left, and are held for a while or not."""
+    tables, policies, chance = (PageTable(1, 4), PlainTable(1, 4)), (order.native(), order.plain()), np.random.default_rng(7)
+    for table, policy in zip(tables, policies, strict=True):
+        policy.names = table.names
+    chains: list[list[bytes]] = []
+    at_once, now = 0, 0.0
+    for call in range(500):
+        now += 1.0
+        keys = list(chains[int(chance.integers(len(chains)))]) if chains and chance.random() < 0.7 else []
+        keys = keys[: int(chance.integers(0, len(keys) + 1))]
+        keys += [bytes([call % 256, call // 256, place]) * 11 for place in range(int(chance.integers(1, 9)))]
+        chains.append(keys)
+        found = [table.claim(keys) for table in tables]
+        assert found[0].tolist() == found[1].tolist()
+        count = len(found[0])
+        if count:
+            for policy in policies:
+                policy.touch(found[0], now)
+        now += tick
+        before, parent = (keys[count - 1], int(found[0][-1])) if count else (bytes(32), NO_ROW)
+        where = (keys[count:], before, count, parent, DEVICE, range(100 * call, 100 * call + len(keys) - count))
+        rows, in_one = settle(tables[0], policies[0], where, now)
+        at_once += in_one
+        again, in_one = settle(tables[1], policies[1], where, now)
+        assert not in_one
+        assert rows.tolist() == again.tolist()
+        assert table_state(tables[0]) == table_state(tables[1])
+        assert order.state(policies[0]) == order.state(policies[1])
+        for table in tables:
+            table.release(np.concatenate((found[0], rows)))
+        if len(tables[0]) > 300:
+            victims, likewise = [policy.evict(len(rows), nothing_protected, now, 1.0) for policy in policies]
+            assert victims is not None
+            assert likewise is not None
+            assert victims.tolist() == likewise.tolist()
+            for table in tables:
+                table.drop(victims, DEVICE)
+    assert at_once > 400
+    for part in (*tables, *policies):
+        part.check_integrity()
+
+
+def test_pages_that_cannot_settle_in_both_settle_in_neither(order: Order):
+    table, policy = PageTable(1, 4), order.native()
+    policy.insert(np.array([5]), np.array([ROOT]), np.array([0]), 1.0)
+    policy.names = table.names
+    keys = [bytes([place]) * 32 for place in range(6)]
+    rows, (parents, depths, _) = table.settle_chain(keys[:2], bytes(32), 0, NO_ROW, DEVICE, [0, 1])
+    policy.insert(rows, parents, depths, 1.0)
+    held = (table_state(table), order.state(policy))
+    after = (keys[1], 2, int(rows[1]), DEVICE)
+    strange: dict[str, Any] = {
+        "a page that has a row": ([keys[2], keys[0]], *after, [2, 3]),
+        "the same page twice": ([keys[2], keys[2]], *after, [2, 3]),
+        "more slots than pages": (keys[2:3], *after, [2, 3]),
+        "no pages": ([], *after, []),
+        "no such tier": (keys[2:3], *after[:3], 1, [2]),
+        "a row that is a page of the policy already": (keys[2:6], *after, [2, 3, 4, 5]),
+        "no page before": (keys[2:3], keys[1], 2, NO_ROW, DEVICE, [2]),
+    }
+    no_key: Any = ([keys[2], "a key of as many as 32 letters..."], *after, [2, 3])
+    wrong: list[Any] = [(keys[2:3], *after, ["2"])]
+    if order.name == "a2cr":
+        strange |= {"a page without a name": ([b"short"], *after, [2]), "a key that is none": no_key}
+    else:
+        wrong.append(no_key)
+    for what, where in strange.items():
+        chain = table.new_chain(*where)
+        assert chain is not None
+        assert policy.settle(chain, 2.0) is None, what
+        assert (table_state(table), order.state(policy)) == held, what
+    for where in wrong:
+        chain = table.new_chain(*where)
+        assert chain is not None
+        with pytest.raises(TypeError):
+            policy.settle(chain, 2.0)
+        assert (table_state(table), order.state(policy)) == held
+    chain = table.new_chain(keys[2:4], *after, [2, 3])
+    assert chain is not None
+    settled = policy.settle(chain, 2.0)
+    assert settled is not None
+    assert settled.tolist() == [2, 3]
+    table.check_integrity()
+    policy.check_integrity()
