@@ -73,6 +73,12 @@ class EvictionPolicy(ABC):
 
     name: str
 
+    def __init_subclass__(cls) -> None:
+        """A policy with an `insert` of its own hears of all pages there, unless it has a `settle` of its own, too."""
+        super().__init_subclass__()
+        if "insert" in cls.__dict__ and "settle" not in cls.__dict__:
+            setattr(cls, "settle", EvictionPolicy.settle)  # noqa: B010 - a method is not assigned, says the type checker
+
     def __init__(self) -> None:
         self.names: Names = by_id
         """How to tell that a page is one that was here before. Ids say nothing about that when the owner gives the id of a page that is
