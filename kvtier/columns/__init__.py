@@ -140,22 +140,7 @@ class OrderLoops(Protocol):
     def queue(self, pages: Numbers, tail: int, time: float, /) -> bool:
         """Entries from `tail` on for pages that are here and were used at `time`."""
 
-    def settle(
-        self,
-        table: TableLoops,
-        row_of: RowIndex,
-        keys: Sequence[bytes],
-        before: bytes,
-        depth: int,
-        parent: int,
-        fill: int,
-        tier: int,
-        slots: Sequence[int],
-        out: Numbers,
-        tail: int,
-        time: float,
-        /,
-    ) -> bool:
+    def settle(self, *chain_out_tail_time: *tuple[*NewChain, Numbers, int, float]) -> bool:
         """`TableLoops.settle_chain`, whose rows go into `out`, and `arrive` and `queue` of these. Not done means done in neither."""
 
     def moment(self, start: int, tail: int, /) -> tuple[int, int]:
@@ -225,21 +210,7 @@ class SpellLoops(Protocol):
     def insert(self, pages: Numbers, parents: Numbers, depths: Numbers, names: Numbers, now: float, /) -> int:
         """Pages come, of which some are ghosts, and those that the same request used before are of another kind from now on."""
 
-    def settle(
-        self,
-        table: TableLoops,
-        row_of: RowIndex,
-        keys: Sequence[bytes],
-        before: bytes,
-        depth: int,
-        parent: int,
-        fill: int,
-        tier: int,
-        slots: Sequence[int],
-        out: Numbers,
-        now: float,
-        /,
-    ) -> int:
+    def settle(self, *chain_out_now: *tuple[*NewChain, Numbers, float]) -> int:
         """`TableLoops.settle_chain`, whose rows go into `out`, and `insert` of these by the names that the table gives.
 
         Answers as `insert`; not done means done in neither.

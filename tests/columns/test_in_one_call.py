@@ -128,6 +128,7 @@ def test_pages_that_settle_in_table_and_policy_at_once_are_where_two_steps_put_t
             for table in tables:
                 table.drop(victims, DEVICE)
     assert at_once > 400
+    assert order.name != "a2cr" or policies[0]._model.fits > 5, "it learned meanwhile"
     for part in (*tables, *policies):
         part.check_integrity()
 
