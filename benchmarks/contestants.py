@@ -42,12 +42,14 @@ class System:
     """Something behind an engine's own cache, or nothing.
 
     `connector`: arguments of vLLM's `KVTransferConfig`; None without one.
-    `chunk_tokens`: of the LMCache server it needs, 0 without one. `durable`: whether the store outlives the engine.
+    `chunk_tokens`: of the LMCache server it needs, 0 without one. `durable`: whether the store outlives the engine. `limited`: whether it
+    passes over a request that says so (`PASSED_OVER`).
     """
 
     connector: Callable[[Place], dict[str, Any]] | None = None
     chunk_tokens: int = 0
     durable: bool = False
+    limited: bool = False
 
 
 def _tiering(place: Place) -> dict[str, Any]:
@@ -91,13 +93,15 @@ def _kvtier(host_format: str, disk_format: str) -> Callable[[Place], dict[str, A
     return connector
 
 
+PASSED_OVER = {"max_offload_tokens": 0, "max_load_tokens": 0}
+"""What a request says in its `kv_transfer_params` that is neither to be stored nor looked up: vLLM's own names, which kvtier knows too."""
 SYSTEMS = {
     "plain": System(),
-    "vllm-fs": System(_tiering, durable=True),
+    "vllm-fs": System(_tiering, durable=True, limited=True),
     "lmcache-fs": System(_lmcache, chunk_tokens=128, durable=True),
-    "kvtier-q8": System(_kvtier("q8", "q8"), durable=True),
-    "kvtier-q4": System(_kvtier("q8", "q4"), durable=True),
-    "kvtier-raw": System(_kvtier("raw", "raw"), durable=True),
+    "kvtier-q8": System(_kvtier("q8", "q8"), durable=True, limited=True),
+    "kvtier-q4": System(_kvtier("q8", "q4"), durable=True, limited=True),
+    "kvtier-raw": System(_kvtier("raw", "raw"), durable=True, limited=True),
     "lmcache-fs-256": System(_lmcache, chunk_tokens=256, durable=True),
     "lmcache-ram": System(_lmcache, chunk_tokens=128),
 }

@@ -1,8 +1,9 @@
 """A vLLM engine that answers prompts, one at a time: what `engines.py` starts as processes of their own. Needs vLLM.
 
 Argument: JSON with "engine" (arguments of `vllm.LLM`) and "connector" (those of `KVTransferConfig`, or null). Says "{}" on standard
-output once it is up; then, for each line `{"prompt": [token, ...], "new_tokens": n}` on standard input, one line with the seconds to the
-first and the last token, and the prompt's tokens that came from a cache. Ends with standard input. All else goes to standard error.
+output once it is up; then, for each line `{"prompt": [token, ...], "new_tokens": n, "limits": {...}}` on standard input (the last for the
+connector, or null), one line with the seconds to the first and the last token, and the prompt's tokens that came from a cache. Ends with
+standard input. All else goes to standard error.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import time
 from typing import Any
 
 
-def answer(engine: Any, number: int, prompt: list[int], new_tokens: int) -> dict[str, float]:
-    """Greedy tokens after `prompt`, from when the engine was given it."""
+def answer(engine: Any, number: int, prompt: list[int], new_tokens: int, limits: dict[str, int] | None) -> dict[str, float]:
+    """Greedy tokens after `prompt`, from when the engine was given it; `limits`: how much of it its connector may store and load."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
-    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, extra_args={"kv_transfer_params": limits})
     start, first_s, cached = time.perf_counter(), None, 0
     engine.add_request(str(number), TokensPrompt(prompt_token_ids=prompt), sampling)
     while engine.has_unfinished_requests():
@@ -44,8 +45,7 @@ def main() -> None:
     llm = LLM(**settings["engine"], kv_transfer_config=connector)
     print("{}", file=said, flush=True)
     for number, line in enumerate(sys.stdin):
-        asked = json.loads(line)
-        print(json.dumps(answer(llm.llm_engine, number, asked["prompt"], asked["new_tokens"])), file=said, flush=True)
+        print(json.dumps(answer(llm.llm_engine, number, **json.loads(line))), file=said, flush=True)
     llm.llm_engine.engine_core.shutdown()
 
 

@@ -21,9 +21,12 @@ find is counted (`.missed`) and left out of their seconds, and of what is compar
   all processes for these.
 - `engines.SYSTEM.disk_bytes`: what the files occupy after all workloads; the ceiling is the smallest other system's.
 - `engines.SYSTEM.no_reuse`: time of some prompts that nobody sends again, one right after the other so that what goes on behind one answer
-  slows the next, over a plain engine's for such prompts in the same turn, less 1. The two are alone on the machine, so that no third one's
-  leftovers meet either. The median of at least `--repeats` turns, in equal parts after four starts of each pair, because where memory
-  happens to lie is a start's own. `.no_reuse.cpu`: the same of CPU seconds, until the system is at rest.
+  slows the next, over that of such prompts in the same turn which say that the system is to pass them over (neither stored nor looked up:
+  vLLM's tiers and kvtier do what they are told), less 1. Within one engine, because where memory happens to lie makes two of them differ
+  by more than this. LMCache's server cannot be told, and takes turns with a plain engine: its row says little. Nobody else is up. The
+  median of at least `--repeats` turns, in equal parts after four starts; `.no_reuse.spread`: from the first to the third quartile of these.
+  `.no_reuse.cpu`: the same as the first of CPU seconds, until the system is at rest. The run fails if kvtier does not find one it was to
+  keep, or finds one that it was to pass over.
 """
 
 from __future__ import annotations
@@ -58,8 +61,8 @@ GREETING_TOKENS = 3 * BLOCK_TOKENS + 10
 
 @dataclass
 class Plan:
-    """What is asked, for `new_tokens` each time, of which model, where, on which cores; `turns` without reuse after each of `starts` starts
-    of each pair."""
+    """What is asked, for `new_tokens` each time, of which model, where, on which cores; `turns` without reuse after each of `starts`
+    starts."""
 
     workloads: dict[str, Workload]
     document_tokens: int
@@ -141,8 +144,9 @@ def measure(
     KVTierError for options that make no sense and systems that fail, MissingExtra without vLLM, LMCache or a model.
     """
     find_engines(systems)
-    if NO_REUSE in workloads and "plain" not in systems:
-        raise KVTierError(f"--workload {NO_REUSE} compares with a plain engine; name plain among --systems too")
+    compared = [name for name in systems if SYSTEMS[name].connector is not None]
+    if NO_REUSE in workloads and "plain" not in systems and (beside := [name for name in compared if not SYSTEMS[name].limited]):
+        raise KVTierError(f"--workload {NO_REUSE} compares {', '.join(beside)} with a plain engine; name plain among --systems too")
     if unknown := set(workloads) - set(ALL):
         raise KVTierError(f"--workload {', '.join(sorted(unknown))}: expected some of {', '.join(ALL)}")
     starts, turns = NO_REUSE_STARTS, -(-run.repeats // NO_REUSE_STARTS)
@@ -162,7 +166,8 @@ def measure(
     seen = {name: Seen() for name in systems}
     durable = sum(SYSTEMS[name].durable for name in systems)
     rounds_in_all = sum(len(each.rounds) + len(each.after_restart) for each in chosen.values())
-    run.expect(bool(chosen) * (len(systems) + durable) + rounds_in_all + 3 * starts * (len(systems) - 1))
+    without_reuse = sum(2 if SYSTEMS[name].limited else 3 for name in compared)
+    run.expect(bool(chosen) * (len(systems) + durable) + rounds_in_all + starts * without_reuse)
     with tempfile.TemporaryDirectory(prefix="kvtier-engines-", dir=path) as room:
         # Two threads that wait for each other at every operation take seconds per token where others use the processors too.
         cores = sorted(os.sched_getaffinity(0))[-1 if run.tiny else 0 :]
@@ -278,21 +283,45 @@ def checked(name: str, title: str, request: Request, answer: Answer) -> Answer:
 
 
 def compare_without_reuse(run: Run, plan: Plan, start: int, name: str, found: Seen) -> None:
-    """New prompts, some right after the other, asked of a system and a plain engine in turn, nobody else being up; start 0 is the first."""
+    """New prompts, some right after the other, that a system keeps and that it passes over, in turn, nobody else being up; start 0 is the
+    first. One that passes nothing over takes turns with a plain engine.
 
-    def ask(served: Serving) -> tuple[float, float]:
-        prompts = [random_tokens(next(plan.fresh), plan.unique_tokens) for _ in range(UNIQUE_IN_A_ROW)]
-        began_cpu_s, began = served.cpu_s(), time.perf_counter()
-        for prompt in prompts:
-            served.engine.ask(prompt, plan.new_tokens)
-        wall_s = time.perf_counter() - began
-        served.settle()
-        return wall_s, served.cpu_s() - began_cpu_s
-
+    KVTierError if kvtier did not keep the ones, or kept the others.
+    """
+    limited = SYSTEMS[name].limited
+    last: dict[bool, list[int]] = {}
     with ExitStack() as stack:
-        served = started(run, plan, turned(["plain", name], start), stack)
+        served = started(run, plan, [name] if limited else turned(["plain", name], start), stack)
+
+        def ask(kept: bool) -> tuple[float, float]:
+            asked = served[name if kept or limited else "plain"]
+            prompts = [random_tokens(next(plan.fresh), plan.unique_tokens) for _ in range(UNIQUE_IN_A_ROW)]
+            began_cpu_s, began = asked.cpu_s(), time.perf_counter()
+            for prompt in prompts:
+                asked.engine.ask(prompt, plan.new_tokens, passed_over=limited and not kept)
+            wall_s = time.perf_counter() - began
+            asked.settle()
+            last[kept] = prompts[0]
+            return wall_s, asked.cpu_s() - began_cpu_s
+
         run.step(f"{name} without reuse")
         for number in range(plan.turns):
-            took = {each: ask(served[each]) for each in turned(["plain", name], number)}
-            found.no_reuse.append((took[name][0] / took["plain"][0], took[name][1] / took["plain"][1]))
+            took = {kept: ask(kept) for kept in ((True, False), (False, True))[(start + number) % 2]}
+            found.no_reuse.append((took[True][0] / took[False][0], took[True][1] / took[False][1]))
+        if name.startswith("kvtier"):
+            check_what_was_kept(plan, name, served[name], last)
     tell(run, {name: found})
+
+
+def check_what_was_kept(plan: Plan, name: str, served: Serving, last: dict[bool, list[int]]) -> None:
+    """KVTierError unless the prompt that was to be kept is found, and the one that was to be passed over is not."""
+    pushes_others_out = random_tokens(next(plan.fresh), plan.blocks * BLOCK_TOKENS - plan.new_tokens)
+    served.engine.ask(pushes_others_out, plan.new_tokens, passed_over=True)
+    for kept, prompt in last.items():
+        cached = served.engine.ask(prompt, plan.new_tokens).cached_tokens
+        if (cached >= len(prompt) // BLOCK_TOKENS * BLOCK_TOKENS // 2) != kept:
+            raise KVTierError(
+                f"{name}, {NO_REUSE}: {cached} tokens were found of a prompt of {len(prompt)} that was to be "
+                f"{'kept' if kept else 'passed over'}; the figures would not be of what they say"
+            )
+    served.settle()

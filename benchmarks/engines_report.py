@@ -29,7 +29,7 @@ class Seen:
     seconds: dict[str, float] = field(default_factory=dict)
     disk_bytes: int = 0
     no_reuse: list[tuple[float, float]] = field(default_factory=list)
-    """Per pair: wall and CPU seconds over the plain engine's."""
+    """Per turn: wall and CPU seconds over those of the prompts that were passed over, or of a plain engine."""
 
     def timed(self, workload: str, played: Sequence[tuple[Request, Answer]]) -> None:
         """Count a round for the throughput."""
@@ -100,7 +100,10 @@ def rows(seen: dict[str, Seen]) -> list[Row]:
             made.append(Row(f"{title}.disk_bytes", found.disk_bytes, "bytes", smallest))
         if found.no_reuse:
             wall, cpu = (statistics.median(column) - 1 for column in zip(*found.no_reuse, strict=True))
-            made += [Row(f"{title}.no_reuse", wall, "share"), Row(f"{title}.no_reuse.cpu", cpu, "share")]
+            lower, _, upper = statistics.quantiles([wall for wall, _ in found.no_reuse])
+            made.append(Row(f"{title}.no_reuse", wall, "share"))
+            made.append(Row(f"{title}.no_reuse.spread", upper - lower, "share"))
+            made.append(Row(f"{title}.no_reuse.cpu", cpu, "share"))
     return made
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from kvtier.errors import KVTierError
 
-from .contestants import GIB, LAYOUT, SYSTEMS, Place
+from .contestants import GIB, LAYOUT, PASSED_OVER, SYSTEMS, Place
 from .leash import leashed
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -177,11 +177,15 @@ class Engine(Process):
             self.end()
             raise
 
-    def ask(self, prompt: Sequence[int], new_tokens: int) -> Answer:
-        """Have a prompt answered. KVTierError if that takes longer than `ANSWER_S`, or the engine ended."""
+    def ask(self, prompt: Sequence[int], new_tokens: int, passed_over: bool = False) -> Answer:
+        """Have a prompt answered, neither stored nor looked up beyond the engine's own cache if it is to be `passed_over`.
+
+        KVTierError if that takes longer than `ANSWER_S`, or the engine ended.
+        """
         assert self.child.stdin is not None
         try:
-            self.child.stdin.write(json.dumps({"prompt": list(prompt), "new_tokens": new_tokens}).encode() + b"\n")
+            asked = {"prompt": list(prompt), "new_tokens": new_tokens, "limits": PASSED_OVER if passed_over else None}
+            self.child.stdin.write(json.dumps(asked).encode() + b"\n")
             self.child.stdin.flush()
         except BrokenPipeError:
             raise self.failed("ended") from None

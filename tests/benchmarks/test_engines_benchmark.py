@@ -37,7 +37,7 @@ def test_without_vllm_it_is_one_line_that_names_the_environment(capsys):
     [
         ({"systems": ["kvtier-q9"]}, "--systems kvtier-q9: expected some of plain"),
         ({"workloads": ["chats"]}, "--workload chats: expected some of documents, chat, agent, no-reuse"),
-        ({"systems": ["kvtier-q8"]}, "name plain among --systems too"),
+        ({"systems": ["kvtier-q8", "lmcache-fs"]}, "compares lmcache-fs with a plain engine; name plain among --systems too"),
         ({"contexts": 3}, "--contexts 3"),
         ({"rounds": 0}, "--rounds 0"),
         ({"document_tokens": 100}, "--document-tokens 100"),
@@ -99,19 +99,21 @@ def test_all_get_memory_for_the_same_number_of_pages(tmp_path):
 
 
 class Stub:
-    """Stands for an engine: takes a second, or a tenth where something is behind it, which finds everything."""
+    """Stands for an engine: takes a second, or a tenth where something is behind it, which finds what it was not to pass over."""
 
     def __init__(self, asked, name, restless):
         self.asked, self.name, self.engine, self.restless = asked, name, self, restless
+        self.passed_over: list[list[int]] = []
 
     def cpu_s(self):
         return float(len(self.asked))
 
-    def ask(self, prompt, new_tokens):
+    def ask(self, prompt, new_tokens, passed_over=False):
         assert self.restless <= {self.name}, "nobody is asked beside what another one has not done yet"
         self.restless.add(self.name)
-        self.asked.append((self.name, prompt))
-        found = 0 if self.name == "plain" else len(prompt)
+        self.asked.append((self.name + " passes over" * passed_over, prompt))
+        self.passed_over += [prompt] * passed_over
+        found = 0 if self.name == "plain" or prompt in self.passed_over else len(prompt)
         return Answer(0.1 if found else 1.0, 2.0, found, new_tokens)
 
     def settle(self):
@@ -134,8 +136,8 @@ def test_every_request_is_asked_of_all_in_turn_and_of_the_durable_ones_after_a_r
     monkeypatch.setitem(sys.modules, "kvtier.engines.models", SimpleNamespace(packaged_model=lambda: tmp_path))
     systems = ["plain", "lmcache-ram", "kvtier-q8"]
     made = {row.name.removeprefix("engines."): row.value for row in engines.measure(Run(1, tiny=True), systems, path=tmp_path)}
-    pairs = ["plain", "lmcache-ram", "plain", "kvtier-q8", "lmcache-ram", "plain", "kvtier-q8", "plain"]
-    assert [name for name, _ in starts] == [*systems, "kvtier-q8", *pairs], "without reuse each is alone with a plain engine"
+    alone = ["plain", "lmcache-ram", "kvtier-q8", "lmcache-ram", "plain", "kvtier-q8"]
+    assert [name for name, _ in starts] == [*systems, "kvtier-q8", *alone], "without reuse, or with a plain engine"
     assert starts[3][1] < starts[2][1], "little memory after the restart"
     documents = [(name, tuple(prompt)) for name, prompt in asked if len(prompt) == 440]
     assert len(documents) == 4 * (3 * 3 + 2)
@@ -148,10 +150,25 @@ def test_every_request_is_asked_of_all_in_turn_and_of_the_durable_ones_after_a_r
     assert made["plain.chat.ram"] == 1.0
     assert "kvtier-q8.no_reuse" in made
     unique = [name for name, prompt in asked if len(prompt) == 400]
-    turns = ["plain", "lmcache-ram", "plain", "kvtier-q8"] * 2
-    assert unique == [name for name in turns for _ in range(engines.UNIQUE_IN_A_ROW)], "one right after the other, then the next system"
+    kept, not_kept, looked = "kvtier-q8", "kvtier-q8 passes over", ["kvtier-q8"] * 2
+    turns = [["lmcache-ram", "plain", kept, not_kept], ["plain", "lmcache-ram", not_kept, kept]]
+    in_a_row = [[name for name in turn for _ in range(engines.UNIQUE_IN_A_ROW)] for turn in turns]
+    assert unique == [*in_a_row[0], *looked, *in_a_row[1], *looked], "one right after the other, then the others; last, what was kept"
     assert "plain.no_reuse" not in made
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("deaf", "says"), [(True, "were found of a prompt of 400 .* passed over"), (False, "0 tokens were .* kept")])
+def test_a_cache_that_keeps_what_it_was_to_pass_over_or_nothing_stops_the_measurement(monkeypatch, tmp_path, deaf, says):
+    class Wrong(Stub):
+        def ask(self, prompt, new_tokens, passed_over=False):
+            return super().ask(prompt, new_tokens, passed_over=not deaf)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(engines, "serving", lambda name, *_: contextlib.nullcontext(Wrong([], name, set())))
+    monkeypatch.setitem(sys.modules, "kvtier.engines.models", SimpleNamespace(packaged_model=lambda: tmp_path))
+    with pytest.raises(KVTierError, match=f"kvtier-q8, no-reuse: .*{says}"):
+        engines.measure(Run(1, tiny=True), ["kvtier-q8"], ["no-reuse"], path=tmp_path)
 
 
 def test_an_engine_that_ended_is_an_error_with_what_it_said_last(monkeypatch, tmp_path):
@@ -189,6 +206,7 @@ def test_kvtier_is_compared_with_the_better_peer_of_each_case_and_with_a_plain_e
     assert made["kvtier-q8.documents.tokens"].value == 150
     assert made["kvtier-q8.disk_bytes"].ratio == pytest.approx(40 / 80)
     assert made["kvtier-q8.no_reuse"].value == pytest.approx(0.03)
+    assert made["kvtier-q8.no_reuse.spread"].value == pytest.approx(0.02)
     assert made["kvtier-q8.no_reuse.cpu"].value == pytest.approx(0.2)
     assert "vllm-fs.documents.ram.to_peer" not in made
 

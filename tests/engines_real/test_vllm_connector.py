@@ -66,11 +66,11 @@ class Talk:
         ids = (self.text * 3)[start : start + tokens]
         return TokensPrompt(prompt_token_ids=ids, **({"cache_salt": salt} if salt else {}))
 
-    def ask(self, *prompts, tokens=6, **options):
-        """(cached tokens, generated tokens) of each prompt, all asked at once."""
+    def ask(self, *prompts, tokens=6, limits=None, **options):
+        """(cached tokens, generated tokens) of each prompt, all asked at once; `limits`: what kvtier may store and load for them."""
         from vllm import SamplingParams
 
-        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args={"kv_transfer_params": limits})
         outputs = self.llm.generate(list(prompts), sampling, use_tqdm=False, **options)
         answers = [(output.num_cached_tokens, list(output.outputs[0].token_ids)) for output in outputs]
         return answers if len(answers) > 1 else answers[0]
@@ -170,6 +170,19 @@ class TestLossless:
         assert talk.ask(yours)[0] == 0
         talk.forget()
         assert talk.ask(mine)[0] == talk.ask(yours)[0] == 4 * BLOCK
+
+    def test_a_request_that_is_not_to_be_stored_leaves_nothing(self, talk):
+        prompt = talk.prompt(4 * BLOCK + 3, 900)
+        before = talk.counted("stored_pages")
+        talk.ask(prompt, limits={"max_offload_tokens": 0})
+        talk.forget()
+        assert talk.ask(prompt, limits={"max_offload_tokens": 2 * BLOCK})[0] == 0
+        talk.forget()
+        assert talk.counted("stored_pages") - before == 2
+        assert talk.ask(prompt, limits={"max_load_tokens": 0})[0] == 0
+        talk.forget()
+        assert talk.counted("stored_pages") - before == 4
+        assert talk.ask(prompt, limits={"max_load_tokens": 3 * BLOCK})[0] == 3 * BLOCK
 
     def test_cancelled_requests_leave_nothing_behind(self, talk):
         from vllm import SamplingParams

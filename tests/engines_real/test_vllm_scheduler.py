@@ -33,7 +33,7 @@ class Engine:
         self.side.greet(hellos)
         self.blocks: dict[str, list[int]] = {}
 
-    def request(self, name, tokens, salt=None, lora=None):
+    def request(self, name, tokens, salt=None, lora=None, params=None):
         request = SimpleNamespace(
             request_id=name,
             all_token_ids=list(tokens),
@@ -44,6 +44,7 @@ class Engine:
             cache_salt=salt,
             mm_features=[],
             skip_reading_prefix_cache=False,
+            kv_transfer_params=params,
         )
         self.side.on_new_request(request)
         return request
@@ -95,6 +96,49 @@ def test_full_pages_are_stored_once_and_then_found():
     assert engine.side.matched(engine.request("e", range(11)), 4) == 4
     assert engine.side.matched(engine.request("f", range(11), "salt"), 0) == 0
     assert engine.step(engine.request("g", range(11))).stores == []
+
+
+def test_a_request_says_how_much_of_it_is_stored():
+    engine = Engine()
+    assert engine.step(engine.request("a", range(11), params={"max_offload_tokens": 0})).stores == []
+    plan = engine.step(engine.request("b", range(11), params={"max_offload_tokens": 7}))
+    assert [job.blocks for job in plan.stores] == [[0]], "the second page holds its eighth token"
+    engine.stored(plan)
+    assert engine.side.matched(engine.request("c", range(11)), 0) == 4
+    for name in "ab":
+        engine.side.finished(SimpleNamespace(request_id=name))
+    assert "skipped_pages" not in engine.side.counts.data, "what was not to be stored did not fail"
+    assert [job.blocks for job in engine.step(engine.request("d", range(11))).stores] == [[1]], "others store what they have in common"
+
+
+def test_a_request_says_how_much_is_loaded_for_it_and_waits_for_no_more():
+    engine = Engine()
+    plan = engine.step(engine.request("a", range(13)))
+    assert engine.side.matched(engine.request("b", range(13), params={"max_load_tokens": 0}), 0) == 0, "it is being stored"
+    engine.stored(plan)
+    assert engine.side.matched(engine.request("c", range(13), params={"max_load_tokens": 7}), 0) == 4
+    assert engine.side.matched(engine.request("d", range(13), params={"max_load_tokens": 7}), 4) == 4, "beyond what vLLM has itself"
+
+
+@pytest.mark.parametrize("said", [-1, True, "0", 2.5, [0]])
+def test_limits_that_are_none_are_taken_as_0_and_the_log_says_so(said, monkeypatch):
+    warned = []
+    monkeypatch.setattr(requests.log, "warning", lambda message, *values: warned.append(message % values))
+    engine = Engine()
+    engine.stored(engine.step(engine.request("a", range(9))))
+    assert engine.side.matched(engine.request("b", range(9), params={"max_load_tokens": said}), 0) == 0
+    assert engine.step(engine.request("c", range(50, 59), params={"max_offload_tokens": said})).stores == []
+    assert warned == [
+        f"kvtier: {name}: expected a number of tokens, 0 or more, not {said!r}; taken as 0"
+        for name in ("max_load_tokens of request b", "max_offload_tokens of request c")
+    ]
+
+
+def test_a_request_whose_parameters_are_no_mapping_is_neither_stored_nor_loaded():
+    engine = Engine()
+    engine.stored(engine.step(engine.request("a", range(9))))
+    assert engine.side.matched(engine.request("b", range(9), params="none of it"), 0) == 0
+    assert engine.step(engine.request("c", range(50, 59), params="none of it")).stores == []
 
 
 def test_a_page_is_found_when_all_workers_have_stored_it():

@@ -1,15 +1,24 @@
-"""The requests in vLLM's scheduler: the keys of their pages, and what is known of each. State: vLLM's scheduler thread."""
+"""The requests in vLLM's scheduler: the keys of their pages, and what is known of each.
+
+A request may say how much of it is stored and loaded, under the names that vLLM's own offloading gave this (`kv_transfer_params` with
+`max_offload_tokens`, `max_load_tokens`). State: vLLM's scheduler thread.
+"""
 
 from __future__ import annotations
 
+import sys
 import uuid
 from dataclasses import dataclass
 from typing import Any
+
+from vllm.logger import init_logger
 
 from kvtier.engines.vllm.keys import RequestKeys
 from kvtier.engines.vllm.settings import Settings
 from kvtier.engines.weights import adapter_revision
 from kvtier.keys import root_key
+
+log = init_logger(__name__)
 
 
 @dataclass
@@ -18,6 +27,10 @@ class RequestState:
 
     request: Any
     keys: RequestKeys
+    most_stored: int
+    """Pages from its first one on that may be stored."""
+    most_loaded: int
+    """Pages that may be loaded beyond those vLLM has itself."""
     asked_from: int = 0
     """Pages vLLM had itself when it last asked what there is to load."""
     declined: int = 0
@@ -35,7 +48,7 @@ class RequestState:
     stored: int = 0
     """Pages that need no storing any more."""
     fed: int = 0
-    """Pages whose blocks were full after the last step planned."""
+    """Pages to store whose blocks were full after the last step planned."""
 
 
 class Requests:
@@ -54,8 +67,10 @@ class Requests:
         """vLLM has a new request."""
         adapter = self._revision(request.lora_request)
         if request.prompt_embeds is None and adapter is not None:
-            keys = RequestKeys(request, self._namespace, self._settings.layout.page_tokens, adapter, self._settings.media)
-            self._states[request.request_id] = RequestState(request, keys)
+            page_tokens = self._settings.layout.page_tokens
+            keys = RequestKeys(request, self._namespace, page_tokens, adapter, self._settings.media)
+            stored, loaded = (most_tokens(request, name) // page_tokens for name in ("max_offload_tokens", "max_load_tokens"))
+            self._states[request.request_id] = RequestState(request, keys, stored, loaded)
 
     def get(self, request_id: str) -> RequestState | None:
         """What is known of a request; None for one that was passed over, or ended."""
@@ -90,3 +105,18 @@ class Requests:
                 return None
             self._adapters[name] = revision
         return self._adapters[name]
+
+
+def most_tokens(request: Any, name: str) -> int:
+    """What the request says of `name`, a number of tokens, in its `kv_transfer_params`; very many if it says nothing.
+
+    0 for what is no such number, with a warning: vLLM lets no connector refuse a request, and who writes this may not want it kept at all.
+    """
+    params = request.kv_transfer_params or {}
+    said = params.get(name) if isinstance(params, dict) else params
+    if said is None:
+        return sys.maxsize
+    if type(said) is int and said >= 0:
+        return said
+    log.warning("kvtier: %s of request %s: expected a number of tokens, 0 or more, not %r; taken as 0", name, request.request_id, said)
+    return 0

@@ -95,7 +95,7 @@ class SchedulerSide:
             return 0
         first, state.declined = computed // self._size, 0
         state.asked_from = first
-        keys = state.keys.first((request.num_tokens - 1) // self._size)
+        keys = state.keys.first(min((request.num_tokens - 1) // self._size, first + state.most_loaded))
         wanted = keys[first:]
         hits = self.mirror.prefix(wanted)
         wait = (hits and wanted[0] in self._fetching) or (hits < len(wanted) and wanted[hits] in self._storing.pages)
@@ -174,7 +174,7 @@ class SchedulerSide:
             state = self._requests.get(request_id)
             if state is not None:
                 tokens = min(computed + output.num_scheduled_tokens[request_id], state.request.num_tokens)
-                state.fed = tokens // self._size
+                state.fed = min(tokens // self._size, state.most_stored)
                 plan.stores += self._storing.store(state, output.kv_connector_block_state.get_block_ids(request_id)[0])
         self._planned += 1
         self._prefills.begin(output)
