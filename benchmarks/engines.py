@@ -23,10 +23,10 @@ find is counted (`.missed`) and left out of their seconds, and of what is compar
 - `engines.SYSTEM.no_reuse`: time of some prompts that nobody sends again, one right after the other so that what goes on behind one answer
   slows the next, over that of such prompts in the same turn which say that the system is to pass them over (neither stored nor looked up:
   vLLM's tiers and kvtier do what they are told), less 1. Within one engine, because where memory happens to lie makes two of them differ
-  by more than this. LMCache's server cannot be told, and takes turns with a plain engine: its row says little. Nobody else is up. The
-  median of at least `--repeats` turns, in equal parts after four starts; `.no_reuse.spread`: from the first to the third quartile of these.
-  `.no_reuse.cpu`: the same as the first of CPU seconds, until the system is at rest. The run fails if kvtier does not find one it was to
-  keep, or finds one that it was to pass over.
+  by more than this. LMCache's server cannot be told, and takes turns with a plain engine: its row says little. Nobody else is up. At
+  least `--repeats` turns, in equal parts after four starts; what counts of the first, the second ... prompt of a turn is its median over
+  all turns. `.no_reuse.error`: one standard error of that, from drawing from the turns again. `.no_reuse.cpu`: the same of CPU seconds,
+  until the system is at rest. The run fails if kvtier does not find one it was to keep, or finds one that it was to pass over.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ import importlib.util
 import itertools
 import os
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -45,7 +44,7 @@ from typing import Any
 from kvtier.errors import KVTierError, MissingExtra
 
 from .contestants import ENGINE_DTYPE, GIB, LAYOUT, SYSTEMS, USUAL
-from .engines_report import Seen, outcome, rows
+from .engines_report import Seen, Spent, Turn, outcome, rows
 from .engines_report import plot as plot
 from .measure import Row, Run
 from .serving import Answer, EngineSetUp, Serving, bytes_on_disk, drop_from_page_cache, serving, stored_in
@@ -293,21 +292,19 @@ def compare_without_reuse(run: Run, plan: Plan, start: int, name: str, found: Se
     with ExitStack() as stack:
         served = started(run, plan, [name] if limited else turned(["plain", name], start), stack)
 
-        def ask(kept: bool) -> tuple[float, float]:
+        def ask(kept: bool) -> Spent:
             asked = served[name if kept or limited else "plain"]
             prompts = [random_tokens(next(plan.fresh), plan.unique_tokens) for _ in range(UNIQUE_IN_A_ROW)]
-            began_cpu_s, began = asked.cpu_s(), time.perf_counter()
-            for prompt in prompts:
-                asked.engine.ask(prompt, plan.new_tokens, passed_over=limited and not kept)
-            wall_s = time.perf_counter() - began
+            began_cpu_s = asked.cpu_s()
+            seconds = [asked.engine.ask(prompt, plan.new_tokens, passed_over=limited and not kept).total_s for prompt in prompts]
             asked.settle()
             last[kept] = prompts[0]
-            return wall_s, asked.cpu_s() - began_cpu_s
+            return Spent(seconds, asked.cpu_s() - began_cpu_s)
 
         run.step(f"{name} without reuse")
         for number in range(plan.turns):
             took = {kept: ask(kept) for kept in ((True, False), (False, True))[(start + number) % 2]}
-            found.no_reuse.append((took[True][0] / took[False][0], took[True][1] / took[False][1]))
+            found.no_reuse.append(Turn(took[True], took[False]))
         if name.startswith("kvtier"):
             check_what_was_kept(plan, name, served[name], last)
     tell(run, {name: found})

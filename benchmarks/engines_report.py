@@ -7,6 +7,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from kvtier.errors import needing
 
@@ -17,6 +20,23 @@ from .workloads import CASES, WORKLOADS, Request
 
 ANSWERS = {"cold": "cold", "own": "own cache", "ram": "memory", "restart": "restarted", "disk": "disk"}
 """Cases as people read them."""
+RESAMPLES = 400
+"""Of the turns without reuse, for the error of what they say."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What prompts took that were asked right after each other: seconds of each, CPU seconds of all until the system was at rest."""
+
+    seconds: list[float]
+    cpu_s: float
+
+
+class Turn(NamedTuple):
+    """Prompts without reuse that were kept, and others that were passed over, or asked of a plain engine."""
+
+    kept: Spent
+    other: Spent
 
 
 @dataclass
@@ -28,8 +48,7 @@ class Seen:
     tokens: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     disk_bytes: int = 0
-    no_reuse: list[tuple[float, float]] = field(default_factory=list)
-    """Per turn: wall and CPU seconds over those of the prompts that were passed over, or of a plain engine."""
+    no_reuse: list[Turn] = field(default_factory=list)
 
     def timed(self, workload: str, played: Sequence[tuple[Request, Answer]]) -> None:
         """Count a round for the throughput."""
@@ -55,6 +74,28 @@ def to_fastest(answers: Sequence[Answer], peers: Sequence[Sequence[Answer]]) -> 
     return statistics.median(ours.first_s / theirs.first_s for ours, theirs in zip(answers, fastest, strict=True) if not theirs.missed)
 
 
+def dearer(turns: Sequence[Turn]) -> float:
+    """By how much prompts that are kept take longer, as a share.
+
+    What counts is the median over the turns of the first prompt of a turn, of the second ...: one during which others used the machine
+    weighs no more than any other.
+    """
+    kept, other = (float(np.median([spent.seconds for spent in side], axis=0).sum()) for side in zip(*turns, strict=True))
+    return kept / other - 1
+
+
+def dearer_in_cpu(turns: Sequence[Turn]) -> float:
+    """The same of CPU seconds."""
+    kept, other = (float(np.median([spent.cpu_s for spent in side])) for side in zip(*turns, strict=True))
+    return kept / other - 1
+
+
+def error_of_dearer(turns: Sequence[Turn]) -> float:
+    """One standard error of `dearer`: how much it varies if turns are drawn from these again and again."""
+    random = np.random.default_rng(0)
+    return float(np.std([dearer([turns[i] for i in random.integers(len(turns), size=len(turns))]) for _ in range(RESAMPLES)]))
+
+
 def told(answers: Sequence[Answer]) -> str:
     """Seconds, and how many requests are left out of them."""
     missed = sum(answer.missed for answer in answers)
@@ -68,7 +109,7 @@ def outcome(found: Seen) -> str:
         cases = [f"{ANSWERS[case]} {told(found.answers[workload, case])}" for case in CASES if (workload, case) in found.answers]
         said += [f"{workload}: {', '.join(cases)} s"] if cases else []
     if found.no_reuse:
-        said.append(f"without reuse {statistics.median(wall for wall, _ in found.no_reuse) - 1:+.1%}")
+        said.append(f"without reuse {dearer(found.no_reuse):+.1%} (one standard error: {error_of_dearer(found.no_reuse):.1%})")
     return "; ".join(said)
 
 
@@ -99,11 +140,9 @@ def rows(seen: dict[str, Seen]) -> list[Row]:
         if found.disk_bytes:
             made.append(Row(f"{title}.disk_bytes", found.disk_bytes, "bytes", smallest))
         if found.no_reuse:
-            wall, cpu = (statistics.median(column) - 1 for column in zip(*found.no_reuse, strict=True))
-            lower, _, upper = statistics.quantiles([wall for wall, _ in found.no_reuse])
-            made.append(Row(f"{title}.no_reuse", wall, "share"))
-            made.append(Row(f"{title}.no_reuse.spread", upper - lower, "share"))
-            made.append(Row(f"{title}.no_reuse.cpu", cpu, "share"))
+            made.append(Row(f"{title}.no_reuse", dearer(found.no_reuse), "share"))
+            made.append(Row(f"{title}.no_reuse.error", error_of_dearer(found.no_reuse), "share"))
+            made.append(Row(f"{title}.no_reuse.cpu", dearer_in_cpu(found.no_reuse), "share"))
     return made
 
 

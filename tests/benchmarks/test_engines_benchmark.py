@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import engines, serving
 from benchmarks.contestants import LAYOUT, SYSTEMS, Place
-from benchmarks.engines_report import Seen, outcome, plot, rows, to_fastest
+from benchmarks.engines_report import Seen, Spent, Turn, outcome, plot, rows, to_fastest
 from benchmarks.measure import Run
 from benchmarks.serving import Answer, Engine, EngineSetUp, Serving, drop_from_page_cache
 from benchmarks.workloads import WORKLOADS, Sizes
@@ -190,7 +190,8 @@ def answers(seconds: float) -> list[Answer]:
 def seen(ram: float, disk: float, disk_bytes: int) -> Seen:
     cases = {"cold": answers(1.0), "ram": answers(ram), "disk": answers(disk)}
     found = Seen({("documents", case): given for case, given in cases.items()}, {"documents": 3.0}, {"documents": 600}, {"documents": 4.0})
-    found.disk_bytes, found.no_reuse = disk_bytes, [(1.02, 1.1), (1.04, 1.3), (1.03, 1.2)]
+    found.disk_bytes = disk_bytes
+    found.no_reuse = [Turn(Spent([1.0, 2.0 * more], 12.0), Spent([1.0, 1.0], 10.0)) for more in (1.02, 1.06, 1.03)]
     return found
 
 
@@ -205,8 +206,8 @@ def test_kvtier_is_compared_with_the_better_peer_of_each_case_and_with_a_plain_e
     assert made["kvtier-q8.documents.disk.to_peer"].value == pytest.approx(0.6 / 0.3)
     assert made["kvtier-q8.documents.tokens"].value == 150
     assert made["kvtier-q8.disk_bytes"].ratio == pytest.approx(40 / 80)
-    assert made["kvtier-q8.no_reuse"].value == pytest.approx(0.03)
-    assert made["kvtier-q8.no_reuse.spread"].value == pytest.approx(0.02)
+    assert made["kvtier-q8.no_reuse"].value == pytest.approx((1.0 + 2.06) / 2 - 1)
+    assert 0 < made["kvtier-q8.no_reuse.error"].value < 0.04
     assert made["kvtier-q8.no_reuse.cpu"].value == pytest.approx(0.2)
     assert "vllm-fs.documents.ram.to_peer" not in made
 
