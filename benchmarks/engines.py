@@ -25,8 +25,9 @@ find is counted (`.missed`) and left out of their seconds, and of what is compar
   vLLM's tiers and kvtier do what they are told), less 1. Within one engine, because where memory happens to lie makes two of them differ
   by more than this. LMCache's server cannot be told, and takes turns with a plain engine: its row says little. Nobody else is up. At
   least `--repeats` turns, in equal parts after four starts; what counts of the first, the second ... prompt of a turn is its median over
-  all turns. `.no_reuse.error`: one standard error of that, from drawing from the turns again. `.no_reuse.cpu`: the same of CPU seconds,
-  until the system is at rest. The run fails if kvtier does not find one it was to keep, or finds one that it was to pass over.
+  all turns. `.no_reuse.error`: one standard error of that, from drawing from the turns again, as if starts made no difference.
+  `.no_reuse.cpu`: the same of CPU seconds, until the system is at rest. The run fails if kvtier does not find one it was to keep, or finds
+  one that it was to pass over.
 """
 
 from __future__ import annotations
@@ -316,7 +317,7 @@ def check_what_was_kept(plan: Plan, name: str, served: Serving, last: dict[bool,
     served.engine.ask(pushes_others_out, plan.new_tokens, passed_over=True)
     for kept, prompt in last.items():
         cached = served.engine.ask(prompt, plan.new_tokens).cached_tokens
-        if (cached >= len(prompt) // BLOCK_TOKENS * BLOCK_TOKENS // 2) != kept:
+        if cached < len(prompt) // BLOCK_TOKENS * BLOCK_TOKENS // 2 if kept else cached:
             raise KVTierError(
                 f"{name}, {NO_REUSE}: {cached} tokens were found of a prompt of {len(prompt)} that was to be "
                 f"{'kept' if kept else 'passed over'}; the figures would not be of what they say"

@@ -134,11 +134,21 @@ def test_limits_that_are_none_are_taken_as_0_and_the_log_says_so(said, monkeypat
     ]
 
 
-def test_a_request_whose_parameters_are_no_mapping_is_neither_stored_nor_loaded():
+@pytest.mark.parametrize("params", ["none of it", "", [], False])
+def test_a_request_whose_parameters_are_no_mapping_is_neither_stored_nor_loaded(params):
     engine = Engine()
     engine.stored(engine.step(engine.request("a", range(9))))
-    assert engine.side.matched(engine.request("b", range(9), params="none of it"), 0) == 0
-    assert engine.step(engine.request("c", range(50, 59), params="none of it")).stores == []
+    assert engine.side.matched(engine.request("b", range(9), params=params), 0) == 0
+    assert engine.step(engine.request("c", range(50, 59), params=params)).stores == []
+
+
+@pytest.mark.parametrize("params", [None, {}, {"max_offload_tokens": None, "max_load_tokens": None}])
+def test_a_request_that_says_nothing_of_it_has_no_limits(params):
+    engine = Engine()
+    plan = engine.step(engine.request("a", range(9), params=params))
+    assert [job.blocks for job in plan.stores] == [[0, 1]]
+    engine.stored(plan)
+    assert engine.side.matched(engine.request("b", range(9), params=params), 0) == 8
 
 
 def test_a_page_is_found_when_all_workers_have_stored_it():

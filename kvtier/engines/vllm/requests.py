@@ -108,11 +108,11 @@ class Requests:
 
 
 def most_tokens(request: Any, name: str) -> int:
-    """What the request says of `name`, a number of tokens, in its `kv_transfer_params`; very many if it says nothing.
+    """What the request says of `name`, a number of tokens, in its `kv_transfer_params`; very many if it says nothing, or null.
 
     0 for what is no such number, with a warning: vLLM lets no connector refuse a request, and who writes this may not want it kept at all.
     """
-    params = request.kv_transfer_params or {}
+    params = request.kv_transfer_params
     said = params.get(name) if isinstance(params, dict) else params
     if said is None:
         return sys.maxsize
