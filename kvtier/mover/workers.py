@@ -77,9 +77,14 @@ class Workers:
 def _started(workers: int) -> ThreadPoolExecutor:
     started = threading.Barrier(workers + 1)
     executor = ThreadPoolExecutor(workers, thread_name_prefix="kvtier-worker", initializer=_use_one_thread)
-    for _ in range(workers):
-        executor.submit(started.wait)
-    started.wait()
+    try:
+        for _ in range(workers):
+            executor.submit(started.wait)
+        started.wait()
+    except BaseException:  # a program that is told to end now: those that wait would for ever, and it for them
+        started.abort()
+        executor.shutdown(wait=False)
+        raise
     return executor
 
 

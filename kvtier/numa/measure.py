@@ -107,10 +107,14 @@ def on_cpus(cpus: Sequence[int], work: Sequence[Callable[[], object]]) -> float:
             barrier.abort()
 
     threads = [threading.Thread(target=run, args=(task,), name="kvtier-measure") for task in work]
-    for thread in threads:
-        thread.start()
-    with suppress(threading.BrokenBarrierError):  # who broke it is raised below
-        barrier.wait()
+    try:
+        for thread in threads:
+            thread.start()
+        with suppress(threading.BrokenBarrierError):  # who broke it is raised below
+            barrier.wait()
+    except BaseException:  # a program that is told to end now: those that wait would for ever, and it for them
+        barrier.abort()
+        raise
     started = time.perf_counter()
     for thread in threads:
         thread.join()
