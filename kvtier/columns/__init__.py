@@ -131,6 +131,11 @@ NewChain = tuple[TableLoops, RowIndex, Sequence[bytes], bytes, int, int, int, in
 """What `settle` of a policy's loops has to know of a page table, and of the pages that are to settle there: its first arguments."""
 
 
+Exit = tuple[TableLoops, RowIndex, int, bool]
+"""What `give_way` of a policy's loops has to know of a page table and the tier that pages leave: its first arguments. The last says whether
+only pages may leave that have a READY copy in a colder tier."""
+
+
 class OrderLoops(Protocol):
     """Loops over one LRU order's columns and journal, until one of them grows: see `kvtier.policy.recency`."""
 
@@ -149,13 +154,14 @@ class OrderLoops(Protocol):
         What comes before them repeats the first.
         """
 
-    def evict(
-        self, out: Numbers, table: TableLoops, tier: int, head: int, stop: int, tail: int, late: list[tuple[float, int]], /
-    ) -> tuple[int, int] | None:
-        """The next pages that nobody holds in that tier leave into `out`, by the heap `late` and the journal, sorted in [head, stop).
+    def give_way(
+        self, *exit_out_journal_late: *tuple[*Exit, Numbers, int, int, int, float, list[tuple[float, int]]]
+    ) -> tuple[int, int, float, list[int]] | None:
+        """The next pages that nobody holds leave order and table, into the array, by the journal, whose moment `front` is sorted in
+        [head, stop) and which ends at `tail`, and the heap `late`.
 
-        Where the journal's bounds are then; `late` is the heap of now. None: not done, for there are fewer pages than `out` has room
-        for, or many that are held or in the heap.
+        What head, stop and front are then, and the pages' slots, those of the last one first; `late` is the heap of now. None: not done,
+        for there are fewer pages than that, many that are held or in the heap, or one without the colder copy that it needs.
         """
 
     def leaving(self, head: int, stop: int, time: float, keys: Numbers, pages: Numbers, /) -> tuple[int, int]:
@@ -219,10 +225,11 @@ class SpellLoops(Protocol):
     def remember(self, pages: Numbers, /) -> bool:
         """Pages become ghosts. False: not done."""
 
-    def evict(self, out: Numbers, table: TableLoops, tier: int, room: int, now: float, /) -> bool:
-        """The first pages that nobody holds in that tier leave the ranking, into `out`, and become ghosts. `room`: pages in that tier.
+    def give_way(self, *exit_out_room_now: *tuple[*Exit, Numbers, int, float]) -> list[int] | None:
+        """The first pages that nobody holds leave ranking and table, into the array, and become ghosts. `room`: pages in their tier.
 
-        False: not done but for noting the room, for there are fewer, or more that somebody holds come before them.
+        Their slots, those of the last one first. None: not done, for there are fewer, more that somebody holds
+        come before them, or one has not the colder copy that it needs.
         """
 
     def score_all(self) -> None:

@@ -51,33 +51,56 @@ PyObject *table_commit(PyObject *self, PyObject *const *arguments, Py_ssize_t gi
     return PyBool_FromLong(usual);
 }
 
-static PyObject *drop_rows(Burial *burial, const Rows *rows, int64_t tier) {
-    Table *table = burial->table;
-    const int64_t *readers = table->readers + tier * table->cells, *slot = table->slot + tier * table->cells;
-    for (Py_ssize_t i = 0; i < rows->count; i++) {
-        const int64_t row = *row_at(rows, i);
-        if (*state(table, row, tier) == ABSENT || readers[row]) Py_RETURN_NONE;
-    }
+bool exit_open(Exit *exit, PyObject *const *arguments, bool *usual) {
+    bool failed = false;
+    exit->burial = (Burial){.table = table_of(arguments[0])};
+    if (!exit->burial.table || !(exit->burial.index = index_of(arguments[1]))) return false;
+    exit->tier = number_of(arguments[2], &failed);
+    exit->clean = number_of(arguments[3], &failed) != 0;
+    *usual = tier_within(exit->burial.table, exit->tier) && has_sound_counts(exit->burial.table);
+    return !failed;
+}
+
+bool may_leave(const Exit *exit, int64_t page) {
+    const Table *table = exit->burial.table;
+    bool colder = !exit->clean;
+    for (int64_t tier = exit->tier + 1; tier < table->tiers && !colder; tier++) colder = *state(table, page, tier) == READY;
+    return colder && *state(table, page, exit->tier) == READY;
+}
+
+PyObject *slots_of(const Table *table, const Rows *rows, int64_t tier, bool backwards) {
+    const int64_t *slot = table->slot + tier * table->cells;
     PyObject *slots = PyList_New(rows->count);
-    if (!slots) return NULL;
-    for (Py_ssize_t i = 0; i < rows->count; i++) {
+    for (Py_ssize_t i = 0; slots && i < rows->count; i++) {
         PyObject *number = PyLong_FromLongLong(slot[*row_at(rows, i)]);
-        if (!number || PyList_SetItem(slots, i, number)) {
-            Py_DECREF(slots);
-            return NULL;
-        }
+        if (number && !PyList_SetItem(slots, backwards ? rows->count - 1 - i : i, number)) continue;
+        Py_DECREF(slots);
+        return NULL;
     }
+    return slots;
+}
+
+void forget_copies(Burial *burial, const Rows *rows, int64_t tier) {
+    Table *table = burial->table;
     for (Py_ssize_t i = 0; i < rows->count; i++) {
         const int64_t row = *row_at(rows, i);
         *state(table, row, tier) = ABSENT;
         if (!table->copies[row] && table->leases[row]) table->counts[HOLLOW] = 1;
     }
     reap(burial, rows);
-    if (burial->failed) {
-        Py_DECREF(slots);
-        return NULL;
+}
+
+static PyObject *drop_rows(Burial *burial, const Rows *rows, int64_t tier) {
+    const Table *table = burial->table;
+    for (Py_ssize_t i = 0; i < rows->count; i++) {
+        const int64_t row = *row_at(rows, i);
+        if (*state(table, row, tier) == ABSENT || table->readers[tier * table->cells + row]) Py_RETURN_NONE;
     }
-    return slots;
+    PyObject *slots = slots_of(table, rows, tier, false);
+    if (slots) forget_copies(burial, rows, tier);
+    if (!burial->failed) return slots;
+    Py_DECREF(slots);
+    return NULL;
 }
 
 PyObject *table_drop(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {

@@ -1,4 +1,5 @@
-/* Which pages leave a tier: the first that nobody holds, by the columns of the page table that says who does. `LRU.evict`, `A2CR.evict`. */
+/* Which pages leave a tier and the page table at once: the first that nobody holds, by the columns of the table, which say who does.
+   `LRU.give_way`, `A2CR.give_way`. */
 #include "order.h"
 #include "spells.h"
 #include "table.h"
@@ -28,6 +29,7 @@ typedef struct {
     Before *before;
     Py_ssize_t left;
     int64_t head, sorted, tail; /* the journal */
+    bool moved;                 /* to a later moment of it */
     Late *late, *kept;          /* the heap; entries of pages that somebody holds */
     Py_ssize_t waiting, held, room;
 } Departure;
@@ -64,7 +66,10 @@ static bool is_past(const Order *order, int64_t head) {
 /* Into `entry` the next of heap and journal that is alive; false if there is none. */
 static bool next_entry(Order *order, Departure *d, Late *entry) {
     for (;;) {
-        while (d->head == d->sorted && d->sorted < d->tail) order_sort(order, d->sorted, d->tail, &d->head, &d->sorted);
+        while (d->head == d->sorted && d->sorted < d->tail) {
+            order_sort(order, d->sorted, d->tail, &d->head, &d->sorted);
+            d->moved = true;
+        }
         const bool more = d->head < d->sorted;
         if (more) *entry = (Late){order->times[d->head], order->keys[d->head]};
         if (d->waiting && !(more && is_sooner(entry, &d->late[0]))) {
@@ -79,7 +84,8 @@ static bool next_entry(Order *order, Departure *d, Late *entry) {
 }
 
 /* The page whose turn is next, -1 if there is none: those with children wait for them, those that somebody holds for another time. */
-static int64_t next_in_turn(Order *order, const Table *table, int64_t tier, Departure *d) {
+static int64_t next_in_turn(Order *order, const Exit *exit, Departure *d) {
+    const Table *table = exit->burial.table;
     Late entry;
     while (next_entry(order, d, &entry)) {
         const int64_t page = entry.key & PAGE_MASK;
@@ -87,8 +93,8 @@ static int64_t next_in_turn(Order *order, const Table *table, int64_t tier, Depa
             order->unqueued[page] = 1;
         } else if (page >= table->rows) {
             return -1;
-        } else if (!is_held(table, page, tier)) {
-            return page;
+        } else if (!is_held(table, page, exit->tier)) {
+            return may_leave(exit, page) ? page : -1;
         } else {
             if (d->held == d->room) return -1;
             d->kept[d->held++] = entry;
@@ -166,31 +172,45 @@ static bool tell_late(const Departure *d, PyObject *late) {
     return made;
 }
 
-PyObject *order_evict(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    if (expect_arguments("evict(out, table, tier, head, sorted, tail, late)", given, 7)) return NULL;
-    Order *order = (Order *)self;
-    const Table *table = table_of(arguments[1]);
-    bool failed = !table;
-    const int64_t tier = failed ? 0 : number_of(arguments[2], &failed);
-    Departure d = {0};
-    int64_t *const places[] = {&d.head, &d.sorted, &d.tail};
-    for (int i = 0; i < 3 && !failed; i++) *places[i] = order_place(order, arguments[3 + i], &failed);
-    Rows out;
-    if (failed || !rows_open(&out, arguments[0], true)) return NULL;
-    d.leaving = &out;
-    bool usual = departure_open(&d, arguments[6]) && tier_within(table, tier) && d.head <= d.sorted && d.sorted <= d.tail && d.waiting <= MOST_LATE;
-    while (usual && d.left < out.count) {
-        const int64_t page = next_in_turn(order, table, tier, &d);
+/* Whether as many pages as are wanted left the order. */
+static bool leave_in_turn(Order *order, const Exit *exit, Departure *d) {
+    bool usual = d->head <= d->sorted && d->sorted <= d->tail && d->waiting <= MOST_LATE;
+    while (usual && d->left < d->leaving->count) {
+        const int64_t page = next_in_turn(order, exit, d);
         usual = page >= 0;
-        if (usual) depart(order, &d, page);
+        if (usual) depart(order, d, page);
     }
-    while (usual && d.held > 0) push_late(&d, d.kept[--d.held]);
-    usual = usual && tell_late(&d, arguments[6]);
-    if (!usual) come_back(order, &d);
-    while (usual && d.head < d.sorted && is_past(order, d.head)) d.head++;
+    while (usual && d->held > 0) push_late(d, d->kept[--d->held]);
+    return usual;
+}
+
+PyObject *order_give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    if (expect_arguments("give_way(table, row_of, tier, clean, out, head, sorted, tail, front, late)", given, 10)) return NULL;
+    Order *order = (Order *)self;
+    Exit exit;
+    Departure d = {0};
+    bool usual, failed = !exit_open(&exit, arguments, &usual);
+    int64_t *const places[] = {&d.head, &d.sorted, &d.tail};
+    for (int i = 0; i < 3 && !failed; i++) *places[i] = order_place(order, arguments[5 + i], &failed);
+    double front = failed ? 0.0 : real_of(arguments[8], &failed);
+    Rows out;
+    if (failed || !rows_open(&out, arguments[4], true)) return NULL;
+    d.leaving = &out;
+    PyObject *slots = NULL;
+    usual = departure_open(&d, arguments[9]) && usual && leave_in_turn(order, &exit, &d);
+    if (usual) slots = slots_of(exit.burial.table, &out, exit.tier, true);
+    if (slots && !tell_late(&d, arguments[9])) Py_CLEAR(slots);
+    if (slots) {
+        while (d.head < d.sorted && is_past(order, d.head)) d.head++;
+        if (d.moved) front = order->times[d.sorted - 1];
+        forget_copies(&exit.burial, &out, exit.tier);
+    } else {
+        come_back(order, &d);
+    }
     departure_close(&d);
     rows_close(&out);
-    if (usual) return Py_BuildValue("(LL)", (long long)d.head, (long long)d.sorted);
+    if (exit.burial.failed) Py_CLEAR(slots);
+    if (slots) return Py_BuildValue("(LLdN)", (long long)d.head, (long long)d.sorted, front, slots);
     return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
@@ -203,29 +223,33 @@ typedef struct {
 } Choice;
 
 /* What will be looked at of the page two before this one, which is its turn soon if a request leaves from its end: fetched meanwhile. */
-static void fetch_ahead(const Spells *s, const Table *table, int64_t tier, int64_t page) {
+static void fetch_ahead(const Spells *s, const Exit *exit, int64_t page) {
     const Ranking *r = s->ranking;
+    const Table *table = exit->burial.table;
     const Py_ssize_t next = ranking_cell(r, r->parent[page]), later = ranking_cell(r, r->parent[next]);
     if (later >= table->rows) return;
     const void *const cells[] = {
         &r->here[later], &r->parent[later], &r->children[later], &r->depth[later], &r->place[later], &r->last[later], &r->score[later],
         &s->scored[later], &s->name[later], &s->facts[later * FACTS], &s->facts[later * FACTS + FACTS - 1],
-        &table->copies[later], &table->leases[later], &table->readers[tier * table->cells + later],
+        &table->copies[later], &table->leases[later], &table->readers[exit->tier * table->cells + later],
     };
     for (size_t i = 0; i < sizeof cells / sizeof *cells; i++) __builtin_prefetch(cells[i]);
 }
 
 /* Whether as many pages as are wanted left the queue, and no more than these had to be passed over. */
-static bool choose(const Spells *s, const Table *table, int64_t tier, Choice *choice) {
+static bool choose(const Spells *s, const Exit *exit, Choice *choice) {
     Ranking *r = s->ranking;
+    const Table *table = exit->burial.table;
     const Py_ssize_t wanted = choice->leaving->count;
     while (choice->left < wanted && choice->passed <= wanted) {
         const int64_t page = ranking_first(r);
         if (page < 0 || page >= table->rows) return false;
-        fetch_ahead(s, table, tier, page);
-        if (is_held(table, page, tier)) {
+        fetch_ahead(s, exit, page);
+        if (is_held(table, page, exit->tier)) {
             choice->kept[choice->passed++] = page;
             ranking_unqueue(r, page);
+        } else if (!may_leave(exit, page)) {
+            return false;
         } else {
             *row_at(choice->leaving, choice->left++) = page;
             ranking_leave_first(r, page);
@@ -234,27 +258,29 @@ static bool choose(const Spells *s, const Table *table, int64_t tier, Choice *ch
     return choice->left == wanted;
 }
 
-PyObject *evict(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    if (expect_arguments("evict(out, table, tier, room, now)", given, 5)) return NULL;
+PyObject *give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    if (expect_arguments("give_way(table, row_of, tier, clean, out, room, now)", given, 7)) return NULL;
     Spells *s = (Spells *)self;
-    const Table *table = table_of(arguments[1]);
-    bool failed = !table;
-    const int64_t tier = failed ? 0 : number_of(arguments[2], &failed);
-    const int64_t room = failed ? 0 : number_of(arguments[3], &failed);
-    const double time = failed ? 0.0 : later_of(s, real_of(arguments[4], &failed));
+    Exit exit;
+    bool usual, failed = !exit_open(&exit, arguments, &usual);
+    const int64_t room = failed ? 0 : number_of(arguments[5], &failed);
+    const double time = failed ? 0.0 : later_of(s, real_of(arguments[6], &failed));
     Rows out;
-    if (failed || !rows_open(&out, arguments[0], true)) return NULL;
+    if (failed || !rows_open(&out, arguments[4], true)) return NULL;
     Py_ssize_t *cells = malloc(sizeof *cells * (size_t)(2 * out.count + 1));
     Choice choice = {.leaving = &out, .kept = cells};
-    s->guard[ROOM] = room;
-    const bool usual = cells && tier_within(table, tier) && choose(s, table, tier, &choice);
-    while (!usual && choice.left > 0) ranking_come(s->ranking, *row_at(&out, --choice.left));
+    PyObject *slots = NULL;
+    usual = cells && usual && choose(s, &exit, &choice);
+    if (usual) slots = slots_of(exit.burial.table, &out, exit.tier, true);
+    while (!slots && choice.left > 0) ranking_come(s->ranking, *row_at(&out, --choice.left));
     while (choice.passed > 0) ranking_enqueue(s->ranking, choice.kept[--choice.passed]);
-    if (usual) {
+    if (slots) {
         become_ghosts(s, &out, cells);
-        s->clock[LATEST] = time;
+        s->guard[ROOM] = room, s->clock[LATEST] = time;
+        forget_copies(&exit.burial, &out, exit.tier);
     }
     free(cells);
     rows_close(&out);
-    return PyBool_FromLong(usual);
+    if (exit.burial.failed) Py_CLEAR(slots);
+    return slots || PyErr_Occurred() ? slots : Py_NewRef(Py_None);
 }

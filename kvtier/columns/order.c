@@ -281,7 +281,7 @@ static PyObject *leave(PyObject *self, PyObject *array) {
 static PyMethodDef methods[] = {
     {"arrive", FAST(arrive), NULL}, {"queue", FAST(queue), NULL},     {"moment", FAST(moment), NULL}, {"leaving", FAST(leaving), NULL},
     {"chain", FAST(chain), NULL}, {"step_over", step_over, METH_O, NULL}, {"leave", leave, METH_O, NULL},
-    {"settle", FAST(order_settle), NULL}, {"evict", FAST(order_evict), NULL}, {NULL, NULL, 0, NULL},
+    {"settle", FAST(order_settle), NULL}, {"give_way", FAST(order_give_way), NULL}, {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot slots[] = {

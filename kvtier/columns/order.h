@@ -46,4 +46,4 @@ void order_sort(Order *order, int64_t start, int64_t tail, int64_t *head, int64_
 /* -- settling.c, leaving.c -- */
 
 PyObject *order_settle(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
-PyObject *order_evict(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *order_give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t given);

@@ -3,9 +3,11 @@
 
 static bool has_key(const Table *table, int64_t row) { return table->key[row] && table->key[row] != Py_None; }
 
-/* A row is on the free list from now on; its key leads nowhere. */
+/* A row is on the free list from now on; its key leads nowhere. Its parent's key is let go of now, and not when the row is used again: that
+   page mostly leaves next. */
 static void give_up(Table *table, int64_t row) {
     set_object(&table->key[row], Py_None);
+    set_object(&table->parent_key[row], Py_None);
     table->used[row] = table->open[row] = 0;
     if (table->counts[UNUSED] < table->rows) table->free[table->counts[UNUSED]++] = row;
 }

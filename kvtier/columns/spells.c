@@ -105,7 +105,7 @@ static PyObject *spells_new(PyTypeObject *type, PyObject *arguments, PyObject *n
 
 static PyMethodDef methods[] = {
     {"touch", FAST(touch), NULL}, {"insert", FAST(insert), NULL}, {"remember", remember, METH_O, NULL},
-    {"settle", FAST(settle), NULL}, {"evict", FAST(evict), NULL}, {"score_all", score_all, METH_NOARGS, NULL}, {NULL, NULL, 0, NULL},
+    {"settle", FAST(settle), NULL}, {"give_way", FAST(give_way), NULL}, {"score_all", score_all, METH_NOARGS, NULL}, {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot slots[] = {

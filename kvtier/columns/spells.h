@@ -113,4 +113,4 @@ PyObject *settle(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 
 /* -- leaving.c -- */
 
-PyObject *evict(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t given);

@@ -126,6 +126,25 @@ void reap(Burial *burial, const Rows *rows);
 
 /* -- copies.c -- */
 
+/* A tier that pages leave; `clean`: only pages do that have a READY copy in a colder one. */
+typedef struct {
+    Burial burial;
+    int64_t tier;
+    bool clean;
+} Exit;
+
+/* The arguments (table, row_of, tier, clean); false with an exception if they are something else. `*usual`: the table has such a tier. */
+bool exit_open(Exit *exit, PyObject *const *arguments, bool *usual);
+
+/* Whether a page that nobody holds may leave. */
+bool may_leave(const Exit *exit, int64_t page);
+
+/* The slots of these copies, those of the last row first if `backwards`: a list; NULL with an exception. */
+PyObject *slots_of(const Table *table, const Rows *rows, int64_t tier, bool backwards);
+
+/* These copies, which nobody reads, are no more, and neither are rows of which nothing is left. */
+void forget_copies(Burial *burial, const Rows *rows, int64_t tier);
+
 PyObject *table_begin(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 PyObject *table_settle(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 PyObject *table_commit(PyObject *self, PyObject *const *arguments, Py_ssize_t given);

@@ -189,7 +189,7 @@ class PageRows(PageColumns):
         for key in self.key[rows].tolist():
             if key is not None:
                 del self._row_of[key]
-        self.key[rows] = _NO_KEY
+        self.key[rows] = self.parent_key[rows] = _NO_KEY
         self.parent[rows] = _NO_ROW
         self._used[rows] = _FALSE
         self._open[rows] = _FALSE

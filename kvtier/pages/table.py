@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtier.columns import WHOLE, NewChain
+from kvtier.columns import WHOLE, Exit, NewChain
 from kvtier.errors import IntegrityError
 from kvtier.keys import PageKey
 from kvtier.pages.columns import ABSENT, MOST_TIERS, NO_ROW, NO_TIER, READY, SIZE, WRITING, Rows
@@ -212,6 +212,13 @@ class PageTable(PageRows):
         freed: list[int] = self.slot[tier][rows].tolist()
         self._reap(rows)
         return freed
+
+    def exit(self, tier: int) -> Exit | None:
+        """What compiled loops of others must know to `drop` copies in a tier that have another one below it, if there is a tier below; None
+        without loops."""
+        if (loops := self.loops) is None:
+            return None
+        return loops, self._row_of, tier, tier < self.tiers - 1
 
     def hold(self, rows: Rows | Sequence[int], tier: int) -> None:
         """A transfer reads these copies: they may not be dropped until `unhold`."""

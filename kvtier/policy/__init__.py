@@ -8,7 +8,7 @@ from kvtier.errors import ConfigError
 from kvtier.policy.a2cr import A2CR
 from kvtier.policy.a2cr_classic import A2CRClassic, A2CRParameters
 from kvtier.policy.arc import ARC
-from kvtier.policy.base import ROOT, EvictionPolicy, Holders, Mask, Names, Pages, Protection, TableProtection, by_id, nothing_protected
+from kvtier.policy.base import ROOT, EvictionPolicy, Mask, Names, Pages, Protection, by_id, nothing_protected
 from kvtier.policy.depth_discounted import DepthDiscounted
 from kvtier.policy.fifo import FIFO
 from kvtier.policy.gdsf import GDSF, LFUDA
@@ -69,7 +69,6 @@ __all__ = [
     "DepthDiscounted",
     "EvictionPolicy",
     "Ghosts",
-    "Holders",
     "InCacheLFU",
     "Marconi",
     "Mask",
@@ -81,7 +80,6 @@ __all__ = [
     "QueuedPolicy",
     "ReuseProbability",
     "SmoothedPressure",
-    "TableProtection",
     "WTinyLFU",
     "by_id",
     "make_policy",

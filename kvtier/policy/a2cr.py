@@ -18,10 +18,10 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtier.columns import WHOLE
+from kvtier.columns import WHOLE, Exit
 from kvtier.errors import IntegrityError
 from kvtier.policy.ages import EDGES, age_bins
-from kvtier.policy.base import Mask, Pages, Protection, TableProtection
+from kvtier.policy.base import Mask, Pages, Protection
 from kvtier.policy.guard import ROOM
 from kvtier.policy.kinds import ATTENTION
 from kvtier.policy.spells import CALL_NUMBER, KIND, USES, Spells
@@ -50,6 +50,31 @@ class A2CR(Spells):
         self._mean_attention = math.nan
 
     def evict(self, count: int, protected: Protection, now: float, pressure: float) -> Pages | None:
+        self._prepare(now)
+        self._guard.state[ROOM] = self._ranking.count
+        taken = self._ranking.take(count, protected)
+        if taken is None:
+            return None
+        self._note(now)
+        self._remember(taken)
+        self._left += count
+        return taken
+
+    def give_way(self, count: int, exit: Exit, now: float) -> tuple[Pages, list[int]] | None:
+        self._prepare(now)
+        held = self._ranking.count
+        if self._loops is None or not 0 < count <= held:
+            return None
+        pages = np.empty(count, WHOLE)
+        slots = self._loops.give_way(*exit, pages, held, now)
+        if slots is None:
+            return None
+        self._ranking.count = held - count
+        self._left += count
+        return pages, slots
+
+    def _prepare(self, now: float) -> None:
+        """Pages are to leave: scores are as new as they have to be, and what is remembered has the room that it needs."""
         held = self._ranking.count
         if self._left * RESCORED_SHARE >= held:
             self._score_all(max(now, self._latest))
@@ -58,21 +83,6 @@ class A2CR(Spells):
             self._memory.fit(held)
             self._guard.fit(held, int(self._counts[CALL_NUMBER]))
             self._fit_loops()
-        loops, holders = self._loops, protected.holders if isinstance(protected, TableProtection) else None
-        if loops is not None and holders is not None and 0 < count <= held:
-            victims = np.empty(count, WHOLE)
-            if loops.evict(victims, *holders, held, now):
-                self._ranking.count = held - count
-                self._left += count
-                return victims
-        self._guard.state[ROOM] = held
-        taken = self._ranking.take(count, protected)
-        if taken is None:
-            return None
-        self._note(now)
-        self._remember(taken)
-        self._left += count
-        return taken
 
     def peek(self, count: int, protected: Protection, now: float, pressure: float) -> Pages:
         if self._left * RESCORED_SHARE >= self._ranking.count:

@@ -31,25 +31,6 @@ Protection = Callable[[Pages], Mask]
 about pages that would be leaves once those asked about before them are gone. Not all of them need to leave in the end."""
 
 
-Holders = tuple[columns.TableLoops, int]
-"""A table's loops and a tier: those who hold pages there."""
-
-
-class TableProtection:
-    """A `Protection` that may follow from the columns of a page table alone: compiled loops then look there and need not ask.
-
-    No `ABC`, which takes a fifth of a microsecond to tell what is an instance of it: policies ask that at every eviction.
-    """
-
-    __slots__ = ("holders",)
-    holders: Holders | None
-    """Where to look, if no pages may not leave but those that `TableLoops.protect` names in that tier; else None."""
-
-    @abstractmethod
-    def __call__(self, pages: Pages) -> Mask:
-        """Which of these pages may not leave."""
-
-
 Names = Callable[[Pages], Pages]
 """What pages are called for as long as anybody could remember them, int64 `[n]`: equal content, equal name, whatever the id."""
 
@@ -74,10 +55,11 @@ class EvictionPolicy(ABC):
     name: str
 
     def __init_subclass__(cls) -> None:
-        """A policy with an `insert` of its own hears of all pages there, unless it has a `settle` of its own, too."""
+        """A policy with an `insert` of its own hears of all pages there, unless it has a `settle` of its own, too; so with `evict`."""
         super().__init_subclass__()
-        if "insert" in cls.__dict__ and "settle" not in cls.__dict__:
-            setattr(cls, "settle", EvictionPolicy.settle)  # noqa: B010 - a method is not assigned, says the type checker
+        for usual, at_once in (("insert", "settle"), ("evict", "give_way")):
+            if usual in cls.__dict__ and at_once not in cls.__dict__:
+                setattr(cls, at_once, getattr(EvictionPolicy, at_once))
 
     def __init__(self) -> None:
         self.names: Names = by_id
@@ -115,6 +97,14 @@ class EvictionPolicy(ABC):
         A parent may follow its last child within one call. Cost grows with `count` and with the protected pages met, never with the
         number of pages. ValueError for a negative count.
         """
+
+    def give_way(self, count: int, exit: columns.Exit, now: float) -> tuple[Pages, list[int]] | None:
+        """`evict` `count` pages that nobody holds and drop their copies from the page table, in one step.
+
+        These pages, and the slots of their copies in the tier, those of the last page first. None, and nothing done in either, where
+        that takes two: without compiled loops that know both, or if one finds anything unusual.
+        """
+        return None
 
     @abstractmethod
     def peek(self, count: int, protected: Protection, now: float, pressure: float) -> Pages:

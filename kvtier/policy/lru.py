@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtier import columns
-from kvtier.policy.base import ROOT, Mask, Pages, Protection, TableProtection
+from kvtier.policy.base import ROOT, Mask, Pages, Protection
 from kvtier.policy.recency import PAGE_MASK, Entry, Recency
 
 LAST = (math.inf, 0)
@@ -74,43 +74,33 @@ class LRU(Recency):
     def evict(self, count: int, protected: Protection, now: float, pressure: float) -> Pages | None:
         if count > self._count:
             return None
-        victims = self._take_first(count, protected)
-        if victims is None:
-            choice = self._choose(count, protected)
-            if choice.wanted:
-                self._put_back(choice)
-                return None
-            for entry in choice.passed:
-                heappush(self._late, entry)
-            self._skip_past()
-            victims = choice.pages
+        choice = self._choose(count, protected)
+        if choice.wanted:
+            self._put_back(choice)
+            return None
+        for entry in choice.passed:
+            heappush(self._late, entry)
+        self._skip_past()
         self._note(now)
-        return victims
+        return choice.pages
+
+    def give_way(self, count: int, exit: columns.Exit, now: float) -> tuple[Pages, list[int]] | None:
+        if self._loops is None or not 0 < count <= self._count:
+            return None
+        pages = np.empty(count, columns.WHOLE)
+        given = self._loops.give_way(*exit, pages, self._head, self._sorted, self._tail, self._front, self._late)
+        if given is None:
+            return None
+        self._head, self._sorted, self._front, slots = given
+        self._count -= count
+        self._sweep_if_wasteful()
+        self._note(now)
+        return pages, slots
 
     def peek(self, count: int, protected: Protection, now: float, pressure: float) -> Pages:
         choice = self._choose(count, protected)
         self._put_back(choice)
         return choice.pages
-
-    def _take_first(self, count: int, protected: Protection) -> Pages | None:
-        """The next `count` pages leave, in one compiled call that looks into the table for those that somebody holds.
-
-        None, and nothing done, where there are no such loops or table, or there is anything unusual.
-        """
-        holders = protected.holders if isinstance(protected, TableProtection) else None
-        if self._loops is None or holders is None or count < 1:
-            return None
-        victims = np.empty(count, columns.WHOLE)
-        bounds = self._loops.evict(victims, *holders, self._head, self._sorted, self._tail, self._late)
-        if bounds is None:
-            return None
-        self._head, stop = bounds
-        if stop != self._sorted:
-            self._sorted = stop
-            self._set_front(float(self._times[stop - 1]))
-        self._count -= count
-        self._sweep_if_wasteful()
-        return victims
 
     def _skip_past(self) -> None:
         """The journal's next entry is alive, if the moment has one."""
@@ -294,6 +284,6 @@ class LRU(Recency):
             self._key[pages] = keys
             self._last[pages] = time
         self._head, self._sorted = choice.head, choice.sorted
-        self._set_front(choice.front)
+        self._front = choice.front
         for entry in choice.popped:
             heappush(self._late, entry)

@@ -60,7 +60,7 @@ class Recency(EvictionPolicy):
         self._times: NDArray[np.float64] = np.empty(SPARE_ENTRIES)
         self._keys: Pages = np.empty(SPARE_ENTRIES, np.int64)
         self._head = self._sorted = self._tail = 0
-        self._set_front(NEVER)
+        self._front = NEVER
         self._late: list[Entry] = []
         self._loops = self.attach()
 
@@ -252,20 +252,18 @@ class Recency(EvictionPolicy):
             self._late = [(time, key) for time, key in late if self._last[key & PAGE_MASK] == time and self._key[key & PAGE_MASK] == key]
             heapify(self._late)
 
-    def _set_front(self, time: float) -> None:
-        self._front, self._front_cell = time, np.array(time)
-
     def _next_moment(self) -> bool:
         """Sort the entries of the journal's next moment; False if there is none. May be done again after going back."""
         while self._head == self._sorted < self._tail:
             start = self._sorted
-            self._set_front(float(self._times[start]))
+            self._front = float(self._times[start])
             if self._loops is not None:
                 self._head, self._sorted = self._loops.moment(start, self._tail)
                 continue
-            self._sorted = start + int(self._times[start : self._tail].searchsorted(self._front_cell, "right"))
+            front = np.array(self._front)
+            self._sorted = start + int(self._times[start : self._tail].searchsorted(front, "right"))
             entries = self._keys[start : self._sorted]
-            alive = self._alive(entries, self._front_cell)
+            alive = self._alive(entries, front)
             if 0 in alive.tobytes():
                 entries = entries[alive]
             entries.sort()

@@ -18,7 +18,7 @@ from kvtier.mover.transfer import Priority
 from kvtier.pages import DEVICE, READY, Rows
 from kvtier.policy import Mask
 from kvtier.residency.opening import SELECTIVE, WRITE_BACK
-from kvtier.residency.protection import Protected
+from kvtier.residency.protection import Protected, is_for_holders_only
 
 if TYPE_CHECKING:
     from kvtier.residency.residency import Residency
@@ -76,19 +76,24 @@ class Eviction:
         residency = self._residency
         if not len(rows):
             return
-        table, heirs = residency.table, rows
+        if tier == DEVICE and residency.hinted.count:
+            residency.metrics.prefetch.wasted += residency.hinted.unmark(rows)
+        if residency.watcher is not None:
+            residency.watcher(residency.table.key[rows].tolist())
+        residency.tiers[tier].free(residency.table.drop(rows, tier))
+        self._dropped(rows, tier, reason)
+
+    def _dropped(self, rows: Rows, tier: int, reason: str) -> None:
+        """Copies of these pages are in `tier` no more. Lock held."""
+        residency = self._residency
+        heirs = rows
         for below in range(tier + 1, residency.last + 1):
             known = residency.policies[below].here(heirs)
             residency.policies[below].touch(heirs[known], residency.clock())
             heirs = heirs[~known]
-        if tier == DEVICE and residency.hinted.count:
-            residency.metrics.prefetch.wasted += residency.hinted.unmark(rows)
         residency.metrics.tiers[tier].evicted[reason] += len(rows)
-        if residency.watcher is not None:
-            residency.watcher(table.key[rows].tolist())
-        residency.tiers[tier].free(table.drop(rows, tier))
         if residency.digests is not None:
-            residency.digests.drop([row for row in rows.tolist() if table.key[row] is None])
+            residency.digests.drop([row for row in rows.tolist() if residency.table.key[row] is None])
 
     def lose(self, rows: Rows, tier: int, reason: str) -> None:
         """`drop`, for want of room: copies without another one are gone, and may turn out to be wanted. Lock held."""
@@ -137,26 +142,45 @@ class Eviction:
         """
         residency = self._residency
         room = residency.tiers[tier]
-        slots = room.reserve(count) if not spare or not count or room.free_slots - count >= spare else None
+        missing = count + spare - room.free_slots
+        slots = room.reserve(count) if missing <= 0 or not count else None
         if slots is not None:
             return slots
-        policy, now, pressure = residency.policies[tier], residency.clock(), residency.smoothed_pressure(tier)
-        missing = max(1, count + spare - room.free_slots)
+        missing, now = max(1, missing), residency.clock()
+        if not hinted and (left := self._give_way(missing, tier, now)) is not None:
+            return room.exchange(left, count)
+        policy, pressure = residency.policies[tier], residency.smoothed_pressure(tier)
         if tier != residency.last:
             with Protected(residency.table, tier, now, hinted) as protected:
                 likely = policy.peek(missing, protected, now, pressure)
             if len(likely) < missing or not self.is_clean(likely, tier).all():
                 return None
-        protected = Protected(residency.table, tier, now, hinted)
-        if protected.notes_children:
-            with protected:
-                victims = policy.evict(missing, protected, now, pressure)
-        else:  # the usual case, which `with` would take longer to enter and leave than all of this took to make
+        with Protected(residency.table, tier, now, hinted) as protected:
             victims = policy.evict(missing, protected, now, pressure)
         if victims is None:
             return None
         self.lose(victims, tier, "room needed")
         return room.reserve(count)
+
+    def _give_way(self, count: int, tier: int, now: float) -> list[int] | None:
+        """`count` pages leave `tier` in one step, where all that can keep one is told by the table's columns: their slots. Lock held.
+
+        None, and nothing done, where it takes more: also for those to whom the keys of pages have to be told that are then gone.
+        """
+        residency, table = self._residency, self._residency.table
+        exit = table.exit(tier)
+        if exit is None or not is_for_holders_only(table, tier, now) or (tier == DEVICE and residency.hinted.count):
+            return None
+        if residency.watcher is not None and tier == residency.last:
+            return None
+        left = residency.policies[tier].give_way(count, exit, now)
+        if left is None:
+            return None
+        rows, slots = left
+        if residency.watcher is not None:
+            residency.watcher(table.key[rows].tolist())
+        self._dropped(rows, tier, "room needed")
+        return slots
 
     async def reserve(
         self, tier: int, count: int, priority: Priority = Priority.DEMAND, within_s: float | None = None, spare: int = 0

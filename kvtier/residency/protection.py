@@ -9,13 +9,23 @@ import numpy as np
 
 from kvtier.pages import ABSENT, NO_TIER, READY, PageTable, Rows
 from kvtier.pages.columns import HOLLOW
-from kvtier.policy import Mask, TableProtection
+from kvtier.policy import Mask
 
 # Without dimensions: with a Python number, NumPy spends longer on finding the type than on a whole request's rows.
 _NOBODY, _ONE, _NO_TIER = np.array(0), np.array(1), np.array(NO_TIER)
 
 
-class Protected(TableProtection):
+def may_keep_parents(table: PageTable, tier: int) -> bool:
+    """Whether the last copy of a page may be in that tier while others build on it."""
+    return tier == table.tiers - 1 and (tier > 0 or bool(table.counts[HOLLOW]))
+
+
+def is_for_holders_only(table: PageTable, tier: int, now: float) -> bool:
+    """Whether no page may be kept in that tier but for those who hold or read it."""
+    return not may_keep_parents(table, tier) and table.pinned_until <= now
+
+
+class Protected:
     """The pages that are leased, being read in `tier`, pinned to it at time `now`, or the last copy of a page that others build on.
 
     With `hinted`, also those that a hint brought up and nobody used yet. A `kvtier.policy.Protection`, to be used within `with`. A page
@@ -29,11 +39,9 @@ class Protected(TableProtection):
         self._table = table
         self._tier = tier
         self._now = now
-        self.notes_children = tier == table.tiers - 1 and (tier > 0 or bool(table.counts[HOLLOW]))
+        self.notes_children = may_keep_parents(table, tier)
         """Whether children that leave are noted in the table, as long as this is entered: they keep their parents else."""
         self._leaving: list[Rows] = []
-        loops = None if hinted or self.notes_children or table.pinned_until > now else table.loops
-        self.holders = None if loops is None else (loops, tier)
 
     def __enter__(self) -> Protected:
         return self

@@ -89,6 +89,11 @@ class Slots(ABC):
         """Give slots back. The copies are gone, also after a restart (of a persistent tier: once `Tier.tidy` ran). IntegrityError, and
         nothing freed, if one of them is not reserved."""
 
+    def exchange(self, slots: list[int], count: int) -> list[int] | None:
+        """`free` these, then `reserve` `count`."""
+        self.free(slots)
+        return self.reserve(count)
+
     @abstractmethod
     def report(self) -> dict[str, object]:
         """What was achieved on this machine (memory locked, pinned, engine in use, ...), for `stats()` and `kvtier doctor`."""

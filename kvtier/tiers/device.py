@@ -93,6 +93,9 @@ class DevicePool(DeviceSlots):
             self._taken[slot] = 0
             self._free.append(slot)
 
+    def exchange(self, slots: list[int], count: int) -> list[int] | None:
+        return slots if len(slots) == count else super().exchange(slots, count)
+
     def memory(self) -> torch.Tensor | None:
         return self._pool
 

@@ -23,6 +23,7 @@ from kvtier.cuda.surface import Accelerator, Addresses, Event, Span, Stream
 from kvtier.errors import ConfigError, DeviceError, IntegrityError, LayoutError
 from kvtier.formats.paged import PagedKV
 from kvtier.layout import PageLayout
+from kvtier.tiers.base import DeviceSlots
 from kvtier.tiers.device import DevicePool
 
 log = logging.getLogger(__name__)
@@ -152,6 +153,9 @@ class GpuPool(DevicePool):
         super().free(slots)
         if self._retired_from < self.capacity_slots:
             self._free = [slot for slot in self._free if slot < self._retired_from]
+
+    def exchange(self, slots: list[int], count: int) -> list[int] | None:
+        return super().exchange(slots, count) if self._retired_from == self.capacity_slots else DeviceSlots.exchange(self, slots, count)
 
     @property
     def bytes_used(self) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 
 from kvtier.pages import PageTable
 from kvtier.pages.columns import HOLLOW
-from kvtier.residency.protection import Protected
+from kvtier.residency.protection import Protected, is_for_holders_only
 from tests.pages.rig import key, page, ready
 
 DEVICE, HOST, LAST = 0, 1, 2
@@ -85,18 +85,14 @@ def test_an_orphan_of_which_only_a_colder_tier_knows_counts_too():
     assert math.isinf(table.pin_until[orphan])
 
 
-def test_loops_may_look_themselves_only_where_nothing_but_holders_is_protected():
-    """At any other time a policy has to ask."""
+def test_holders_alone_keep_pages_only_where_there_are_no_pins_and_no_children():
     table = PageTable(2, 4)
-    with Protected(table, DEVICE, 0.0) as protected:
-        assert protected.holders == (None if table.loops is None else (table.loops, DEVICE))
-    with Protected(table, HOST, 0.0) as coldest, Protected(table, DEVICE, 0.0, hinted=True) as hinted:
-        assert (coldest.holders, hinted.holders) == (None, None)
+    assert is_for_holders_only(table, DEVICE, 0.0)
+    assert not is_for_holders_only(table, HOST, 0.0)
     table.pin(np.array([ready(table, (1,))]), DEVICE, 10.0)
-    with Protected(table, DEVICE, 9.0) as pinned, Protected(table, DEVICE, 10.0) as after:
-        assert pinned.holders is None
-        assert after.holders == (None if table.loops is None else (table.loops, DEVICE))
+    assert not is_for_holders_only(table, DEVICE, 9.0)
+    assert is_for_holders_only(table, DEVICE, 10.0)
     single = PageTable(1, 4)
+    assert is_for_holders_only(single, DEVICE, 0.0)
     single.counts[HOLLOW] = 1
-    with Protected(single, DEVICE, 0.0) as protected:
-        assert protected.holders is None
+    assert not is_for_holders_only(single, DEVICE, 0.0)

@@ -1,5 +1,5 @@
-"""What compiled loops do with page table and policy in one call: an eviction, and pages that a request wrote settling. The twins do it in
-several."""
+"""What compiled loops do with page table and policy in one call: pages that give way, and pages that a request wrote settling. The twins do
+it in several."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvtier.pages import DEVICE, NO_ROW, PageTable, Rows
-from kvtier.policy import ROOT, EvictionPolicy, Mask, nothing_protected
+from kvtier.policy import ROOT, EvictionPolicy, nothing_protected
 from kvtier.residency.protection import Protected
 from tests.columns.rig import ORDERS, Order, PlainTable, needs_loops, table_state
 
@@ -18,21 +18,11 @@ TICKS = (0.0, 1.0)
 """Seconds between a request's calls."""
 
 
-class Asked(Protected):
-    """Whether it was, or the loops looked into the table themselves."""
-
-    asked = False
-
-    def __call__(self, pages: Rows) -> Mask:
-        self.asked = True
-        return super().__call__(pages)
-
-
 @pytest.mark.parametrize("tick", TICKS)
-def test_an_eviction_that_looks_into_the_table_takes_what_one_that_asks_takes(order: Order, tick: float):
+def test_pages_give_way_in_table_and_policy_at_once_as_in_two_steps(order: Order, tick: float):
     """Those that are held are few at first, and in the end most: then there are fewer to take than are wanted."""
-    table, policies, chance = PageTable(1, 1), (order.native(), order.plain()), np.random.default_rng(3)
-    for policy in policies:
+    tables, policies, chance = (PageTable(1, 4), PlainTable(1, 4)), (order.native(), order.plain()), np.random.default_rng(3)
+    for table, policy in zip(tables, policies, strict=True):
         policy.names = table.names
     held: list[np.ndarray[Any, Any]] = []
     chains: list[list[bytes]] = []
@@ -42,39 +32,57 @@ def test_an_eviction_that_looks_into_the_table_takes_what_one_that_asks_takes(or
         now += 1.0
         keys = list(chains[int(chance.integers(max(0, len(chains) - 30), len(chains)))]) if chains and chance.random() < 0.6 else []
         keys = keys[: int(chance.integers(0, len(keys) + 1))]
-        found = table.claim(keys)
+        found = tables[0].claim(keys)
         keys = keys[: len(found)] + [bytes([call % 256, call // 256, place]) * 11 for place in range(int(chance.integers(1, 9)))]
         chains.append(keys)
         if count := len(found):
+            tables[1].claim(keys[:count])
             for policy in policies:
                 policy.touch(found, now)
         before, parent = (keys[count - 1], int(found[-1])) if count else (bytes(32), NO_ROW)
-        rows, (parents, depths, _) = table.settle_chain(keys[count:], before, count, parent, DEVICE, range(len(keys) - count))
         now += tick
-        for policy in policies:
+        for table, policy in zip(tables, policies, strict=True):
+            rows, (parents, depths, _) = table.settle_chain(keys[count:], before, count, parent, DEVICE, range(len(keys) - count))
             policy.insert(rows, parents, depths, now)
         if chance.random() < call / 300:
             held.append(np.concatenate((found, rows)))
         else:
-            table.release(np.concatenate((found, rows)))
+            for table in tables:
+                table.release(np.concatenate((found, rows)))
         if call < 20:
             continue
         wanted = int(chance.integers(1, 16))
-        with (protected := Asked(table, DEVICE, now)):
-            victims = policies[0].evict(wanted, protected, now, 1.0)
-            in_one += not protected.asked
-            again = policies[1].evict(wanted, protected, now, 1.0)
+        left = give_way(tables[0], policies[0], wanted, now)
+        in_one += left is not None
+        again = two_steps(tables[1], policies[1], wanted, now)
+        if left is None:
+            left = two_steps(tables[0], policies[0], wanted, now)
         assert order.state(policies[0]) == order.state(policies[1])
-        assert (victims is None) == (again is None)
-        if victims is not None and again is not None:
-            assert victims.tolist() == again.tolist()
-            assert not table.leases[victims].any()
-            table.drop(victims, DEVICE)
-        taken.append(victims is not None)
+        assert table_state(tables[0]) == table_state(tables[1])
+        assert (left is None) == (again is None)
+        if left is not None and again is not None:
+            assert left[0].tolist() == again[0].tolist()
+            assert left[1] == again[1]
+        taken.append(left is not None)
         policies[0].check_integrity()
     assert held
     assert 0 < sum(taken) < len(taken)
     assert in_one > 25
+
+
+def give_way(table: PageTable, policy: EvictionPolicy, count: int, now: float) -> tuple[Rows, list[int]] | None:
+    """Pages leave in one call, if they can; else None."""
+    exit = table.exit(DEVICE)
+    return None if exit is None else policy.give_way(count, exit, now)
+
+
+def two_steps(table: PageTable, policy: EvictionPolicy, count: int, now: float) -> tuple[Rows, list[int]] | None:
+    """What `give_way` does, in two calls."""
+    with Protected(table, DEVICE, now) as protected:
+        victims = policy.evict(count, protected, now, 1.0)
+    if victims is None:
+        return None
+    return victims, table.drop(victims, DEVICE)[::-1]
 
 
 def settle(table: PageTable, policy: EvictionPolicy, where: tuple[Any, ...], now: float) -> tuple[np.ndarray[Any, Any], bool]:
@@ -175,3 +183,63 @@ def test_pages_that_cannot_settle_in_both_settle_in_neither(order: Order):
     assert settled.tolist() == [2, 3]
     table.check_integrity()
     policy.check_integrity()
+
+
+def everything(order: Order, table: PageTable, policy: EvictionPolicy) -> list[Any]:
+    """What both hold, but for how far LRU's journal is sorted, which may change at any time."""
+    state = order.state(policy)
+    state.pop("journal", None)
+    return [table_state(table), state, policy.peek(9, nothing_protected, 2.0, 1.0).tolist()]
+
+
+def test_pages_without_the_colder_copy_that_they_need_stay_in_both(order: Order):
+    """The last that would leave has one on its way only; then it is there."""
+    table, policy = PageTable(2, 4), order.native()
+    policy.names = table.names
+    rows, (parents, depths, _) = table.settle_chain([bytes([place]) * 32 for place in range(4)], bytes(32), 0, NO_ROW, DEVICE, [4, 5, 6, 7])
+    policy.insert(rows, parents, depths, 1.0)
+    table.release(rows)
+    for row in rows[1:].tolist():
+        table.begin([row], 1, [row])
+    table.commit(rows[2:], 1)
+    assert give_way(table, policy, 3, 2.0) is None  # the room was noted
+    held = everything(order, table, policy)
+    assert give_way(table, policy, 3, 2.0) is None
+    assert everything(order, table, policy) == held
+    table.commit(rows[1:2], 1)
+    left = give_way(table, policy, 3, 2.0)
+    assert left is not None
+    assert (left[0].tolist(), left[1]) == (rows[:0:-1].tolist(), [5, 6, 7])
+    assert table.row(bytes([3]) * 32) == rows[3], "its colder copy keeps the row"
+    assert not table.state[DEVICE][rows[1:]].any()
+    assert len(policy) == 1
+    assert give_way(table, policy, 1, 2.0) is None
+    table.check_integrity()
+    policy.check_integrity()
+
+
+def test_pages_that_cannot_give_way_in_both_stay_in_both(order: Order):
+    table, policy = PageTable(1, 4), order.native()
+    rows, (parents, depths, _) = table.settle_chain([bytes([place]) * 32 for place in range(4)], bytes(32), 0, NO_ROW, DEVICE, range(4))
+    policy.insert(rows, parents, depths, 1.0)
+    table.release(rows)
+    policy.insert(np.array([rows[-1] + 1]), np.array([rows[-1]]), np.array([4]), 1.0)  # of which the table knows nothing
+    exit = table.exit(DEVICE)
+    assert exit is not None
+    with Protected(table, DEVICE, 2.0) as protected:
+        assert policy.evict(9, protected, 2.0, 1.0) is None  # the room was noted
+    held = everything(order, table, policy)
+    for what, count, where in (
+        ("a page that the table does not know", 2, exit),
+        ("more pages than there are", 6, exit),
+        ("no pages", 0, exit),
+        ("no such tier", 1, (*exit[:2], 1, False)),
+        ("a tier below none", 1, (*exit[:2], -1, False)),
+    ):
+        assert policy.give_way(count, where, 2.0) is None, what
+        assert everything(order, table, policy) == held, what
+    wrong: Any
+    for wrong in (("no table", *exit[1:]), (exit[0], {}, *exit[2:]), (*exit[:2], "0", False), (*exit[:3], "clean")):
+        with pytest.raises(TypeError):
+            policy.give_way(1, wrong, 2.0)
+        assert everything(order, table, policy) == held

@@ -111,14 +111,14 @@ def test_loops_refuse_what_is_no_column_no_pages_and_no_place():
     assert native is not None
     room, one = len(policy._keys), np.zeros(1, np.int64)
     pages = PageTable(1, 1)
-    table, chain = pages.loops, pages.new_chain([bytes(32)], bytes(32), 0, ROOT, 0, [0])
-    assert table is not None
+    exit, chain = pages.exit(0), pages.new_chain([bytes(32)], bytes(32), 0, ROOT, 0, [0])
+    assert exit is not None
     assert chain is not None
     for start, stop in ((-1, 1), (0, room + 1), (2**62, 2**62), (-(2**62), 1)):
         for call in (
             lambda a, b: native.moment(a, b),
             lambda a, b: native.leaving(a, b, 1.0, one, one),
-            lambda a, b: native.evict(one, table, 0, a, a, b, []),
+            lambda a, b: native.give_way(*exit, one, a, a, b, 0.0, []),
             lambda a, b: native.settle(*chain, one, b if a >= 0 else a, 1.0),
         ):
             with pytest.raises(ValueError, match="place"):
@@ -126,18 +126,18 @@ def test_loops_refuse_what_is_no_column_no_pages_and_no_place():
     with pytest.raises(ValueError, match="moment"):
         native.moment(2, 2)
     for bounds in ((1, 0, 2), (0, 2, 1)):
-        assert native.evict(one, table, 0, *bounds, []) is None
-    assert native.evict(one, table, 1, 0, 0, 2, []) is None, "the table has no such tier"
+        assert native.give_way(*exit, one, *bounds, 0.0, []) is None
+    assert native.give_way(*exit[:2], 1, False, one, 0, 0, 2, 0.0, []) is None, "the table has no such tier"
     strange: list[Any] = [[0], [()], [(1.0,)], [("1", 1)], [(1.0, 1.5)], ()]
     for heap in strange:
         with pytest.raises(TypeError):
-            native.evict(one, table, 0, 0, 0, 2, heap)
+            native.give_way(*exit, one, 0, 0, 2, 0.0, heap)
     for entry in ((1.0, 2**62), (1.0, -2), (2.0, int(policy._key[1])), (1.0, int(policy._key[0])), (1.0, int(policy._key[1]) + 1)):
         late = [entry]
-        assert native.evict(one, table, 0, 0, 0, 0, late) is None, "no entry of a page, or one that has children"
+        assert native.give_way(*exit, one, 0, 0, 0, 0.0, late) is None, "no entry of a page, or one that has children"
         assert late == [entry]
     with pytest.raises(TypeError, match="table's loops"):
-        native.evict(one, native, 0, 0, 0, 2, [])  # type: ignore[arg-type]
+        native.give_way(native, *exit[1:], one, 0, 0, 2, 0.0, [])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="room"):
         native.leaving(0, 2, 1.0, one, np.zeros(2, np.int64))
     with pytest.raises(TypeError):
@@ -165,4 +165,7 @@ def test_a_journal_that_went_wrong_leads_nowhere():
     table.settle_chain([bytes([place]) * 32 for place in range(2)], bytes(32), 0, ROOT, 0, range(2))
     table.leases[:] = 0
     policy._keys[:2] = 2**40 - 1, 1
+    exit = table.exit(0)
+    assert exit is not None
+    assert policy.give_way(2, exit, 2.0) is None
     assert policy.evict(2, Protected(table, 0, 2.0), 2.0, 0.5) is None

@@ -123,12 +123,12 @@ def test_loops_refuse_columns_that_do_not_fit_and_rows_that_are_not_there():
     spells.score_all()
     policy._ranking._queued[0] = 10**9
     spells.score_all()
-    table = PageTable(1, 1).loops
-    assert table is not None
-    assert not spells.evict(np.zeros(1, np.int64), table, 1, 2, 1.0), "the table has no such tier"
+    exit = PageTable(1, 1).exit(0)
+    assert exit is not None
+    assert spells.give_way(*exit[:2], 1, False, np.zeros(1, np.int64), 2, 1.0) is None, "the table has no such tier"
     with pytest.raises(TypeError, match="table's loops"):
-        spells.evict(np.zeros(1, np.int64), ranked, 0, 2, 1.0)  # type: ignore[arg-type]
-    spells.evict(np.zeros(4, np.int64), table, 0, 2, 1.0)
+        spells.give_way(ranked, *exit[1:], np.zeros(1, np.int64), 2, 1.0)  # type: ignore[arg-type]
+    assert spells.give_way(*exit, np.zeros(4, np.int64), 2, 1.0) is None
     ranked.pop(np.zeros(4, np.int64))
     ranked.rescored(np.array([1]))
 

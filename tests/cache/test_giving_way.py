@@ -1,0 +1,110 @@
+"""Room that is had in one step, where compiled loops choose the pages and drop their copies: what others have to know they still hear."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from kvtier.keys import PageKey
+from kvtier.policy import A2CR, LRU, nothing_protected
+from tests.cache.rig import DEVICE, HOST, counters, hold, make_cache, put, run, tiers_of
+from tests.columns.rig import needs_loops
+
+
+@pytest.fixture(params=["lru", "a2cr"])
+def policy(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def in_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pages left each time that took more than one step."""
+    taken: list[int] = []
+
+    def watch(kind: type[LRU] | type[A2CR]) -> None:
+        evict = kind.evict
+
+        def noted(self, count, protected, now, pressure):
+            taken.append(count)
+            return evict(self, count, protected, now, pressure)
+
+        monkeypatch.setattr(kind, "evict", noted)
+
+    watch(LRU)
+    watch(A2CR)
+    return taken
+
+
+@needs_loops
+def test_a_full_device_tier_gives_way_in_one_step(policy: str, in_steps: list[int]):
+    with make_cache(device_pages=8, host_pages=None, policy__name=policy) as cache:
+        for request in range(4):
+            put(cache, run(request, 3))
+        assert not in_steps
+        assert [len(cache.lookup(run(request, 3)).keys) for request in range(4)] == [0, 2, 3, 3]
+        assert counters(cache)["tiers"]["device"]["evicted"] == {"room needed": 4}
+        cache.check_integrity()
+
+
+@needs_loops
+def test_pages_give_way_whose_colder_copies_inherit_their_use(policy: str, in_steps: list[int]):
+    """The host has both copies for as long; those whose device copies left last were used last there."""
+    with make_cache(device_pages=4, host_pages=8, policy__name=policy, host__write_policy="write_through") as cache:
+        put(cache, run(1, 2))
+        put(cache, run(2, 2))
+        cache.settle(20)
+        older, newer = cache.lookup(run(1, 2)).keys, cache.lookup(run(2, 2)).keys
+        hold(cache, run(2, 2)).release()
+        heard: list[Sequence[PageKey | None]] = []
+        cache._residency.watcher = heard.append
+        put(cache, run(3, 2))
+        cache.settle(20)
+        assert not in_steps
+        assert heard[0] == list(older[::-1])
+        assert tiers_of(cache, run(1, 2)) == [{HOST}] * 2
+        assert tiers_of(cache, run(2, 2)) == [{DEVICE, HOST}] * 2
+        with cache._residency.lock:
+            next_out = cache._residency.policies[HOST].peek(2, nothing_protected, cache._residency.clock(), 1.0)
+            assert cache._residency.table.key[next_out].tolist() == list(newer[::-1])
+        cache.check_integrity()
+
+
+def test_what_a_hint_brought_up_in_vain_is_counted_when_it_gives_way(policy: str):
+    with make_cache(device_pages=4, host_pages=16, policy__name=policy, host__write_policy="write_through") as cache:
+        for request in range(1, 4):
+            put(cache, run(request, 2))
+            cache.settle(20)
+        assert tiers_of(cache, run(1, 2)) == [{HOST}] * 2
+        assert cache.prefetch(run(1, 2)).wait(20)
+        cache.settle(20)
+        put(cache, run(4, 4))
+        cache.settle(20)
+        assert tiers_of(cache, run(1, 2)) == [{HOST}] * 2
+        assert counters(cache)["prefetch"]["wasted"] == 2
+
+
+@needs_loops
+def test_whoever_wants_to_hear_what_is_gone_hears_it_by_its_key(policy: str):
+    with make_cache(device_pages=4, host_pages=None, policy__name=policy) as cache:
+        put(cache, run(1, 4))
+        keys = cache.lookup(run(1, 4)).keys
+        heard: list[Sequence[PageKey | None]] = []
+        cache._residency.watcher = heard.append
+        put(cache, run(2, 3))
+        assert heard[0] == list(keys[:0:-1])
+
+
+@needs_loops
+@pytest.mark.parametrize("spare", [0, 1, 3])
+def test_as_many_slots_stay_free_as_others_need(policy: str, spare: int):
+    with make_cache(device_pages=8, host_pages=None, policy__name=policy) as cache:
+        put(cache, run(1, 7))
+        eviction, device = cache._residency.eviction, cache._residency.device
+        with cache._residency.lock:
+            slots = eviction.reserve_now(DEVICE, 3, spare=spare)
+            assert slots is not None
+            assert len(set(slots)) == 3
+            assert device.free_slots == spare
+            device.free(slots)
+        cache.check_integrity()
