@@ -2,38 +2,37 @@
 #include "spells.h"
 
 #include <stdlib.h>
-#include <string.h>
+enum { AHEAD = 16 }; /* cells are fetched so many pages before their turn */
 
-Py_ssize_t find_ghost(const Spells *s, int64_t name) {
-    const Py_ssize_t first = first_cell(s, name);
-    for (int way = 0; way < 2; way++) {
-        const Py_ssize_t cell = first ^ way;
-        if (s->cell_name[cell] == name && s->cell_last[cell] != -INFINITY) return cell;
-    }
-    return -1;
-}
+static Py_ssize_t cell_of_page(const Spells *s, int64_t page) { return first_cell(s, facts_of(s, page)[NAME]); }
 
 /* Of the two cells of a page's name the one to write: that of the other page which was used longer ago. */
 static Py_ssize_t cell_to_write(const Spells *s, int64_t page) {
-    const Py_ssize_t cell = first_cell(s, s->name[page]), other = cell ^ 1;
-    return s->cell_last[other] < s->cell_last[cell] ? other : cell;
+    const Py_ssize_t cell = cell_of_page(s, page), other = cell ^ 1;
+    return s->ghosts[other].last < s->ghosts[cell].last ? other : cell;
+}
+
+/* Two facts as one word: a larger one, which is taken for the most that it can be there beyond that, and what is in the bits below. */
+static int64_t word(int64_t large, int64_t small) {
+    const int64_t most = INT64_MAX >> LOW_BITS;
+    return (int64_t)((uint64_t)(large < most ? large : most) << LOW_BITS) | small;
+}
+
+static Ghost ghost_of(const Spells *s, int64_t page) {
+    const int64_t *facts = facts_of(s, page), uses = facts[USES] < MOST_USES_OF_GHOST ? facts[USES] : MOST_USES_OF_GHOST;
+    const int64_t rest = (int64_t)((uint64_t)uses << BYTE_BITS) | facts[GENERATION];
+    return (Ghost){facts[NAME], s->ranking->last[page], word(facts[CALL], facts[KIND]), word(facts[COHORT], rest)};
 }
 
 void become_ghosts(Spells *s, const Rows *pages, Py_ssize_t *cells) {
-    for (Py_ssize_t i = 0; i < pages->count; i++) __builtin_prefetch(s->cell_last + first_cell(s, s->name[*row_at(pages, i)]));
+    const Py_ssize_t count = pages->count;
+    for (Py_ssize_t i = 0; i < AHEAD && i < count; i++) __builtin_prefetch(&s->ghosts[cell_of_page(s, *row_at(pages, i))], 1);
     /* All are chosen by the times as they were before any of these pages left. */
-    for (Py_ssize_t i = 0; i < pages->count; i++) {
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (i + AHEAD < count) __builtin_prefetch(&s->ghosts[cell_of_page(s, *row_at(pages, i + AHEAD))], 1);
         cells[i] = cell_to_write(s, *row_at(pages, i));
-        __builtin_prefetch(&s->cell_name[cells[i]], 1);
-        __builtin_prefetch(&s->cell_facts[cells[i] * FACTS], 1);
-        __builtin_prefetch(&s->cell_facts[cells[i] * FACTS + FACTS - 1], 1);
     }
-    for (Py_ssize_t i = 0; i < pages->count; i++) {
-        const int64_t page = *row_at(pages, i);
-        s->cell_name[cells[i]] = s->name[page];
-        s->cell_last[cells[i]] = s->ranking->last[page];
-        memcpy(s->cell_facts + cells[i] * FACTS, s->facts + page * FACTS, sizeof(int64_t) * FACTS);
-    }
+    for (Py_ssize_t i = 0; i < count; i++) s->ghosts[cells[i]] = ghost_of(s, *row_at(pages, i));
 }
 
 PyObject *remember(PyObject *self, PyObject *array) {

@@ -230,8 +230,7 @@ static void fetch_ahead(const Spells *s, const Exit *exit, int64_t page) {
     if (later >= table->rows) return;
     const void *const cells[] = {
         &r->here[later], &r->parent[later], &r->children[later], &r->depth[later], &r->place[later], &r->last[later], &r->score[later],
-        &s->scored[later], &s->name[later], &s->facts[later * FACTS], &s->facts[later * FACTS + FACTS - 1],
-        &table->copies[later], &table->leases[later], &table->readers[exit->tier * table->cells + later],
+        facts_of(s, later), &table->copies[later], &table->leases[later], &table->readers[exit->tier * table->cells + later],
     };
     for (size_t i = 0; i < sizeof cells / sizeof *cells; i++) __builtin_prefetch(cells[i]);
 }

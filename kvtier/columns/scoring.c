@@ -18,30 +18,31 @@ int age_bin(double age) {
 static double worth(const Spells *s, int64_t page, double now) {
     const double age = now - s->ranking->last[page];
     const int bin = age_bin(age), next = bin + 1 < AGES ? bin + 1 : AGES - 1;
-    const double *of_kind = s->worth + s->facts[page * FACTS + KIND] * AGES;
+    const double *of_kind = s->worth + facts_of(s, page)[KIND] * AGES;
     const double share = bin ? (age - s->edges[bin]) / (s->edges[bin + 1] - s->edges[bin]) : 0.0;
     return of_kind[bin] + (of_kind[next] - of_kind[bin]) * share;
 }
 
 void score_at(Spells *s, int64_t page, double time) {
-    s->scored[page] = s->counts[SCORING];
-    if ((uint64_t)s->facts[page * FACTS + KIND] >= (uint64_t)s->kinds) return;
+    int64_t *facts = facts_of(s, page);
+    facts[SCORED] = s->counts[SCORING];
+    if ((uint64_t)facts[KIND] >= (uint64_t)s->kinds) return;
     /* At equal scores what was used longest ago leaves: the order of LRU. */
     s->ranking->score[page] = s->guard[FOLLOWS] ? 0.0 : worth(s, page, time);
 }
 
 void spells_refresh(void *spells, int64_t page) {
     Spells *s = spells;
-    if (s->scored[page] != s->counts[SCORING]) score_at(s, page, s->clock[SCORED_AT]);
+    if (facts_of(s, page)[SCORED] != s->counts[SCORING]) score_at(s, page, s->clock[SCORED_AT]);
 }
 
 /* What will be looked at of a page that is scored soon. */
 static void fetch(const Spells *s, Py_ssize_t page) {
     const Ranking *r = s->ranking;
-    const void *const cells[] = {&s->facts[page * FACTS + KIND], &r->last[page], &r->depth[page]};
     __builtin_prefetch(&r->score[page], 1);
-    __builtin_prefetch(&s->scored[page], 1);
-    for (size_t i = 0; i < sizeof cells / sizeof *cells; i++) __builtin_prefetch(cells[i]);
+    __builtin_prefetch(facts_of(s, page), 1);
+    __builtin_prefetch(&r->last[page]);
+    __builtin_prefetch(&r->depth[page]);
 }
 
 PyObject *score_all(PyObject *self, PyObject *ignored) {

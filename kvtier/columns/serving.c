@@ -30,7 +30,11 @@ static long verdict(const Spells *s, bool usual) { return !usual ? UNUSUAL : s->
 
 static bool is_sound(const Spells *s, const int64_t *facts) {
     return (uint64_t)facts[KIND] < (uint64_t)s->kinds && facts[COHORT] >= 0 && (uint64_t)facts[GENERATION] < (uint64_t)s->generations &&
-           facts[USES] >= 0;
+           facts[USES] >= 0 && facts[COMBINED] >= 0;
+}
+
+static bool is_sound_ghost(const Spells *s, const Ghost *ghost) {
+    return kind_of_ghost(ghost) < s->kinds && cohort_of_ghost(ghost) >= 0 && generation_of_ghost(ghost) < s->generations;
 }
 
 static int64_t features(const Spells *s, int64_t uses, int64_t generation) {
@@ -39,17 +43,17 @@ static int64_t features(const Spells *s, int64_t uses, int64_t generation) {
 
 /* The features of a page once it is used again. */
 static int64_t features_if_used(const Spells *s, int64_t page) {
-    const int64_t *facts = s->facts + page * FACTS;
-    return features(s, facts[USES] + 1, facts[GENERATION]) + s->combined[page] % s->steps[ATTENTION];
+    const int64_t *facts = facts_of(s, page);
+    return features(s, facts[USES] + 1, facts[GENERATION]) + facts[COMBINED] % s->steps[ATTENTION];
 }
 
 /* -- spells -- */
 
-/* The spell of a page or ghost with these facts ends with a use at this age (`age_bin`). */
-static void end_spell(Spells *s, const int64_t *facts, int age) {
-    if (facts[COHORT] <= s->period[NOW] - s->cohorts) return;
-    const Py_ssize_t row = facts[COHORT] & (s->cohorts - 1);
-    const int64_t kind = facts[KIND], start = s->counted[row];
+/* The spell of a page or ghost of this kind, begun in this cohort, ends with a use at this age (`age_bin`). */
+static void end_spell(Spells *s, int64_t kind, int64_t cohort, int age) {
+    if (cohort <= s->period[NOW] - s->cohorts) return;
+    const Py_ssize_t row = cohort & (s->cohorts - 1);
+    const int64_t start = s->counted[row];
     s->alive[row * s->kinds + kind]--;
     s->hits[kind * AGES + age]++;
     if (start < 0 || start > age) return;
@@ -59,15 +63,15 @@ static void end_spell(Spells *s, const int64_t *facts, int age) {
 
 static void begin_spell(Spells *s, int64_t page, int64_t combined, double time) {
     const int64_t kind = kind_of(s, combined), cohort = s->period[NOW];
-    int64_t *facts = s->facts + page * FACTS;
+    int64_t *facts = facts_of(s, page);
     if (kind < 0) return; /* only if a page is named twice, which nobody does */
-    s->combined[page] = combined;
+    facts[COMBINED] = combined;
     facts[KIND] = kind;
     facts[COHORT] = cohort;
     facts[CALL] = s->counts[CALL_NUMBER];
     s->ranking->last[page] = time;
     s->ranking->score[page] = s->guard[FOLLOWS] ? 0.0 : s->worth[kind * AGES];
-    s->scored[page] = s->counts[SCORING];
+    facts[SCORED] = s->counts[SCORING];
     s->alive[(cohort & (s->cohorts - 1)) * s->kinds + kind]++;
 }
 
@@ -79,14 +83,14 @@ static long look_at(const Spells *s, const Rows *pages) {
     bool usual = is_in_order(s) && rows_within(pages, s->pages);
     for (Py_ssize_t i = 0; usual && i < pages->count; i++) {
         const int64_t page = *row_at(pages, i);
-        usual = s->ranking->here[page] && is_sound(s, s->facts + page * FACTS) && s->combined[page] >= 0 && know(s, features_if_used(s, page));
+        usual = s->ranking->here[page] && is_sound(s, facts_of(s, page)) && know(s, features_if_used(s, page));
     }
     return verdict(s, usual);
 }
 
 static void use(Spells *s, int64_t page, double time) {
-    int64_t *facts = s->facts + page * FACTS;
-    end_spell(s, facts, age_bin(time - s->ranking->last[page]));
+    int64_t *facts = facts_of(s, page);
+    end_spell(s, facts[KIND], facts[COHORT], age_bin(time - s->ranking->last[page]));
     if (!was_held(s, facts[CALL])) s->guard[OWED]--;
     const int64_t combined = features_if_used(s, page);
     facts[USES]++;
@@ -156,20 +160,20 @@ static int64_t parent_of_all(const Spells *s, const Links *links) {
 }
 
 static int64_t features_if_new(const Spells *s, const Coming *coming, Py_ssize_t i) {
-    const int64_t *ghost = coming->ghosts[i] < 0 ? NULL : s->cell_facts + coming->ghosts[i] * FACTS;
+    const Ghost *ghost = coming->ghosts[i];
     const int64_t end = i == coming->deepest ? s->steps[END_STEP] : 0;
-    return features(s, ghost ? ghost[USES] + 1 : 1, ghost ? ghost[GENERATION] : coming->generation) + coming->new + end;
+    return features(s, ghost ? uses_of_ghost(ghost) + 1 : 1, ghost ? generation_of_ghost(ghost) : coming->generation) + coming->new + end;
 }
 
 /* The features of a page of a request that turns out to bring new ones, so many. */
 static int64_t features_if_continued(const Spells *s, int64_t page, int64_t new) {
-    const int64_t before = s->combined[page], step = s->steps[NEW_STEP];
+    const int64_t before = facts_of(s, page)[COMBINED], step = s->steps[NEW_STEP];
     return before + new - before / step % s->steps[NEW_VALUES] * step;
 }
 
 /* Whether a page is one of those that the call used which is continued. */
 static bool is_continued(const Spells *s, const Coming *coming, int64_t page) {
-    return (uint64_t)page < (uint64_t)s->pages && s->ranking->here[page] && s->facts[page * FACTS + CALL] == coming->continued;
+    return (uint64_t)page < (uint64_t)s->pages && s->ranking->here[page] && facts_of(s, page)[CALL] == coming->continued;
 }
 
 static bool is_leaf(const Spells *s, int64_t page) { return !s->ranking->children[page]; }
@@ -180,14 +184,14 @@ static bool can_go_on(const Spells *s, const Coming *coming) {
     for (Py_ssize_t i = 0; usual && coming->continued >= 0 && i < coming->used.count; i++) {
         const int64_t page = *row_at(&coming->used, i);
         if (!is_continued(s, coming, page)) continue;
-        usual = s->combined[page] >= 0 && is_sound(s, s->facts + page * FACTS) && know(s, features_if_continued(s, page, coming->new));
+        usual = is_sound(s, facts_of(s, page)) && know(s, features_if_continued(s, page, coming->new));
     }
     return usual;
 }
 
 /* A page in its spell turns out to be of another kind. */
 static void change_kind(Spells *s, int64_t page, int64_t combined, double time) {
-    int64_t *facts = s->facts + page * FACTS;
+    int64_t *facts = facts_of(s, page);
     const int64_t kind = kind_of(s, combined);
     if (kind < 0) return; /* only if a page is named twice, which nobody does */
     if (facts[COHORT] > s->period[NOW] - s->cohorts) {
@@ -195,7 +199,7 @@ static void change_kind(Spells *s, int64_t page, int64_t combined, double time) 
         alive[facts[KIND]]--;
         alive[kind]++;
     }
-    s->combined[page] = combined;
+    facts[COMBINED] = combined;
     facts[KIND] = kind;
     score_at(s, page, time);
 }
@@ -250,11 +254,11 @@ static bool may_come(const Spells *s, const Links *links, const Rows *names) {
 static bool find_ghosts(const Spells *s, Coming *coming) {
     const Rows *names = &coming->names, *depths = &coming->links.depths;
     int64_t unknown = 0;
-    for (Py_ssize_t i = 0; i < names->count; i++) __builtin_prefetch(s->cell_name + first_cell(s, *row_at(names, i)));
+    for (Py_ssize_t i = 0; i < names->count; i++) __builtin_prefetch(&s->ghosts[first_cell(s, *row_at(names, i))]);
     for (Py_ssize_t i = 0; i < names->count; i++) {
-        const Py_ssize_t cell = coming->ghosts[i] = find_ghost(s, *row_at(names, i));
-        if (cell >= 0 && !is_sound(s, s->cell_facts + cell * FACTS)) return false;
-        unknown += cell < 0;
+        const Ghost *ghost = coming->ghosts[i] = find_ghost(s, *row_at(names, i));
+        if (ghost && !is_sound_ghost(s, ghost)) return false;
+        unknown += !ghost;
         if (*row_at(depths, i) > *row_at(depths, coming->deepest)) coming->deepest = i;
     }
     for (; coming->new < s->steps[NEW_VALUES] - 1 && unknown >> coming->new; coming->new++) continue;
@@ -266,7 +270,7 @@ static bool find_ghosts(const Spells *s, Coming *coming) {
 static bool find_before(const Spells *s, Coming *coming) {
     const int64_t before = parent_of_all(s, &coming->links);
     if (before == ROOT || !s->ranking->here[before]) return true;
-    const int64_t *facts = s->facts + before * FACTS;
+    const int64_t *facts = facts_of(s, before);
     if (facts[GENERATION] < 0 || facts[GENERATION] >= s->generations) return false;
     coming->generation = facts[GENERATION] + 1 < s->generations ? facts[GENERATION] + 1 : s->generations - 1;
     return facts[CALL] < 0 || recall(s, facts[CALL], coming);
@@ -287,17 +291,16 @@ long look_up(const Spells *s, Coming *coming) {
 
 static void come(Spells *s, const Coming *coming, Py_ssize_t i, double time) {
     const int64_t page = *row_at(&coming->links.pages, i), combined = features_if_new(s, coming, i);
-    const Py_ssize_t cell = coming->ghosts[i];
-    int64_t *facts = s->facts + page * FACTS;
+    Ghost *ghost = coming->ghosts[i];
+    int64_t *facts = facts_of(s, page);
     facts[USES] = 1, facts[GENERATION] = coming->generation;
-    if (cell >= 0) {
-        const int64_t *ghost = s->cell_facts + cell * FACTS;
-        end_spell(s, ghost, age_bin(time > s->cell_last[cell] ? time - s->cell_last[cell] : 0.0));
-        if (was_held(s, ghost[CALL])) s->guard[OWED]++;
-        facts[USES] = ghost[USES] + 1, facts[GENERATION] = ghost[GENERATION];
-        s->cell_last[cell] = -INFINITY; /* a ghost no more */
+    if (ghost) {
+        end_spell(s, kind_of_ghost(ghost), cohort_of_ghost(ghost), age_bin(time > ghost->last ? time - ghost->last : 0.0));
+        if (was_held(s, call_of_ghost(ghost))) s->guard[OWED]++;
+        facts[USES] = uses_of_ghost(ghost) + 1, facts[GENERATION] = generation_of_ghost(ghost);
+        ghost->last = -INFINITY; /* a ghost no more */
     }
-    s->name[page] = *row_at(&coming->names, i);
+    facts[NAME] = *row_at(&coming->names, i);
     s->ranking->parent[page] = *row_at(&coming->links.parents, i);
     s->ranking->depth[page] = *row_at(&coming->links.depths, i);
     begin_spell(s, page, combined, time);

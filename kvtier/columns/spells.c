@@ -5,9 +5,9 @@
 
 /* The columns in the order of `Spells.attach`. */
 enum {
-    COLUMN_COMBINED, COLUMN_FACTS, COLUMN_NAME, COLUMN_SCORED, COLUMN_KIND_OF, COLUMN_WORTH, COLUMN_HITS, COLUMN_CHANGE, COLUMN_ALIVE,
-    COLUMN_COUNTED, COLUMN_PERIOD, COLUMN_EDGES, COLUMN_CELL_NAME, COLUMN_CELL_LAST, COLUMN_CELL_FACTS, COLUMN_COUNT_OF,
-    COLUMN_GENERATION_OF, COLUMN_STEPS, COLUMN_GUARD, COLUMN_RING, COLUMN_COUNTS, COLUMN_CLOCK, COLUMN_MISSING, COLUMNS
+    COLUMN_FACTS, COLUMN_KIND_OF, COLUMN_WORTH, COLUMN_HITS, COLUMN_CHANGE, COLUMN_ALIVE, COLUMN_COUNTED, COLUMN_PERIOD, COLUMN_EDGES,
+    COLUMN_GHOSTS, COLUMN_COUNT_OF, COLUMN_GENERATION_OF, COLUMN_STEPS, COLUMN_GUARD, COLUMN_RING, COLUMN_COUNTS, COLUMN_CLOCK,
+    COLUMN_MISSING, COLUMNS
 };
 
 static void spells_dealloc(PyObject *self) {
@@ -27,15 +27,15 @@ static bool is_power_of_two(Py_ssize_t cells) { return cells > 1 && !(cells & (c
 
 /* Whether every column has as many cells as those it goes with. */
 static bool fits(const Spells *s) {
-    const Py_ssize_t rows = s->ranking->pages + 1, kinds = cells_of(s, COLUMN_HITS) / AGES, cells = cells_of(s, COLUMN_CELL_NAME);
+    const Py_ssize_t rows = s->ranking->pages + 1, kinds = cells_of(s, COLUMN_HITS) / AGES, cells = cells_of(s, COLUMN_GHOSTS) / GHOST_WORDS;
     const Py_ssize_t cohorts = cells_of(s, COLUMN_COUNTED);
     const struct {
         int column;
         Py_ssize_t cells;
     } wanted[] = {
-        {COLUMN_COMBINED, rows}, {COLUMN_FACTS, rows * FACTS}, {COLUMN_NAME, rows}, {COLUMN_SCORED, rows}, {COLUMN_WORTH, kinds * AGES},
+        {COLUMN_FACTS, rows * FACTS}, {COLUMN_WORTH, kinds * AGES},
         {COLUMN_HITS, kinds * AGES}, {COLUMN_CHANGE, kinds * (AGES + 1)}, {COLUMN_ALIVE, cohorts * kinds}, {COLUMN_PERIOD, PERIOD_CELLS},
-        {COLUMN_EDGES, AGES + 1}, {COLUMN_CELL_LAST, cells}, {COLUMN_CELL_FACTS, cells * FACTS}, {COLUMN_STEPS, STEPS},
+        {COLUMN_EDGES, AGES + 1}, {COLUMN_GHOSTS, cells * GHOST_WORDS}, {COLUMN_STEPS, STEPS},
         {COLUMN_GUARD, GUARD_CELLS}, {COLUMN_COUNTS, COUNT_CELLS}, {COLUMN_CLOCK, CLOCK_CELLS},
     };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
@@ -49,15 +49,14 @@ static bool fits(const Spells *s) {
 static void *at(const Spells *s, int column) { return s->columns[column].buf; }
 
 static void name_columns(Spells *s) {
-    s->combined = at(s, COLUMN_COMBINED), s->facts = at(s, COLUMN_FACTS), s->name = at(s, COLUMN_NAME), s->scored = at(s, COLUMN_SCORED);
+    s->facts = at(s, COLUMN_FACTS), s->ghosts = at(s, COLUMN_GHOSTS);
     s->kind_of = at(s, COLUMN_KIND_OF), s->worth = at(s, COLUMN_WORTH), s->hits = at(s, COLUMN_HITS), s->change = at(s, COLUMN_CHANGE);
     s->alive = at(s, COLUMN_ALIVE), s->counted = at(s, COLUMN_COUNTED), s->period = at(s, COLUMN_PERIOD), s->edges = at(s, COLUMN_EDGES);
-    s->cell_name = at(s, COLUMN_CELL_NAME), s->cell_last = at(s, COLUMN_CELL_LAST), s->cell_facts = at(s, COLUMN_CELL_FACTS);
     s->count_of = at(s, COLUMN_COUNT_OF), s->generation_of = at(s, COLUMN_GENERATION_OF), s->steps = at(s, COLUMN_STEPS);
     s->guard = at(s, COLUMN_GUARD), s->ring = at(s, COLUMN_RING), s->counts = at(s, COLUMN_COUNTS), s->clock = at(s, COLUMN_CLOCK);
     s->missing = at(s, COLUMN_MISSING);
     s->pages = s->ranking->pages, s->numbers = cells_of(s, COLUMN_KIND_OF), s->kinds = cells_of(s, COLUMN_HITS) / AGES;
-    s->cohorts = cells_of(s, COLUMN_COUNTED), s->cells = cells_of(s, COLUMN_CELL_NAME), s->calls = cells_of(s, COLUMN_RING);
+    s->cohorts = cells_of(s, COLUMN_COUNTED), s->cells = cells_of(s, COLUMN_GHOSTS) / GHOST_WORDS, s->calls = cells_of(s, COLUMN_RING);
     s->uses_told_apart = cells_of(s, COLUMN_COUNT_OF), s->generations = cells_of(s, COLUMN_GENERATION_OF);
     s->most_missing = cells_of(s, COLUMN_MISSING) - 1;
     for (s->shift = 64; (Py_ssize_t)1 << (64 - s->shift) < s->cells; s->shift--) continue;
@@ -90,7 +89,7 @@ static bool open_columns(Spells *s, PyObject *arguments) {
 
 static PyObject *spells_new(PyTypeObject *type, PyObject *arguments, PyObject *named) {
     (void)named;
-    if (expect_arguments("Spells(ranking, recent, combined, ..., missing)", PyTuple_Size(arguments), COLUMNS + 2)) return NULL;
+    if (expect_arguments("Spells(ranking, recent, records, ..., missing)", PyTuple_Size(arguments), COLUMNS + 2)) return NULL;
     Spells *s = (Spells *)PyType_GenericAlloc(type, 0);
     if (!s) return NULL;
     if (!open_columns(s, arguments)) {

@@ -22,9 +22,10 @@ from kvtier.columns import WHOLE, Exit
 from kvtier.errors import IntegrityError
 from kvtier.policy.ages import EDGES, age_bins
 from kvtier.policy.base import Mask, Pages, Protection
+from kvtier.policy.facts import KIND, USES
 from kvtier.policy.guard import ROOM
 from kvtier.policy.kinds import ATTENTION
-from kvtier.policy.spells import CALL_NUMBER, KIND, USES, Spells
+from kvtier.policy.spells import CALL_NUMBER, Spells
 
 UNATTENDED, LITTLE, USUAL, MUCH = range(ATTENTION)
 """Attention: never reported, less than half of the mean page's, about that, more than twice that."""

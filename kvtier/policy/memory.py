@@ -1,7 +1,8 @@
 """What is remembered of pages that left: columns of facts by name, a whole request at a time, in bounded memory.
 
 A two-way set-associative table: a name has two cells; of two other pages in them the one that was used longer ago is forgotten. Nothing
-is searched, moved or listed, whatever the size. (`kvtier.policy.ghosts` keeps an exact list instead, one page at a time.)
+is searched, moved or listed, whatever the size. (`kvtier.policy.ghosts` keeps an exact list instead, one page at a time.) The two cells of
+a name are beside each other: with two facts they are one cache line.
 
 Owned by one policy, called under the policy owner's lock. Names are `EvictionPolicy.names`.
 """
@@ -26,6 +27,16 @@ _EMPTY = np.array(-math.inf)
 Facts = NDArray[np.int64]
 """`[n, facts]`: whole numbers about each page."""
 
+_LINE = 64
+"""Bytes of a cache line."""
+
+
+def records(rows: int, width: int) -> Pages:
+    """Zeros `[rows, width]`, of which the first begins a cache line."""
+    cells = np.zeros(rows * width + _LINE // 8, np.int64)
+    first = -cells.ctypes.data % _LINE // 8
+    return cells[first : first + rows * width].reshape(rows, width)
+
 
 class Memory:
     """`facts` whole numbers, and the time of the last use, of pages that left."""
@@ -37,14 +48,17 @@ class Memory:
 
     def _allot(self, cells: int) -> None:
         self._shift = np.array(64 - (cells.bit_length() - 1), np.uint64)
-        self.names: Pages = np.zeros(cells, np.int64)
-        self.last: NDArray[np.float64] = np.full(cells, -math.inf)
-        self.facts: Facts = np.zeros((cells, self._width), np.int64)
+        self.records: Pages = records(cells, 2 + self._width)
+        """`[cells, 2 + facts]`: what `names`, `last` and `facts` are views of."""
+        self.names: Pages = self.records[:, 0]
+        self.last: NDArray[np.float64] = self.records.view(np.float64)[:, 1]
+        self.facts: Facts = self.records[:, 2:]
+        self.last[:] = _EMPTY
 
     @property
     def cells(self) -> int:
         """How many pages can be remembered at most."""
-        return len(self.names)
+        return len(self.records)
 
     def __len__(self) -> int:
         return int(np.count_nonzero(self.last != _EMPTY))
@@ -56,7 +70,7 @@ class Memory:
     def fit(self, held: int) -> None:
         """Room for what a tier that held `held` pages can leave behind."""
         wanted = min(self._per_page * held, max(FEW, GHOSTS_PER_PAGE_OF_MANY * held))
-        if wanted > len(self.names):
+        if wanted > self.cells:
             self._grow(1 << (wanted - 1).bit_length())
 
     def recall(self, names: Pages) -> tuple[Pages, NDArray[np.float64], Facts]:

@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from kvtier import columns
 from kvtier.policy.ages import EDGES, age_bins
 from kvtier.policy.base import ROOT, EvictionPolicy, Pages
+from kvtier.policy.facts import CALL, COHORT, COMBINED, FACTS, GENERATION, KIND, NAME, RECORD, SCORED, USES, WORDS, packed, unpacked
 from kvtier.policy.guard import BASE_USES, MOST_DOUBLINGS, UNKNOWN_CALL, Guard
 from kvtier.policy.kinds import ATTENTION, COUNT_OF, END_STEP, FEATURES, GENERATION_OF, MOST_GENERATIONS, MOST_USES, NEW, NEW_STEP
-from kvtier.policy.memory import Facts, Memory
+from kvtier.policy.memory import Facts, Memory, records
 from kvtier.policy.ranking import Ranking
 from kvtier.policy.reuse import ReuseModel
 
 RECENT_REQUESTS = 64
 """Uses that may still turn out to be the beginning of a request that goes on with new pages."""
 
-_FACTS = KIND, COHORT, USES, GENERATION, CALL = range(5)
 _MOST_USES = np.array(MOST_USES)
 _STEPS = np.array([END_STEP, NEW_STEP, ATTENTION, NEW, BASE_USES, MOST_DOUBLINGS])
 
@@ -44,18 +44,12 @@ class Spells(EvictionPolicy):
         super().__init__()
         self._ranking = Ranking()
         self._model = ReuseModel(FEATURES)
-        self._memory = Memory(len(_FACTS))
+        self._memory = Memory(WORDS)
         self._guard = Guard()
         self._left = 0
         """Pages that left since all were scored."""
         # One row a page, by id, and one more at the end for ROOT, as in the ranking.
-        self._combined: Pages = np.zeros(1, np.int64)
-        """The features of a page as one number in mixed radix."""
-        self._facts: Facts = np.zeros((1, len(_FACTS)), np.int64)
-        """What outlives eviction, `[pages, 5]`: kind, cohort, uses, generation, number of the call that used the page last."""
-        self._name: Pages = np.zeros(1, np.int64)
-        self._scored: Pages = np.zeros(1, np.int64)
-        """The scoring that a page's score is of. Compiled loops score a page only when it queues, but as if it had been scored with all."""
+        self._look_at(records(1, RECORD))
         self._attention: NDArray[np.float64] = np.zeros(1)
         """The moving average of a page's attention, where its kind says that there is one."""
         self._counts: Pages = np.zeros(len(_COUNTS), np.int64)
@@ -67,20 +61,28 @@ class Spells(EvictionPolicy):
         self._loops: columns.SpellLoops | None = None
         self._loops_over: tuple[object, ...] = ()
 
+    def _look_at(self, pages: Pages) -> None:
+        self._records = pages
+        """`[pages, 8]`, what the following are views of: all that is known of a page is in one place."""
+        self._facts: Facts = pages[:, : len(FACTS)]
+        """What outlives eviction, `[pages, 5]`."""
+        self._combined: Pages = pages[:, COMBINED]
+        self._name: Pages = pages[:, NAME]
+        self._scored: Pages = pages[:, SCORED]
+        """The scoring that a page's score is of. Compiled loops score a page only when it queues, but as if it had been scored with all."""
+
     def attach(self) -> columns.SpellLoops | None:
         """The compiled loops over all columns as they are now; None where there are none."""
-        loops, ranking, model, memory = columns.loops(), self._ranking, self._model, self._memory
+        loops, ranking, model = columns.loops(), self._ranking, self._model
         if loops is None or ranking.loops is None:
             return None
-        pages = (self._combined, self._facts, self._name, self._scored)
         kinds = (model.kind_of, model.worth, model.hits, model.change, model.alive, model.counted, model.period, EDGES)
-        ghosts = (memory.names, memory.last, memory.facts)
         rest = (COUNT_OF, GENERATION_OF, _STEPS, self._guard.state, self._guard.ring, self._counts, self._clock)
-        return loops.Spells(ranking.loops, self._recent, *pages, *kinds, *ghosts, *rest, self._missing)
+        return loops.Spells(ranking.loops, self._recent, self._records, *kinds, self._memory.records, *rest, self._missing)
 
     def _fit_loops(self) -> columns.SpellLoops | None:
         """The compiled loops, over columns that may have grown: after anything but the loops themselves."""
-        over = (self._ranking.here, self._model.worth, self._memory.names, self._guard.ring)
+        over = (self._ranking.here, self._model.worth, self._memory.records, self._guard.ring)
         if len(self._loops_over) != len(over) or any(held is not now for held, now in zip(self._loops_over, over, strict=True)):
             self._fit_columns()
             self._loops = self.attach()
@@ -186,8 +188,9 @@ class Spells(EvictionPolicy):
     def _come(self, pages: Pages, names: Pages, generation: int, deepest: int) -> int:
         """What is known about pages that come goes into the columns; how many were new, as a part of the number of a kind."""
         uses, generations = np.ones(len(pages), np.int64), np.full(len(pages), generation)
-        known, last, facts = self._memory.recall(names)
+        known, last, words = self._memory.recall(names)
         if len(known):
+            facts = unpacked(words)
             self._model.end(facts[:, KIND], facts[:, COHORT], age_bins(np.maximum(self._latest - last, 0.0)))
             self._guard.missed(facts[:, CALL])
             uses[known] += facts[:, USES]
@@ -247,7 +250,7 @@ class Spells(EvictionPolicy):
 
     def _remember(self, pages: Pages) -> None:
         if self._loops is None or not self._loops.remember(pages):
-            self._memory.leave(self._name[pages], self._ranking.last[pages], self._facts[pages])
+            self._memory.leave(self._name[pages], self._ranking.last[pages], packed(self._facts[pages]))
 
     # -- scores ----------------------------------------------------------------------------------------------------------------
 
@@ -290,11 +293,10 @@ class Spells(EvictionPolicy):
             self._clock[LATEST] = now
 
     def _fit_columns(self) -> None:
-        rows = self._ranking.room + 1
-        if rows == len(self._combined):
+        rows, known = self._ranking.room + 1, len(self._records)
+        if rows == known:
             return
-        for name in ("_combined", "_facts", "_name", "_scored", "_attention"):
-            column = getattr(self, name)
-            larger = np.zeros((rows, *column.shape[1:]), column.dtype)
-            larger[: len(column)] = column
-            setattr(self, name, larger)
+        pages, attention = records(rows, RECORD), np.zeros(rows)
+        pages[:known], attention[:known] = self._records, self._attention
+        self._attention = attention
+        self._look_at(pages)
