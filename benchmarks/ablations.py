@@ -13,7 +13,7 @@ from unittest.mock import patch
 import numpy as np
 
 from kvtier.policy import A2CR, Pages, hazards, spells
-from kvtier.policy.ages import AGES, WIDTHS
+from kvtier.policy.ages import WIDTHS
 from kvtier.policy.hazards import LEAST_DENSITY
 from kvtier.policy.kinds import COUNT_OF, END_STEP, GENERATION_OF
 from kvtier.policy.reuse import ReuseModel
@@ -73,7 +73,7 @@ PARTS: dict[str, tuple[Callable[[], A2CR], tuple[tuple[object, str, object], ...
     "new-pages": (A2CR, ((spells, "NEW", 1), (spells, "_STEPS", np.append(spells._STEPS[:-1], 1)))),
     "best-horizon": (_modelled(HazardNow), ()),
     "time": (_modelled(ChanceOfReuse), ()),
-    "smoothing": (A2CR, ((hazards, "SMOOTHING", np.eye(AGES)),)),
+    "smoothing": (A2CR, ((hazards, "SMOOTHING", np.ones(1)),)),
     "fading": (A2CR, ((hazards, "FADE", 1.0),)),
 }
 """What is left out: how to make the policy, and constants of its modules that are others meanwhile."""

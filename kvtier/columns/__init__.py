@@ -259,29 +259,42 @@ class Loops(Protocol):
 
     def expose(
         self,
-        cohorts: Numbers,
-        reached: Numbers,
+        began: Reals,
         counted: Numbers,
         alive: Numbers,
         change: Numbers,
         hits: Numbers,
         all_exposed: Reals,
         all_hits: Reals,
+        cohort: int,
+        now: float,
         /,
     ) -> None:
-        """As `ReuseModel._expose` of `cohorts`, whose spells have reached the ages below `reached`; `alive` may have room for more kinds.
+        """As `ReuseModel._expose`, of cohorts before `cohort`; `alive` may have room for more kinds.
 
         This and what follows raise ValueError for arrays that do not fit each other.
         """
 
-    def expect(self, exposed: Reals, level: Reals, features: Numbers, factors: Reals, expected: Reals, /) -> None:
-        """Into `expected` `[kinds, ages]` the hits that are due to be seen: exposed times level times the factors of a kind's features."""
-
-    def gather(self, hits: Reals, expected: Reals, features: Numbers, factors: Reals, seen: Reals, due: Reals, feature: int, /) -> None:
-        """Adds hits to `seen`, and to `due` `[values, ages]` what is expected but for this feature's factor, by value of this feature."""
-
-    def rescale(self, expected: Reals, features: Numbers, ratios: Reals, feature: int, /) -> None:
-        """Multiplies `expected` by the ratio of a kind's value of this feature."""
+    def learn(
+        self,
+        hits: Reals,
+        exposed: Reals,
+        expected: Reals,
+        features: Numbers,
+        firsts: Numbers,
+        factors: Reals,
+        smoothing: Reals,
+        level: Reals,
+        seen: Reals,
+        due: Reals,
+        fade: float,
+        prior: float,
+        least_exposure: float,
+        least_hazard: float,
+        most_hazard: float,
+        /,
+    ) -> None:
+        """As `Hazards._learn`. `expected` `[kinds, ages]`, `seen` and `due` `[values, ages]` are room for it: what was there is lost."""
 
     def appraise(
         self,
@@ -289,14 +302,15 @@ class Loops(Protocol):
         features: Numbers,
         factors: Reals,
         widths: Reals,
-        best: Reals,
+        worth: Reals,
         chance: Reals,
         last: int,
         most_hazard: float,
         least_run: float,
+        least_density: float,
         /,
     ) -> None:
-        """As `Hazards._appraise`: uses per second into `best` `[kinds, ages]` for ages below `last`, chances into `chance`."""
+        """As `Hazards._appraise`: into `worth` `[kinds, ages]` and `chance`; nobody is used from age `last` on."""
 
     def give_slots(self, free: list[int], taken: bytearray, slots: Sequence[int], /) -> bool:
         """Slots back onto `free`; False, and none, if one is not marked as taken."""

@@ -1,78 +1,9 @@
-/* The loops of `kvtier.policy.hazards`, and of `kvtier.policy.reuse` over what is exposed: over all kinds and ages, and within a kind from
-   every age to all later ones. Sums are taken in the order in which NumPy takes them: the numbers are the same to the last bit. */
-#include "rows.h"
+/* What is counted and learned of kinds of pages at all ages: `kvtier.policy.reuse` `_expose`, `kvtier.policy.hazards` `_learn`. Sums are
+   taken in the order in which NumPy takes them: the numbers are the same to the last bit. */
+#include "grids.h"
+#include "spells.h"
 
 #include <string.h>
-
-/* Compiled for wider registers, too, which divide twice as much at once; the C library chooses when the module is loaded. */
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
-#define WIDE __attribute__((target_clones("avx2", "default")))
-#else
-#define WIDE
-#endif
-
-enum { AGES = 56, MOST_GRIDS = 8 };
-
-/* Arrays of one call: C-contiguous, [rows, columns] of float64 ('d') or int64 ('q'). */
-typedef struct {
-    double *d;
-    int64_t *q;
-    Py_ssize_t rows, columns;
-} Grid;
-
-typedef struct {
-    Py_buffer buffers[MOST_GRIDS];
-    int opened;
-} Grids;
-
-static void grids_close(Grids *grids) {
-    while (grids->opened > 0) PyBuffer_Release(&grids->buffers[--grids->opened]);
-}
-
-static bool grid_open(Grids *grids, Grid *grid, PyObject *array, char type) {
-    Py_buffer *buffer = &grids->buffers[grids->opened];
-    if (PyObject_GetBuffer(array, buffer, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | PyBUF_WRITABLE)) return false;
-    grids->opened++;
-    const char *format = buffer->format ? buffer->format : "B";
-    const bool real = !strcmp(format, "d"), whole = !strcmp(format, "l") || !strcmp(format, "q");
-    if ((type == 'd' ? !real : !whole) || buffer->ndim < 1 || buffer->ndim > 2 || (uintptr_t)buffer->buf % 8) {
-        PyErr_Format(PyExc_ValueError, "an array of format %s with %d dimensions does not fit; expected %s", format, buffer->ndim,
-                     type == 'd' ? "float64" : "int64");
-        return false;
-    }
-    grid->d = buffer->buf, grid->q = buffer->buf;
-    grid->columns = buffer->shape[buffer->ndim - 1];
-    grid->rows = buffer->ndim == 2 ? buffer->shape[0] : 1;
-    return true;
-}
-
-/* Opens as many arrays as `types` has letters; closed again, with an exception, if one is of another type. */
-static bool grids_open(Grids *grids, Grid *grid, PyObject *const *arrays, const char *types) {
-    grids->opened = 0;
-    for (int i = 0; types[i]; i++) {
-        if (grid_open(grids, &grid[i], arrays[i], types[i])) continue;
-        grids_close(grids);
-        return false;
-    }
-    return true;
-}
-
-static bool is_of(const Grid *grid, Py_ssize_t rows, Py_ssize_t columns) { return grid->rows == rows && grid->columns == columns; }
-
-/* Whether every number is an index below `limit`. */
-static bool are_below(const Grid *grid, Py_ssize_t limit) {
-    bool below = true;
-    for (Py_ssize_t i = 0; i < grid->rows * grid->columns; i++) below &= (uint64_t)grid->q[i] < (uint64_t)limit;
-    return below;
-}
-
-/* The end of every call: None, or ValueError where the arrays did not fit each other. */
-static PyObject *done(Grids *grids, bool good) {
-    grids_close(grids);
-    if (good) Py_RETURN_NONE;
-    PyErr_SetString(PyExc_ValueError, "arrays of a fit do not fit each other");
-    return NULL;
-}
 
 /* -- exposure -- */
 
@@ -85,24 +16,36 @@ static void reach(const int64_t *alive, int64_t *change, Py_ssize_t kinds, int64
     }
 }
 
+/* The age that the spells of a cohort have on average. */
+static int age_of(const Grid *began, Py_ssize_t cohort, double end, double now) {
+    const double age = now - (began->d[cohort] + end) / 2;
+    return age_bin(age > 0.0 ? age : 0.0);
+}
+
 WIDE PyObject *expose(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     (void)self;
     Grids grids;
-    Grid grid[8];
-    const char *method = "expose(cohorts, reached, counted, alive, change, hits, all_exposed, all_hits)";
-    if (expect_arguments(method, given, 8) || !grids_open(&grids, grid, arguments, "qqqqqqdd")) return NULL;
-    const Grid *cohorts = &grid[0], *reached = &grid[1], *counted = &grid[2], *alive = &grid[3];
-    int64_t *change = grid[4].q, *hits = grid[5].q;
-    double *all_exposed = grid[6].d, *all_hits = grid[7].d;
-    const Py_ssize_t kinds = grid[4].rows, count = cohorts->columns; /* `alive` has room for more */
-    bool good = cohorts->rows == 1 && is_of(reached, 1, count) && is_of(counted, 1, alive->rows) && are_below(cohorts, alive->rows);
-    good = good && are_below(reached, AGES + 1) && kinds <= alive->columns && grid[4].columns == AGES + 1 && is_of(&grid[5], kinds, AGES);
-    good = good && is_of(&grid[6], kinds, AGES) && is_of(&grid[7], kinds, AGES);
-    for (Py_ssize_t i = 0; good && i < count; i++) {
-        const int64_t cohort = cohorts->q[i], start = counted->q[cohort], until = reached->q[i];
+    Grid grid[7];
+    bool failed = false;
+    const char *method = "expose(began, counted, alive, change, hits, all_exposed, all_hits, cohort, now)";
+    if (expect_arguments(method, given, 9)) return NULL;
+    const int64_t cohort = number_of(arguments[7], &failed);
+    const double now = real_of(arguments[8], &failed);
+    if (failed || !grids_open(&grids, grid, arguments, "dqqqqdd")) return NULL;
+    const Grid *began = &grid[0], *counted = &grid[1], *alive = &grid[2];
+    int64_t *change = grid[3].q, *hits = grid[4].q;
+    double *all_exposed = grid[5].d, *all_hits = grid[6].d;
+    const Py_ssize_t kinds = grid[3].rows, cohorts = began->columns; /* `alive` has room for more */
+    bool good = is_of(began, 1, cohorts) && cohorts && is_of(counted, 1, cohorts) && alive->rows == cohorts && kinds <= alive->columns;
+    good = good && grid[3].columns == AGES + 1 && is_of(&grid[4], kinds, AGES) && is_of(&grid[5], kinds, AGES);
+    good = good && is_of(&grid[6], kinds, AGES) && cohort >= 0 && cohort <= MOST_COUNTED;
+    int64_t one = cohort > cohorts ? cohort - cohorts : 0;
+    for (Py_ssize_t row = good ? (Py_ssize_t)(one % cohorts) : 0, next; good && one < cohort; one++, row = next) {
+        next = row + 1 < cohorts ? row + 1 : 0;
+        const int64_t start = counted->q[row], until = age_of(began, row, one + 1 < cohort ? began->d[next] : now, now) + 1;
         if (start < 0 || until <= start) continue;
-        reach(alive->q + cohort * alive->columns, change, kinds, start, until);
-        counted->q[cohort] = until;
+        reach(alive->q + row * alive->columns, change, kinds, start, until);
+        counted->q[row] = until;
     }
     for (Py_ssize_t kind = 0; good && kind < kinds; kind++) {
         int64_t exposed = 0;
@@ -114,169 +57,152 @@ WIDE PyObject *expose(PyObject *self, PyObject *const *arguments, Py_ssize_t giv
     }
     if (good) memset(change, 0, sizeof *change * (size_t)(kinds * (AGES + 1)));
     if (good) memset(hits, 0, sizeof *hits * (size_t)(kinds * AGES));
-    return done(&grids, good);
+    return grids_done(&grids, good);
 }
 
 /* -- factors: `features` [kinds, features] has, for every kind and feature, a row of `factors` [values, ages] -- */
 
-/* Into `out` [ages] what is expected of a kind by the factors of its features. */
-static void multiply(const Grid *features, const Grid *factors, Py_ssize_t kind, double *out) {
-    for (Py_ssize_t feature = 0; feature < features->columns; feature++) {
-        const double *factor = factors->d + features->q[kind * features->columns + feature] * AGES;
-        for (int age = 0; age < AGES; age++) out[age] *= factor[age];
-    }
-}
-
-WIDE PyObject *expect(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    (void)self;
-    Grids grids;
-    Grid grid[5];
-    const char *method = "expect(exposed, level, features, factors, expected)";
-    if (expect_arguments(method, given, 5) || !grids_open(&grids, grid, arguments, "ddqdd")) return NULL;
-    const Grid *features = &grid[2], *factors = &grid[3];
-    const Py_ssize_t kinds = features->rows;
-    bool good = is_of(&grid[0], kinds, AGES) && is_of(&grid[1], 1, AGES) && is_of(&grid[4], kinds, AGES) && factors->columns == AGES;
-    good = good && are_below(features, factors->rows);
-    for (Py_ssize_t kind = 0; good && kind < kinds; kind++) {
-        const double *exposed = grid[0].d + kind * AGES;
-        double *expected = grid[4].d + kind * AGES;
-        for (int age = 0; age < AGES; age++) expected[age] = exposed[age] * grid[1].d[age];
-        multiply(features, factors, kind, expected);
-    }
-    return done(&grids, good);
-}
-
-WIDE PyObject *gather(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    (void)self;
-    Grids grids;
-    Grid grid[6];
-    bool failed = false;
-    const char *method = "gather(hits, expected, features, factors, seen, due, feature)";
-    if (expect_arguments(method, given, 7)) return NULL;
-    const int64_t feature = number_of(arguments[6], &failed);
-    if (failed || !grids_open(&grids, grid, arguments, "ddqddd")) return NULL;
-    const Grid *features = &grid[2], *factors = &grid[3];
-    const Py_ssize_t kinds = features->rows;
-    bool good = is_of(&grid[0], kinds, AGES) && is_of(&grid[1], kinds, AGES) && factors->columns == AGES;
-    good = good && is_of(&grid[4], factors->rows, AGES) && is_of(&grid[5], factors->rows, AGES);
-    good = good && are_below(features, factors->rows) && feature >= 0 && feature < features->columns;
-    for (Py_ssize_t kind = 0; good && kind < kinds; kind++) {
-        const Py_ssize_t value = features->q[kind * features->columns + feature] * AGES;
-        const double *hits = grid[0].d + kind * AGES, *expected = grid[1].d + kind * AGES, *factor = factors->d + value;
-        double *seen = grid[4].d + value, *due = grid[5].d + value;
-        for (int age = 0; age < AGES; age++) seen[age] += hits[age];
-        for (int age = 0; age < AGES; age++) due[age] += expected[age] / factor[age];
-    }
-    return done(&grids, good);
-}
-
-WIDE PyObject *rescale(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    (void)self;
-    Grids grids;
-    Grid grid[3];
-    bool failed = false;
-    if (expect_arguments("rescale(expected, features, ratios, feature)", given, 4)) return NULL;
-    const int64_t feature = number_of(arguments[3], &failed);
-    if (failed || !grids_open(&grids, grid, arguments, "dqd")) return NULL;
-    const Grid *features = &grid[1], *ratios = &grid[2];
-    bool good = is_of(&grid[0], features->rows, AGES) && ratios->columns == AGES && are_below(features, ratios->rows);
-    good = good && feature >= 0 && feature < features->columns;
-    for (Py_ssize_t kind = 0; good && kind < features->rows; kind++) {
-        const double *ratio = ratios->d + features->q[kind * features->columns + feature] * AGES;
-        double *expected = grid[0].d + kind * AGES;
-        for (int age = 0; age < AGES; age++) expected[age] *= ratio[age];
-    }
-    return done(&grids, good);
-}
-
-/* -- worth: of as many kinds at a time as there are lanes, one in each -- */
-
-enum { LANES = 4 };
-
-/* One number of each of these kinds, and what a comparison of two says of each. Never handed over by value: where there are no registers as
-   wide, that has no agreed way. */
-typedef double Lanes __attribute__((vector_size(sizeof(double) * LANES)));
-typedef int64_t Choice __attribute__((vector_size(sizeof(int64_t) * LANES)));
-
-typedef struct {
-    Lanes hazard[AGES], survival[AGES + 1], used[AGES + 1], kept[AGES + 1], best[AGES], chance[AGES];
-} Curves;
-
 /* Part of their caller, as what is compiled for wide registers must not call what is not. */
 #define PART static inline __attribute__((always_inline)) void
 
-/* Into `most` the larger of each pair. */
-PART keep_larger(Lanes *most, const Lanes *others) {
-    const Choice first = (Choice)(*most > *others);
-    *most = (Lanes)((first & (Choice)*most) | (~first & (Choice)*others));
+/* What a fit goes by. */
+typedef struct {
+    Grid hits, exposed, expected, features, firsts, factors, smoothing, level, seen, due;
+    double fade, prior, least_exposure, least_hazard, most_hazard;
+} Fit;
+
+static double *row_of(const Grid *grid, Py_ssize_t row) { return grid->d + row * AGES; }
+
+/* The row of a kind's value of a feature in all grids by value. */
+static Py_ssize_t value_of(const Fit *fit, Py_ssize_t kind, Py_ssize_t feature) {
+    return (Py_ssize_t)fit->features.q[kind * fit->features.columns + feature];
 }
 
-/* What becomes of spells with these hazards: the share that gets so old, was used by then, and the seconds that it was kept. */
-PART follow(Curves *curves, const double *widths) {
-    curves->survival[0] = (Lanes){0} + 1.0, curves->used[0] = curves->kept[0] = (Lanes){0};
-    for (int age = 0; age < AGES; age++) {
-        const Lanes survival = curves->survival[age], hazard = curves->hazard[age];
-        curves->survival[age + 1] = survival * (1.0 - hazard);
-        curves->used[age + 1] = curves->used[age] + survival * hazard;
-        curves->kept[age + 1] = curves->kept[age] + survival * widths[age] * (1.0 - hazard / 2);
+PART add(double *restrict sums, const double *restrict row) {
+    for (int age = 0; age < AGES; age++) sums[age] += row[age];
+}
+
+PART multiply(double *restrict product, const double *restrict row, const double *restrict by) {
+    for (int age = 0; age < AGES; age++) product[age] = row[age] * by[age];
+}
+
+PART scale(double *restrict row, const double *restrict by) {
+    for (int age = 0; age < AGES; age++) row[age] *= by[age];
+}
+
+PART fade(double *row, double left) {
+    for (int age = 0; age < AGES; age++) row[age] *= left;
+}
+
+/* Into `smooth` [ages] counts [ages] with those of neighbouring ages, the nearest first, by `smoothing` [distances]. */
+PART spread(const Grid *smoothing, const double *counts, double *smooth) {
+    double wide[3 * AGES] = {0}, *const middle = wide + AGES;
+    memcpy(middle, counts, sizeof *counts * AGES);
+    for (int age = 0; age < AGES; age++) smooth[age] = smoothing->d[0] * middle[age];
+    for (Py_ssize_t apart = 1; apart < smoothing->columns; apart++) {
+        const double weight = smoothing->d[apart], *younger = middle - apart, *older = middle + apart;
+        for (int age = 0; age < AGES; age++) smooth[age] = smooth[age] + weight * younger[age] + weight * older[age];
     }
-    for (int age = 0; age < AGES; age++) curves->chance[age] = 1.0 - curves->survival[AGES] / curves->survival[age];
 }
 
-/* The steepest of the ways from every age below `last` to a later one, up to `last`, after which all lead down for ever. */
-PART climb(Curves *curves, Py_ssize_t last, double least_run) {
-    const Lanes shortest = (Lanes){0} + least_run;
-    for (Py_ssize_t age = 0; age < last && age < AGES - 1; age++) {
-        const Lanes used = curves->used[age], kept = curves->kept[age];
-        Lanes most = (Lanes){0} - (double)INFINITY;
-        for (Py_ssize_t end = age + 1; end <= last; end++) {
-            Lanes run = curves->kept[end] - kept;
-            keep_larger(&run, &shortest);
-            const Lanes slope = (curves->used[end] - used) / run;
-            keep_larger(&most, &slope);
+/* Adds up hits by age, by age and value of every feature, and exposure by age; of hits, what counts at the next fit is left. */
+PART add_up(const Fit *fit, double *hits, double *exposed) {
+    for (Py_ssize_t kind = 0; kind < fit->hits.rows; kind++) {
+        double *of_kind = row_of(&fit->hits, kind);
+        add(hits, of_kind);
+        add(exposed, row_of(&fit->exposed, kind));
+        for (Py_ssize_t feature = 0; feature < fit->features.columns; feature++) {
+            add(row_of(&fit->seen, value_of(fit, kind, feature)), of_kind);
         }
-        curves->best[age] = most;
+        fade(of_kind, fit->fade);
     }
 }
 
-/* Into `hazard` [ages] what share of the spells of a kind ends at every age. */
-PART weigh(const Grid *level, const Grid *features, const Grid *factors, Py_ssize_t kind, double most_hazard, double *hazard) {
-    memcpy(hazard, level->d, sizeof *hazard * AGES);
-    multiply(features, factors, kind, hazard);
-    for (int age = 0; age < AGES; age++) hazard[age] = hazard[age] < most_hazard ? hazard[age] : most_hazard;
-    hazard[AGES - 1] = 0.0; /* nothing is known of what comes after */
+/* Of the spells that get so old, over all kinds, the share that ends. */
+PART find_level(const Fit *fit, const double *hits, const double *exposed) {
+    double used[AGES], kept[AGES];
+    spread(&fit->smoothing, hits, used);
+    spread(&fit->smoothing, exposed, kept);
+    for (int age = 0; age < AGES; age++) {
+        const double level = used[age] / (kept[age] + fit->least_exposure);
+        const double most = level < fit->most_hazard ? level : fit->most_hazard;
+        fit->level.d[age] = most > fit->least_hazard ? most : fit->least_hazard;
+    }
 }
 
-WIDE PyObject *appraise(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+/* What is expected of every kind by the factors of the last fit, and added up by value of the first feature. */
+PART expect(const Fit *fit) {
+    for (Py_ssize_t kind = 0; kind < fit->hits.rows; kind++) {
+        double *exposed = row_of(&fit->exposed, kind), *expected = row_of(&fit->expected, kind);
+        multiply(expected, exposed, fit->level.d);
+        for (Py_ssize_t feature = 0; feature < fit->features.columns; feature++) {
+            scale(expected, row_of(&fit->factors, value_of(fit, kind, feature)));
+        }
+        add(row_of(&fit->due, value_of(fit, kind, 0)), expected);
+        fade(exposed, fit->fade);
+    }
+}
+
+/* The factors of this feature's values anew; what they are to those of before goes where was due what was expected. */
+PART refit(const Fit *fit, Py_ssize_t feature) {
+    for (Py_ssize_t value = fit->firsts.q[feature]; value < fit->firsts.q[feature + 1]; value++) {
+        double *factor = row_of(&fit->factors, value), *due = row_of(&fit->due, value), but_for[AGES], used[AGES], kept[AGES];
+        for (int age = 0; age < AGES; age++) but_for[age] = due[age] / factor[age];
+        spread(&fit->smoothing, row_of(&fit->seen, value), used);
+        spread(&fit->smoothing, but_for, kept);
+        for (int age = 0; age < AGES; age++) {
+            const double after = (used[age] + fit->prior) / (kept[age] + fit->prior);
+            due[age] = after / factor[age];
+            factor[age] = after;
+        }
+    }
+}
+
+/* What is expected after all, now that the factors of a feature are others, and added up by value of the next feature. */
+PART expect_anew(const Fit *fit, Py_ssize_t feature) {
+    for (Py_ssize_t kind = 0; kind < fit->hits.rows; kind++) {
+        double *expected = row_of(&fit->expected, kind);
+        scale(expected, row_of(&fit->due, value_of(fit, kind, feature)));
+        add(row_of(&fit->due, value_of(fit, kind, feature + 1)), expected);
+    }
+}
+
+static bool fits(const Fit *fit) {
+    const Py_ssize_t kinds = fit->hits.rows, features = fit->features.columns, values = fit->factors.rows;
+    const Grid *by_kind[] = {&fit->hits, &fit->exposed, &fit->expected}, *by_value[] = {&fit->factors, &fit->seen, &fit->due};
+    bool good = is_of(&fit->features, kinds, features) && features && is_of(&fit->firsts, 1, features + 1) && is_of(&fit->level, 1, AGES);
+    for (int i = 0; i < 3; i++) good = good && is_of(by_kind[i], kinds, AGES) && is_of(by_value[i], values, AGES);
+    good = good && fit->smoothing.rows == 1 && fit->smoothing.columns > 0 && fit->smoothing.columns <= AGES;
+    return good && are_below(&fit->features, values) && are_below(&fit->firsts, values + 1);
+}
+
+PART learn_from(const Fit *fit) {
+    double hits[AGES] = {0}, exposed[AGES] = {0};
+    memset(fit->seen.d, 0, sizeof(double) * (size_t)(fit->seen.rows * AGES));
+    memset(fit->due.d, 0, sizeof(double) * (size_t)(fit->due.rows * AGES));
+    add_up(fit, hits, exposed);
+    find_level(fit, hits, exposed);
+    expect(fit);
+    for (Py_ssize_t feature = 0; feature < fit->features.columns; feature++) {
+        refit(fit, feature);
+        if (feature + 1 < fit->features.columns) expect_anew(fit, feature);
+    }
+}
+
+WIDE PyObject *learn(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     (void)self;
     Grids grids;
-    Grid grid[6];
+    Grid grid[10];
     bool failed = false;
-    const char *method = "appraise(level, features, factors, widths, best, chance, last, most_hazard, least_run)";
-    if (expect_arguments(method, given, 9)) return NULL;
-    const int64_t last = number_of(arguments[6], &failed);
-    const double most_hazard = real_of(arguments[7], &failed), least_run = real_of(arguments[8], &failed);
-    if (failed || !grids_open(&grids, grid, arguments, "dqdddd")) return NULL;
-    const Grid *level = &grid[0], *features = &grid[1], *factors = &grid[2], *widths = &grid[3];
-    const Py_ssize_t kinds = features->rows;
-    bool good = is_of(level, 1, AGES) && is_of(widths, 1, AGES) && factors->columns == AGES && are_below(features, factors->rows);
-    good = good && is_of(&grid[4], kinds, AGES) && is_of(&grid[5], kinds, AGES) && last >= 0 && last <= AGES;
-    for (Py_ssize_t first = 0; good && first < kinds; first += LANES) {
-        const int lanes = kinds - first < LANES ? (int)(kinds - first) : LANES;
-        Curves curves;
-        memset(curves.hazard, 0, sizeof curves.hazard);
-        for (int lane = 0; lane < lanes; lane++) {
-            double hazard[AGES];
-            weigh(level, features, factors, first + lane, most_hazard, hazard);
-            for (int age = 0; age < AGES; age++) curves.hazard[age][lane] = hazard[age];
-        }
-        follow(&curves, widths->d);
-        climb(&curves, last, least_run);
-        for (int lane = 0; lane < lanes; lane++) {
-            double *best = grid[4].d + (first + lane) * AGES, *chance = grid[5].d + (first + lane) * AGES;
-            for (Py_ssize_t age = 0; age < last && age < AGES - 1; age++) best[age] = curves.best[age][lane];
-            for (int age = 0; age < AGES; age++) chance[age] = curves.chance[age][lane];
-        }
-    }
-    return done(&grids, good);
+    const char *method = "learn(hits, exposed, expected, features, firsts, factors, smoothing, level, seen, due, fade, prior, "
+                         "least_exposure, least_hazard, most_hazard)";
+    if (expect_arguments(method, given, 15)) return NULL;
+    double numbers[5];
+    for (int i = 0; i < 5; i++) numbers[i] = real_of(arguments[10 + i], &failed);
+    if (failed || !grids_open(&grids, grid, arguments, "dddqqddddd")) return NULL;
+    const Fit fit = {grid[0], grid[1], grid[2], grid[3], grid[4], grid[5], grid[6], grid[7], grid[8], grid[9],
+                     numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
+    const bool good = fits(&fit);
+    if (good) learn_from(&fit);
+    return grids_done(&grids, good);
 }

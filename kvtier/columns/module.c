@@ -18,9 +18,7 @@ static PyMethodDef methods[] = {
     {"take_slots", FAST(take_slots), NULL},
     {"give_slots", FAST(give_slots), NULL},
     {"expose", FAST(expose), NULL},
-    {"expect", FAST(expect), NULL},
-    {"gather", FAST(gather), NULL},
-    {"rescale", FAST(rescale), NULL},
+    {"learn", FAST(learn), NULL},
     {"appraise", FAST(appraise), NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -84,7 +84,5 @@ extern PyType_Spec index_spec, table_spec, order_spec, ranking_spec, spells_spec
 PyObject *take_slots(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 PyObject *give_slots(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 PyObject *expose(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
-PyObject *expect(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
-PyObject *gather(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
-PyObject *rescale(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
+PyObject *learn(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 PyObject *appraise(PyObject *self, PyObject *const *arguments, Py_ssize_t given);

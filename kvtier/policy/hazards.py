@@ -23,14 +23,37 @@ from kvtier.policy.ages import AGES, WIDTHS
 
 FADE = 0.9
 """What is left of hits and exposures after each fit: some ten periods count."""
-SMOOTHING = 0.75 ** np.abs(np.arange(AGES)[:, None] - np.arange(AGES)[None, :])
-SMOOTHING[np.abs(np.arange(AGES)[:, None] - np.arange(AGES)[None, :]) > 6] = 0.0
-"""Weights of neighbouring ages, three quarters per half octave, up to three octaves."""
+SMOOTHING: Reals = 0.75 ** np.arange(7.0)
+"""Weights of neighbouring ages by how far apart they are: three quarters per half octave, up to three octaves."""
 PRIOR_HITS = 1.0
 """Hits' worth of belief that a feature changes nothing."""
 LEAST_HAZARD, MOST_HAZARD = 1e-7, 0.97
 LEAST_DENSITY, LEAST_RUN, LEAST_EXPOSURE = 1e-12, 1e-30, 0.01
-_LEAST_WORTH = np.log(LEAST_DENSITY)
+
+_ROOT_OF_HALF, _BITS, _BIAS = 0x3FE6A09E667F3BCD, 52, 1023
+_ONE = _BIAS << _BITS
+
+
+def _log(numbers: Reals) -> Reals:
+    """The natural logarithm of normal numbers above 0, as compiled loops take it: the last bit of NumPy's depends on the machine."""
+    bits = numbers.view(np.int64)
+    power = (bits + (_ONE - _ROOT_OF_HALF) >> _BITS) - _BIAS
+    rest = (bits - (power << _BITS)).view(np.float64)
+    part = (rest - 1.0) / (rest + 1.0)
+    square, series = part * part, np.zeros_like(part)
+    for term in range(9, -1, -1):
+        series = series * square + 2.0 / (2 * term + 1)
+    logs: Reals = power * math.log(2.0) + part * series
+    return logs
+
+
+def _smooth(counts: Reals) -> Reals:
+    """Counts `[..., AGES]` with those of neighbouring ages."""
+    smooth: Reals = SMOOTHING[0] * counts
+    for apart, weight in enumerate(SMOOTHING[1:].tolist(), 1):
+        smooth[..., apart:] += weight * counts[..., :-apart]
+        smooth[..., :-apart] += weight * counts[..., apart:]
+    return smooth
 
 
 class Hazards:
@@ -56,15 +79,15 @@ class Hazards:
         """Room for a fit: new memory of this size costs more than what is done in it."""
         self._level: Reals = np.zeros(AGES)
         self._last_age = 0
-        """Nobody was used again at this age or a greater one, by the last fit."""
+        """Nobody was used again at this age or a greater one, by the last fit; of the last age nothing is known."""
         self._firsts: Numbers = np.cumsum((0, *sizes))
         """Where the values of each feature begin among those of all."""
-        self._values: Numbers = np.indices(sizes).reshape(len(sizes), -1).T + self._firsts[:-1]
+        self._values: Numbers = np.stack(np.unravel_index(np.arange(math.prod(sizes)), sizes), 1) + self._firsts[:-1]
         """Of each combination and feature the row of `_factors`."""
         self._factors: Reals = np.ones((sum(sizes), AGES))
         """By value of a feature and age, one feature after the other."""
-        self._ratios: Reals = np.ones_like(self._factors)
-        """What the factors of a fit are to those of the one before."""
+        self._seen, self._due = np.zeros((2, *self._factors.shape))
+        """Room for a fit, too."""
 
     def __len__(self) -> int:
         """Kinds there have been."""
@@ -74,8 +97,7 @@ class Hazards:
         """The kinds of pages with these features, given as numbers in mixed radix, the first feature first."""
         kinds = self.kind_of[combined]
         if len(kinds) and kinds[kinds.argmin()] < 0:
-            unknown = combined[kinds < 0]
-            self._add(np.unique(unknown) if len(unknown) > 1 else unknown)
+            self.meet(np.unique(combined[kinds < 0]))
             kinds = self.kind_of[combined]
         return kinds
 
@@ -83,53 +105,31 @@ class Hazards:
 
     def _fit(self) -> None:
         self.fits += 1
-        hits, exposed = self._hits[: self._count], self._exposed[: self._count]
-        level = (hits.sum(0) @ SMOOTHING) / (exposed.sum(0) @ SMOOTHING + LEAST_EXPOSURE)
-        self._level = np.clip(level, LEAST_HAZARD, MOST_HAZARD)
-        self._last_age = int(np.flatnonzero(self._level > LEAST_HAZARD).max(initial=0)) + 1
-        expected = self._expect(exposed)
-        for feature, first in enumerate(self._firsts[:-1].tolist()):
-            own = slice(first, int(self._firsts[feature + 1]))
-            seen, due = self._gather(hits, expected, feature)
-            after = (seen[own] @ SMOOTHING + PRIOR_HITS) / (due[own] @ SMOOTHING + PRIOR_HITS)
-            self._ratios[own] = after / self._factors[own]
-            self._rescale(expected, feature)
-            self._factors[own] = after
-        self._appraise(slice(self._count))
-        hits *= FADE
-        exposed *= FADE
-
-    def _expect(self, exposed: Reals) -> Reals:
-        """The hits that would be seen by the level of now and the factors of the last fit, `[kinds, AGES]`."""
-        features = self._features[: self._count]
+        hits, exposed, features = self._hits[: self._count], self._exposed[: self._count], self._features[: self._count]
         if (loops := columns.loops()) is not None:
-            loops.expect(exposed, self._level, features, self._factors, expected := self._expected[: self._count])
-            return expected
+            by_value = (self._firsts, self._factors, SMOOTHING, self._level, self._seen, self._due)
+            rest = (FADE, PRIOR_HITS, LEAST_EXPOSURE, LEAST_HAZARD, MOST_HAZARD)
+            loops.learn(hits, exposed, self._expected[: self._count], features, *by_value, *rest)
+        else:
+            self._learn(hits, exposed, features)
+        self._last_age = min(int(np.flatnonzero(self._level > LEAST_HAZARD).max(initial=0)) + 1, AGES - 1)
+        self._appraise(slice(self._count))
+
+    def _learn(self, hits: Reals, exposed: Reals, features: Numbers) -> None:
+        """Level and factors by what was counted until now, which then fades."""
+        self._level[:] = np.clip(_smooth(hits.sum(0)) / (_smooth(exposed.sum(0)) + LEAST_EXPOSURE), LEAST_HAZARD, MOST_HAZARD)
         expected = exposed * self._level
         for of_kind in features.T:
             expected *= self._factors[of_kind]
-        return expected
-
-    def _gather(self, hits: Reals, expected: Reals, feature: int) -> tuple[Reals, Reals]:
-        """By value of this feature, in its rows of `[values, AGES]`: the hits that were seen, and those expected but for its factor."""
-        seen, due = np.zeros((2, *self._factors.shape))
-        features = self._features[: self._count]
-        if (loops := columns.loops()) is not None:
-            loops.gather(hits, expected, features, self._factors, seen, due, feature)
-            return seen, due
-        of_kind = features[:, feature]
-        foreseen = expected / self._factors[of_kind]
-        for value in range(int(self._firsts[feature]), int(self._firsts[feature + 1])):
-            own = of_kind == value
-            seen[value], due[value] = hits[own].sum(0), foreseen[own].sum(0)
-        return seen, due
-
-    def _rescale(self, expected: Reals, feature: int) -> None:
-        features = self._features[: self._count]
-        if (loops := columns.loops()) is not None:
-            loops.rescale(expected, features, self._ratios, feature)
-        else:
-            expected *= self._ratios[features[:, feature]]
+        for of_kind, first, end in zip(features.T, self._firsts, self._firsts[1:], strict=False):
+            before = self._factors[first:end].copy()
+            own = [of_kind == value for value in range(first, end)]
+            seen, due = np.array([hits[kinds].sum(0) for kinds in own]), np.array([expected[kinds].sum(0) for kinds in own])
+            after = (_smooth(seen) + PRIOR_HITS) / (_smooth(due / before) + PRIOR_HITS)
+            expected *= (after / before)[of_kind - first]
+            self._factors[first:end] = after
+        hits *= FADE
+        exposed *= FADE
 
     def _hazards(self, features: Numbers) -> Reals:
         """Of the spells of kinds with these features that get as old, the share that ends at that age, `[kinds, AGES]`."""
@@ -144,19 +144,16 @@ class Hazards:
 
         Worth is the log of the largest (chance of a use) / (seconds until then or until giving up), over all ages at which to give up.
         """
-        features, best, chance = self._features[kinds], self.worth[kinds], self.chance[kinds]
-        best[:] = LEAST_DENSITY
-        last = self._last_age
+        features, worth, chance = self._features[kinds], self.worth[kinds], self.chance[kinds]
         if (loops := columns.loops()) is not None:
-            loops.appraise(self._level, features, self._factors, WIDTHS, best, chance, last, MOST_HAZARD, LEAST_RUN)
-        else:
-            self._promise(features, best, chance, last)
-        promising = best[:, :last]
-        np.log(np.maximum(promising, LEAST_DENSITY, out=promising), out=promising)
-        best[:, last:] = _LEAST_WORTH
+            rest = (self._last_age, MOST_HAZARD, LEAST_RUN, LEAST_DENSITY)
+            loops.appraise(self._level, features, self._factors, WIDTHS, worth, chance, *rest)
+            return
+        worth[:], chance[:] = self._promise(features)
+        worth[:] = _log(np.maximum(worth, LEAST_DENSITY))
 
-    def _promise(self, features: Numbers, best: Reals, chance: Reals, last: int) -> None:
-        """Into `best` the most uses per second from each age below `last`, into `chance` the chance of a use at all."""
+    def _promise(self, features: Numbers) -> tuple[Reals, Reals]:
+        """The most uses per second from each age, and the chance of a use at all, `[kinds, AGES]`."""
         hazard = self._hazards(features)
         hazard[:, -1] = 0.0
         survival = np.ones((len(features), AGES + 1))
@@ -164,21 +161,23 @@ class Hazards:
         used, kept = np.zeros((2, len(features), AGES + 1))
         np.cumsum(survival[:, :-1] * hazard, axis=1, out=used[:, 1:])
         np.cumsum(survival[:, :-1] * WIDTHS * (1.0 - hazard / 2), axis=1, out=kept[:, 1:])
+        best, last = np.zeros((len(features), AGES)), self._last_age
         # The steepest way up from each age is a side of the upper hull of (kept, used); found by looking at all ways.
-        for age in range(min(last, AGES - 1)):
+        for age in range(last):
             rise, run = used[:, age + 1 : last + 1] - used[:, age, None], kept[:, age + 1 : last + 1] - kept[:, age, None]
             best[:, age] = (rise / np.maximum(run, LEAST_RUN)).max(axis=1)
-        chance[:] = 1.0 - survival[:, -1:] / survival[:, :-1]
+        return best, 1.0 - survival[:, -1:] / survival[:, :-1]
 
     # -- kinds -----------------------------------------------------------------------------------------------------------------
 
-    def _add(self, numbers: Numbers) -> None:
+    def meet(self, numbers: Numbers) -> None:
+        """There are kinds of pages with these features, which there were not before; in ascending order, each once."""
         first, self._count = self._count, self._count + len(numbers)
         if self._count > len(self.worth):
             self._grow(max(self._count, 2 * len(self.worth)))
         added = slice(first, self._count)
         self.kind_of[numbers] = np.arange(first, self._count)
-        self._features[added] = self._values[numbers]
+        self._values.take(numbers, 0, self._features[added], "clip")
         # Before the first fit, the older the less: the order of LRU.
         if self.fits:
             self._appraise(added)

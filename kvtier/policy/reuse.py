@@ -88,12 +88,13 @@ class ReuseModel(Hazards):
 
     def turn(self, now: float) -> bool:
         """After the call that `count` said so of: starts a new cohort and fits where it is time; whether `worth` changed."""
-        if not self.period[STARTED]:
-            self.period[STARTED], self._began[0] = 1, now
-        if not self._is_full():
-            return False
-        self.period[BEGUN] = self.period[CALLS] = 0
-        self.period[NOW] += 1
+        period = self.period
+        if not period[STARTED]:
+            period[STARTED], self._began[0] = 1, now
+            if not self._is_full():
+                return False
+        period[BEGUN] = period[CALLS] = 0
+        period[NOW] += 1
         cohort = self.cohort
         fit = cohort % PARTS == 0 or self.fits < PARTS
         if fit:
@@ -109,14 +110,14 @@ class ReuseModel(Hazards):
 
     def _expose(self, now: float) -> None:
         """Living spells have reached the ages that they have now; the period's counts go where they are remembered."""
+        if (loops := columns.loops()) is not None:
+            known = slice(self._count)
+            counts = (self.change[known], self.hits[known], self._exposed[known], self._hits[known])
+            loops.expose(self._began, self.counted, self.alive, *counts, self.cohort, now)
+            return
         rows = np.arange(max(0, self.cohort - COHORTS), self.cohort) % COHORTS
         ends = np.append(self._began[rows[1:]], now)
         reached = age_bins(np.maximum(now - (self._began[rows] + ends) / 2, 0.0)) + 1
-        if (loops := columns.loops()) is not None:
-            known = slice(self._count)
-            change, hits, all_exposed, all_hits = self.change[known], self.hits[known], self._exposed[known], self._hits[known]
-            loops.expose(rows, reached, self.counted, self.alive, change, hits, all_exposed, all_hits)
-            return
         for row, until in zip(rows.tolist(), reached.tolist(), strict=True):
             start = int(self.counted[row])
             if until > start:

@@ -91,8 +91,11 @@ class Spells(EvictionPolicy):
 
     def _meet_kinds(self) -> columns.SpellLoops | None:
         """The compiled loops, with the kinds that they did not know."""
-        self._model.kinds_of(self._missing[1 : 1 + self._missing[0]])
-        return self._fit_loops()
+        model, missing = self._model, self._missing[1 : 1 + self._missing[0]]
+        missing.sort()
+        held = model.worth
+        model.meet(missing)
+        return self._loops if model.worth is held else self._fit_loops()
 
     def insert(self, pages: Pages, parents: Pages, depths: Pages, now: float) -> None:
         if not len(pages):

@@ -9,7 +9,7 @@ import pytest
 
 from kvtier import columns
 from kvtier.pages import PageTable
-from kvtier.policy import A2CR, ROOT, nothing_protected
+from kvtier.policy import A2CR, ROOT, hazards, nothing_protected
 from kvtier.policy import spells as spells_module
 from kvtier.policy.ages import AGES
 from kvtier.policy.ranking import Ranking
@@ -178,6 +178,11 @@ def test_what_is_learned_is_what_numpy_learns(monkeypatch):
     assert learned[0] == learned[1]
 
 
+def test_logarithms_are_right_to_the_last_bits():
+    numbers = np.concatenate((np.exp(np.random.default_rng(4).uniform(-28.0, 28.0, 10_000)), [0.5, np.sqrt(0.5), 1.0, np.sqrt(2.0), 2.0]))
+    assert np.all(np.abs(hazards._log(numbers) - np.log(numbers)) <= 2 * np.spacing(np.maximum(np.abs(np.log(numbers)), 0.35)))
+
+
 @needs_loops
 def test_nothing_is_fitted_to_arrays_that_do_not_fit():
     loops = columns.loops()
@@ -185,13 +190,12 @@ def test_nothing_is_fitted_to_arrays_that_do_not_fit():
     kinds, values = 5, 7
     by_kind, by_value, change = np.zeros((kinds, AGES)), np.ones((values, AGES)), np.zeros((kinds, AGES + 1), np.int64)
     hits, alive, features = np.zeros((kinds, AGES), np.int64), np.zeros((4, kinds), np.int64), np.zeros((kinds, 2), np.int64)
-    level, cohorts = np.full(AGES, 0.1), np.arange(4)
+    level, firsts, rest = np.full(AGES, 0.1), np.array([0, 3, values]), (0.9, 1.0, 0.1, 1e-9, 0.9)
+    room, cohorts, smoothing = (np.zeros((kinds, AGES)), by_value + 0, by_value + 0), np.zeros(4, np.int64), np.ones(7)
     fitting: list[tuple[str, tuple[Any, ...]]] = [
-        ("expose", (cohorts, cohorts, cohorts * 0, alive, change, hits, by_kind, by_kind.copy())),
-        ("expect", (by_kind, level, features, by_value, by_kind.copy())),
-        ("gather", (by_kind, by_kind, features, by_value, by_value.copy(), by_value.copy(), 1)),
-        ("rescale", (by_kind, features, by_value, 1)),
-        ("appraise", (level, features, by_value, level, by_kind, by_kind.copy(), 9, 0.9, 1e-9)),
+        ("expose", (level[:4].copy(), cohorts, alive, change, hits, by_kind, by_kind.copy(), 3, 9.0)),
+        ("learn", (by_kind, by_kind.copy(), room[0], features, firsts, by_value, smoothing, level, *room[1:], *rest)),
+        ("appraise", (level, features, by_value, level, by_kind, by_kind.copy(), 9, 0.9, 1e-9, 1e-9)),
     ]
     for name, given in fitting:
         call = getattr(loops, name)
@@ -202,12 +206,14 @@ def test_nothing_is_fitted_to_arrays_that_do_not_fit():
         for place, array in enumerate(given):
             if array is features:
                 wrong += [(place, other) for other in (features[:-1], features + values, features - 1)]
-            elif array is cohorts:
-                wrong += [(place, other) for other in (cohorts[:-1], cohorts + AGES, cohorts - 1)]
+            elif array is firsts:
+                wrong += [(place, other) for other in (firsts[:-1], firsts + values, firsts - 1)]
+            elif array is smoothing:
+                wrong += [(place, np.ones(count)) for count in (0, AGES + 1)]
             elif isinstance(array, np.ndarray):
                 wrong.append((place, array[..., :-1].copy()))
             elif isinstance(array, int):
-                wrong += [(place, np.int64(other)) for other in (-1, AGES + 1)]
+                wrong += [(place, np.int64(other)) for other in (-1, 2**62)]
         for place, other in wrong:
             with pytest.raises(ValueError, match="fit"):
                 call(*given[:place], other, *given[place + 1 :])
