@@ -2,6 +2,7 @@
 #include "spells.h"
 
 #include <stdlib.h>
+
 enum { AHEAD = 16 }; /* cells are fetched so many pages before their turn */
 
 static Py_ssize_t cell_of_page(const Spells *s, int64_t page) { return first_cell(s, facts_of(s, page)[NAME]); }

@@ -222,28 +222,13 @@ typedef struct {
     Py_ssize_t *kept, left, passed;
 } Choice;
 
-/* What will be looked at of the page two before this one, which is its turn soon if a request leaves from its end: fetched meanwhile. */
-static void fetch_ahead(const Spells *s, const Exit *exit, int64_t page) {
-    const Ranking *r = s->ranking;
-    const Table *table = exit->burial.table;
-    const Py_ssize_t next = ranking_cell(r, r->parent[page]), later = ranking_cell(r, r->parent[next]);
-    if (later >= table->rows) return;
-    const void *const cells[] = {
-        &r->here[later], &r->parent[later], &r->children[later], &r->depth[later], &r->place[later], &r->last[later], &r->score[later],
-        facts_of(s, later), &table->copies[later], &table->leases[later], &table->readers[exit->tier * table->cells + later],
-    };
-    for (size_t i = 0; i < sizeof cells / sizeof *cells; i++) __builtin_prefetch(cells[i]);
-}
-
 /* Whether as many pages as are wanted left the queue, and no more than these had to be passed over. */
-static bool choose(const Spells *s, const Exit *exit, Choice *choice) {
-    Ranking *r = s->ranking;
+static bool choose(Ranking *r, const Exit *exit, Choice *choice) {
     const Table *table = exit->burial.table;
     const Py_ssize_t wanted = choice->leaving->count;
     while (choice->left < wanted && choice->passed <= wanted) {
         const int64_t page = ranking_first(r);
         if (page < 0 || page >= table->rows) return false;
-        fetch_ahead(s, exit, page);
         if (is_held(table, page, exit->tier)) {
             choice->kept[choice->passed++] = page;
             ranking_unqueue(r, page);
@@ -269,7 +254,7 @@ PyObject *give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t given)
     Py_ssize_t *cells = malloc(sizeof *cells * (size_t)(2 * out.count + 1));
     Choice choice = {.leaving = &out, .kept = cells};
     PyObject *slots = NULL;
-    usual = cells && usual && choose(s, &exit, &choice);
+    usual = cells && usual && choose(s->ranking, &exit, &choice);
     if (usual) slots = slots_of(exit.burial.table, &out, exit.tier, true);
     while (!slots && choice.left > 0) ranking_come(s->ranking, *row_at(&out, --choice.left));
     while (choice.passed > 0) ranking_enqueue(s->ranking, choice.kept[--choice.passed]);

@@ -12,10 +12,11 @@ from kvtier.columns import Numbers
 FACTS = KIND, COHORT, USES, GENERATION, CALL = range(5)
 """Kind, the cohort in which the spell of its last use began, uses, generation, number of the call that used it last."""
 RECORD = 8
-"""Numbers in a record: the facts, and"""
+"""Numbers in a record."""
 COMBINED, NAME, SCORED = range(len(FACTS), RECORD)
-"""the page's features as one number in mixed radix, its name, and the scoring that its score is of."""
+"""What a record has beside the facts: the page's features as one number in mixed radix, its name, the scoring that its score is of."""
 WORDS = 2
+"""Numbers that a ghost's facts take."""
 _BITS = np.array(16)
 """Of a word, for smaller facts: a kind (below 2 ** 16), or uses and a generation, each half of that. The rest is a call or a cohort."""
 _MOST = np.array((1 << 47) - 1)
