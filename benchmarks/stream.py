@@ -152,7 +152,7 @@ def stream_rows(run: Run, stream: Stream, capacity: int, policies: Sequence[str]
         label = f"stream.{stream.name}.{name}{'.ticking' * ticking}"
         totals, tails = [], []
         for _ in range(run.repeats if name == policies[0] else min(run.repeats, SLOW_REPEATS)):
-            floors.append(_ordered_dict(stream, capacity))
+            floors.append(least_lru(stream, capacity))
             with Replay(name, capacity, ticking) as replay:
                 for request in stream.requests:
                     replay.serve(request)
@@ -166,7 +166,7 @@ def stream_rows(run: Run, stream: Stream, capacity: int, policies: Sequence[str]
     return [*rows, Row(f"stream.{stream.name}.hit_ratio", rows[2].value, "share of tokens")]
 
 
-def _ordered_dict(stream: Stream, capacity: int) -> float:
+def least_lru(stream: Stream, capacity: int) -> float:
     """Seconds of the least that could be called an LRU cache of pages."""
     held: OrderedDict[PageKey, None] = OrderedDict()
     start = time.perf_counter()

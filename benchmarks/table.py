@@ -5,10 +5,12 @@ are moved.
 pages; beside it what a plain dict does for the same keys, one by one (for an eviction: an OrderedDict that lets its oldest go).
 
 A trace is Mooncake JSONL, read by `kvtier.replay`; without one, its made-up chats. Capacity is a share of the stream's distinct pages.
+Where vLLM is installed, its own bookkeeping can be asked for, over the same stream (`vllm_manager.py`).
 """
 
 from __future__ import annotations
 
+import importlib
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,13 +35,17 @@ Work = tuple[str, Callable[[], object], Callable[[], object]]
 """What is measured: its name, ours, and the plain thing beside it."""
 
 
-def measure(run: Run, trace: Path | None = None, share: float = 0.05) -> list[Row]:
-    """The rows. `share`: capacity as a share of the distinct pages. KVTierError for a file that is not a trace, or a share out of range."""
+def measure(run: Run, trace: Path | None = None, share: float = 0.05, vllm: bool = False) -> list[Row]:
+    """The rows. `share`: capacity as a share of the distinct pages. `vllm`: those of its bookkeeping, too.
+
+    KVTierError for a file that is not a trace, a share out of range, and where there is no vLLM, or too old a one.
+    """
     if not 0 < share <= 1:
         raise KVTierError(f"--share {share}: expected above 0 and at most 1")
+    others = importlib.import_module("kvtier.bench.vllm_manager") if vllm else None
     stream = chats(150 if run.tiny else 12_000) if trace is None else read_stream(trace)
     sizes = (100, 1000) if run.tiny else (10**4, 10**5, 10**6)
-    run.expect(len(sizes) * (1 + len(MEASURED)) + len(MEASURED) + 1)
+    run.expect(len(sizes) * (1 + len(MEASURED)) + len(MEASURED) + 1 + (len(others.POLICIES) if others else 0))
     rows = []
     for size in sizes:
         run.step(f"a table of {size} pages")
@@ -47,7 +53,9 @@ def measure(run: Run, trace: Path | None = None, share: float = 0.05) -> list[Ro
         for name in MEASURED:
             run.step(f"{name} over {size} pages")
             rows += _policy(run, name, size)
-    return rows + stream_rows(run, stream, max(1, int(stream.distinct * share)), MEASURED)
+    capacity = max(1, int(stream.distinct * share))
+    rows += stream_rows(run, stream, capacity, MEASURED)
+    return rows + others.vllm_rows(run, stream, capacity) if others else rows
 
 
 def _chains(size: int) -> list[list[PageKey]]:

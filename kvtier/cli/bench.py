@@ -56,6 +56,7 @@ def table(
         Path | None, typer.Option(metavar="FILE", help="Requests to replay, Mooncake JSONL. Default: chats that the benchmark makes up.")
     ] = None,
     share: Annotated[float, typer.Option(help="Capacity of the replay, as a share of the distinct pages.")] = 0.05,
+    vllm: Annotated[bool, typer.Option("--vllm", help="vLLM's own bookkeeping over the same requests, too. Needs vLLM.")] = False,
     repeats: RepeatsOption = 5,
     tiny: TinyOption = False,
     json: JsonOption = None,
@@ -64,7 +65,7 @@ def table(
 ) -> None:
     """What the bookkeeping costs: page table and policies at 10^4 to 10^6 pages, and a whole stream of requests."""
     note = "the ceilings are plain dicts; that of a stream is a floor"
-    measured("table", repeats, tiny, json, plot, profile, note, trace=trace, share=share)
+    measured("table", repeats, tiny, json, plot, profile, note, trace=trace, share=share, vllm=vllm)
 
 
 @app.command()

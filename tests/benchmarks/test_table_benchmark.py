@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,9 @@ def test_a_file_that_is_no_trace_is_one_clear_error(tmp_path: Path):
 def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments):
     assert main(["bench", "table", "--tiny", *arguments]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is here: tests/engines_real/test_table_benchmark.py measures it")
+def test_without_vllm_its_bookkeeping_is_refused_before_anything_is_measured(capsys):
+    assert main(["bench", "table", "--vllm"]) == 2
+    assert "vllm is not installed here" in capsys.readouterr().err
