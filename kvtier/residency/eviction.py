@@ -86,14 +86,26 @@ class Eviction:
     def _dropped(self, rows: Rows, tier: int, reason: str) -> None:
         """Copies of these pages are in `tier` no more. Lock held."""
         residency = self._residency
-        heirs = rows
-        for below in range(tier + 1, residency.last + 1):
-            known = residency.policies[below].here(heirs)
-            residency.policies[below].touch(heirs[known], residency.clock())
-            heirs = heirs[~known]
+        if tier < residency.last:
+            self._bequeath(rows, tier)
         residency.metrics.tiers[tier].evicted[reason] += len(rows)
         if residency.digests is not None:
             residency.digests.drop([row for row in rows.tolist() if residency.table.key[row] is None])
+
+    def _bequeath(self, rows: Rows, tier: int) -> None:
+        """The next colder copy of each of these pages inherits its recency. Lock held."""
+        residency = self._residency
+        for below in range(tier + 1, residency.last + 1):
+            policy, now = residency.policies[below], residency.clock()
+            try:
+                policy.touch(rows, now)  # mostly all are in the next tier
+            except KeyError:
+                known = policy.here(rows)
+                if known.any():
+                    policy.touch(rows[known], now)
+                rows = rows[~known]
+            else:
+                return
 
     def lose(self, rows: Rows, tier: int, reason: str) -> None:
         """`drop`, for want of room: copies without another one are gone, and may turn out to be wanted. Lock held."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvtier.keys import PageKey
 from kvtier.policy import A2CR, LRU, nothing_protected
-from tests.cache.rig import DEVICE, HOST, counters, hold, make_cache, put, run, tiers_of
+from tests.cache.rig import DEVICE, DISK, HOST, counters, hold, make_cache, put, run, tiers_of
 from tests.columns.rig import needs_loops
 
 
@@ -93,6 +95,26 @@ def test_whoever_wants_to_hear_what_is_gone_hears_it_by_its_key(policy: str):
         cache._residency.watcher = heard.append
         put(cache, run(2, 3))
         assert heard[0] == list(keys[:0:-1])
+
+
+def test_the_next_colder_copy_of_each_page_inherits_its_use(tmp_path: Path):
+    """One of two that leave the device has no copy in the host tier any more: that on disk inherits, and of the other that in the host."""
+    now = [1.0]
+    through: dict[str, Any] = {f"{tier}__write_policy": "write_through" for tier in ("host", "disk")}
+    with make_cache(tmp_path / "store", device_pages=4, policy__name="lru", clock=lambda: now[0], **through) as cache:
+        put(cache, run(1, 2))
+        cache.settle(20)
+        residency = cache._residency
+        rows = residency.table.rows_of(cache.lookup(run(1, 2)).keys)
+        with residency.lock:
+            assert residency.eviction.clear(rows[1:], HOST) == 1
+        now[0] = 9.0
+        put(cache, run(2, 4))
+        cache.settle(20)
+        assert tiers_of(cache, run(1, 2)) == [{HOST, DISK}, {DISK}]
+        host, disk = residency.policies[HOST], residency.policies[DISK]
+        assert host.score(int(rows[0]), 9.0, 1.0) == 9.0
+        assert [disk.score(row, 9.0, 1.0) for row in rows.tolist()] == [1.0, 9.0]
 
 
 @needs_loops
