@@ -1,8 +1,8 @@
 """Eviction: carries out what the policies choose. Which copies leave a tier, where their pages go, and who gets the room.
 
-One object per `kvtier.residency`, whose lock guards everything here. A victim with a colder copy just leaves (`reserve_now`); another one
-is first copied down (`reserve`, `sink`), as far as the tiers below take it. Coroutines run on the mover's loop and see the world change at
-every `await`.
+One object per `kvtier.residency`, whose lock guards everything here. A victim with a colder copy just leaves (`reserve_now`), and so does
+one that is not worth a copy below; another one is first copied down (`reserve`, `sink`), as far as the tiers below take it. Coroutines run
+on the mover's loop and see the world change at every `await`.
 """
 
 from __future__ import annotations
@@ -165,13 +165,15 @@ class Eviction:
         if tier != residency.last:
             with Protected(residency.table, tier, now, hinted) as protected:
                 likely = policy.peek(missing, protected, now, pressure)
-            if len(likely) < missing or not self.is_clean(likely, tier).all():
+            if len(likely) < missing or self.is_wanted_below(likely[~self.is_clean(likely, tier)], tier).any():
                 return None
         with Protected(residency.table, tier, now, hinted) as protected:
             victims = policy.evict(missing, protected, now, pressure)
         if victims is None:
             return None
-        self.lose(victims, tier, "room needed")
+        clean = self.is_clean(victims, tier)
+        self.lose(victims[clean], tier, "room needed")
+        self._refuse(victims[~clean], tier)
         return room.reserve(count)
 
     def _give_way(self, count: int, tier: int, now: float) -> list[int] | None:

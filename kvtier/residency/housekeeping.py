@@ -21,6 +21,7 @@ from kvtier.keys import PageKey
 from kvtier.mover.transfer import Priority, Transfer, ended
 from kvtier.pages import ABSENT, READY, Rows
 from kvtier.residency.node_moves import move_between_nodes
+from kvtier.residency.opening import WRITE_BACK
 from kvtier.tiers.base import Tier
 
 if TYPE_CHECKING:
@@ -90,11 +91,11 @@ class Housekeeping:
         residency = self._residency
         if tier == residency.last:
             return
-        if residency.entry[tier + 1] != "write_back":
-            through = rows[~residency.eviction.is_clean(rows, tier) & residency.eviction.is_wanted_below(rows, tier)]
-            if len(through):
+        if residency.entry[tier + 1] != WRITE_BACK:
+            dirty = rows[~residency.eviction.is_clean(rows, tier)]
+            if len(dirty) and len(through := dirty[residency.eviction.is_wanted_below(dirty, tier)]):
                 residency.start(self._write_through(through, tier))
-        if residency.pressure(tier) > residency.config.mover.clean_pressure and not self._cleaning[tier]:
+        elif residency.pressure(tier) > residency.config.mover.clean_pressure and not self._cleaning[tier]:
             self._cleaning[tier] = True
             residency.start(self._clean(tier))
 
@@ -116,7 +117,7 @@ class Housekeeping:
 
     def turned_away(self, transfer: Transfer) -> None:
         """The link of a transfer is full. Pages that must be written through follow when it is not. Lock held."""
-        if transfer.target == transfer.source + 1 and self._residency.entry[transfer.target] != "write_back":
+        if transfer.target == transfer.source + 1 and self._residency.entry[transfer.target] != WRITE_BACK:
             self._behind.add(transfer.source)
 
     async def _catch_up_where_behind(self) -> None:

@@ -86,6 +86,38 @@ def test_what_a_hint_brought_up_in_vain_is_counted_when_it_gives_way(policy: str
         assert counters(cache)["prefetch"]["wasted"] == 2
 
 
+def test_pages_that_are_not_worth_a_copy_below_leave_at_once(policy: str, monkeypatch: pytest.MonkeyPatch):
+    """Nobody waits for the mover where nothing is moved."""
+    with make_cache(device_pages=4, host_pages=8, policy__name=policy) as cache:
+        residency = cache._residency
+        monkeypatch.setattr(residency.admission, "worth", lambda chances: chances < 0)
+        monkeypatch.setattr(residency.eviction, "reserve", None)
+        put(cache, run(1, 4))
+        put(cache, run(2, 3))
+        assert tiers_of(cache, run(1, 4)) == [{DEVICE}, set(), set(), set()]
+        assert counters(cache)["tiers"]["device"]["evicted"] == {"not admitted below": 3}
+        assert residency.admission.regret.refused == 3
+        cache.check_integrity()
+
+
+@pytest.mark.parametrize(("write_policy", "cleans"), [("write_back", True), ("write_through", False)])
+def test_pages_are_copied_down_ahead_only_where_they_wait_to_be_evicted(monkeypatch: pytest.MonkeyPatch, write_policy: str, cleans: bool):
+    """Those that are written through are there already."""
+    settings: dict[str, Any] = {"mover__clean_pressure": 0.5, "host__write_policy": write_policy}
+    with make_cache(device_pages=4, host_pages=8, **settings) as cache:
+        cleaned: list[int] = []
+
+        async def note(tier: int) -> None:
+            cleaned.append(tier)
+
+        monkeypatch.setattr(cache._residency.house, "_clean", note)
+        put(cache, run(1, 4))
+        hold(cache, run(1, 4)).release()
+        cache.settle(20)
+        assert cleaned == [DEVICE] * cleans
+        assert tiers_of(cache, run(1, 4)) == [{DEVICE} if cleans else {DEVICE, HOST}] * 4
+
+
 @needs_loops
 def test_whoever_wants_to_hear_what_is_gone_hears_it_by_its_key(policy: str):
     with make_cache(device_pages=4, host_pages=None, policy__name=policy) as cache:
