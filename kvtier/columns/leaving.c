@@ -174,7 +174,7 @@ static bool tell_late(const Departure *d, PyObject *late) {
 
 /* Whether as many pages as are wanted left the order. */
 static bool leave_in_turn(Order *order, const Exit *exit, Departure *d) {
-    bool usual = d->head <= d->sorted && d->sorted <= d->tail && d->waiting <= MOST_LATE;
+    bool usual = d->head <= d->sorted && d->sorted <= d->tail;
     while (usual && d->left < d->leaving->count) {
         const int64_t page = next_in_turn(order, exit, d);
         usual = page >= 0;
@@ -193,6 +193,7 @@ PyObject *order_give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t 
     int64_t *const places[] = {&d.head, &d.sorted, &d.tail};
     for (int i = 0; i < 3 && !failed; i++) *places[i] = order_place(order, arguments[5 + i], &failed);
     double front = failed ? 0.0 : real_of(arguments[8], &failed);
+    if (!failed && PyList_Check(arguments[9]) && PyList_Size(arguments[9]) > MOST_LATE) Py_RETURN_NONE;
     Rows out;
     if (failed || !rows_open(&out, arguments[4], true)) return NULL;
     d.leaving = &out;
@@ -256,8 +257,9 @@ PyObject *give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t given)
     PyObject *slots = NULL;
     usual = cells && usual && choose(s->ranking, &exit, &choice);
     if (usual) slots = slots_of(exit.burial.table, &out, exit.tier, true);
-    while (!slots && choice.left > 0) ranking_come(s->ranking, *row_at(&out, --choice.left));
+    /* Before others come back: one may be the child of a page that was passed over, which then queues no more. */
     while (choice.passed > 0) ranking_enqueue(s->ranking, choice.kept[--choice.passed]);
+    while (!slots && choice.left > 0) ranking_come(s->ranking, *row_at(&out, --choice.left));
     if (slots) {
         become_ghosts(s, &out, cells);
         s->guard[ROOM] = room, s->clock[LATEST] = time;

@@ -214,8 +214,10 @@ class PageTable(PageRows):
         return freed
 
     def exit(self, tier: int) -> Exit | None:
-        """What compiled loops of others must know to `drop` copies in a tier that have another one below it, if there is a tier below; None
-        without loops."""
+        """What compiled loops of others must know to `drop` copies in a tier by themselves; None without loops.
+
+        Where there is a tier below, only copies of pages that have a READY one there or still further down.
+        """
         if (loops := self.loops) is None:
             return None
         return loops, self._row_of, tier, tier < self.tiers - 1

@@ -90,8 +90,8 @@ class Slots(ABC):
         nothing freed, if one of them is not reserved."""
 
     def exchange(self, slots: list[int], count: int) -> list[int] | None:
-        """`free` these, then `reserve` `count`."""
-        self.free(slots)
+        """Give up these slots, which are in the order in which `reserve` would give them, and `reserve` `count`."""
+        self.free(slots[::-1])
         return self.reserve(count)
 
     @abstractmethod

@@ -149,6 +149,20 @@ def test_the_next_colder_copy_of_each_page_inherits_its_use(tmp_path: Path):
         assert [disk.score(row, 9.0, 1.0) for row in rows.tolist()] == [1.0, 9.0]
 
 
+def test_slots_come_in_the_same_order_whether_pages_give_way_or_leave_step_by_step(monkeypatch: pytest.MonkeyPatch, policy: str):
+    """Pages that follow each other so get slots that do: copies to neighbours are joined."""
+    orders: list[list[int] | None] = []
+    for steps in (False, True):
+        with make_cache(device_pages=8, host_pages=None, policy__name=policy) as cache:
+            put(cache, run(1, 7))
+            eviction = cache._residency.eviction
+            if steps:
+                monkeypatch.setattr(eviction, "_give_way", lambda count, tier, now: None)
+            with cache._residency.lock:
+                orders += [eviction.reserve_now(DEVICE, 3), eviction.reserve_now(DEVICE, 2)]
+    assert orders[:2] == orders[2:]
+
+
 @needs_loops
 @pytest.mark.parametrize("spare", [0, 1, 3])
 def test_as_many_slots_stay_free_as_others_need(policy: str, spare: int):

@@ -243,3 +243,18 @@ def test_pages_that_cannot_give_way_in_both_stay_in_both(order: Order):
         with pytest.raises(TypeError):
             policy.give_way(1, wrong, 2.0)
         assert everything(order, table, policy) == held
+
+
+def test_a_page_that_somebody_holds_queues_no_more_when_its_child_comes_back(order: Order):
+    """The child may leave, its parent may not, and there is no third page: neither leaves, now or before the other."""
+    table, policy = PageTable(1, 4), order.native()
+    rows, (parents, depths, _) = table.settle_chain([bytes([place]) * 32 for place in range(2)], bytes(32), 0, NO_ROW, DEVICE, range(2))
+    policy.insert(rows, parents, depths, 1.0)
+    table.release(rows[1:])
+    assert give_way(table, policy, 2, 2.0) is None
+    policy.check_integrity()
+    table.release(rows[:1])
+    table.lease(rows[1:])
+    assert give_way(table, policy, 1, 3.0) is None
+    policy.check_integrity()
+    table.check_integrity()
