@@ -180,6 +180,19 @@ def test_growing_gives_slots_and_shrinking_takes_memory_but_never_a_taken_slot()
         pool.reach(65)
 
 
+def test_slots_are_exchanged_for_themselves_unless_they_are_to_go():
+    pool = pool_of(pages=4)
+    assert pool.reserve(3) == [0, 1, 2]
+    assert pool.exchange([1, 2], 2) == [1, 2]
+    pool.reach(6)
+    pool.retire(2)
+    assert pool.exchange([1, 2], 2) is None, "slot 2 is behind the end from now on"
+    pool.check_integrity()
+    assert pool.exchange([0], 1) == [0]
+    assert pool.reserve(1) == [1]
+    pool.check_integrity()
+
+
 def test_memory_is_given_back_only_when_no_stream_uses_it():
     pool = pool_of(pages=4)
     gpu = pool.accelerator
