@@ -30,9 +30,9 @@ def gated(tmp_path, monkeypatch):
     tier.close()
 
 
-def begin(tier, numbers):
+def begin(tier, numbers, slots=None):
     """Begin to store pages in memory that is then overwritten; (slots, what waits for the end)."""
-    slots = tier.reserve(len(numbers))
+    slots = slots or tier.reserve(len(numbers))
     payloads = [payload(tier, number).copy() for number in numbers]
     finish = tier.begin_store(slots, [page_id(number) for number in numbers], payloads)
     for data in payloads:
@@ -77,7 +77,8 @@ def test_law_2_each_record_that_does_not_fit_is_refused_for_itself_and_leaves_no
     engine = FaultyEngine()
     tier = open_disk(tmp_path / "store", engine=engine)
     engine.write_budget = 3 * SLOT + 5000
-    begun = [begin(tier, [0, 1]), begin(tier, [2, 3]), begin(tier, [4, 5])]
+    slots = [tier.reserve(2) for _ in range(3)]  # a full disk, which is found out meanwhile, has none
+    begun = [begin(tier, [2 * pair, 2 * pair + 1], slots[pair]) for pair in range(3)]
     assert [finish() for _, finish in begun] == [[None, None], [None, Refused("disk full")], [Refused("disk full")] * 2]
     tier.check_integrity()
     again = open_disk(image_of(tmp_path / "store", tmp_path / "image"))
