@@ -14,9 +14,6 @@ typedef struct {
     Lanes hazard[AGES], survival[AGES + 1], used[AGES + 1], kept[AGES + 1], worth[AGES], chance[AGES];
 } Curves;
 
-/* Part of their caller, as what is compiled for wide registers must not call what is not. */
-#define PART static inline __attribute__((always_inline)) void
-
 /* Into `most` the larger of each pair. */
 PART keep_larger(Lanes *most, const Lanes *others) {
     const Bits first = (Bits)(*most > *others);

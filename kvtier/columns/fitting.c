@@ -62,9 +62,6 @@ WIDE PyObject *expose(PyObject *self, PyObject *const *arguments, Py_ssize_t giv
 
 /* -- factors: `features` [kinds, features] has, for every kind and feature, a row of `factors` [values, ages] -- */
 
-/* Part of their caller, as what is compiled for wide registers must not call what is not. */
-#define PART static inline __attribute__((always_inline)) void
-
 /* What a fit goes by. */
 typedef struct {
     Grid hits, exposed, expected, features, firsts, factors, smoothing, level, seen, due;

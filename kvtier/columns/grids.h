@@ -10,6 +10,9 @@
 #define WIDE
 #endif
 
+/* A part of a function that is WIDE: compiled into it, as what is for wide registers must not call what is not. */
+#define PART static inline __attribute__((always_inline)) void
+
 enum { MOST_GRIDS = 10 };
 
 typedef struct {

@@ -10,6 +10,7 @@ from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 from vllm.v1.kv_offload.cpu.policies.base import ChunkStatus
 
+from benchmarks import vllm_manager
 from kvtier.engines.vllm_policy import A2CR
 
 BLOCK = 16
@@ -33,16 +34,7 @@ def manager(chunks: int, policy: str = "A2CR") -> CPUOffloadingManager:
 
 def serve(cpu: CPUOffloadingManager, name: str, keys: list[bytes]) -> int:
     """One request from lookup to end, as the scheduler does it; how many chunks were found."""
-    context = request(name, keys)
-    cpu.on_new_request(context)
-    hits = next((place for place, each in enumerate(keys) if cpu.lookup(each, context) is not LookupResult.HIT), len(keys))
-    if hits:
-        cpu.prepare_load(keys[:hits], context)
-        cpu.complete_load(keys[:hits], context)
-    if (output := cpu.prepare_store(keys, context)) is not None:
-        cpu.complete_store(output.keys_to_store, context)
-    cpu.on_request_finished(context)
-    return hits
+    return vllm_manager.serve(cpu, vllm_manager.Asked(request(name, keys), keys))
 
 
 def test_vllm_finds_the_policy_by_its_configuration():
