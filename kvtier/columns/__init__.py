@@ -160,8 +160,9 @@ class OrderLoops(Protocol):
         """The next pages that nobody holds leave order and table, into the array, by the journal, whose moment `front` is sorted in
         [head, stop) and which ends at `tail`, and the heap `late`.
 
-        What head, stop and front are then, and the pages' slots, those of the last one first; `late` is the heap of now. None: not done,
-        for there are fewer pages than that, many that are held or in the heap, or one without the colder copy that it needs.
+        What head, stop and front are then, and the pages' slots, those of the last one first; `late` is the heap of now. None: not done
+        but for sorting and for what waits for its children, as `moment` and `step_over`: there are fewer pages than that, many that are
+        held or in the heap, or one without the colder copy that it needs.
         """
 
     def leaving(self, head: int, stop: int, time: float, keys: Numbers, pages: Numbers, /) -> tuple[int, int]:
@@ -228,8 +229,8 @@ class SpellLoops(Protocol):
     def give_way(self, *exit_out_room_now: *tuple[*Exit, Numbers, int, float]) -> list[int] | None:
         """The first pages that nobody holds leave ranking and table, into the array, and become ghosts. `room`: pages in their tier.
 
-        Their slots, those of the last one first. None: not done, for there are fewer, more that somebody holds
-        come before them, or one has not the colder copy that it needs.
+        Their slots, those of the last one first. None: not done, for there are fewer, more that somebody holds come before them, or one
+        has not the colder copy that it needs.
         """
 
     def score_all(self) -> None:

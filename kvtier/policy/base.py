@@ -101,8 +101,8 @@ class EvictionPolicy(ABC):
     def give_way(self, count: int, exit: columns.Exit, now: float) -> tuple[Pages, list[int]] | None:
         """`evict` `count` pages that nobody holds and drop their copies from the page table, in one step.
 
-        These pages, and the slots of their copies in the tier, those of the last page first. None, and nothing done in either, where
-        that takes two: without compiled loops that know both, or if one finds anything unusual.
+        These pages, and the slots of their copies in the tier, those of the last page first. None, and no page left either, where that
+        takes two: without compiled loops that know both, or if one finds anything unusual. What `peek` may do to the order, this may, too.
         """
         return None
 
