@@ -168,7 +168,8 @@ class Lane:
         `first`: which of them begin a sequence. DeviceError if the GPU fails; then nothing of this is under way any more.
         """
         slots, count, size, stream = [move.source_slot for move in moves], len(moves), form.payload_bytes, self.stream
-        direct = target.direct([move.target_slot for move in moves])
+        targets = [move.target_slot for move in moves]
+        direct = target.direct(targets)
         places = np.where(direct == 0, self._host_rows[:count], direct)
         with self._accelerator.beside_captures(), drained(stream):
             source.fences.before(stream)
@@ -178,8 +179,8 @@ class Lane:
                 coded, rows = self._window(count, size, 0, size)
                 stream.run(partial(encode_pages, form.inner, source.paged, slots, coded, None, first))
                 self._carry("d2h", rows, places, size)
-        there = zip(moves, direct.tolist(), self._host, strict=False)
-        return [target.payload_at(move.target_slot) if address else row[:size] for move, address, row in there]
+        rooms = (target.rooms(targets) if direct.any() else None) or self._host
+        return [room if address else row[:size] for address, room, row in zip(direct.tolist(), rooms, self._host, strict=False)]
 
     def close(self) -> None:
         """Give the registration back."""

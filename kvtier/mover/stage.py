@@ -6,7 +6,8 @@ that fails later; the mover's owner therefore makes device-bound transfers no la
 memory, layers are then decoded one after the other and announced as they are placed. From files, where reading is what takes long, each
 page is decoded as soon as its bytes are verified, by the tier itself where it can, while others are still being read, and all layers are
 announced at the end; where the tier can do that without a worker, it begins before one is awake (`begin`, on the mover's loop). Towards
-files, a piece is written while the next is made (`behind.py`). To and from a GPU, see `lane.py`.
+memory, pages are encoded where they stay; towards files, a piece is written while the next is made (`behind.py`). To and from a GPU, see
+`lane.py`.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def _offload(
     with closing(WriteBehind(transfer, packer)) as writes:
         for piece in pieces(len(moves), _pages_at_once(len(moves), target, scratch)):
             some = moves[piece]
-            slots, room = [move.source_slot for move in some], list(scratch.encoded[: len(some)])
+            slots, room = [move.source_slot for move in some], _room(target, some, scratch)
             memory, first = source.memory(), _first(some)
             if memory is not None:
                 encoded = packer.encode(memory, slots, room, first)
@@ -219,10 +220,15 @@ def _recode(transfer: Transfer, start: int, moves: Sequence[Move], source: Tier,
             if not same:
                 pages = source.format.decode(payloads, layout, out=scratch.pages)[: len(payloads)]
                 # What was loaded is decoded by now, so its room is free again.
-                first = _first([transfer.moves[index] for index in indices])
-                payloads, digests = packer.encode(pages, None, list(scratch.encoded[: len(payloads)]), first)
+                some = [transfer.moves[index] for index in indices]
+                payloads, digests = packer.encode(pages, None, _room(target, some, scratch), _first(some))
             writes.store(indices, payloads, digests, piece.stop == len(moves))
     return writes.moved
+
+
+def _room(target: Tier, moves: Sequence[Move], scratch: Scratch) -> list[Payload]:
+    """Where to encode the pages of these moves: where they are to be, if that is memory, and in the worker's else."""
+    return target.rooms([move.target_slot for move in moves]) or list(scratch.encoded[: len(moves)])
 
 
 def _pages_at_once(pages: int, target: Tier, scratch: Scratch) -> int:

@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 
 from kvtier.cuda.surface import Addresses
-from kvtier.errors import IntegrityError
 from kvtier.formats.base import Format, Payload
 from kvtier.keys import PageKey
 from kvtier.layout import PageLayout
@@ -209,13 +208,13 @@ class Tier(Slots):
         """Where in registered host memory the payload of each of these slots is or will be, for a GPU that copies by itself; 0 for those
         that are elsewhere, and must pass through the mover's memory.
 
-        A reserved slot may be written there before `store` is given `payload_at` of it, which then only proves it.
+        A reserved slot may be written there before `store` is given its room.
         """
         return np.zeros(len(slots), np.int64)
 
-    def payload_at(self, slot: int) -> Payload:
-        """The memory that `direct` named, of one payload. IntegrityError for slots that have none."""
-        raise IntegrityError(f"{self.name}: slot {slot} is not in memory that others may write to")
+    def rooms(self, slots: Sequence[int]) -> list[Payload] | None:  # noqa: ARG002
+        """The memory of these reserved slots, for payloads to be made in, which `store` then only proves. None from tiers without such."""
+        return None
 
     def recover(self) -> Iterator[tuple[int, PageId]]:
         """Copies that survived from an earlier process, as (slot, id), parents before children, each slot already reserved.

@@ -106,6 +106,8 @@ class HostTier(Tier):
         self._reserved = bytearray(slots)
         self._key: list[PageKey | None] = [None] * slots
         self._checksum = [0] * slots
+        self._rooms: dict[int, Payload] = {}
+        """By slot, the view of its memory that somebody makes a payload in."""
         # Free slots of each NUMA node, nearest first; a slot over a boundary counts to the nearer one.
         self._firsts, self._nodes_of = [0], [UNKNOWN_NODE]
         if isinstance(self._nodes, HostNodes) and self._nodes.segments:
@@ -177,9 +179,10 @@ class HostTier(Tier):
         places = self._address + np.asarray(slots, np.int64) * self.slot_bytes
         return np.where(self._registration.covers(places, self._payload_bytes), places, 0)
 
-    def payload_at(self, slot: int) -> Payload:
-        payload: Payload = self._bytes[slot]
-        return payload
+    def rooms(self, slots: Sequence[int]) -> list[Payload] | None:
+        rooms: list[Payload] | None = None if self._closed else [self._bytes[slot] for slot in slots]
+        self._rooms.update(zip(slots, rooms or (), strict=False))
+        return rooms
 
     # -- moves between nodes: lock held, but for `plan_moves` and `carry` ------------------------------------------------------------
 
@@ -267,6 +270,7 @@ class HostTier(Tier):
         if not self._closed:
             self._closed = True
             self._key = [None] * len(self._key)
+            self._rooms.clear()
             self._bytes = self._bytes[:0].copy()
             self._registration.undo()
             self._arena.close()
@@ -283,11 +287,12 @@ class HostTier(Tier):
             return Refused("format")
         if self._key[slot] is not None:
             raise IntegrityError(f"host: slot {slot} already holds a copy; free it before storing another one")
+        made_here = self._rooms.pop(slot, None) is payload
         payload = np.ascontiguousarray(payload)
         # Of the source, not of the arena: a copy that went wrong on the way must not prove itself right.
         self._checksum[slot] = short_digest(payload, digest)
-        if payload.base is not self._bytes.base or payload.ctypes.data != self._address + slot * self.slot_bytes:
-            self._bytes[slot] = payload  # else a GPU wrote it here itself, where `direct` told it to
+        if not made_here:
+            self._bytes[slot] = payload
         self._key[slot] = page.key
         return None
 

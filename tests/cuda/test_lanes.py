@@ -44,7 +44,7 @@ def test_bytes_are_under_way_while_they_are_verified_but_of_one_that_is_wrong_no
         host: Any = residency.tiers[HOST]
         rows = [residency.table.row(key) for key in cache.lookup(run(1, 4)).keys]
         slots = [int(residency.table.slot[HOST, row]) for row in rows]
-        wanted = host.format.decode([host.payload_at(slot).copy() for slot in slots], DEEP)
+        wanted = host.format.decode([room.copy() for room in host.rooms(slots)], DEEP)
         if damaged is not None:
             host._bytes[slots[damaged], 5] ^= 1
         stream: Any = residency.mover.staging._lanes[0].stream
@@ -102,7 +102,7 @@ def test_what_did_not_fit_the_lanes_room_or_its_share_of_the_link_is_copied_when
         one = residency.mover.staging._lanes[0]
         rows = [residency.table.row(key) for key in cache.lookup(run(1, 4)).keys]
         slots = [int(residency.table.slot[HOST, row]) for row in rows]
-        wanted = host.format.decode([host.payload_at(slot).copy() for slot in slots], DEEP)
+        wanted = host.format.decode([room.copy() for room in host.rooms(slots)], DEEP)
         host._bytes[slots[3], 5] ^= 1
         monkeypatch.setattr(one, "_lanes", lanes)
         monkeypatch.setattr(one, "_room_bytes", min(one._room_bytes, rooms * 4 * form_of(cache).widest_bytes + 1))

@@ -175,8 +175,10 @@ def test_a_slot_that_a_gpu_wrote_itself_is_proven_not_copied():
     tier = HostTier(LAYOUT, RAW, 1 << 20, accelerator=LateAccelerator())
     slots = tier.reserve(2)
     assert slots is not None
-    payload = tier.payload_at(slots[0])
-    assert tier.direct(slots).tolist() == [payload.ctypes.data, tier.payload_at(slots[1]).ctypes.data]
+    rooms = tier.rooms(slots)
+    assert rooms is not None
+    assert tier.direct(slots).tolist() == [room.ctypes.data for room in rooms]
+    payload = rooms[0]
     payload[:] = 7
     assert tier.load([slots[0]], [page_id(0).key], np.zeros((1, 1), np.uint8)) == [Refused("key")], "not visible before store"
     assert tier.store([slots[0]], [page_id(0)], [payload]) == [None]
