@@ -226,8 +226,8 @@ class SpellLoops(Protocol):
     def remember(self, pages: Numbers, /) -> bool:
         """Pages become ghosts. False: not done."""
 
-    def give_way(self, *exit_out_room_now: *tuple[*Exit, Numbers, int, float]) -> list[int] | None:
-        """The first pages that nobody holds leave ranking and table, into the array, and become ghosts. `room`: pages in their tier.
+    def give_way(self, *exit_out_now: *tuple[*Exit, Numbers, float]) -> list[int] | None:
+        """The first pages that nobody holds leave ranking and table, into the array, and become ghosts. All are scored before, if due.
 
         Their slots, those of the last one first. None: not done, for there are fewer, more that somebody holds come before them, or one
         has not the colder copy that it needs.
@@ -249,8 +249,8 @@ class Loops(Protocol):
     def Order(self, *columns: Column) -> OrderLoops:
         """Loops over these columns, in the order of `Recency.attach`. ValueError if their sizes do not fit each other."""
 
-    def Ranking(self, *columns: Column) -> RankingLoops:
-        """Loops over these columns, in the order of `Ranking.attach`. ValueError if their sizes do not fit each other."""
+    def Ranking(self, seats: Numbers, heap: Numbers, numbers: array[int], /) -> RankingLoops:
+        """Loops over these columns, as `Ranking.attach` names them. ValueError if their sizes do not fit each other."""
 
     def Spells(self, ranking: RankingLoops, recent: dict[int, bytes], *columns: Column) -> SpellLoops:
         """Loops over these, in the order of `Spells.attach`. ValueError if their sizes do not fit each other."""

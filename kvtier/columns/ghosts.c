@@ -22,7 +22,7 @@ static int64_t word(int64_t large, int64_t small) {
 static Ghost ghost_of(const Spells *s, int64_t page) {
     const int64_t *facts = facts_of(s, page), uses = facts[USES] < MOST_USES_OF_GHOST ? facts[USES] : MOST_USES_OF_GHOST;
     const int64_t rest = (int64_t)((uint64_t)uses << BYTE_BITS) | facts[GENERATION];
-    return (Ghost){facts[NAME], s->ranking->last[page], word(facts[CALL], facts[KIND]), word(facts[COHORT], rest)};
+    return (Ghost){facts[NAME], s->ranking->seats[page].last, word(facts[CALL], facts[KIND]), word(facts[COHORT], rest)};
 }
 
 void become_ghosts(Spells *s, const Rows *pages, Py_ssize_t *cells) {

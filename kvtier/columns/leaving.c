@@ -244,25 +244,27 @@ static bool choose(Ranking *r, const Exit *exit, Choice *choice) {
 }
 
 PyObject *give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    if (expect_arguments("give_way(table, row_of, tier, clean, out, room, now)", given, 7)) return NULL;
+    if (expect_arguments("give_way(table, row_of, tier, clean, out, now)", given, 6)) return NULL;
     Spells *s = (Spells *)self;
     Exit exit;
     bool usual, failed = !exit_open(&exit, arguments, &usual);
-    const int64_t room = failed ? 0 : number_of(arguments[5], &failed);
-    const double time = failed ? 0.0 : later_of(s, real_of(arguments[6], &failed));
+    const double time = failed ? 0.0 : later_of(s, real_of(arguments[5], &failed));
     Rows out;
     if (failed || !rows_open(&out, arguments[4], true)) return NULL;
     Py_ssize_t *cells = malloc(sizeof *cells * (size_t)(2 * out.count + 1));
     Choice choice = {.leaving = &out, .kept = cells};
     PyObject *slots = NULL;
-    usual = cells && usual && choose(s->ranking, &exit, &choice);
+    const int64_t room = ranking_cell(s->ranking, s->ranking->numbers[PRESENT]);
+    usual = cells && usual && is_in_order(s);
+    if (usual) score_if_due(s, time);
+    usual = usual && choose(s->ranking, &exit, &choice);
     if (usual) slots = slots_of(exit.burial.table, &out, exit.tier, true);
     /* Before others come back: one may be the child of a page that was passed over, which then queues no more. */
     while (choice.passed > 0) ranking_enqueue(s->ranking, choice.kept[--choice.passed]);
     while (!slots && choice.left > 0) ranking_come(s->ranking, *row_at(&out, --choice.left));
     if (slots) {
         become_ghosts(s, &out, cells);
-        s->guard[ROOM] = room, s->clock[LATEST] = time;
+        s->guard[ROOM] = room, s->clock[LATEST] = time, s->counts[GONE] += out.count;
         forget_copies(&exit.burial, &out, exit.tier);
     }
     free(cells);

@@ -19,53 +19,51 @@ Ranking *ranking_of(PyObject *object) {
 
 static PyObject *ranking_new(PyTypeObject *type, PyObject *columns, PyObject *named) {
     (void)named;
-    const char *method = "Ranking(here, parent, children, depth, last, score, place, heap, queued)";
-    if (expect_arguments(method, PyTuple_Size(columns), RANKING_COLUMNS)) return NULL;
+    if (expect_arguments("Ranking(seats, heap, numbers)", PyTuple_Size(columns), RANKING_COLUMNS)) return NULL;
     Ranking *ranking = (Ranking *)PyType_GenericAlloc(type, 0);
     if (!ranking) return NULL;
     void *cells[RANKING_COLUMNS];
-    Py_ssize_t count = -1;
+    Py_ssize_t wanted[RANKING_COLUMNS] = {-1, -1, RANKING_NUMBERS};
     for (int i = 0; i < RANKING_COLUMNS; i++) {
         PyObject *array = PyTuple_GetItem(columns, i);
         Py_buffer *column = &ranking->columns[i];
-        const int failed = !array || column_open(column, array, i ? 8 : 1, i == RANKING_COLUMNS - 1 ? 1 : count);
+        bool failed = !array || column_open(column, array, 8, wanted[i]);
         if (array && column->obj) ranking->held++;
-        if (failed || (!i && column->len < 1)) {
-            if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a ranking needs a cell for ROOT");
+        if (!i && !failed && (failed = column->len < (Py_ssize_t)sizeof(Seat) || column->len % (Py_ssize_t)sizeof(Seat))) {
+            PyErr_SetString(PyExc_ValueError, "a ranking needs whole records, and one for ROOT");
+        }
+        if (failed) {
             Py_DECREF(ranking);
             return NULL;
         }
-        if (!i) count = column->len;
+        if (!i) wanted[1] = column->len / (Py_ssize_t)sizeof(Seat);
         cells[i] = column->buf;
     }
-    ranking->pages = count - 1;
-    ranking->here = cells[0];
-    ranking->parent = cells[1], ranking->children = cells[2], ranking->depth = cells[3];
-    ranking->last = cells[4], ranking->score = cells[5];
-    ranking->place = cells[6], ranking->heap = cells[7], ranking->queued = cells[8];
+    ranking->pages = wanted[1] - 1;
+    ranking->seats = cells[0], ranking->heap = cells[1], ranking->numbers = cells[2];
     return (PyObject *)ranking;
 }
 
 /* -- the heap -- */
 
 /* The number of queued pages and their places come from Python: out of range, they count as none. */
-static inline int64_t size_of(const Ranking *r) { return ranking_cell(r, *r->queued); }
+static inline int64_t size_of(const Ranking *r) { return ranking_cell(r, r->numbers[QUEUED]); }
 
 static inline bool is_queued(const Ranking *r, int64_t page) {
-    const int64_t place = r->place[page];
+    const int64_t place = r->seats[page].place;
     return place >= 0 && place < size_of(r) && r->heap[place] == page;
 }
 
 static inline bool sooner(const Ranking *r, int64_t one, int64_t other) {
-    if (r->score[one] != r->score[other]) return r->score[one] < r->score[other];
-    if (r->last[one] != r->last[other]) return r->last[one] < r->last[other];
-    if (r->depth[one] != r->depth[other]) return r->depth[one] > r->depth[other];
+    if (r->seats[one].score != r->seats[other].score) return r->seats[one].score < r->seats[other].score;
+    if (r->seats[one].last != r->seats[other].last) return r->seats[one].last < r->seats[other].last;
+    if (r->seats[one].depth != r->seats[other].depth) return r->seats[one].depth > r->seats[other].depth;
     return one < other;
 }
 
 static inline void lay(Ranking *r, int64_t place, int64_t page) {
     r->heap[place] = page;
-    r->place[page] = place;
+    r->seats[page].place = place;
 }
 
 static void rise(Ranking *r, int64_t place, int64_t page) {
@@ -92,12 +90,12 @@ static void sink(Ranking *r, int64_t place, int64_t page) {
 
 void ranking_unqueue(Ranking *r, int64_t page) {
     if (!is_queued(r, page)) return;
-    const int64_t place = r->place[page], last = ranking_cell(r, r->heap[size_of(r) - 1]);
-    *r->queued = size_of(r) - 1;
-    r->place[page] = UNQUEUED;
+    const int64_t place = r->seats[page].place, last = ranking_cell(r, r->heap[size_of(r) - 1]);
+    r->numbers[QUEUED] = size_of(r) - 1;
+    r->seats[page].place = UNQUEUED;
     if (last == page) return;
     rise(r, place, last);
-    sink(r, r->place[last], last);
+    sink(r, r->seats[last].place, last);
 }
 
 static inline void refresh(Ranking *r, int64_t page) {
@@ -107,11 +105,11 @@ static inline void refresh(Ranking *r, int64_t page) {
 void ranking_enqueue(Ranking *r, int64_t page) { /* or find its place anew */
     refresh(r, page);
     if (is_queued(r, page)) {
-        rise(r, r->place[page], page);
-        sink(r, r->place[page], page);
+        rise(r, r->seats[page].place, page);
+        sink(r, r->seats[page].place, page);
     } else if (size_of(r) < r->pages) {
-        *r->queued = size_of(r) + 1;
-        rise(r, *r->queued - 1, page);
+        r->numbers[QUEUED] = size_of(r) + 1;
+        rise(r, r->numbers[QUEUED] - 1, page);
     }
 }
 
@@ -123,9 +121,10 @@ void ranking_reorder(Ranking *r) {
 
 /* A page goes; its parent if that is here and so becomes a leaf, else -1. */
 static int64_t unlink_page(Ranking *r, int64_t page) {
-    r->here[page] = 0;
-    const Py_ssize_t parent = ranking_cell(r, r->parent[page]);
-    return --r->children[parent] == 0 && parent != r->pages && r->here[parent] ? parent : -1;
+    r->seats[page].here = 0;
+    r->numbers[PRESENT]--;
+    const Py_ssize_t parent = ranking_cell(r, r->seats[page].parent);
+    return --r->seats[parent].children == 0 && parent != r->pages && r->seats[parent].here ? parent : -1;
 }
 
 static void go(Ranking *r, int64_t page) {
@@ -136,22 +135,23 @@ static void go(Ranking *r, int64_t page) {
 
 void ranking_leave_first(Ranking *r, int64_t page) {
     const int64_t freed = unlink_page(r, page);
-    r->place[page] = UNQUEUED;
+    r->seats[page].place = UNQUEUED;
     if (freed >= 0 && !is_queued(r, freed)) {
         refresh(r, freed);
         sink(r, 0, freed);
         return;
     }
     const int64_t size = size_of(r) - 1, last = ranking_cell(r, r->heap[size]);
-    *r->queued = size;
+    r->numbers[QUEUED] = size;
     if (size) sink(r, 0, last);
 }
 
 void ranking_come(Ranking *r, int64_t page) {
-    r->here[page] = 1;
-    const Py_ssize_t parent = ranking_cell(r, r->parent[page]);
-    if (r->children[parent]++ == 0 && parent != r->pages) ranking_unqueue(r, parent);
-    if (!r->children[page]) ranking_enqueue(r, page);
+    r->seats[page].here = 1;
+    r->numbers[PRESENT]++;
+    const Py_ssize_t parent = ranking_cell(r, r->seats[page].parent);
+    if (r->seats[parent].children++ == 0 && parent != r->pages) ranking_unqueue(r, parent);
+    if (!r->seats[page].children) ranking_enqueue(r, page);
 }
 
 static PyObject *arrive(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
@@ -160,11 +160,11 @@ static PyObject *arrive(PyObject *self, PyObject *const *arguments, Py_ssize_t g
     Ranking *r = (Ranking *)self;
     const Py_ssize_t count = links.pages.count;
     bool usual = links_possible(&links, r->pages, INT64_MAX);
-    for (Py_ssize_t i = 0; usual && i < count; i++) usual = !r->here[*row_at(&links.pages, i)];
+    for (Py_ssize_t i = 0; usual && i < count; i++) usual = !r->seats[*row_at(&links.pages, i)].here;
     for (Py_ssize_t i = count - 1; usual && i >= 0; i--) { /* the last first: then its parent is never queued on the way */
         const int64_t page = *row_at(&links.pages, i);
-        r->parent[page] = *row_at(&links.parents, i);
-        r->depth[page] = *row_at(&links.depths, i);
+        r->seats[page].parent = *row_at(&links.parents, i);
+        r->seats[page].depth = *row_at(&links.depths, i);
         ranking_come(r, page);
     }
     links_close(&links);
@@ -177,14 +177,14 @@ static PyObject *each(PyObject *self, PyObject *array, bool here, bool backwards
     Rows pages;
     if (!rows_open(&pages, array, false)) return NULL;
     bool usual = rows_within(&pages, r->pages);
-    for (Py_ssize_t i = 0; usual && i < pages.count; i++) usual = (r->here[*row_at(&pages, i)] != 0) == here;
+    for (Py_ssize_t i = 0; usual && i < pages.count; i++) usual = (r->seats[*row_at(&pages, i)].here != 0) == here;
     for (Py_ssize_t i = 0; usual && i < pages.count; i++) step(r, *row_at(&pages, backwards ? pages.count - 1 - i : i));
     rows_close(&pages);
     return PyBool_FromLong(usual);
 }
 
 static void place_anew(Ranking *r, int64_t page) {
-    if (!r->children[page]) ranking_enqueue(r, page);
+    if (!r->seats[page].children) ranking_enqueue(r, page);
 }
 
 static PyObject *leave(PyObject *self, PyObject *pages) { return each(self, pages, true, false, go); }
@@ -210,10 +210,11 @@ static PyObject *pop(PyObject *self, PyObject *array) {
 static PyObject *rebuild(PyObject *self, PyObject *ignored) {
     (void)ignored;
     Ranking *r = (Ranking *)self;
-    *r->queued = 0;
-    for (Py_ssize_t page = next_set(r->here, 0, r->pages); page < r->pages; page = next_set(r->here, page + 1, r->pages)) {
-        r->place[page] = UNQUEUED;
-        if (!r->children[page]) lay(r, (*r->queued)++, page);
+    r->numbers[QUEUED] = 0;
+    for (Py_ssize_t page = 0; page < r->pages; page++) {
+        if (!r->seats[page].here) continue;
+        r->seats[page].place = UNQUEUED;
+        if (!r->seats[page].children) lay(r, r->numbers[QUEUED]++, page);
     }
     ranking_reorder(r);
     Py_RETURN_NONE;

@@ -6,13 +6,23 @@
 
 #include "rows.h"
 
-enum { RANKING_COLUMNS = 9, UNQUEUED = -1 };
+enum { RANKING_COLUMNS = 3, UNQUEUED = -1 };
+enum { QUEUED, PRESENT, RANKING_NUMBERS }; /* leaves in the queue, pages that are here */
+
+/* A page's record, one cache line: `kvtier.policy.ranking`. */
+typedef struct {
+    uint8_t here;
+    int64_t parent, children, depth;
+    double last, score;
+    int64_t place, unused;
+} Seat;
+
+enum { SEAT_WORDS = sizeof(Seat) / 8 };
 
 typedef struct {
     PyObject_HEAD
-    uint8_t *here;
-    int64_t *parent, *children, *depth, *place, *heap, *queued;
-    double *last, *score;
+    Seat *seats; /* by page */
+    int64_t *heap, *numbers; /* the latter by the names above */
     Py_ssize_t pages; /* one less than there are cells: the last cell is ROOT's */
     void (*refresh)(void *scorer, int64_t page); /* NULL: scores are what the column says */
     void *scorer;

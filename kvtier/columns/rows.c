@@ -57,23 +57,6 @@ bool links_possible(const Links *links, Py_ssize_t limit, int64_t deepest) {
     return possible;
 }
 
-Py_ssize_t next_set(const uint8_t *flags, Py_ssize_t index, Py_ssize_t count) {
-    while (index < count && !flags[index]) {
-        uint64_t words[8] = {0}, any = 0;
-        if (count - index >= 64) {
-            memcpy(words, flags + index, 64);
-            for (int i = 0; i < 8; i++) any |= words[i];
-            if (!any) {
-                index += 64;
-                continue;
-            }
-        }
-        if (count - index >= 8) memcpy(words, flags + index, 8);
-        index += count - index >= 8 && !words[0] ? 8 : 1;
-    }
-    return index;
-}
-
 int column_open(Py_buffer *column, PyObject *array, Py_ssize_t size, Py_ssize_t cells) {
     if (PyObject_GetBuffer(array, column, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE)) return -1;
     if (column->itemsize == size && (cells < 0 || column->len == cells * size) && (uintptr_t)column->buf % (uintptr_t)size == 0) return 0;

@@ -50,9 +50,6 @@ void links_close(Links *links);
 /* Whether they are as many, all pages and parents have a cell below `limit` (a parent may be ROOT), and depths are 0 to `deepest`. */
 bool links_possible(const Links *links, Py_ssize_t limit, int64_t deepest);
 
-/* The first set flag from `index` on, `count` if there is none: few may be set, so up to 64 are looked at in one step. */
-Py_ssize_t next_set(const uint8_t *flags, Py_ssize_t index, Py_ssize_t count);
-
 /* A C-contiguous column of `cells` cells of `size` bytes, to be written; -1 with an exception if it is something else. `cells` below 0:
    any number. */
 int column_open(Py_buffer *column, PyObject *array, Py_ssize_t size, Py_ssize_t cells);

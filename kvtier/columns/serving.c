@@ -69,8 +69,8 @@ static void begin_spell(Spells *s, int64_t page, int64_t combined, double time) 
     facts[KIND] = kind;
     facts[COHORT] = cohort;
     facts[CALL] = s->counts[CALL_NUMBER];
-    s->ranking->last[page] = time;
-    s->ranking->score[page] = s->guard[FOLLOWS] ? 0.0 : s->worth[kind * AGES];
+    s->ranking->seats[page].last = time;
+    s->ranking->seats[page].score = s->guard[FOLLOWS] ? 0.0 : s->worth[kind * AGES];
     facts[SCORED] = s->counts[SCORING];
     s->alive[(cohort & (s->cohorts - 1)) * s->kinds + kind]++;
 }
@@ -83,14 +83,14 @@ static long look_at(const Spells *s, const Rows *pages) {
     bool usual = is_in_order(s) && rows_within(pages, s->pages);
     for (Py_ssize_t i = 0; usual && i < pages->count; i++) {
         const int64_t page = *row_at(pages, i);
-        usual = s->ranking->here[page] && is_sound(s, facts_of(s, page)) && know(s, features_if_used(s, page));
+        usual = s->ranking->seats[page].here && is_sound(s, facts_of(s, page)) && know(s, features_if_used(s, page));
     }
     return verdict(s, usual);
 }
 
 static void use(Spells *s, int64_t page, double time) {
     int64_t *facts = facts_of(s, page);
-    end_spell(s, facts[KIND], facts[COHORT], age_bin(time - s->ranking->last[page]));
+    end_spell(s, facts[KIND], facts[COHORT], age_bin(time - s->ranking->seats[page].last));
     if (!was_held(s, facts[CALL])) s->guard[OWED]--;
     const int64_t combined = features_if_used(s, page);
     facts[USES]++;
@@ -128,7 +128,7 @@ PyObject *touch(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
         for (Py_ssize_t i = 0; i < pages.count; i++) ranking_unqueue(s->ranking, *row_at(&pages, i));
         for (Py_ssize_t i = 0; i < pages.count; i++) use(s, *row_at(&pages, i), time);
         for (Py_ssize_t i = 0; i < pages.count; i++) {
-            if (!s->ranking->children[*row_at(&pages, i)]) ranking_enqueue(s->ranking, *row_at(&pages, i));
+            if (!s->ranking->seats[*row_at(&pages, i)].children) ranking_enqueue(s->ranking, *row_at(&pages, i));
         }
         const int64_t call = s->counts[CALL_NUMBER];
         failed = !note_call(s, &pages, call);
@@ -149,13 +149,13 @@ static int64_t parent_of_all(const Spells *s, const Links *links) {
     while (i < pages->count && *row_at(parents, i) == *row_at(pages, i - 1)) i++;
     if (i == pages->count) return *row_at(parents, 0);
     int64_t outside = ROOT;
-    for (i = 0; i < pages->count; i++) s->ranking->here[*row_at(pages, i)] = 2; /* a mark: none of them is here */
+    for (i = 0; i < pages->count; i++) s->ranking->seats[*row_at(pages, i)].here = 2; /* a mark: none of them is here */
     for (i = 0; i < pages->count; i++) {
         outside = *row_at(parents, i);
-        if (outside == ROOT || s->ranking->here[outside] != 2) break;
+        if (outside == ROOT || s->ranking->seats[outside].here != 2) break;
         outside = ROOT;
     }
-    for (i = 0; i < pages->count; i++) s->ranking->here[*row_at(pages, i)] = 0;
+    for (i = 0; i < pages->count; i++) s->ranking->seats[*row_at(pages, i)].here = 0;
     return outside;
 }
 
@@ -173,10 +173,10 @@ static int64_t features_if_continued(const Spells *s, int64_t page, int64_t new)
 
 /* Whether a page is one of those that the call used which is continued. */
 static bool is_continued(const Spells *s, const Coming *coming, int64_t page) {
-    return (uint64_t)page < (uint64_t)s->pages && s->ranking->here[page] && facts_of(s, page)[CALL] == coming->continued;
+    return (uint64_t)page < (uint64_t)s->pages && s->ranking->seats[page].here && facts_of(s, page)[CALL] == coming->continued;
 }
 
-static bool is_leaf(const Spells *s, int64_t page) { return !s->ranking->children[page]; }
+static bool is_leaf(const Spells *s, int64_t page) { return !s->ranking->seats[page].children; }
 
 /* Whether the pages that are continued can become what they turn out to be. */
 static bool can_go_on(const Spells *s, const Coming *coming) {
@@ -246,7 +246,7 @@ static bool forget_call(const Spells *s, int64_t call) {
 
 static bool may_come(const Spells *s, const Links *links, const Rows *names) {
     bool usual = links->pages.count > 0 && names->count == links->pages.count && is_in_order(s) && links_possible(links, s->pages, INT64_MAX);
-    for (Py_ssize_t i = 0; usual && i < names->count; i++) usual = !s->ranking->here[*row_at(&links->pages, i)];
+    for (Py_ssize_t i = 0; usual && i < names->count; i++) usual = !s->ranking->seats[*row_at(&links->pages, i)].here;
     return usual;
 }
 
@@ -269,7 +269,7 @@ static bool find_ghosts(const Spells *s, Coming *coming) {
 /* Finds out what pages that come continue; whether that is nothing unusual. */
 static bool find_before(const Spells *s, Coming *coming) {
     const int64_t before = parent_of_all(s, &coming->links);
-    if (before == ROOT || !s->ranking->here[before]) return true;
+    if (before == ROOT || !s->ranking->seats[before].here) return true;
     const int64_t *facts = facts_of(s, before);
     if (facts[GENERATION] < 0 || facts[GENERATION] >= s->generations) return false;
     coming->generation = facts[GENERATION] + 1 < s->generations ? facts[GENERATION] + 1 : s->generations - 1;
@@ -301,8 +301,8 @@ static void come(Spells *s, const Coming *coming, Py_ssize_t i, double time) {
         ghost->last = -INFINITY; /* a ghost no more */
     }
     facts[NAME] = *row_at(&coming->names, i);
-    s->ranking->parent[page] = *row_at(&coming->links.parents, i);
-    s->ranking->depth[page] = *row_at(&coming->links.depths, i);
+    s->ranking->seats[page].parent = *row_at(&coming->links.parents, i);
+    s->ranking->seats[page].depth = *row_at(&coming->links.depths, i);
     begin_spell(s, page, combined, time);
 }
 

@@ -9,9 +9,9 @@
 enum { KIND, COHORT, USES, GENERATION, CALL, COMBINED, NAME, SCORED, FACTS }; /* of a page: `kvtier.policy.facts`, RECORD */
 enum { FIRST, HELD, OWED, SETTLED, ROOM, FOLLOWS, DEBT, GAIN, LEFT, DOUBLINGS, FALLS, GUARD_CELLS };
 enum { NOW, BEGUN, CALLS, SPELLS_DUE, CALLS_DUE, STARTED, PERIOD_CELLS }; /* NOW: the cohort that begins spells */
-enum { CALL_NUMBER, SCORING, COUNT_CELLS }; /* SCORING: how often all pages were scored */
+enum { CALL_NUMBER, SCORING, GONE, COUNT_CELLS }; /* SCORING: how often all pages were scored; GONE: those that left since */
 enum { LATEST, SCORED_AT, CLOCK_CELLS };
-enum { END_STEP, NEW_STEP, ATTENTION, NEW_VALUES, BASE_USES, MOST_DOUBLINGS, STEPS };
+enum { END_STEP, NEW_STEP, ATTENTION, NEW_VALUES, BASE_USES, MOST_DOUBLINGS, RESCORED_SHARE, STEPS };
 enum { AGES = 56, RECENT_REQUESTS = 64 };
 
 /* Answers of calls: nothing was done, as something is unusual, or as kinds are unknown that `missing` names; or, beside 0, what is due. */
@@ -62,6 +62,9 @@ void spells_refresh(void *spells, int64_t page);
 
 /* Scores a page as it is at this time. */
 void score_at(Spells *s, int64_t page, double time);
+
+/* All pages are scored anew if it is time for that. */
+void score_if_due(Spells *s, double time);
 
 PyObject *score_all(PyObject *self, PyObject *ignored);
 

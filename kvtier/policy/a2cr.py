@@ -25,15 +25,12 @@ from kvtier.policy.base import Mask, Pages, Protection
 from kvtier.policy.facts import KIND, USES
 from kvtier.policy.guard import ROOM
 from kvtier.policy.kinds import ATTENTION
-from kvtier.policy.spells import CALL_NUMBER, Spells
+from kvtier.policy.spells import CALL_NUMBER, GONE, RESCORED_SHARE, Spells
 
 UNATTENDED, LITTLE, USUAL, MUCH = range(ATTENTION)
 """Attention: never reported, less than half of the mean page's, about that, more than twice that."""
 ATTENTION_SMOOTHING = 0.2
 """Weight of the newest mass in a page's moving average and, over all pages' reports, a hundredth of that in the mean."""
-
-RESCORED_SHARE = 8
-"""All pages are scored again after an eighth of them left; in between, scores are those of the page's last use or the last time."""
 
 
 class A2CR(Spells):
@@ -51,34 +48,32 @@ class A2CR(Spells):
         self._mean_attention = math.nan
 
     def evict(self, count: int, protected: Protection, now: float, pressure: float) -> Pages | None:
-        self._prepare(now)
-        self._guard.state[ROOM] = self._ranking.count
+        self._make_room()
+        self._score_if_due(now)
+        self._guard.state[ROOM] = len(self._ranking)
         taken = self._ranking.take(count, protected)
         if taken is None:
             return None
         self._note(now)
         self._remember(taken)
-        self._left += count
+        self._counts[GONE] += count
         return taken
 
     def give_way(self, count: int, exit: Exit, now: float) -> tuple[Pages, list[int]] | None:
-        self._prepare(now)
-        held = self._ranking.count
-        if self._loops is None or not 0 < count <= held:
+        self._make_room()
+        if self._loops is None or not 0 < count <= len(self._ranking):
             return None
         pages = np.empty(count, WHOLE)
-        slots = self._loops.give_way(*exit, pages, held, now)
-        if slots is None:
-            return None
-        self._ranking.count = held - count
-        self._left += count
-        return pages, slots
+        slots = self._loops.give_way(*exit, pages, now)
+        return None if slots is None else (pages, slots)
 
-    def _prepare(self, now: float) -> None:
-        """Pages are to leave: scores are as new as they have to be, and what is remembered has the room that it needs."""
-        held = self._ranking.count
-        if self._left * RESCORED_SHARE >= held:
+    def _score_if_due(self, now: float) -> None:
+        if self._counts[GONE] * RESCORED_SHARE >= len(self._ranking):
             self._score_all(max(now, self._latest))
+
+    def _make_room(self) -> None:
+        """Pages are to leave: what is remembered has the room that it needs."""
+        held = len(self._ranking)
         if held > self._most_held:
             self._most_held = held
             self._memory.fit(held)
@@ -86,8 +81,7 @@ class A2CR(Spells):
             self._fit_loops()
 
     def peek(self, count: int, protected: Protection, now: float, pressure: float) -> Pages:
-        if self._left * RESCORED_SHARE >= self._ranking.count:
-            self._score_all(max(now, self._latest))
+        self._score_if_due(now)
         return self._ranking.first(count, protected)
 
     def record_attention(self, page: int, mass: float) -> None:

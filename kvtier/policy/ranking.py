@@ -11,6 +11,7 @@ leaves in a heap that is always in order; without them a heap of entries is put 
 from __future__ import annotations
 
 import math
+from array import array
 from heapq import heapify, heappop, heappush
 
 import numpy as np
@@ -19,14 +20,25 @@ from numpy.typing import NDArray
 from kvtier import columns
 from kvtier.errors import IntegrityError
 from kvtier.policy.base import ROOT, Mask, Pages, Protection
+from kvtier.policy.memory import records
 
 Entry = tuple[float, float, int, int]
 """(score, last touch in seconds, -depth, page): what leaves earlier sorts first."""
 
 UNQUEUED = -1
 SPARE_ENTRIES = 1024
-_COLUMNS = {"here": False, "parent": ROOT, "children": 0, "depth": 0, "last": 0.0, "score": 0.0, "_place": UNQUEUED, "_heap": 0}
-"""The columns in the order of the compiled loops, and what they hold where there is no page."""
+_HERE, _PARENT, _CHILDREN, _DEPTH, _LAST, _SCORE, _PLACE = range(7)
+_SEAT = 8
+"""Numbers in the record of a page, one cache line: these. `_HERE` is the first byte of its number."""
+_NUMBERS = _QUEUED, _PRESENT = range(2)
+"""Cells of `_numbers`: leaves in the compiled loops' queue, and pages that are here."""
+
+
+def _vacant(rows: int) -> Pages:
+    """Records of which no page is here."""
+    seats = records(rows, _SEAT)
+    seats[:, _PARENT], seats[:, _PLACE] = ROOT, UNQUEUED
+    return seats
 
 
 class Ranking:
@@ -34,27 +46,31 @@ class Ranking:
 
     def __init__(self) -> None:
         # One row a page, and one more at the end, which index ROOT reads and writes and nobody looks at.
-        self.here: Mask = np.zeros(1, np.bool_)
-        self.parent: Pages = np.full(1, ROOT)
-        self.children: Pages = np.zeros(1, np.int64)
-        self.depth: Pages = np.zeros(1, np.int64)
-        self.last: NDArray[np.float64] = np.zeros(1)
-        """When a page was used last, in seconds."""
-        self.score: NDArray[np.float64] = np.zeros(1)
-        self._place: Pages = np.full(1, UNQUEUED)
+        self._look_at(_vacant(1))
         self._heap: Pages = np.zeros(1, np.int64)
-        self._queued: Pages = np.zeros(1, np.int64)
+        self._numbers = array("q", [0] * len(_NUMBERS))
         self._withdrawn: set[int] = set()
         self._entries: list[Entry] = []
         """Without loops: entries whose page is a leaf of this score and time count, others are left over."""
-        self.count = 0
-        """Pages that are here. Whoever lets pages come by compiled loops of its own counts them."""
         self._loops = self.attach()
+
+    def _look_at(self, seats: Pages) -> None:
+        self._seats = seats
+        """`[pages, 8]`, what the following are views of: a question about a page is mostly one about all of it."""
+        reals, flags = seats.view(np.float64), seats.view(np.bool_)
+        self.here: Mask = flags[:, _HERE]
+        self.parent: Pages = seats[:, _PARENT]
+        self.children: Pages = seats[:, _CHILDREN]
+        self.depth: Pages = seats[:, _DEPTH]
+        self.last: NDArray[np.float64] = reals[:, _LAST]
+        """When a page was used last, in seconds."""
+        self.score: NDArray[np.float64] = reals[:, _SCORE]
+        self._place: Pages = seats[:, _PLACE]
 
     def attach(self) -> columns.RankingLoops | None:
         """The compiled loops over the columns as they are now; None where there are none."""
         loops = columns.loops()
-        return None if loops is None else loops.Ranking(*(getattr(self, name) for name in _COLUMNS), self._queued)
+        return None if loops is None else loops.Ranking(self._seats, self._heap, self._numbers)
 
     @property
     def loops(self) -> columns.RankingLoops | None:
@@ -62,7 +78,7 @@ class Ranking:
         return self._loops
 
     def __len__(self) -> int:
-        return self.count
+        return self._numbers[_PRESENT]
 
     @property
     def room(self) -> int:
@@ -90,7 +106,6 @@ class Ranking:
         ValueError, and nothing changed, naming the first of them that is here, or if numbers are impossible.
         """
         if self._loops is not None and self._loops.arrive(pages, parents, depths):
-            self.count += len(pages)
             self.withdraw(pages)
             return
         if not len(pages):
@@ -110,7 +125,6 @@ class Ranking:
 
     def leave(self, pages: Pages) -> None:
         """Pages that are here go."""
-        self.count -= len(pages)
         if self._loops is None or not self._loops.leave(pages):
             for page in pages.tolist():
                 self._go(page)
@@ -146,7 +160,7 @@ class Ranking:
         """`count` pages out of the tier, in leaving order; None, and nothing changed, if so many cannot leave or `protected` raises."""
         if count < 0:
             raise ValueError(f"count is {count}; it must be 0 or more")
-        if count > self.count:
+        if count > len(self):
             return None
         left = self._choose(count, protected)
         if len(left) == count:
@@ -158,7 +172,7 @@ class Ranking:
         """Up to `count` pages that `take` would take out, in that order. They stay."""
         if count < 0:
             raise ValueError(f"count is {count}; it must be 0 or more")
-        chosen = self._choose(min(count, self.count), protected)
+        chosen = self._choose(min(count, len(self)), protected)
         self._restore(chosen)
         return chosen
 
@@ -222,17 +236,16 @@ class Ranking:
                     out[found] = page
                     found += 1
                     self._go(page)
-        self.count -= found
         return out if found == count else out[:found]
 
     def _restore(self, pages: Pages) -> None:
-        self.count += len(pages)
         if self._loops is None or not self._loops.restore(pages):
             self._come(pages)
 
     def _come(self, pages: Pages) -> None:
         for page in pages[::-1].tolist():
             self.here[page] = True
+            self._numbers[_PRESENT] += 1
             self.children[self.parent[page]] += 1
             if not self.children[page]:
                 heappush(self._entries, self._entry(page))
@@ -240,6 +253,7 @@ class Ranking:
 
     def _go(self, page: int) -> None:
         self.here[page] = False
+        self._numbers[_PRESENT] -= 1
         parent = int(self.parent[page])
         self.children[parent] -= 1
         if parent != ROOT and self.here[parent] and not self.children[parent]:
@@ -249,25 +263,25 @@ class Ranking:
         return (float(self.score[page]), float(self.last[page]), -int(self.depth[page]), page)
 
     def _sweep_if_wasteful(self) -> None:
-        if len(self._entries) > 2 * self.count + SPARE_ENTRIES:
+        if len(self._entries) > 2 * len(self) + SPARE_ENTRIES:
             self.rebuild()
 
     def _grow(self, pages: int) -> None:
         held = self.room
         if pages <= held:
             return
-        for name, empty in _COLUMNS.items():
-            column = getattr(self, name)
-            larger = np.full(max(pages, 2 * held) + 1, empty, column.dtype)
-            larger[:held] = column[:held]
-            setattr(self, name, larger)
+        rows = max(pages, 2 * held) + 1
+        seats, heap = _vacant(rows), np.zeros(rows, np.int64)
+        seats[:held], heap[:held] = self._seats[:held], self._heap[:held]
+        self._look_at(seats)
+        self._heap = heap
         self._loops = self.attach()
 
     def check_integrity(self) -> None:
         """IntegrityError if columns and queue disagree. Looks at everything; for tests."""
         pages = np.flatnonzero(self.here[: self.room])
-        if len(pages) != self.count:
-            raise IntegrityError(f"{len(pages)} pages are here, {self.count} were counted")
+        if len(pages) != len(self):
+            raise IntegrityError(f"{len(pages)} pages are here, {len(self)} were counted")
         children = np.zeros(self.room + 1, np.int64)
         np.add.at(children, self.parent[pages], 1)
         if not np.array_equal(children[: self.room], self.children[: self.room]):
@@ -281,7 +295,7 @@ class Ranking:
             if missing := leaves - {entry[3] for entry in self._entries if self._entry(entry[3]) == entry}:
                 raise IntegrityError(f"leaves {sorted(missing)} are not queued")
             return
-        queue = self._heap[: self._queued[0]]
+        queue = self._heap[: self._numbers[_QUEUED]]
         if set(queue.tolist()) != leaves or len(queue) != len(leaves):
             raise IntegrityError("the queue is not that of the leaves")
         if not np.array_equal(self._place[queue], np.arange(len(queue))):

@@ -25,10 +25,12 @@ RECENT_REQUESTS = 64
 """Uses that may still turn out to be the beginning of a request that goes on with new pages."""
 
 _MOST_USES = np.array(MOST_USES)
-_STEPS = np.array([END_STEP, NEW_STEP, ATTENTION, NEW, BASE_USES, MOST_DOUBLINGS])
+RESCORED_SHARE = 8
+"""All pages are scored again after an eighth of them left; in between, scores are those of the page's last use or the last time."""
+_STEPS = np.array([END_STEP, NEW_STEP, ATTENTION, NEW, BASE_USES, MOST_DOUBLINGS, RESCORED_SHARE])
 
-_COUNTS = CALL_NUMBER, SCORING = range(2)
-"""Cells of `_counts`: the number of the next call that uses pages, and how often all pages were scored."""
+_COUNTS = CALL_NUMBER, SCORING, GONE = range(3)
+"""Cells of `_counts`: the number of the next call that uses pages, how often all pages were scored, and how many left since."""
 _CLOCK = LATEST, SCORED_AT = range(2)
 """Cells of `_clock`, seconds: the latest time seen, and when all pages were scored last."""
 UNUSUAL, UNKNOWN_KINDS, COHORT_DUE, ORDER_CHANGED = -1, -2, 1, 2
@@ -46,8 +48,6 @@ class Spells(EvictionPolicy):
         self._model = ReuseModel(FEATURES)
         self._memory = Memory(WORDS)
         self._guard = Guard()
-        self._left = 0
-        """Pages that left since all were scored."""
         # One row a page, by id, and one more at the end for ROOT, as in the ranking.
         self._look_at(records(1, RECORD))
         self._attention: NDArray[np.float64] = np.zeros(1)
@@ -106,8 +106,6 @@ class Spells(EvictionPolicy):
             due = loops.insert(pages, parents, depths, names, now)
         if due < 0:
             due = self._insert(pages, parents, depths, names, now)
-        else:
-            self._ranking.count += len(pages)
         if due:
             self._turn(due)
 
@@ -120,7 +118,6 @@ class Spells(EvictionPolicy):
             due = loops.settle(*chain, pages, now)
         if due < 0:
             return None
-        self._ranking.count += len(pages)
         if due:
             self._turn(due)
         return pages
@@ -281,7 +278,7 @@ class Spells(EvictionPolicy):
             self._score_all(self._latest)
 
     def _score_all(self, now: float) -> None:
-        self._left = 0
+        self._counts[GONE] = 0
         self._counts[SCORING] += 1
         self._clock[SCORED_AT] = now
         if (loops := self._fit_loops()) is not None:

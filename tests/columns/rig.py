@@ -84,7 +84,6 @@ def a2cr_state(policy: A2CR) -> dict[str, Any]:
     numbers = (
         len(ranking),
         policy._latest,
-        policy._left,
         model.fits,
         model.cohort,
         len(model),

@@ -100,9 +100,9 @@ def test_loops_refuse_columns_that_do_not_fit_and_rows_that_are_not_there():
     loops = columns.loops()
     assert loops is not None
     ranking = Ranking()
-    others = (ranking.parent, ranking.children, ranking.depth, ranking.last, np.zeros(7), *[np.zeros(1, np.int64)] * 3)
-    with pytest.raises(ValueError, match="cells"):
-        loops.Ranking(ranking.here, *others)
+    for seats, heap, told in ((ranking._seats, 7, "cells"), (ranking._seats[:0], 1, "records"), (ranking._heap, 1, "records")):
+        with pytest.raises(ValueError, match=told):
+            loops.Ranking(seats, np.zeros(heap, np.int64), ranking._numbers)
     with pytest.raises(TypeError, match="arguments"):
         loops.Spells(np.zeros(1, np.bool_))  # type: ignore[arg-type, call-arg]
     policy = A2CR()
@@ -121,14 +121,14 @@ def test_loops_refuse_columns_that_do_not_fit_and_rows_that_are_not_there():
     policy._facts[:] = 10**9
     assert spells.touch(np.array([0]), 1.0) == -1
     spells.score_all()
-    policy._ranking._queued[0] = 10**9
+    policy._ranking._numbers[0] = 10**9
     spells.score_all()
     exit = PageTable(1, 1).exit(0)
     assert exit is not None
-    assert spells.give_way(*exit[:2], 1, False, np.zeros(1, np.int64), 2, 1.0) is None, "the table has no such tier"
+    assert spells.give_way(*exit[:2], 1, False, np.zeros(1, np.int64), 1.0) is None, "the table has no such tier"
     with pytest.raises(TypeError, match="table's loops"):
-        spells.give_way(ranked, *exit[1:], np.zeros(1, np.int64), 2, 1.0)  # type: ignore[arg-type]
-    assert spells.give_way(*exit, np.zeros(4, np.int64), 2, 1.0) is None
+        spells.give_way(ranked, *exit[1:], np.zeros(1, np.int64), 1.0)  # type: ignore[arg-type]
+    assert spells.give_way(*exit, np.zeros(4, np.int64), 1.0) is None
     ranked.pop(np.zeros(4, np.int64))
     ranked.rescored(np.array([1]))
 
