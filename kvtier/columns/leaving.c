@@ -217,30 +217,25 @@ PyObject *order_give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t 
 
 /* -- A2CR -- */
 
-/* Pages that leave, and those before them that may not: they queue no more until the choice is made. */
-typedef struct {
-    const Rows *leaving;
-    Py_ssize_t *kept, left, passed;
-} Choice;
-
-/* Whether as many pages as are wanted left the queue, and no more than these had to be passed over. */
-static bool choose(Ranking *r, const Exit *exit, Choice *choice) {
+/* Pages into `leaving` that left the queue, as many as are wanted if there are: how many. Those that somebody holds are parked. */
+static Py_ssize_t choose(Ranking *r, const Exit *exit, const Rows *leaving) {
     const Table *table = exit->burial.table;
-    const Py_ssize_t wanted = choice->leaving->count;
-    while (choice->left < wanted && choice->passed <= wanted) {
-        const int64_t page = ranking_first(r);
-        if (page < 0 || page >= table->rows) return false;
+    int64_t parked = ranking_parked(r), page;
+    while ((page = ranking_next_parked(r, &parked)) >= 0) {
+        if (page >= table->rows || !is_held(table, page, exit->tier)) ranking_enqueue(r, page);
+    }
+    Py_ssize_t left = 0;
+    while (left < leaving->count && (page = ranking_first(r)) >= 0 && page < table->rows) {
         if (is_held(table, page, exit->tier)) {
-            choice->kept[choice->passed++] = page;
-            ranking_unqueue(r, page);
-        } else if (!may_leave(exit, page)) {
-            return false;
-        } else {
-            *row_at(choice->leaving, choice->left++) = page;
+            ranking_park(r, page);
+        } else if (may_leave(exit, page)) {
+            *row_at(leaving, left++) = page;
             ranking_leave_first(r, page);
+        } else {
+            break;
         }
     }
-    return choice->left == wanted;
+    return left;
 }
 
 PyObject *give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
@@ -251,17 +246,14 @@ PyObject *give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t given)
     const double time = failed ? 0.0 : later_of(s, real_of(arguments[5], &failed));
     Rows out;
     if (failed || !rows_open(&out, arguments[4], true)) return NULL;
-    Py_ssize_t *cells = malloc(sizeof *cells * (size_t)(2 * out.count + 1));
-    Choice choice = {.leaving = &out, .kept = cells};
+    Py_ssize_t *cells = malloc(sizeof *cells * (size_t)(out.count + 1)), left = 0;
     PyObject *slots = NULL;
     const int64_t room = ranking_cell(s->ranking, s->ranking->numbers[PRESENT]);
     usual = cells && usual && is_in_order(s);
     if (usual) score_if_due(s, time);
-    usual = usual && choose(s->ranking, &exit, &choice);
-    if (usual) slots = slots_of(exit.burial.table, &out, exit.tier, true);
-    /* Before others come back: one may be the child of a page that was passed over, which then queues no more. */
-    while (choice.passed > 0) ranking_enqueue(s->ranking, choice.kept[--choice.passed]);
-    while (!slots && choice.left > 0) ranking_come(s->ranking, *row_at(&out, --choice.left));
+    if (usual) left = choose(s->ranking, &exit, &out);
+    if (usual && left == out.count) slots = slots_of(exit.burial.table, &out, exit.tier, true);
+    while (!slots && left > 0) ranking_come(s->ranking, *row_at(&out, --left));
     if (slots) {
         become_ghosts(s, &out, cells);
         s->guard[ROOM] = room, s->clock[LATEST] = time, s->counts[GONE] += out.count;

@@ -54,6 +54,15 @@ static inline bool is_queued(const Ranking *r, int64_t page) {
     return place >= 0 && place < size_of(r) && r->heap[place] == page;
 }
 
+int64_t ranking_parked(const Ranking *r) { return ranking_cell(r, r->numbers[PARKED]); }
+
+static inline int64_t *parking(const Ranking *r, int64_t place) { return &r->heap[r->pages - (UNQUEUED - 1 - place)]; }
+
+static inline bool is_parked(const Ranking *r, int64_t page) {
+    const int64_t place = r->seats[page].place;
+    return place < UNQUEUED && place >= UNQUEUED - ranking_parked(r) && *parking(r, place) == page;
+}
+
 static inline bool sooner(const Ranking *r, int64_t one, int64_t other) {
     if (r->seats[one].score != r->seats[other].score) return r->seats[one].score < r->seats[other].score;
     if (r->seats[one].last != r->seats[other].last) return r->seats[one].last < r->seats[other].last;
@@ -88,7 +97,17 @@ static void sink(Ranking *r, int64_t place, int64_t page) {
     lay(r, place, page);
 }
 
+/* The last that was parked takes the place of this one. */
+static void unpark(Ranking *r, int64_t page) {
+    const int64_t place = r->seats[page].place, last = ranking_cell(r, *parking(r, UNQUEUED - ranking_parked(r)));
+    *parking(r, place) = last;
+    r->seats[last].place = place;
+    r->seats[page].place = UNQUEUED;
+    r->numbers[PARKED] = ranking_parked(r) - 1;
+}
+
 void ranking_unqueue(Ranking *r, int64_t page) {
+    if (is_parked(r, page)) unpark(r, page);
     if (!is_queued(r, page)) return;
     const int64_t place = r->seats[page].place, last = ranking_cell(r, r->heap[size_of(r) - 1]);
     r->numbers[QUEUED] = size_of(r) - 1;
@@ -108,9 +127,26 @@ void ranking_enqueue(Ranking *r, int64_t page) { /* or find its place anew */
         rise(r, r->seats[page].place, page);
         sink(r, r->seats[page].place, page);
     } else if (size_of(r) < r->pages) {
+        if (is_parked(r, page)) unpark(r, page);
         r->numbers[QUEUED] = size_of(r) + 1;
         rise(r, r->numbers[QUEUED] - 1, page);
     }
+}
+
+void ranking_park(Ranking *r, int64_t page) {
+    ranking_unqueue(r, page);
+    if (size_of(r) + ranking_parked(r) >= r->pages) return; /* they are no leaves, or not counted right */
+    r->numbers[PARKED] = ranking_parked(r) + 1;
+    r->seats[page].place = UNQUEUED - ranking_parked(r);
+    *parking(r, r->seats[page].place) = page;
+}
+
+int64_t ranking_next_parked(const Ranking *r, int64_t *left) {
+    while (*left > 0) {
+        const Py_ssize_t page = ranking_cell(r, *parking(r, UNQUEUED - (*left)--));
+        if (page != r->pages && is_parked(r, page)) return page;
+    }
+    return -1;
 }
 
 void ranking_reorder(Ranking *r) {
@@ -202,6 +238,8 @@ static PyObject *pop(PyObject *self, PyObject *array) {
     Rows out;
     if (!rows_open(&out, array, true)) return NULL;
     Py_ssize_t count = 0;
+    int64_t parked = ranking_parked(r);
+    for (int64_t page; (page = ranking_next_parked(r, &parked)) >= 0;) ranking_enqueue(r, page);
     for (int64_t page; count < out.count && (page = ranking_first(r)) >= 0; ranking_leave_first(r, page)) *row_at(&out, count++) = page;
     rows_close(&out);
     return PyLong_FromSsize_t(count);
@@ -210,7 +248,7 @@ static PyObject *pop(PyObject *self, PyObject *array) {
 static PyObject *rebuild(PyObject *self, PyObject *ignored) {
     (void)ignored;
     Ranking *r = (Ranking *)self;
-    r->numbers[QUEUED] = 0;
+    r->numbers[QUEUED] = r->numbers[PARKED] = 0;
     for (Py_ssize_t page = 0; page < r->pages; page++) {
         if (!r->seats[page].here) continue;
         r->seats[page].place = UNQUEUED;

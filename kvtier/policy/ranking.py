@@ -30,8 +30,8 @@ SPARE_ENTRIES = 1024
 _HERE, _PARENT, _CHILDREN, _DEPTH, _LAST, _SCORE, _PLACE = range(7)
 _SEAT = 8
 """Numbers in the record of a page, one cache line: these. `_HERE` is the first byte of its number."""
-_NUMBERS = _QUEUED, _PRESENT = range(2)
-"""Cells of `_numbers`: leaves in the compiled loops' queue, and pages that are here."""
+_NUMBERS = _QUEUED, _PRESENT, _PARKED = range(3)
+"""Cells of `_numbers`: leaves in the compiled loops' queue, pages that are here, and leaves that wait beside the queue, for they are held."""
 
 
 def _vacant(rows: int) -> Pages:
@@ -272,7 +272,9 @@ class Ranking:
             return
         rows = max(pages, 2 * held) + 1
         seats, heap = _vacant(rows), np.zeros(rows, np.int64)
-        seats[:held], heap[:held] = self._seats[:held], self._heap[:held]
+        seats[:held] = self._seats[:held]
+        queued, parked = self._numbers[_QUEUED], self._numbers[_PARKED]
+        heap[:queued], heap[rows - parked :] = self._heap[:queued], self._heap[held + 1 - parked :]
         self._look_at(seats)
         self._heap = heap
         self._loops = self.attach()
@@ -295,9 +297,11 @@ class Ranking:
             if missing := leaves - {entry[3] for entry in self._entries if self._entry(entry[3]) == entry}:
                 raise IntegrityError(f"leaves {sorted(missing)} are not queued")
             return
-        queue = self._heap[: self._numbers[_QUEUED]]
-        if set(queue.tolist()) != leaves or len(queue) != len(leaves):
-            raise IntegrityError("the queue is not that of the leaves")
+        queue, parked = self._heap[: self._numbers[_QUEUED]], self._heap[: self.room - self._numbers[_PARKED] : -1]
+        if sorted((*queue.tolist(), *parked.tolist())) != sorted(leaves):
+            raise IntegrityError("the queue, with those that wait beside it, is not that of the leaves")
+        if not np.array_equal(self._place[parked], UNQUEUED - 1 - np.arange(len(parked))):
+            raise IntegrityError("a page that waits beside the queue does not know its place")
         if not np.array_equal(self._place[queue], np.arange(len(queue))):
             raise IntegrityError("a queued page does not know its place")
         order = [self._entry(page) for page in queue.tolist()]

@@ -15,6 +15,7 @@ from kvtier.pages import PageTable
 from kvtier.pages.columns import COLUMNS, UNUSED
 from kvtier.policy import A2CR, LRU
 from kvtier.policy.ranking import Ranking
+from kvtier.policy.spells import SCORED_AT, SCORING
 
 needs_loops = pytest.mark.skipif(columns.loops() is None, reason=f"compiled loops: {columns.why_missing()}")
 
@@ -74,7 +75,12 @@ def a2cr_state(policy: A2CR) -> dict[str, Any]:
     pages = np.flatnonzero(ranking.here)
     state = {name: getattr(ranking, name)[pages].tobytes() for name in ("parent", "depth", "last")}
     leaves = pages[ranking.children[pages] == 0]
-    state["score"] = ranking.score[leaves].tobytes()  # compiled loops score others when they become leaves
+    # Compiled loops score others when they become leaves, and leaves that wait beside the queue when they queue again.
+    waiting = policy._scored[leaves] != policy._counts[SCORING]
+    assert not waiting.any() or ranking._loops is not None
+    scores = ranking.score[leaves]
+    scores[waiting] = 0.0 if policy._guard.follows_lru else policy._worth(leaves[waiting], policy._clock[SCORED_AT])
+    state["score"] = scores.tobytes()
     state |= {name: getattr(policy, name)[pages].tobytes() for name in ("_combined", "_facts", "_name")}
     state |= {"counts": policy._counts.tobytes(), "recent": dict(policy._recent)}
     learned = ("kind_of", "worth", "chance", "hits", "change", "alive", "counted", "period", "_exposed", "_factors")
