@@ -131,9 +131,8 @@ NewChain = tuple[TableLoops, RowIndex, Sequence[bytes], bytes, int, int, int, in
 """What `settle` of a policy's loops has to know of a page table, and of the pages that are to settle there: its first arguments."""
 
 
-Exit = tuple[TableLoops, RowIndex, int, bool]
-"""What `give_way` of a policy's loops has to know of a page table and the tier that pages leave: its first arguments. The last says whether
-only pages may leave that have a READY copy in a colder tier."""
+Exit = tuple[TableLoops, RowIndex, int, float, list[bytes] | None]
+"""What `give_way` of a policy's loops has to know of a page table and the tier that pages leave: its first arguments (`PageTable.exit`)."""
 
 
 class OrderLoops(Protocol):
@@ -157,7 +156,7 @@ class OrderLoops(Protocol):
     def give_way(
         self, *exit_out_journal_late: *tuple[*Exit, Numbers, int, int, int, float, list[tuple[float, int]]]
     ) -> tuple[int, int, float, list[int]] | None:
-        """The next pages that nobody holds leave order and table, into the array, by the journal, whose moment `front` is sorted in
+        """The next pages that may do leave order and table, into the array, by the journal, whose moment `front` is sorted in
         [head, stop) and which ends at `tail`, and the heap `late`.
 
         What head, stop and front are then, and the pages' slots, those of the last one first; `late` is the heap of now. None: not done
@@ -227,7 +226,7 @@ class SpellLoops(Protocol):
         """Pages become ghosts. False: not done."""
 
     def give_way(self, *exit_out_now: *tuple[*Exit, Numbers, float]) -> list[int] | None:
-        """The first pages that nobody holds leave ranking and table, into the array, and become ghosts. All are scored before, if due.
+        """The first pages that may do leave ranking and table, into the array, and become ghosts. All are scored before, if due.
 
         Their slots, those of the last one first. None: not done, for there are fewer, more that somebody holds come before them, or one
         has not the colder copy that it needs.

@@ -51,24 +51,8 @@ PyObject *table_commit(PyObject *self, PyObject *const *arguments, Py_ssize_t gi
     return PyBool_FromLong(usual);
 }
 
-bool exit_open(Exit *exit, PyObject *const *arguments, bool *usual) {
-    bool failed = false;
-    exit->burial = (Burial){.table = table_of(arguments[0])};
-    if (!exit->burial.table || !(exit->burial.index = index_of(arguments[1]))) return false;
-    exit->tier = number_of(arguments[2], &failed);
-    exit->clean = number_of(arguments[3], &failed) != 0;
-    *usual = tier_within(exit->burial.table, exit->tier) && has_sound_counts(exit->burial.table);
-    return !failed;
-}
-
-bool may_leave(const Exit *exit, int64_t page) {
-    const Table *table = exit->burial.table;
-    bool colder = !exit->clean;
-    for (int64_t tier = exit->tier + 1; tier < table->tiers && !colder; tier++) colder = *state(table, page, tier) == READY;
-    return colder && *state(table, page, exit->tier) == READY;
-}
-
-PyObject *slots_of(const Table *table, const Rows *rows, int64_t tier, bool backwards) {
+/* The slots of these copies, those of the last row first if `backwards`: a list; NULL with an exception. */
+static PyObject *slots_of(const Table *table, const Rows *rows, int64_t tier, bool backwards) {
     const int64_t *slot = table->slot + tier * table->cells;
     PyObject *slots = PyList_New(rows->count);
     for (Py_ssize_t i = 0; slots && i < rows->count; i++) {
@@ -80,7 +64,8 @@ PyObject *slots_of(const Table *table, const Rows *rows, int64_t tier, bool back
     return slots;
 }
 
-void forget_copies(Burial *burial, const Rows *rows, int64_t tier) {
+/* These copies, which nobody reads, are no more, and neither are rows of which nothing is left. */
+static void forget_copies(Burial *burial, const Rows *rows, int64_t tier) {
     Table *table = burial->table;
     for (Py_ssize_t i = 0; i < rows->count; i++) {
         const int64_t row = *row_at(rows, i);
@@ -119,4 +104,84 @@ PyObject *table_drop(PyObject *self, PyObject *const *arguments, Py_ssize_t give
     }
     rows_close(&rows);
     return answer;
+}
+
+/* -- what leaves to make room -- */
+
+bool exit_open(Exit *exit, PyObject *const *arguments, bool *usual) {
+    bool failed = false;
+    *exit = (Exit){.burial = {.table = table_of(arguments[0])}, .told = arguments[4]};
+    const Table *table = exit->burial.table;
+    if (!table || !(exit->burial.index = index_of(arguments[1]))) return false;
+    exit->tier = number_of(arguments[2], &failed);
+    exit->now = failed ? 0.0 : real_of(arguments[3], &failed);
+    if (!failed && exit->told != Py_None && !PyList_Check(exit->told)) {
+        PyErr_SetString(PyExc_TypeError, "keys are told in a list, or None is given");
+        failed = true;
+    }
+    *usual = tier_within(table, exit->tier) && has_sound_counts(table);
+    exit->keeps_parents = exit->tier == table->tiers - 1 && (exit->tier > 0 || table->counts[HOLLOW]);
+    return !failed;
+}
+
+static bool is_pinned(const Exit *exit, int64_t page) { return exit->burial.table->pin_until[page] > exit->now; }
+
+/* Whether one of these copies is READY. */
+static bool is_ready_within(const Table *table, int64_t page, int64_t first, int64_t last) {
+    bool ready = false;
+    for (int64_t tier = first; tier <= last && tier < table->tiers && !ready; tier++) ready = *state(table, page, tier) == READY;
+    return ready;
+}
+
+/* Whether the copy in the tier is the only one, and READY. */
+static bool is_alone(const Exit *exit, int64_t page) {
+    uint64_t only = 0;
+    ((uint8_t *)&only)[exit->tier] = READY;
+    return exit->burial.table->copies[page] == only;
+}
+
+/* Whether a page is the last copy of one that others build on, which do not leave with it. */
+static bool is_built_on(const Exit *exit, int64_t page) {
+    const Table *table = exit->burial.table;
+    bool warmer = false;
+    for (int64_t tier = 0; tier < exit->tier && !warmer; tier++) warmer = *state(table, page, tier) != ABSENT;
+    return !warmer && table->children[page] > table->leaving[page];
+}
+
+Fate fate_of(const Exit *exit, int64_t page) {
+    const Table *table = exit->burial.table;
+    int64_t coldest = table->tiers - 1;
+    if (is_held(table, page, exit->tier)) return STAYS;
+    if (is_pinned(exit, page)) {
+        const int64_t floor = table->pin_tier[page];
+        if (exit->tier >= floor && !is_ready_within(table, page, 0, floor < exit->tier ? floor : exit->tier - 1)) return STAYS;
+        if (floor > exit->tier) coldest = floor;
+    }
+    if (exit->keeps_parents && is_built_on(exit, page)) return STAYS;
+    if (*state(table, page, exit->tier) != READY) return MOVES;
+    return exit->tier == table->tiers - 1 || is_ready_within(table, page, exit->tier + 1, coldest) ? LEAVES : MOVES;
+}
+
+static void count_leaving(const Exit *exit, int64_t page, int change) {
+    const Table *table = exit->burial.table;
+    if (exit->keeps_parents && is_alone(exit, page)) table->leaving[cell(table, table->parent[page])] += change;
+}
+
+void note_leaving(const Exit *exit, int64_t page) { count_leaving(exit, page, 1); }
+
+void note_staying(const Exit *exit, int64_t page) { count_leaving(exit, page, -1); }
+
+PyObject *slots_left(const Exit *exit, const Rows *rows) {
+    const Table *table = exit->burial.table;
+    PyObject *slots = slots_of(table, rows, exit->tier, true);
+    for (Py_ssize_t i = 0; slots && exit->told != Py_None && i < rows->count; i++) {
+        PyObject *key = table->key[*row_at(rows, i)];
+        if (PyList_Append(exit->told, key ? key : Py_None)) Py_CLEAR(slots);
+    }
+    return slots;
+}
+
+void leave_for_good(Exit *exit, const Rows *rows) {
+    for (Py_ssize_t i = 0; i < rows->count; i++) note_staying(exit, *row_at(rows, i));
+    forget_copies(&exit->burial, rows, exit->tier);
 }

@@ -8,7 +8,7 @@
 
 /* -- LRU -- */
 
-enum { MOST_LATE = 1024, MOST_HELD = 256 };
+enum { MOST_LATE = 4096, MOST_HELD = 4096 };
 
 /* An entry of the heap beside the journal. */
 typedef struct {
@@ -93,17 +93,18 @@ static int64_t next_in_turn(Order *order, const Exit *exit, Departure *d) {
             order->unqueued[page] = 1;
         } else if (page >= table->rows) {
             return -1;
-        } else if (!is_held(table, page, exit->tier)) {
-            return may_leave(exit, page) ? page : -1;
         } else {
-            if (d->held == d->room) return -1;
+            const Fate fate = fate_of(exit, page);
+            if (fate == LEAVES) return page;
+            if (fate == MOVES || d->held == d->room) return -1;
             d->kept[d->held++] = entry;
         }
     }
     return -1;
 }
 
-static void depart(Order *order, Departure *d, int64_t page) {
+static void depart(Order *order, const Exit *exit, Departure *d, int64_t page) {
+    note_leaving(exit, page);
     const Py_ssize_t parent = order_cell(order, order->parent[page]);
     order->children[parent]--;
     const bool frees = parent < order->pages && order->unqueued[parent] && !order->children[parent];
@@ -117,9 +118,10 @@ static void depart(Order *order, Departure *d, int64_t page) {
     push_late(d, (Late){order->last[parent], order->key[parent]});
 }
 
-static void come_back(Order *order, Departure *d) {
+static void come_back(Order *order, const Exit *exit, Departure *d) {
     while (d->left > 0) {
         const int64_t page = *row_at(d->leaving, --d->left);
+        note_staying(exit, page);
         const Before *before = &d->before[d->left];
         const Py_ssize_t parent = order_cell(order, order->parent[page]);
         order->key[page] = before->key;
@@ -178,35 +180,36 @@ static bool leave_in_turn(Order *order, const Exit *exit, Departure *d) {
     while (usual && d->left < d->leaving->count) {
         const int64_t page = next_in_turn(order, exit, d);
         usual = page >= 0;
-        if (usual) depart(order, d, page);
+        if (usual) depart(order, exit, d, page);
     }
     while (usual && d->held > 0) push_late(d, d->kept[--d->held]);
     return usual;
 }
 
 PyObject *order_give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    if (expect_arguments("give_way(table, row_of, tier, clean, out, head, sorted, tail, front, late)", given, 10)) return NULL;
+    if (expect_arguments("give_way(table, row_of, tier, now, told, out, head, sorted, tail, front, late)", given, EXIT_ARGUMENTS + 6)) return NULL;
     Order *order = (Order *)self;
     Exit exit;
     Departure d = {0};
     bool usual, failed = !exit_open(&exit, arguments, &usual);
+    PyObject *const *journal = arguments + EXIT_ARGUMENTS + 1, *late = journal[4];
     int64_t *const places[] = {&d.head, &d.sorted, &d.tail};
-    for (int i = 0; i < 3 && !failed; i++) *places[i] = order_place(order, arguments[5 + i], &failed);
-    double front = failed ? 0.0 : real_of(arguments[8], &failed);
-    if (!failed && PyList_Check(arguments[9]) && PyList_Size(arguments[9]) > MOST_LATE) Py_RETURN_NONE;
+    for (int i = 0; i < 3 && !failed; i++) *places[i] = order_place(order, journal[i], &failed);
+    double front = failed ? 0.0 : real_of(journal[3], &failed);
+    if (!failed && PyList_Check(late) && PyList_Size(late) > MOST_LATE) Py_RETURN_NONE;
     Rows out;
-    if (failed || !rows_open(&out, arguments[4], true)) return NULL;
+    if (failed || !rows_open(&out, arguments[EXIT_ARGUMENTS], true)) return NULL;
     d.leaving = &out;
     PyObject *slots = NULL;
-    usual = departure_open(&d, arguments[9]) && usual && leave_in_turn(order, &exit, &d);
-    if (usual) slots = slots_of(exit.burial.table, &out, exit.tier, true);
-    if (slots && !tell_late(&d, arguments[9])) Py_CLEAR(slots);
+    usual = departure_open(&d, late) && usual && leave_in_turn(order, &exit, &d);
+    if (usual) slots = slots_left(&exit, &out);
+    if (slots && !tell_late(&d, late)) Py_CLEAR(slots);
     if (slots) {
         while (d.head < d.sorted && is_past(order, d.head)) d.head++;
         if (d.moved) front = order->times[d.sorted - 1];
-        forget_copies(&exit.burial, &out, exit.tier);
+        leave_for_good(&exit, &out);
     } else {
-        come_back(order, &d);
+        come_back(order, &exit, &d);
     }
     departure_close(&d);
     rows_close(&out);
@@ -217,47 +220,52 @@ PyObject *order_give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t 
 
 /* -- A2CR -- */
 
-/* Pages into `leaving` that left the queue, as many as are wanted if there are: how many. Those that somebody holds are parked. */
+/* Pages into `leaving` that left the queue, as many as are wanted if there are: how many. Those that stay are parked. */
 static Py_ssize_t choose(Ranking *r, const Exit *exit, const Rows *leaving) {
     const Table *table = exit->burial.table;
     int64_t parked = ranking_parked(r), page;
     while ((page = ranking_next_parked(r, &parked)) >= 0) {
-        if (page >= table->rows || !is_held(table, page, exit->tier)) ranking_enqueue(r, page);
+        if (page >= table->rows || fate_of(exit, page) != STAYS) ranking_enqueue(r, page);
     }
     Py_ssize_t left = 0;
     while (left < leaving->count && (page = ranking_first(r)) >= 0 && page < table->rows) {
-        if (is_held(table, page, exit->tier)) {
+        const Fate fate = fate_of(exit, page);
+        if (fate == MOVES) break;
+        if (fate == STAYS) {
             ranking_park(r, page);
-        } else if (may_leave(exit, page)) {
+        } else {
+            note_leaving(exit, page);
             *row_at(leaving, left++) = page;
             ranking_leave_first(r, page);
-        } else {
-            break;
         }
     }
     return left;
 }
 
 PyObject *give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    if (expect_arguments("give_way(table, row_of, tier, clean, out, now)", given, 6)) return NULL;
+    if (expect_arguments("give_way(table, row_of, tier, now, told, out, latest)", given, EXIT_ARGUMENTS + 2)) return NULL;
     Spells *s = (Spells *)self;
     Exit exit;
     bool usual, failed = !exit_open(&exit, arguments, &usual);
-    const double time = failed ? 0.0 : later_of(s, real_of(arguments[5], &failed));
+    const double time = failed ? 0.0 : later_of(s, real_of(arguments[EXIT_ARGUMENTS + 1], &failed));
     Rows out;
-    if (failed || !rows_open(&out, arguments[4], true)) return NULL;
+    if (failed || !rows_open(&out, arguments[EXIT_ARGUMENTS], true)) return NULL;
     Py_ssize_t *cells = malloc(sizeof *cells * (size_t)(out.count + 1)), left = 0;
     PyObject *slots = NULL;
     const int64_t room = ranking_cell(s->ranking, s->ranking->numbers[PRESENT]);
     usual = cells && usual && is_in_order(s);
     if (usual) score_if_due(s, time);
     if (usual) left = choose(s->ranking, &exit, &out);
-    if (usual && left == out.count) slots = slots_of(exit.burial.table, &out, exit.tier, true);
-    while (!slots && left > 0) ranking_come(s->ranking, *row_at(&out, --left));
+    if (usual && left == out.count) slots = slots_left(&exit, &out);
+    while (!slots && left > 0) {
+        const int64_t page = *row_at(&out, --left);
+        note_staying(&exit, page);
+        ranking_come(s->ranking, page);
+    }
     if (slots) {
         become_ghosts(s, &out, cells);
         s->guard[ROOM] = room, s->clock[LATEST] = time, s->counts[GONE] += out.count;
-        forget_copies(&exit.burial, &out, exit.tier);
+        leave_for_good(&exit, &out);
     }
     free(cells);
     rows_close(&out);

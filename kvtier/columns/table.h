@@ -11,12 +11,12 @@
 
 enum { ABSENT, WRITING, READY, MOST_TIERS = 8, NO_TIER = -1 };
 enum { SIZE, UNUSED, HOLLOW, TABLE_COUNTS }; /* rows there have been, those on the free list; whether a row ever had to stay for its children */
-enum { TABLE_COLUMNS = 18 };
+enum { TABLE_COLUMNS = 20 };
 static const uint64_t READY_ANYWHERE = 0x0202020202020202;
 
 typedef struct {
     PyObject_HEAD
-    int64_t *parent, *children, *depth, *fill, *leases, *uses, *prefetched_from, *slot, *readers, *free, *counts;
+    int64_t *parent, *children, *depth, *fill, *leases, *uses, *pin_tier, *leaving, *prefetched_from, *slot, *readers, *free, *counts;
     double *pin_until, *attention;
     uint64_t *copies;
     uint8_t *used, *open;
@@ -126,24 +126,34 @@ void reap(Burial *burial, const Rows *rows);
 
 /* -- copies.c -- */
 
-/* A tier that pages leave; `clean`: only pages do that have a READY copy in a colder one. */
+/* A tier that pages leave at a time for which pins count. */
 typedef struct {
     Burial burial;
     int64_t tier;
-    bool clean;
+    double now;
+    PyObject *told;     /* a list for the keys of what left, or None */
+    bool keeps_parents; /* the last copy of a page may be there while others build on it */
 } Exit;
 
-/* The arguments (table, row_of, tier, clean); false with an exception if they are something else. `*usual`: the table has such a tier. */
+enum { EXIT_ARGUMENTS = 5 };
+
+/* The arguments (table, row_of, tier, now, told); false with an exception if they are something else. `*usual`: the table has such a tier. */
 bool exit_open(Exit *exit, PyObject *const *arguments, bool *usual);
 
-/* Whether a page that nobody holds may leave. */
-bool may_leave(const Exit *exit, int64_t page);
+/* What can be done with a page. One that STAYS is held or read, pinned, or the last copy of a page that others build on. The copy of one that
+   MOVES is to be brought down first, or is not READY. */
+typedef enum { LEAVES, STAYS, MOVES } Fate;
+Fate fate_of(const Exit *exit, int64_t page);
 
-/* The slots of these copies, those of the last row first if `backwards`: a list; NULL with an exception. */
-PyObject *slots_of(const Table *table, const Rows *rows, int64_t tier, bool backwards);
+/* A page was chosen to leave, from now on one child less of its parent; or not, after all. */
+void note_leaving(const Exit *exit, int64_t page);
+void note_staying(const Exit *exit, int64_t page);
 
-/* These copies, which nobody reads, are no more, and neither are rows of which nothing is left. */
-void forget_copies(Burial *burial, const Rows *rows, int64_t tier);
+/* The slots of the pages that were chosen, those of the last first: a list, with which their keys are told. NULL with an exception. */
+PyObject *slots_left(const Exit *exit, const Rows *rows);
+
+/* What was chosen is no more. */
+void leave_for_good(Exit *exit, const Rows *rows);
 
 PyObject *table_begin(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 PyObject *table_settle(PyObject *self, PyObject *const *arguments, Py_ssize_t given);

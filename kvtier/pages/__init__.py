@@ -2,6 +2,6 @@
 made of (`columns`)."""
 
 from kvtier.pages.columns import ABSENT, DEVICE, MOST_TIERS, NO_ROW, NO_TIER, READY, WRITING, Rows
-from kvtier.pages.table import Links, PageTable
+from kvtier.pages.table import Links, PageTable, names_of
 
-__all__ = ["ABSENT", "DEVICE", "MOST_TIERS", "NO_ROW", "NO_TIER", "READY", "WRITING", "Links", "PageTable", "Rows"]
+__all__ = ["ABSENT", "DEVICE", "MOST_TIERS", "NO_ROW", "NO_TIER", "READY", "WRITING", "Links", "PageTable", "Rows", "names_of"]

@@ -109,9 +109,10 @@ class PageColumns:
         loops = compiled.loops()
         if loops is None:
             return None
-        links = (self.parent, self.slot, self.readers, self.children, self.depth, self.fill, self.leases, self.uses, self.prefetched_from)
+        links = (self.parent, self.slot, self.readers, self.children, self.depth, self.fill, self.leases, self.uses)
+        marks = (self.pin_tier, self.leaving, self.prefetched_from)
         others = (self.pin_until, self.attention, self._copies, self._used, self._open, self.key, self.parent_key)
-        return loops.Table(*links, *others, self._free, self.counts)
+        return loops.Table(*links, *marks, *others, self._free, self.counts)
 
     def _index(self) -> compiled.RowIndex:
         """An empty index of rows by key: one that the compiled loops take where they are, else a dict."""

@@ -33,6 +33,11 @@ _ABSENT, _WRITING, _READY = (np.array(state, np.uint8) for state in (ABSENT, WRI
 _READY_ANYWHERE = np.full(MOST_TIERS, READY, np.uint8).view(np.uint64)[0]
 
 
+def names_of(keys: Sequence[PageKey]) -> Rows:
+    """What the pages of these keys are called whatever row they are in: the first 8 bytes of each, `[n]`."""
+    return np.frombuffer(b"".join([key[:8] for key in keys]), np.int64)
+
+
 class PageTable(PageRows):
     """Rows for pages over `tiers` tiers. Grows as needed; the tiers' slots bound it."""
 
@@ -127,10 +132,10 @@ class PageTable(PageRows):
         return [*map(PageId, keys, self.parent_key[rows].tolist(), self.depth[rows].tolist())]
 
     def names(self, rows: Rows) -> Rows:
-        """What the pages of these rows, which have keys, are called whatever row they are in: the first 8 bytes of each key, `[n]`."""
+        """`names_of` the pages of these rows, which have keys."""
         if self.loops is not None and self.loops.names(rows, names := np.empty(len(rows), WHOLE)):
             return names
-        return np.frombuffer(b"".join([key[:8] for key in self.key[rows].tolist()]), np.int64)
+        return names_of(self.key[rows].tolist())
 
     def pinned(self, row: int, now: float) -> int:
         """The coldest tier this page may live in while its pin lasts, or NO_TIER."""
@@ -213,14 +218,16 @@ class PageTable(PageRows):
         self._reap(rows)
         return freed
 
-    def exit(self, tier: int) -> Exit | None:
-        """What compiled loops of others must know to `drop` copies in a tier by themselves; None without loops.
+    def exit(self, tier: int, now: float, told: list[PageKey] | None = None) -> Exit | None:
+        """What compiled loops of others must know to choose copies that leave a tier, and to `drop` them; None without loops.
 
-        Where there is a tier below, only copies of pages that have a READY one there or still further down.
+        They choose none that is held or read, that a pin keeps there at `now`, or that is the last one of a page others build on; where
+        there is a tier below, only copies of pages that have a READY one there or still further down, no colder than a pin allows. The
+        keys of the pages, whose rows may be gone then, go into `told`.
         """
         if (loops := self.loops) is None:
             return None
-        return loops, self._row_of, tier, tier < self.tiers - 1
+        return loops, self._row_of, tier, now, told
 
     def hold(self, rows: Rows | Sequence[int], tier: int) -> None:
         """A transfer reads these copies: they may not be dropped until `unhold`."""

@@ -59,6 +59,10 @@ class A2CR(Spells):
         self._counts[GONE] += count
         return taken
 
+    @property
+    def gives_way(self) -> bool:
+        return self._loops is not None
+
     def give_way(self, count: int, exit: Exit, now: float) -> tuple[Pages, list[int]] | None:
         self._make_room()
         if self._loops is None or not 0 < count <= len(self._ranking):

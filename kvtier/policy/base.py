@@ -57,7 +57,7 @@ class EvictionPolicy(ABC):
     def __init_subclass__(cls) -> None:
         """A policy with an `insert` of its own hears of all pages there, unless it has a `settle` of its own, too; so with `evict`."""
         super().__init_subclass__()
-        for usual, at_once in (("insert", "settle"), ("evict", "give_way")):
+        for usual, at_once in (("insert", "settle"), ("evict", "give_way"), ("evict", "gives_way")):
             if usual in cls.__dict__ and at_once not in cls.__dict__:
                 setattr(cls, at_once, getattr(EvictionPolicy, at_once))
 
@@ -98,8 +98,13 @@ class EvictionPolicy(ABC):
         number of pages. ValueError for a negative count.
         """
 
+    @property
+    def gives_way(self) -> bool:
+        """Whether there are compiled loops for `give_way`: then its None mostly says that the pages whose turn it is cannot just leave."""
+        return False
+
     def give_way(self, count: int, exit: columns.Exit, now: float) -> tuple[Pages, list[int]] | None:
-        """`evict` `count` pages that nobody holds and drop their copies from the page table, in one step.
+        """`evict` `count` pages, of those that may leave by what `exit` says, and drop their copies from the page table, in one step.
 
         These pages, and the slots of their copies in the tier, those of the last page first. None, and no page left either, where that
         takes two: without compiled loops that know both, or if one finds anything unusual. What `peek` may do to the order, this may, too.

@@ -84,6 +84,10 @@ class LRU(Recency):
         self._note(now)
         return choice.pages
 
+    @property
+    def gives_way(self) -> bool:
+        return self._loops is not None
+
     def give_way(self, count: int, exit: columns.Exit, now: float) -> tuple[Pages, list[int]] | None:
         if self._loops is None or not 0 < count <= self._count:
             return None

@@ -31,7 +31,7 @@ _HERE, _PARENT, _CHILDREN, _DEPTH, _LAST, _SCORE, _PLACE = range(7)
 _SEAT = 8
 """Numbers in the record of a page, one cache line: these. `_HERE` is the first byte of its number."""
 _NUMBERS = _QUEUED, _PRESENT, _PARKED = range(3)
-"""Cells of `_numbers`: leaves in the compiled loops' queue, pages that are here, and leaves that wait beside the queue, for they are held."""
+"""Cells of `_numbers`: leaves in the compiled loops' queue, pages that are here, and leaves beside the queue, which may not leave now."""
 
 
 def _vacant(rows: int) -> Pages:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvtier.errors import IntegrityError
+from kvtier.keys import PageKey
 from kvtier.mover.transfer import Priority
-from kvtier.pages import DEVICE, READY, Rows
+from kvtier.pages import DEVICE, READY, Rows, names_of
 from kvtier.policy import Mask
 from kvtier.residency.opening import SELECTIVE, WRITE_BACK
-from kvtier.residency.protection import Protected, is_for_holders_only
+from kvtier.residency.protection import Protected
 
 if TYPE_CHECKING:
     from kvtier.residency.residency import Residency
@@ -159,9 +160,14 @@ class Eviction:
         if slots is not None:
             return slots
         missing, now = max(1, missing), residency.clock()
-        if not hinted and (left := self._give_way(missing, tier, now)) is not None:
-            return room.exchange(left, count)
-        policy, pressure = residency.policies[tier], residency.smoothed_pressure(tier)
+        policy = residency.policies[tier]
+        if policy.gives_way and not hinted:
+            left = self._give_way(missing, tier, now)
+            if left is not None:
+                return room.exchange(left, count)
+            if tier != residency.last and residency.entry[tier + 1] not in (WRITE_BACK, SELECTIVE):
+                return None  # of the first pages that may leave, one has to be copied down
+        pressure = residency.smoothed_pressure(tier)
         if tier != residency.last:
             with Protected(residency.table, tier, now, hinted) as protected:
                 likely = policy.peek(missing, protected, now, pressure)
@@ -177,22 +183,21 @@ class Eviction:
         return room.reserve(count)
 
     def _give_way(self, count: int, tier: int, now: float) -> list[int] | None:
-        """`count` pages leave `tier` in one step, where all that can keep one is told by the table's columns: their slots. Lock held.
-
-        None, and nothing done, where it takes more: also for those to whom the keys of pages have to be told that are then gone.
-        """
+        """`count` pages leave `tier` in one step: their slots. None, and nothing done, where it takes more. Lock held."""
         residency, table = self._residency, self._residency.table
-        exit = table.exit(tier)
-        if exit is None or not is_for_holders_only(table, tier, now) or (tier == DEVICE and residency.hinted.count):
-            return None
-        if residency.watcher is not None and tier == residency.last:
-            return None
-        left = residency.policies[tier].give_way(count, exit, now)
+        gone: list[PageKey] | None = [] if tier == residency.last and (tier or residency.watcher is not None) else None
+        exit = table.exit(tier, now, gone)
+        left = None if exit is None else residency.policies[tier].give_way(count, exit, now)
         if left is None:
             return None
         rows, slots = left
+        if tier == DEVICE and residency.hinted.count:
+            residency.metrics.prefetch.wasted += residency.hinted.unmark(rows)
         if residency.watcher is not None:
-            residency.watcher(table.key[rows].tolist())
+            residency.watcher(table.key[rows].tolist() if gone is None else gone)
+        if gone and tier:
+            alone = [key for key, row in zip(gone, rows.tolist(), strict=True) if table.key[row] is None]
+            residency.admission.evict(names_of(alone))
         self._dropped(rows, tier, "room needed")
         return slots
 

@@ -15,16 +15,6 @@ from kvtier.policy import Mask
 _NOBODY, _ONE, _NO_TIER = np.array(0), np.array(1), np.array(NO_TIER)
 
 
-def may_keep_parents(table: PageTable, tier: int) -> bool:
-    """Whether the last copy of a page may be in that tier while others build on it."""
-    return tier == table.tiers - 1 and (tier > 0 or bool(table.counts[HOLLOW]))
-
-
-def is_for_holders_only(table: PageTable, tier: int, now: float) -> bool:
-    """Whether no page may be kept in that tier but for those who hold or read it."""
-    return not may_keep_parents(table, tier) and table.pinned_until <= now
-
-
 class Protected:
     """The pages that are leased, being read in `tier`, pinned to it at time `now`, or the last copy of a page that others build on.
 
@@ -39,8 +29,9 @@ class Protected:
         self._table = table
         self._tier = tier
         self._now = now
-        self.notes_children = may_keep_parents(table, tier)
-        """Whether children that leave are noted in the table, as long as this is entered: they keep their parents else."""
+        self.notes_children = tier == table.tiers - 1 and (tier > 0 or bool(table.counts[HOLLOW]))
+        """Whether the last copy of a page may be in that tier while others build on it. Children that leave are noted in the table then, as
+        long as this is entered: they keep their parents else."""
         self._leaving: list[Rows] = []
 
     def __enter__(self) -> Protected:

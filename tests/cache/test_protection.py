@@ -7,8 +7,7 @@ import math
 import numpy as np
 
 from kvtier.pages import PageTable
-from kvtier.pages.columns import HOLLOW
-from kvtier.residency.protection import Protected, is_for_holders_only
+from kvtier.residency.protection import Protected
 from tests.pages.rig import key, page, ready
 
 DEVICE, HOST, LAST = 0, 1, 2
@@ -83,16 +82,3 @@ def test_an_orphan_of_which_only_a_colder_tier_knows_counts_too():
     assert kept(table, 1, [parent]) == [[True]]
     assert kept(table, 1, [orphan, parent]) == [[False, False]]
     assert math.isinf(table.pin_until[orphan])
-
-
-def test_holders_alone_keep_pages_only_where_there_are_no_pins_and_no_children():
-    table = PageTable(2, 4)
-    assert is_for_holders_only(table, DEVICE, 0.0)
-    assert not is_for_holders_only(table, HOST, 0.0)
-    table.pin(np.array([ready(table, (1,))]), DEVICE, 10.0)
-    assert not is_for_holders_only(table, DEVICE, 9.0)
-    assert is_for_holders_only(table, DEVICE, 10.0)
-    single = PageTable(1, 4)
-    assert is_for_holders_only(single, DEVICE, 0.0)
-    single.counts[HOLLOW] = 1
-    assert not is_for_holders_only(single, DEVICE, 0.0)

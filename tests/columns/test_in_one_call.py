@@ -72,7 +72,7 @@ def test_pages_give_way_in_table_and_policy_at_once_as_in_two_steps(order: Order
 
 def give_way(table: PageTable, policy: EvictionPolicy, count: int, now: float) -> tuple[Rows, list[int]] | None:
     """Pages leave in one call, if they can; else None."""
-    exit = table.exit(DEVICE)
+    exit = table.exit(DEVICE, 1.0)
     return None if exit is None else policy.give_way(count, exit, now)
 
 
@@ -224,7 +224,7 @@ def test_pages_that_cannot_give_way_in_both_stay_in_both(order: Order):
     policy.insert(rows, parents, depths, 1.0)
     table.release(rows)
     policy.insert(np.array([rows[-1] + 1]), np.array([rows[-1]]), np.array([4]), 1.0)  # of which the table knows nothing
-    exit = table.exit(DEVICE)
+    exit = table.exit(DEVICE, 1.0)
     assert exit is not None
     with Protected(table, DEVICE, 2.0) as protected:
         assert policy.evict(9, protected, 2.0, 1.0) is None  # the room was noted
@@ -233,13 +233,19 @@ def test_pages_that_cannot_give_way_in_both_stay_in_both(order: Order):
         ("a page that the table does not know", 2, exit),
         ("more pages than there are", 6, exit),
         ("no pages", 0, exit),
-        ("no such tier", 1, (*exit[:2], 1, False)),
-        ("a tier below none", 1, (*exit[:2], -1, False)),
+        ("no such tier", 1, (*exit[:2], 1, *exit[3:])),
+        ("a tier below none", 1, (*exit[:2], -1, *exit[3:])),
     ):
         assert policy.give_way(count, where, 2.0) is None, what
         assert everything(order, table, policy) == held, what
     wrong: Any
-    for wrong in (("no table", *exit[1:]), (exit[0], {}, *exit[2:]), (*exit[:2], "0", False), (*exit[:3], "clean")):
+    for wrong in (
+        ("no table", *exit[1:]),
+        (exit[0], {}, *exit[2:]),
+        (*exit[:2], "0", *exit[3:]),
+        (*exit[:3], "now", None),
+        (*exit[:4], ()),
+    ):
         with pytest.raises(TypeError):
             policy.give_way(1, wrong, 2.0)
         assert everything(order, table, policy) == held

@@ -111,7 +111,7 @@ def test_loops_refuse_what_is_no_column_no_pages_and_no_place():
     assert native is not None
     room, one = len(policy._keys), np.zeros(1, np.int64)
     pages = PageTable(1, 1)
-    exit, chain = pages.exit(0), pages.new_chain([bytes(32)], bytes(32), 0, ROOT, 0, [0])
+    exit, chain = pages.exit(0, 1.0), pages.new_chain([bytes(32)], bytes(32), 0, ROOT, 0, [0])
     assert exit is not None
     assert chain is not None
     for start, stop in ((-1, 1), (0, room + 1), (2**62, 2**62), (-(2**62), 1)):
@@ -127,7 +127,7 @@ def test_loops_refuse_what_is_no_column_no_pages_and_no_place():
         native.moment(2, 2)
     for bounds in ((1, 0, 2), (0, 2, 1)):
         assert native.give_way(*exit, one, *bounds, 0.0, []) is None
-    assert native.give_way(*exit[:2], 1, False, one, 0, 0, 2, 0.0, []) is None, "the table has no such tier"
+    assert native.give_way(*exit[:2], 1, *exit[3:], one, 0, 0, 2, 0.0, []) is None, "the table has no such tier"
     strange: list[Any] = [[0], [()], [(1.0,)], [("1", 1)], [(1.0, 1.5)], ()]
     for heap in strange:
         with pytest.raises(TypeError):
@@ -165,7 +165,7 @@ def test_a_journal_that_went_wrong_leads_nowhere():
     table.settle_chain([bytes([place]) * 32 for place in range(2)], bytes(32), 0, ROOT, 0, range(2))
     table.leases[:] = 0
     policy._keys[:2] = 2**40 - 1, 1
-    exit = table.exit(0)
+    exit = table.exit(0, 1.0)
     assert exit is not None
     assert policy.give_way(2, exit, 2.0) is None
     assert policy.evict(2, Protected(table, 0, 2.0), 2.0, 0.5) is None

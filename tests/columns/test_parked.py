@@ -19,7 +19,7 @@ def test_pages_that_somebody_holds_wait_beside_the_queue_until_nobody_does():
     for time, row in enumerate(rows):
         policy.insert(row, np.array([ROOT]), np.array([0]), float(time))
     table.release(np.concatenate(rows[30:]))
-    now, ranking, exit = 50.0, policy._ranking, table.exit(DEVICE)
+    now, ranking, exit = 50.0, policy._ranking, table.exit(DEVICE, 0.0)
     assert exit is not None
 
     def leaves(count: int) -> list[int] | None:

@@ -181,13 +181,13 @@ def test_loops_refuse_what_is_no_column_and_no_rows():
     loops = columns.loops()
     assert loops is not None
     table = PageTable(TIERS, 4)
-    with pytest.raises(TypeError, match="18"):
+    with pytest.raises(TypeError, match="20"):
         loops.Table(table.parent)
-    links: list[Any] = [table.parent, table.slot, table.readers, *[table.leases] * 9]
+    links: list[Any] = [table.parent, table.slot, table.readers, *[table.leases] * 11]
     good = [*links, *[table._used] * 2, table.key, table.key, table._free, table.counts]
     loops.Table(*good)
     for place, wrong in enumerate(
-        (table._used, table._free, table.parent, *[table._free] * 11, table.leases[1:], table._free, table.leases, table.leases)
+        (table._used, table._free, table.parent, *[table._free] * 13, table.leases[1:], table._free, table.leases, table.leases)
     ):
         for column_ in (wrong, np.zeros(5, "V0")):
             with pytest.raises(ValueError, match="column|cell"):
