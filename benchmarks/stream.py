@@ -2,9 +2,10 @@
 without the bytes: the rows `stream.*` of `table.py`.
 
 `stream.TRACE.POLICY`: microseconds per page that requests name, for all of looking up, leasing what is there, making room (evicting),
-committing the rest, releasing; `.ticking` with a clock that moves between these calls as a real one does, not only between requests. The
-ceiling (a floor, here) is an LRU cache on an OrderedDict with neither leases, links, slots nor tiers. `.p99`: the 99th percentile of one
-request, microseconds. `.hit_ratio`: tokens found, of all; the share of a block counts that the request fills.
+committing the rest, releasing; `.ticking` with a clock that moves between these calls as a real one does, not only between requests;
+`.busy` with UNDER_WAY requests that hold their pages at any time, as running ones do. The ceiling (a floor, here) is an LRU cache on an
+OrderedDict with neither leases, links, slots nor tiers. `.p99`: the 99th percentile of one request, microseconds. `.hit_ratio`: tokens
+found, of all; the share of a block counts that the request fills.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -33,6 +34,9 @@ from .measure import Row, Run, percentile
 
 CHATS_PER_S = 3.4
 """As many requests a second as the conversation trace has."""
+UNDER_WAY = 64
+"""Requests under way at once in the rows `.busy`, as far as there is room for the next."""
+BUSY_POLICIES = 2
 SLOW_REPEATS = 3
 """The most repeats of a stream under a policy that is not the default."""
 ROOT_KEY = b"root".ljust(32, b"\0")
@@ -89,9 +93,12 @@ def page_key(number: int) -> PageKey:
 
 
 class Replay:
-    """One residency with a device tier of `capacity` pages that serves requests one after the other. A context manager."""
+    """One residency with a device tier of `capacity` pages that serves requests one after the other. A context manager.
 
-    def __init__(self, policy: str, capacity: int, ticking: bool = False) -> None:
+    A request holds its pages until `under_way` others have come, or there is no room else.
+    """
+
+    def __init__(self, policy: str, capacity: int, ticking: bool = False, under_way: int = 0) -> None:
         settings: dict[str, object] = {
             "device.capacity_bytes": capacity * LAYOUT.page_bytes,
             "device.place": "cpu",
@@ -100,6 +107,8 @@ class Replay:
             "policy.cleanup_interval": 1e9,
         }
         self.ticking = ticking
+        self.under_way = under_way
+        self.held: deque[Rows] = deque()
         self.now = 0.0
         self.residency = Residency(load_config(None, env={}, overrides=settings), LAYOUT, b"bench", self.clock)
         self.capacity = capacity
@@ -125,11 +134,18 @@ class Replay:
         if missing > 0:
             with residency.lock:
                 slots = residency.eviction.reserve_now(DEVICE, missing)
+            while slots is None and self.held:
+                with residency.lock:
+                    residency.release(self.held.popleft())
+                    slots = residency.eviction.reserve_now(DEVICE, missing)
             if slots is None:
                 raise KVTierError(f"a request of {len(keys)} pages found no room among {self.capacity}, though nobody else holds any")
             before, parent = (keys[found - 1], int(rows[-1])) if found else (ROOT_KEY, NO_ROW)
             with residency.lock:
                 rows = np.concatenate((rows, residency.settle_in(keys[found : found + missing], before, found, parent, slots)))
+        if self.under_way:
+            self.held.append(rows)
+            rows = self.held.popleft() if len(self.held) > self.under_way else rows[:0]
         with residency.lock:
             residency.release(rows)
         self.seconds.append(time.perf_counter() - start)
@@ -144,16 +160,18 @@ class Replay:
 
 
 def stream_rows(run: Run, stream: Stream, capacity: int, policies: Sequence[str]) -> list[Row]:
-    """The rows; the first of `policies` with both clocks. KVTierError if a request is longer than all there is room for."""
+    """The rows; the first of `policies` with both clocks, the first two busy as well. KVTierError if a request is longer than all there is
+    room for."""
     rows = []
     floors = []
-    for name, ticking in [(policies[0], False), (policies[0], True), *((name, False) for name in policies[1:])]:
+    ways = [(policies[0], False, 0), (policies[0], True, 0), *((name, False, 0) for name in policies[1:])]
+    for name, ticking, under_way in [*ways, *((name, False, UNDER_WAY) for name in policies[:BUSY_POLICIES])]:
         run.step(f"{stream.name} through {name}")
-        label = f"stream.{stream.name}.{name}{'.ticking' * ticking}"
+        label = f"stream.{stream.name}.{name}{'.ticking' * ticking}{'.busy' * bool(under_way)}"
         totals, tails = [], []
         for _ in range(run.repeats if name == policies[0] else min(run.repeats, SLOW_REPEATS)):
             floors.append(least_lru(stream, capacity))
-            with Replay(name, capacity, ticking) as replay:
+            with Replay(name, capacity, ticking, under_way) as replay:
                 for request in stream.requests:
                     replay.serve(request)
             totals.append(sum(replay.seconds))

@@ -24,7 +24,7 @@ from kvtier.pages import DEVICE, PageTable
 from kvtier.policy import ROOT, EvictionPolicy, make_policy, nothing_protected
 
 from .measure import Row, Run, side_by_side
-from .stream import LAYOUT, ROOT_KEY, chats, page_key, read_stream, stream_rows
+from .stream import BUSY_POLICIES, LAYOUT, ROOT_KEY, chats, page_key, read_stream, stream_rows
 
 CHAIN_PAGES = 25
 """Pages of one call in the rows of single operations: about a mean request of the conversation trace."""
@@ -45,7 +45,7 @@ def measure(run: Run, trace: Path | None = None, share: float = 0.05, vllm: bool
     others = importlib.import_module("kvtier.bench.vllm_manager") if vllm else None
     stream = chats(150 if run.tiny else 12_000) if trace is None else read_stream(trace)
     sizes = (100, 1000) if run.tiny else (10**4, 10**5, 10**6)
-    run.expect(len(sizes) * (1 + len(MEASURED)) + len(MEASURED) + 1 + (len(others.POLICIES) if others else 0))
+    run.expect(len(sizes) * (1 + len(MEASURED)) + len(MEASURED) + 1 + BUSY_POLICIES + (len(others.POLICIES) if others else 0))
     rows = []
     for size in sizes:
         run.step(f"a table of {size} pages")

@@ -7,6 +7,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.stream import CHATS_PER_S, Replay, chats, page_key, read_stream, stream_of
@@ -26,7 +27,8 @@ def test_a_tiny_run_reports_operations_and_the_stream(capsys, tmp_path: Path):
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
     operations = {f"table.{name}.1e2" for name in ("lookup", "lease", "rewrite")}
     operations |= {f"{policy}.{name}.1e3" for policy in ("lru", "a2cr", "lfu", "a2cr-classic") for name in ("touch", "evict")}
-    streams = {f"stream.chats.{name}" for name in ("lru", "lru.p99", "lru.hit_ratio", "lru.ticking", "a2cr", "a2cr-classic", "hit_ratio")}
+    named = ("lru", "lru.p99", "lru.hit_ratio", "lru.ticking", "lru.busy", "a2cr", "a2cr.busy", "a2cr-classic", "hit_ratio")
+    streams = {f"stream.chats.{name}" for name in named}
     assert operations | streams <= set(rows)
     assert all(row["value"] > 0 for row in rows.values())
     assert plot.read_text().startswith("<?xml")
@@ -68,6 +70,21 @@ def test_a_replay_with_little_room_keeps_heads_and_leaves_nothing_held(policy, t
             found = len(replay.residency.table.find(request.keys))
             assert found == min(len(request.keys), longest // 2)
         replay.residency.check_integrity()
+
+
+@pytest.mark.parametrize("policy", ["a2cr", "lru"])
+def test_a_busy_replay_holds_the_pages_of_the_last_requests_as_far_as_there_is_room(policy):
+    stream, at_once = chats(300), 4
+    longest = max(len(request.keys) for request in stream.requests)
+    most = 0
+    with Replay(policy, 2 * longest, under_way=at_once) as replay:
+        for request in stream.requests:
+            replay.serve(request)
+            most = max(most, len(replay.held))
+            held = {row for rows in replay.held for row in rows.tolist()}
+            assert np.flatnonzero(replay.residency.table.leases).tolist() == sorted(held)
+        replay.residency.check_integrity()
+    assert 1 < most <= at_once
 
 
 @pytest.mark.parametrize("policy", ["lru", "a2cr-classic"])
