@@ -131,7 +131,7 @@ NewChain = tuple[TableLoops, RowIndex, Sequence[bytes], bytes, int, int, int, in
 """What `settle` of a policy's loops has to know of a page table, and of the pages that are to settle there: its first arguments."""
 
 
-Exit = tuple[TableLoops, RowIndex, int, float, list[bytes] | None]
+Exit = tuple[TableLoops, RowIndex, int, float, list[bytes] | None, bool]
 """What `give_way` of a policy's loops has to know of a page table and the tier that pages leave: its first arguments (`PageTable.exit`)."""
 
 
@@ -197,6 +197,12 @@ class RankingLoops(Protocol):
 
     def pop(self, out: Numbers, /) -> int:
         """The first pages leave, one after the other, into `out`; how many."""
+
+    def choose(self, *exit_out: *tuple[*Exit, Numbers]) -> int:
+        """The first pages that may leave do, into `out`, but not the table; how many (-1: not done).
+
+        Those whose copy is to be brought down first may, too.
+        """
 
     def rebuild(self) -> None:
         """All leaves queue, by the scores that stand in the column now."""

@@ -115,6 +115,7 @@ bool exit_open(Exit *exit, PyObject *const *arguments, bool *usual) {
     if (!table || !(exit->burial.index = index_of(arguments[1]))) return false;
     exit->tier = number_of(arguments[2], &failed);
     exit->now = failed ? 0.0 : real_of(arguments[3], &failed);
+    exit->hinted = !failed && number_of(arguments[5], &failed) != 0;
     if (!failed && exit->told != Py_None && !PyList_Check(exit->told)) {
         PyErr_SetString(PyExc_TypeError, "keys are told in a list, or None is given");
         failed = true;
@@ -151,7 +152,7 @@ static bool is_built_on(const Exit *exit, int64_t page) {
 Fate fate_of(const Exit *exit, int64_t page) {
     const Table *table = exit->burial.table;
     int64_t coldest = table->tiers - 1;
-    if (is_held(table, page, exit->tier)) return STAYS;
+    if (is_held(table, page, exit->tier) || (exit->hinted && table->prefetched_from[page] != NO_TIER)) return STAYS;
     if (is_pinned(exit, page)) {
         const int64_t floor = table->pin_tier[page];
         if (exit->tier >= floor && !is_ready_within(table, page, 0, floor < exit->tier ? floor : exit->tier - 1)) return STAYS;

@@ -187,7 +187,7 @@ static bool leave_in_turn(Order *order, const Exit *exit, Departure *d) {
 }
 
 PyObject *order_give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    if (expect_arguments("give_way(table, row_of, tier, now, told, out, head, sorted, tail, front, late)", given, EXIT_ARGUMENTS + 6)) return NULL;
+    if (expect_arguments("give_way(table, row_of, tier, now, told, hinted, out, head, sorted, tail, front, late)", given, EXIT_ARGUMENTS + 6)) return NULL;
     Order *order = (Order *)self;
     Exit exit;
     Departure d = {0};
@@ -220,8 +220,9 @@ PyObject *order_give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t 
 
 /* -- A2CR -- */
 
-/* Pages into `leaving` that left the queue, as many as are wanted if there are: how many. Those that stay are parked. */
-static Py_ssize_t choose(Ranking *r, const Exit *exit, const Rows *leaving) {
+/* Pages into `leaving` that left the queue, as many as are wanted if there are: how many. Those that stay are parked. Unless such pages
+   may leave, too, one whose copy moves ends it. */
+static Py_ssize_t choose(Ranking *r, const Exit *exit, const Rows *leaving, bool moving) {
     const Table *table = exit->burial.table;
     int64_t parked = ranking_parked(r), page;
     while ((page = ranking_next_parked(r, &parked)) >= 0) {
@@ -230,7 +231,7 @@ static Py_ssize_t choose(Ranking *r, const Exit *exit, const Rows *leaving) {
     Py_ssize_t left = 0;
     while (left < leaving->count && (page = ranking_first(r)) >= 0 && page < table->rows) {
         const Fate fate = fate_of(exit, page);
-        if (fate == MOVES) break;
+        if (fate == MOVES && !moving) break;
         if (fate == STAYS) {
             ranking_park(r, page);
         } else {
@@ -243,7 +244,7 @@ static Py_ssize_t choose(Ranking *r, const Exit *exit, const Rows *leaving) {
 }
 
 PyObject *give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    if (expect_arguments("give_way(table, row_of, tier, now, told, out, latest)", given, EXIT_ARGUMENTS + 2)) return NULL;
+    if (expect_arguments("give_way(table, row_of, tier, now, told, hinted, out, latest)", given, EXIT_ARGUMENTS + 2)) return NULL;
     Spells *s = (Spells *)self;
     Exit exit;
     bool usual, failed = !exit_open(&exit, arguments, &usual);
@@ -255,7 +256,7 @@ PyObject *give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t given)
     const int64_t room = ranking_cell(s->ranking, s->ranking->numbers[PRESENT]);
     usual = cells && usual && is_in_order(s);
     if (usual) score_if_due(s, time);
-    if (usual) left = choose(s->ranking, &exit, &out);
+    if (usual) left = choose(s->ranking, &exit, &out, false);
     if (usual && left == out.count) slots = slots_left(&exit, &out);
     while (!slots && left > 0) {
         const int64_t page = *row_at(&out, --left);
@@ -271,4 +272,16 @@ PyObject *give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t given)
     rows_close(&out);
     if (exit.burial.failed) Py_CLEAR(slots);
     return slots || PyErr_Occurred() ? slots : Py_NewRef(Py_None);
+}
+
+PyObject *ranking_choose(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    if (expect_arguments("choose(table, row_of, tier, now, told, hinted, out)", given, EXIT_ARGUMENTS + 1)) return NULL;
+    Exit exit;
+    Rows out;
+    bool usual;
+    if (!exit_open(&exit, arguments, &usual) || !rows_open(&out, arguments[EXIT_ARGUMENTS], true)) return NULL;
+    const Py_ssize_t left = usual ? choose((Ranking *)self, &exit, &out, true) : -1;
+    for (Py_ssize_t i = 0; i < left; i++) note_staying(&exit, *row_at(&out, i)); /* the table keeps them */
+    rows_close(&out);
+    return PyLong_FromSsize_t(left);
 }

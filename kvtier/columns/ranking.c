@@ -260,7 +260,7 @@ static PyObject *rebuild(PyObject *self, PyObject *ignored) {
 
 static PyMethodDef methods[] = {
     {"arrive", FAST(arrive), NULL}, {"leave", leave, METH_O, NULL}, {"restore", restore, METH_O, NULL}, {"rescored", rescored, METH_O, NULL},
-    {"withdraw", withdraw, METH_O, NULL}, {"pop", pop, METH_O, NULL}, {"rebuild", rebuild, METH_NOARGS, NULL}, {NULL, NULL, 0, NULL},
+    {"withdraw", withdraw, METH_O, NULL}, {"pop", pop, METH_O, NULL}, {"choose", FAST(ranking_choose), NULL}, {"rebuild", rebuild, METH_NOARGS, NULL}, {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot slots[] = {

@@ -132,15 +132,16 @@ typedef struct {
     int64_t tier;
     double now;
     PyObject *told;     /* a list for the keys of what left, or None */
+    bool hinted;        /* it is for pages that a hint is about: those of other hints stay */
     bool keeps_parents; /* the last copy of a page may be there while others build on it */
 } Exit;
 
-enum { EXIT_ARGUMENTS = 5 };
+enum { EXIT_ARGUMENTS = 6 };
 
-/* The arguments (table, row_of, tier, now, told); false with an exception if they are something else. `*usual`: the table has such a tier. */
+/* The arguments (table, row_of, tier, now, told, hinted); false with an exception if they are something else. `*usual`: the table has such a tier. */
 bool exit_open(Exit *exit, PyObject *const *arguments, bool *usual);
 
-/* What can be done with a page. One that STAYS is held or read, pinned, or the last copy of a page that others build on. The copy of one that
+/* What can be done with a page. One that STAYS is held or read, pinned, hinted, or the last copy of one that others build on. The copy of one that
    MOVES is to be brought down first, or is not READY. */
 typedef enum { LEAVES, STAYS, MOVES } Fate;
 Fate fate_of(const Exit *exit, int64_t page);

@@ -218,16 +218,16 @@ class PageTable(PageRows):
         self._reap(rows)
         return freed
 
-    def exit(self, tier: int, now: float, told: list[PageKey] | None = None) -> Exit | None:
+    def exit(self, tier: int, now: float, told: list[PageKey] | None = None, hinted: bool = False) -> Exit | None:
         """What compiled loops of others must know to choose copies that leave a tier, and to `drop` them; None without loops.
 
-        They choose none that is held or read, that a pin keeps there at `now`, or that is the last one of a page others build on; where
-        there is a tier below, only copies of pages that have a READY one there or still further down, no colder than a pin allows. The
-        keys of the pages, whose rows may be gone then, go into `told`.
+        They choose none that is held or read, that a pin keeps there at `now`, or that is the last one of a page others build on; with
+        `hinted`, none that a hint brought up and nobody used yet. Where there is a tier below, only copies of pages leave that have a READY
+        one there or still further down, no colder than a pin allows. The keys of the pages, whose rows may be gone then, go into `told`.
         """
         if (loops := self.loops) is None:
             return None
-        return loops, self._row_of, tier, now, told
+        return loops, self._row_of, tier, now, told, hinted
 
     def hold(self, rows: Rows | Sequence[int], tier: int) -> None:
         """A transfer reads these copies: they may not be dropped until `unhold`."""

@@ -178,6 +178,11 @@ class Ranking:
 
     def _choose(self, wanted: int, protected: Protection) -> Pages:
         """Up to so many pages leave, each the first that may."""
+        exit: columns.Exit | None = getattr(protected, "exit", None)
+        if exit is not None and self._loops is not None:
+            out = np.empty(wanted, np.int64)
+            if (found := self._loops.choose(*exit, out)) >= 0:
+                return out[:found]
         answers: dict[int, bool] = {}
         chosen, stays = self._first_run(wanted, protected, answers)
         if stays is None:  # the usual case

@@ -161,8 +161,8 @@ class Eviction:
             return slots
         missing, now = max(1, missing), residency.clock()
         policy = residency.policies[tier]
-        if policy.gives_way and not hinted:
-            left = self._give_way(missing, tier, now)
+        if policy.gives_way:
+            left = self._give_way(missing, tier, now, hinted)
             if left is not None:
                 return room.exchange(left, count)
             if tier != residency.last and residency.entry[tier + 1] not in (WRITE_BACK, SELECTIVE):
@@ -182,11 +182,11 @@ class Eviction:
         self._refuse(victims[~clean], tier)
         return room.reserve(count)
 
-    def _give_way(self, count: int, tier: int, now: float) -> list[int] | None:
+    def _give_way(self, count: int, tier: int, now: float, hinted: bool) -> list[int] | None:
         """`count` pages leave `tier` in one step: their slots. None, and nothing done, where it takes more. Lock held."""
         residency, table = self._residency, self._residency.table
         gone: list[PageKey] | None = [] if tier == residency.last and (tier or residency.watcher is not None) else None
-        exit = table.exit(tier, now, gone)
+        exit = table.exit(tier, now, gone, hinted)
         left = None if exit is None else residency.policies[tier].give_way(count, exit, now)
         if left is None:
             return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvtier.columns import Exit
 from kvtier.pages import ABSENT, NO_TIER, READY, PageTable, Rows
 from kvtier.pages.columns import HOLLOW
 from kvtier.policy import Mask
@@ -40,6 +41,11 @@ class Protected:
     def __exit__(self, *_: object) -> None:
         for parents in self._leaving:
             self._table.leaving[parents] = _NOBODY
+
+    @property
+    def exit(self) -> Exit | None:
+        """The same question for compiled loops."""
+        return self._table.exit(self._tier, self._now, None, self._hinted)
 
     def __call__(self, pages: Rows) -> Mask:
         """Which of these pages may not leave."""

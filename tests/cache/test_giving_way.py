@@ -157,7 +157,7 @@ def test_slots_come_in_the_same_order_whether_pages_give_way_or_leave_step_by_st
             put(cache, run(1, 7))
             eviction = cache._residency.eviction
             if steps:
-                monkeypatch.setattr(eviction, "_give_way", lambda count, tier, now: None)
+                monkeypatch.setattr(eviction, "_give_way", lambda *_: None)
             with cache._residency.lock:
                 orders += [eviction.reserve_now(DEVICE, 3), eviction.reserve_now(DEVICE, 2)]
     assert orders[:2] == orders[2:]

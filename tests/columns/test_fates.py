@@ -19,7 +19,7 @@ NOW = 5.0
 
 
 def fill(table: PageTable, tiers: int, chance: np.random.Generator) -> None:
-    """Trees of pages, each with copies in some tiers, of which some are held, read, pinned or only on their way."""
+    """Trees of pages, each with copies in some tiers, of which some are held, read, pinned, hinted at or only on their way."""
     taken = [0] * tiers
     paths: list[tuple[int, ...]] = [()]
     for number in range(int(chance.integers(4, 40))):
@@ -38,12 +38,14 @@ def fill(table: PageTable, tiers: int, chance: np.random.Generator) -> None:
             table.lease(one)
         if chance.random() < 0.1:
             table.pin(one, int(chance.integers(tiers)), float(chance.choice([1.0, 9.0, math.inf])))
+        if chance.random() < 0.1:
+            table.prefetched_from[row] = tiers
         paths.append(path)
 
 
-def in_steps(table: PageTable, policy: Any, tier: int, count: int) -> Rows | None:
+def in_steps(table: PageTable, policy: Any, tier: int, count: int, hinted: bool) -> Rows | None:
     """The pages that may leave without bytes being moved, by `Protected` and by where their colder copies are."""
-    with Protected(table, tier, NOW) as protected:
+    with Protected(table, tier, NOW, hinted) as protected:
         victims: Rows | None = policy.evict(count, protected, NOW, 1.0)
     for row in () if victims is None or tier == table.tiers - 1 else victims.tolist():
         floor = table.pinned(row, NOW)
@@ -62,6 +64,15 @@ def insert(policy: Any, table: PageTable, tier: int, chance: np.random.Generator
     return len(rows)
 
 
+def peek(table: PageTable, policy: Any, tier: int, count: int, hinted: bool) -> list[int]:
+    """The pages that would leave, whether bytes are to be moved first or not."""
+    with Protected(table, tier, NOW, hinted) as protected:
+        pages: list[int] = policy.peek(count, protected, NOW, 1.0).tolist()
+    policy.check_integrity()
+    assert not table.leaving.any()
+    return pages
+
+
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.name)
 @pytest.mark.parametrize("tiers", [1, 2, 3])
 def test_pages_leave_in_one_step_as_in_many(order: Order, tiers: int):
@@ -73,15 +84,18 @@ def test_pages_leave_in_one_step_as_in_many(order: Order, tiers: int):
             fill(some, tiers, chance)
             tier = int(chance.integers(tiers))
             held = insert(judge, some, tier, chance)
-            count = int(chance.integers(1, max(2, held)))
+            count, hinted = int(chance.integers(1, max(2, held))), bool(chance.random() < 0.5)
+        for asked in (count, 2 * held):
+            looked = [peek(some, judge, tier, asked, hinted) for some, judge in ((table, policy), (twin, likewise))]
+            assert looked[0] == looked[1]
         told: list[bytes] = []
-        exit = table.exit(tier, NOW, told)
+        exit = table.exit(tier, NOW, told, hinted)
         assert exit is not None
         gone = policy.give_way(count, exit, NOW)
         policy.check_integrity()
         table.check_integrity()
         assert not table.leaving.any()
-        wanted = in_steps(twin, likewise, tier, count)
+        wanted = in_steps(twin, likewise, tier, count, hinted)
         if wanted is None:
             stayed += 1
             assert gone is None

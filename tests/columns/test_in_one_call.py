@@ -243,7 +243,7 @@ def test_pages_that_cannot_give_way_in_both_stay_in_both(order: Order):
         ("no table", *exit[1:]),
         (exit[0], {}, *exit[2:]),
         (*exit[:2], "0", *exit[3:]),
-        (*exit[:3], "now", None),
+        (*exit[:3], "now", *exit[4:]),
         (*exit[:4], ()),
     ):
         with pytest.raises(TypeError):

@@ -127,7 +127,7 @@ def test_loops_refuse_what_is_no_column_no_pages_and_no_place():
         native.moment(2, 2)
     for bounds in ((1, 0, 2), (0, 2, 1)):
         assert native.give_way(*exit, one, *bounds, 0.0, []) is None
-    assert native.give_way(*exit[:2], 1, *exit[3:], one, 0, 0, 2, 0.0, []) is None, "the table has no such tier"
+    assert native.give_way(*exit[:2], 1, 1.0, None, False, one, 0, 0, 2, 0.0, []) is None, "the table has no such tier"
     strange: list[Any] = [[0], [()], [(1.0,)], [("1", 1)], [(1.0, 1.5)], ()]
     for heap in strange:
         with pytest.raises(TypeError):

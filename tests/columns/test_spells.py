@@ -125,7 +125,7 @@ def test_loops_refuse_columns_that_do_not_fit_and_rows_that_are_not_there():
     spells.score_all()
     exit = PageTable(1, 1).exit(0, 1.0)
     assert exit is not None
-    assert spells.give_way(*exit[:2], 1, *exit[3:], np.zeros(1, np.int64), 1.0) is None, "the table has no such tier"
+    assert spells.give_way(*exit[:2], 1, 1.0, None, False, np.zeros(1, np.int64), 1.0) is None, "the table has no such tier"
     with pytest.raises(TypeError, match="table's loops"):
         spells.give_way(ranked, *exit[1:], np.zeros(1, np.int64), 1.0)  # type: ignore[arg-type]
     assert spells.give_way(*exit, np.zeros(4, np.int64), 1.0) is None
