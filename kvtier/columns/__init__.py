@@ -160,8 +160,8 @@ class OrderLoops(Protocol):
         [head, stop) and which ends at `tail`, and the heap `late`.
 
         What head, stop and front are then, and the pages' slots, those of the last one first; `late` is the heap of now. None: not done
-        but for sorting and for what waits for its children, as `moment` and `step_over`: there are fewer pages than that, many that are
-        held or in the heap, or one without the colder copy that it needs.
+        but for sorting and for what waits for its children, as `moment` and `step_over`: fewer may leave, or one of them has not the colder
+        copy that it needs.
         """
 
     def leaving(self, head: int, stop: int, time: float, keys: Numbers, pages: Numbers, /) -> tuple[int, int]:
@@ -234,8 +234,7 @@ class SpellLoops(Protocol):
     def give_way(self, *exit_out_now: *tuple[*Exit, Numbers, float]) -> list[int] | None:
         """The first pages that may do leave ranking and table, into the array, and become ghosts. All are scored before, if due.
 
-        Their slots, those of the last one first. None: not done, for there are fewer, more that somebody holds come before them, or one
-        has not the colder copy that it needs.
+        Their slots, those of the last one first. None: not done, for fewer may leave, or one of them has not the colder copy that it needs.
         """
 
     def score_all(self) -> None:

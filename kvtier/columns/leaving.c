@@ -1,4 +1,4 @@
-/* Which pages leave a tier and the page table at once: the first that nobody holds, by the columns of the table, which say who does.
+/* Which pages leave a tier and the page table at once: the first that may, by the columns of the table (`fate_of`).
    `LRU.give_way`, `A2CR.give_way`. */
 #include "order.h"
 #include "spells.h"
@@ -8,7 +8,7 @@
 
 /* -- LRU -- */
 
-enum { MOST_LATE = 4096, MOST_HELD = 4096 };
+enum { STAYING = 256 }; /* pages that stay for which there is room at first */
 
 /* An entry of the heap beside the journal. */
 typedef struct {
@@ -30,8 +30,9 @@ typedef struct {
     Py_ssize_t left;
     int64_t head, sorted, tail; /* the journal */
     bool moved;                 /* to a later moment of it */
-    Late *late, *kept;          /* the heap; entries of pages that somebody holds */
+    Late *late, *kept;          /* the heap; entries of pages that stay */
     Py_ssize_t waiting, held, room;
+    Py_ssize_t begun; /* the most that the heap can be without those that stay */
 } Departure;
 
 static bool is_sooner(const Late *one, const Late *other) {
@@ -83,7 +84,21 @@ static bool next_entry(Order *order, Departure *d, Late *entry) {
     }
 }
 
-/* The page whose turn is next, -1 if there is none: those with children wait for them, those that somebody holds for another time. */
+/* Room for twice as many pages that stay, which all go back into the heap; false with an exception if there is none. */
+static bool make_room(Departure *d) {
+    const size_t room = 2 * (size_t)d->room;
+    Late *kept = PyMem_Realloc(d->kept, sizeof *kept * room);
+    if (kept) d->kept = kept;
+    Late *late = kept ? PyMem_Realloc(d->late, sizeof *late * ((size_t)d->begun + room)) : NULL;
+    if (!late) {
+        PyErr_NoMemory();
+        return false;
+    }
+    d->late = late, d->room = (Py_ssize_t)room;
+    return true;
+}
+
+/* The page whose turn is next, -1 if there is none: those with children wait for them, those that stay for another time. */
 static int64_t next_in_turn(Order *order, const Exit *exit, Departure *d) {
     const Table *table = exit->burial.table;
     Late entry;
@@ -96,7 +111,7 @@ static int64_t next_in_turn(Order *order, const Exit *exit, Departure *d) {
         } else {
             const Fate fate = fate_of(exit, page);
             if (fate == LEAVES) return page;
-            if (fate == MOVES || d->held == d->room) return -1;
+            if (fate == MOVES || (d->held == d->room && !make_room(d))) return -1;
             d->kept[d->held++] = entry;
         }
     }
@@ -135,9 +150,9 @@ static void come_back(Order *order, const Exit *exit, Departure *d) {
 /* Memory for a departure, with the entries of a list of (time, key). False with an exception if there is none, or the list is another. */
 static bool departure_open(Departure *d, PyObject *late) {
     const Py_ssize_t wanted = d->leaving->count, waiting = PyList_Check(late) ? PyList_Size(late) : 0;
-    d->room = waiting + MOST_HELD;
+    d->begun = waiting + wanted, d->room = STAYING;
     d->before = PyMem_Malloc(sizeof *d->before * (size_t)(wanted + 1));
-    d->late = PyMem_Malloc(sizeof *d->late * (size_t)(waiting + wanted + d->room));
+    d->late = PyMem_Malloc(sizeof *d->late * (size_t)(d->begun + d->room));
     d->kept = PyMem_Malloc(sizeof *d->kept * (size_t)d->room);
     if (!d->before || !d->late || !d->kept) {
         PyErr_NoMemory();
@@ -196,7 +211,6 @@ PyObject *order_give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t 
     int64_t *const places[] = {&d.head, &d.sorted, &d.tail};
     for (int i = 0; i < 3 && !failed; i++) *places[i] = order_place(order, journal[i], &failed);
     double front = failed ? 0.0 : real_of(journal[3], &failed);
-    if (!failed && PyList_Check(late) && PyList_Size(late) > MOST_LATE) Py_RETURN_NONE;
     Rows out;
     if (failed || !rows_open(&out, arguments[EXIT_ARGUMENTS], true)) return NULL;
     d.leaving = &out;
@@ -220,12 +234,12 @@ PyObject *order_give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t 
 
 /* -- A2CR -- */
 
-/* Pages into `leaving` that left the queue, as many as are wanted if there are: how many. Those that stay are parked. Unless such pages
-   may leave, too, one whose copy moves ends it. */
+/* Pages into `leaving` that left the queue, as many as are wanted if there are: how many. Those that stay are set aside. Unless such
+   pages may leave, too, one whose copy moves ends it. */
 static Py_ssize_t choose(Ranking *r, const Exit *exit, const Rows *leaving, bool moving) {
     const Table *table = exit->burial.table;
-    int64_t parked = ranking_parked(r), page;
-    while ((page = ranking_next_parked(r, &parked)) >= 0) {
+    int64_t aside = ranking_aside(r), page;
+    while ((page = ranking_next_aside(r, &aside)) >= 0) {
         if (page >= table->rows || fate_of(exit, page) != STAYS) ranking_enqueue(r, page);
     }
     Py_ssize_t left = 0;
@@ -233,7 +247,7 @@ static Py_ssize_t choose(Ranking *r, const Exit *exit, const Rows *leaving, bool
         const Fate fate = fate_of(exit, page);
         if (fate == MOVES && !moving) break;
         if (fate == STAYS) {
-            ranking_park(r, page);
+            ranking_set_aside(r, page);
         } else {
             note_leaving(exit, page);
             *row_at(leaving, left++) = page;

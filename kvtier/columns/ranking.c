@@ -54,13 +54,13 @@ static inline bool is_queued(const Ranking *r, int64_t page) {
     return place >= 0 && place < size_of(r) && r->heap[place] == page;
 }
 
-int64_t ranking_parked(const Ranking *r) { return ranking_cell(r, r->numbers[PARKED]); }
+int64_t ranking_aside(const Ranking *r) { return ranking_cell(r, r->numbers[ASIDE]); }
 
-static inline int64_t *parking(const Ranking *r, int64_t place) { return &r->heap[r->pages - (UNQUEUED - 1 - place)]; }
+static inline int64_t *cell_aside(const Ranking *r, int64_t place) { return &r->heap[r->pages - (UNQUEUED - 1 - place)]; }
 
-static inline bool is_parked(const Ranking *r, int64_t page) {
+static inline bool is_aside(const Ranking *r, int64_t page) {
     const int64_t place = r->seats[page].place;
-    return place < UNQUEUED && place >= UNQUEUED - ranking_parked(r) && *parking(r, place) == page;
+    return place < UNQUEUED && place >= UNQUEUED - ranking_aside(r) && *cell_aside(r, place) == page;
 }
 
 static inline bool sooner(const Ranking *r, int64_t one, int64_t other) {
@@ -97,17 +97,17 @@ static void sink(Ranking *r, int64_t place, int64_t page) {
     lay(r, place, page);
 }
 
-/* The last that was parked takes the place of this one. */
-static void unpark(Ranking *r, int64_t page) {
-    const int64_t place = r->seats[page].place, last = ranking_cell(r, *parking(r, UNQUEUED - ranking_parked(r)));
-    *parking(r, place) = last;
+/* The last that was set aside takes the place of this one. */
+static void take_back(Ranking *r, int64_t page) {
+    const int64_t place = r->seats[page].place, last = ranking_cell(r, *cell_aside(r, UNQUEUED - ranking_aside(r)));
+    *cell_aside(r, place) = last;
     r->seats[last].place = place;
     r->seats[page].place = UNQUEUED;
-    r->numbers[PARKED] = ranking_parked(r) - 1;
+    r->numbers[ASIDE] = ranking_aside(r) - 1;
 }
 
 void ranking_unqueue(Ranking *r, int64_t page) {
-    if (is_parked(r, page)) unpark(r, page);
+    if (is_aside(r, page)) take_back(r, page);
     if (!is_queued(r, page)) return;
     const int64_t place = r->seats[page].place, last = ranking_cell(r, r->heap[size_of(r) - 1]);
     r->numbers[QUEUED] = size_of(r) - 1;
@@ -127,24 +127,24 @@ void ranking_enqueue(Ranking *r, int64_t page) { /* or find its place anew */
         rise(r, r->seats[page].place, page);
         sink(r, r->seats[page].place, page);
     } else if (size_of(r) < r->pages) {
-        if (is_parked(r, page)) unpark(r, page);
+        if (is_aside(r, page)) take_back(r, page);
         r->numbers[QUEUED] = size_of(r) + 1;
         rise(r, r->numbers[QUEUED] - 1, page);
     }
 }
 
-void ranking_park(Ranking *r, int64_t page) {
+void ranking_set_aside(Ranking *r, int64_t page) {
     ranking_unqueue(r, page);
-    if (size_of(r) + ranking_parked(r) >= r->pages) return; /* they are no leaves, or not counted right */
-    r->numbers[PARKED] = ranking_parked(r) + 1;
-    r->seats[page].place = UNQUEUED - ranking_parked(r);
-    *parking(r, r->seats[page].place) = page;
+    if (size_of(r) + ranking_aside(r) >= r->pages) return; /* they are no leaves, or not counted right */
+    r->numbers[ASIDE] = ranking_aside(r) + 1;
+    r->seats[page].place = UNQUEUED - ranking_aside(r);
+    *cell_aside(r, r->seats[page].place) = page;
 }
 
-int64_t ranking_next_parked(const Ranking *r, int64_t *left) {
+int64_t ranking_next_aside(const Ranking *r, int64_t *left) {
     while (*left > 0) {
-        const Py_ssize_t page = ranking_cell(r, *parking(r, UNQUEUED - (*left)--));
-        if (page != r->pages && is_parked(r, page)) return page;
+        const Py_ssize_t page = ranking_cell(r, *cell_aside(r, UNQUEUED - (*left)--));
+        if (page != r->pages && is_aside(r, page)) return page;
     }
     return -1;
 }
@@ -238,8 +238,8 @@ static PyObject *pop(PyObject *self, PyObject *array) {
     Rows out;
     if (!rows_open(&out, array, true)) return NULL;
     Py_ssize_t count = 0;
-    int64_t parked = ranking_parked(r);
-    for (int64_t page; (page = ranking_next_parked(r, &parked)) >= 0;) ranking_enqueue(r, page);
+    int64_t aside = ranking_aside(r);
+    for (int64_t page; (page = ranking_next_aside(r, &aside)) >= 0;) ranking_enqueue(r, page);
     for (int64_t page; count < out.count && (page = ranking_first(r)) >= 0; ranking_leave_first(r, page)) *row_at(&out, count++) = page;
     rows_close(&out);
     return PyLong_FromSsize_t(count);
@@ -248,7 +248,7 @@ static PyObject *pop(PyObject *self, PyObject *array) {
 static PyObject *rebuild(PyObject *self, PyObject *ignored) {
     (void)ignored;
     Ranking *r = (Ranking *)self;
-    r->numbers[QUEUED] = r->numbers[PARKED] = 0;
+    r->numbers[QUEUED] = r->numbers[ASIDE] = 0;
     for (Py_ssize_t page = 0; page < r->pages; page++) {
         if (!r->seats[page].here) continue;
         r->seats[page].place = UNQUEUED;

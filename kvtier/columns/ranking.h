@@ -3,14 +3,14 @@
    What a page is worth changes as it ages, for all pages at once: scoring them all would cost more than anything else here. So only those
    that queue have a score of today, and `refresh` scores a page when it begins to queue.
 
-   Leaves that somebody holds are parked when their turn comes: at the other end of the heap's column, each knowing its place there, too. Whoever
-   wants pages looks first who of them is held no more. So a choice costs a look at every request under way, not a turn of the heap. */
+   Leaves that may not leave when their turn comes are set aside: at the other end of the heap's column, each knowing its place there, too.
+   Whoever wants pages looks first which of them may by now. So a choice costs a look at each, not a turn of the heap. */
 #pragma once
 
 #include "rows.h"
 
 enum { RANKING_COLUMNS = 3, UNQUEUED = -1 };
-enum { QUEUED, PRESENT, PARKED, RANKING_NUMBERS }; /* leaves in the queue, pages that are here, leaves that are parked */
+enum { QUEUED, PRESENT, ASIDE, RANKING_NUMBERS }; /* leaves in the queue, pages that are here, leaves that are set aside */
 
 /* A page's record, one cache line: `kvtier.policy.ranking`. */
 typedef struct {
@@ -41,7 +41,7 @@ static inline Py_ssize_t ranking_cell(const Ranking *r, int64_t page) {
     return (uint64_t)page < (uint64_t)r->pages ? page : r->pages;
 }
 
-/* A page neither queues any more nor is it parked. */
+/* A page neither queues any more nor is it set aside. */
 void ranking_unqueue(Ranking *r, int64_t page);
 
 /* A page that is a leaf queues by the score and the last touch in its columns. */
@@ -50,13 +50,13 @@ void ranking_enqueue(Ranking *r, int64_t page);
 /* A page is here from now on, by the links in its columns; it queues if it is a leaf, and its parent does not. */
 void ranking_come(Ranking *r, int64_t page);
 
-/* A page that queues is parked. */
-void ranking_park(Ranking *r, int64_t page);
+/* A page that queues is set aside. */
+void ranking_set_aside(Ranking *r, int64_t page);
 
-/* The parked page before those that were looked at, of which so many are left (`left` of `ranking_parked` at first), -1 if there is none. */
-int64_t ranking_next_parked(const Ranking *r, int64_t *left);
+/* The next of the pages that were set aside, -1 if there is none; `left` says how many there are still, at first `ranking_aside`. */
+int64_t ranking_next_aside(const Ranking *r, int64_t *left);
 
-int64_t ranking_parked(const Ranking *r);
+int64_t ranking_aside(const Ranking *r);
 
 /* The page that is the first of the queue, -1 if nothing queues. */
 int64_t ranking_first(const Ranking *r);

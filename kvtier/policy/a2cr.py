@@ -65,7 +65,10 @@ class A2CR(Spells):
 
     def give_way(self, count: int, exit: Exit, now: float) -> tuple[Pages, list[int]] | None:
         self._make_room()
-        if self._loops is None or not 0 < count <= len(self._ranking):
+        if self._loops is None or count < 1:
+            return None
+        if count > len(self._ranking):
+            self._score_if_due(now)
             return None
         pages = np.empty(count, WHOLE)
         slots = self._loops.give_way(*exit, pages, now)

@@ -100,7 +100,8 @@ class EvictionPolicy(ABC):
 
     @property
     def gives_way(self) -> bool:
-        """Whether there are compiled loops for `give_way`: then its None mostly says that the pages whose turn it is cannot just leave."""
+        """Whether there are compiled loops for `give_way`: then its None says that fewer pages may leave, or not all of the first can by
+        themselves."""
         return False
 
     def give_way(self, count: int, exit: columns.Exit, now: float) -> tuple[Pages, list[int]] | None:

@@ -5,7 +5,8 @@ nothing else, so it does not depend on history. The policy writes scores of some
 Victims are taken out at once and put back where a question is answered with no; what is protected is withdrawn until the choice is made.
 
 Columns are indexed by page id. Owned by one policy, called under the policy owner's lock. The compiled loops of `kvtier.columns` keep the
-leaves in a heap that is always in order; without them a heap of entries is put in order lazily, with the same answers.
+leaves in a heap that is always in order, and beside it those that may not leave now; without them a heap of entries is put in order lazily,
+with the same answers.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SPARE_ENTRIES = 1024
 _HERE, _PARENT, _CHILDREN, _DEPTH, _LAST, _SCORE, _PLACE = range(7)
 _SEAT = 8
 """Numbers in the record of a page, one cache line: these. `_HERE` is the first byte of its number."""
-_NUMBERS = _QUEUED, _PRESENT, _PARKED = range(3)
+_NUMBERS = _QUEUED, _PRESENT, _ASIDE = range(3)
 """Cells of `_numbers`: leaves in the compiled loops' queue, pages that are here, and leaves beside the queue, which may not leave now."""
 
 
@@ -278,8 +279,8 @@ class Ranking:
         rows = max(pages, 2 * held) + 1
         seats, heap = _vacant(rows), np.zeros(rows, np.int64)
         seats[:held] = self._seats[:held]
-        queued, parked = self._numbers[_QUEUED], self._numbers[_PARKED]
-        heap[:queued], heap[rows - parked :] = self._heap[:queued], self._heap[held + 1 - parked :]
+        queued, aside = self._numbers[_QUEUED], self._numbers[_ASIDE]
+        heap[:queued], heap[rows - aside :] = self._heap[:queued], self._heap[held + 1 - aside :]
         self._look_at(seats)
         self._heap = heap
         self._loops = self.attach()
@@ -302,10 +303,10 @@ class Ranking:
             if missing := leaves - {entry[3] for entry in self._entries if self._entry(entry[3]) == entry}:
                 raise IntegrityError(f"leaves {sorted(missing)} are not queued")
             return
-        queue, parked = self._heap[: self._numbers[_QUEUED]], self._heap[: self.room - self._numbers[_PARKED] : -1]
-        if sorted((*queue.tolist(), *parked.tolist())) != sorted(leaves):
+        queue, aside = self._heap[: self._numbers[_QUEUED]], self._heap[: self.room - self._numbers[_ASIDE] : -1]
+        if sorted((*queue.tolist(), *aside.tolist())) != sorted(leaves):
             raise IntegrityError("the queue, with those that wait beside it, is not that of the leaves")
-        if not np.array_equal(self._place[parked], UNQUEUED - 1 - np.arange(len(parked))):
+        if not np.array_equal(self._place[aside], UNQUEUED - 1 - np.arange(len(aside))):
             raise IntegrityError("a page that waits beside the queue does not know its place")
         if not np.array_equal(self._place[queue], np.arange(len(queue))):
             raise IntegrityError("a queued page does not know its place")

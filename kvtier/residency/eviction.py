@@ -166,7 +166,7 @@ class Eviction:
             if left is not None:
                 return room.exchange(left, count)
             if tier != residency.last and residency.entry[tier + 1] not in (WRITE_BACK, SELECTIVE):
-                return None  # of the first pages that may leave, one has to be copied down
+                return None  # fewer may leave, or one of the first has to be copied down
         pressure = residency.smoothed_pressure(tier)
         if tier != residency.last:
             with Protected(residency.table, tier, now, hinted) as protected:

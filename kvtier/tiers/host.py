@@ -160,6 +160,7 @@ class HostTier(Tier):
         for slot in slots:
             self._reserved[slot] = False
             self._key[slot] = None
+            self._rooms.pop(slot, None)
             self._free[bisect_right(self._firsts, slot) - 1].append(slot)
         if self._moves is not None:
             self._moves.freed(slots)
@@ -289,7 +290,7 @@ class HostTier(Tier):
             raise IntegrityError(f"host: slot {slot} already holds a copy; free it before storing another one")
         made_here = self._rooms.pop(slot, None) is payload
         payload = np.ascontiguousarray(payload)
-        # Of the source, not of the arena: a copy that went wrong on the way must not prove itself right.
+        # Of what was made, not of a copy of it: one that went wrong on the way must not prove itself right.
         self._checksum[slot] = short_digest(payload, digest)
         if not made_here:
             self._bytes[slot] = payload

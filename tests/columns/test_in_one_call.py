@@ -264,3 +264,25 @@ def test_a_page_that_somebody_holds_queues_no_more_when_its_child_comes_back(ord
     assert give_way(table, policy, 1, 3.0) is None
     policy.check_integrity()
     table.check_integrity()
+
+
+def test_pages_give_way_however_many_are_held_before_them(order: Order):
+    """More than there is room for at first, each time, in LRU's heap as well as in its journal."""
+    table, policy = PageTable(1, 4), order.native()
+    policy.names = lambda pages: pages
+    keys = [place.to_bytes(4, "little") * 8 for place in range(3000)]
+    rows = np.concatenate([table.settle_chain([key], bytes(32), 0, NO_ROW, DEVICE, [place])[0] for place, key in enumerate(keys)])
+    policy.insert(rows, np.full(len(rows), ROOT), np.zeros(len(rows), np.int64), 1.0)
+    table.release(rows[-4:])
+    for first in (4, 2):
+        left = give_way(table, policy, 2, 2.0)
+        assert left is not None
+        assert sorted(left[0].tolist()) == sorted(rows[len(rows) - first :][:2].tolist())
+        policy.check_integrity()
+    assert give_way(table, policy, 1, 2.0) is None
+    table.release(rows[7:8])
+    left = give_way(table, policy, 1, 2.0)
+    assert left is not None
+    assert left[0].tolist() == rows[7:8].tolist()
+    policy.check_integrity()
+    table.check_integrity()

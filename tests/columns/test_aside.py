@@ -1,4 +1,4 @@
-"""Leaves that somebody holds when it is their turn to leave: compiled loops take them out of A²CR's queue until nobody does."""
+"""Leaves that somebody holds when it is their turn to leave: compiled loops set them aside, out of A²CR's queue, until nobody does."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from kvtier.pages import DEVICE, NO_ROW, PageTable
 from kvtier.policy import A2CR, ROOT, nothing_protected
-from kvtier.policy.ranking import _PARKED
+from kvtier.policy.ranking import _ASIDE
 from tests.columns.rig import needs_loops
 
 
@@ -30,16 +30,16 @@ def test_pages_that_somebody_holds_wait_beside_the_queue_until_nobody_does():
     order = [int(page) for page in policy.peek(40, nothing_protected, now, 1.0)]
     free = [page for page in order if page in np.concatenate(rows[30:])]
     assert leaves(2) == free[:2]
-    assert ranking._numbers[_PARKED] > 0, "some that are held were first"
+    assert ranking._numbers[_ASIDE] > 0, "some that are held were first"
     assert leaves(9) is None, "eight are left"
-    assert ranking._numbers[_PARKED] == 30
+    assert ranking._numbers[_ASIDE] == 30
     policy.insert(np.array([5000]), np.array([ROOT]), np.array([0]), now)
     policy.check_integrity()
-    assert ranking._numbers[_PARKED] == 30, "columns grew"
+    assert ranking._numbers[_ASIDE] == 30, "columns grew"
     policy.remove(rows[0])
     policy.touch(rows[1], now)
     policy.check_integrity()
-    assert ranking._numbers[_PARKED] == 28
+    assert ranking._numbers[_ASIDE] == 28
     freed = [page for page in order if page in (int(rows[7][0]), int(rows[20][0]))]
     table.release(np.array(freed))
     order = [page for page in order if page not in free[:2]]
@@ -47,4 +47,4 @@ def test_pages_that_somebody_holds_wait_beside_the_queue_until_nobody_does():
     assert leaves(3) == allowed[:3]
     assert len(policy.peek(50, nothing_protected, now, 1.0)) == len(policy) == 35
     policy.check_integrity()
-    assert ranking._numbers[_PARKED] == 0, "who asks otherwise is told of all"
+    assert ranking._numbers[_ASIDE] == 0, "who asks otherwise is told of all"
