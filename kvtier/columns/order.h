@@ -1,4 +1,4 @@
-/* Columns and journal of one LRU order as its loops see them (`kvtier.policy.recency`). order.c is the journal, leaving.c which pages leave,
+/* Columns and journal of one LRU order as its loops see them (`kvtier.policy.recency`). order.c is the journal, departing.c which pages leave,
    settling.c pages that come into the page table, too.
 
    A journal entry is a key (depth above page id) and a time; it is alive while its page has this key and this last touch. */
@@ -43,7 +43,7 @@ void order_queue(Order *order, const Rows *pages, int64_t tail, double time);
    first. Into `head` and `stop` where they begin and end. May be done again. */
 void order_sort(Order *order, int64_t start, int64_t tail, int64_t *head, int64_t *stop);
 
-/* -- settling.c, leaving.c -- */
+/* -- settling.c, departing.c -- */
 
 PyObject *order_settle(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 PyObject *order_give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t given);

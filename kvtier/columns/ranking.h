@@ -64,7 +64,7 @@ int64_t ranking_first(const Ranking *r);
 /* That page goes. Its parent, where it is a leaf then, takes its place: pages of one request mostly follow each other out. */
 void ranking_leave_first(Ranking *r, int64_t page);
 
-/* leaving.c */
+/* As `Ranking.first` and `take`: pages that may leave, leaving.c. */
 PyObject *ranking_choose(PyObject *self, PyObject *const *arguments, Py_ssize_t given);
 
 /* All that queue have new scores: puts them in order. */

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvtier.columns import Exit
-from kvtier.pages import ABSENT, NO_TIER, READY, PageTable, Rows
+from kvtier.pages import ABSENT, NO_TIER, READY, Exit, PageTable, Rows
 from kvtier.pages.columns import HOLLOW
 from kvtier.policy import Mask
 
