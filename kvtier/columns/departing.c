@@ -197,7 +197,8 @@ static bool leave_in_turn(Order *order, const Exit *exit, Departure *d) {
 }
 
 PyObject *order_give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    if (expect_arguments("give_way(table, row_of, tier, now, told, hinted, out, head, sorted, tail, front, late)", given, EXIT_ARGUMENTS + 6)) return NULL;
+    const char *method = "give_way(table, row_of, tier, now, told, hinted, out, head, sorted, tail, front, late)";
+    if (expect_arguments(method, given, EXIT_ARGUMENTS + 6)) return NULL;
     Order *order = (Order *)self;
     Exit exit;
     Departure d = {0};
