@@ -37,6 +37,7 @@ CHATS_PER_S = 3.4
 UNDER_WAY = 64
 """Requests under way at once in the rows `.busy`, as far as there is room for the next."""
 BUSY_POLICIES = 2
+"""So many of the policies, the first, have these rows."""
 SLOW_REPEATS = 3
 """The most repeats of a stream under a policy that is not the default."""
 ROOT_KEY = b"root".ljust(32, b"\0")
@@ -160,8 +161,10 @@ class Replay:
 
 
 def stream_rows(run: Run, stream: Stream, capacity: int, policies: Sequence[str]) -> list[Row]:
-    """The rows; the first of `policies` with both clocks, the first two busy as well. KVTierError if a request is longer than all there is
-    room for."""
+    """The rows; the first of `policies` with both clocks, the first BUSY_POLICIES busy, too.
+
+    KVTierError if a request is longer than all there is room for.
+    """
     rows = []
     floors = []
     ways = [(policies[0], False, 0), (policies[0], True, 0), *((name, False, 0) for name in policies[1:])]

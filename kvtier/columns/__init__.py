@@ -156,7 +156,7 @@ class OrderLoops(Protocol):
     def give_way(
         self, *exit_out_journal_late: *tuple[*Exit, Numbers, int, int, int, float, list[tuple[float, int]]]
     ) -> tuple[int, int, float, list[int]] | None:
-        """The next pages that may do leave order and table, into the array, by the journal, whose moment `front` is sorted in
+        """The next pages that may leave order and table do, into the array, by the journal, whose moment `front` is sorted in
         [head, stop) and which ends at `tail`, and the heap `late`.
 
         What head, stop and front are then, and the pages' slots, those of the last one first; `late` is the heap of now. None: not done
@@ -199,7 +199,7 @@ class RankingLoops(Protocol):
         """The first pages leave, one after the other, into `out`; how many."""
 
     def choose(self, *exit_out: *tuple[*Exit, Numbers]) -> int:
-        """The first pages that may leave do, into `out`, but not the table; how many (-1: not done).
+        """The first pages that may leave the ranking do, into `out`, and stay in the table; how many (-1: not done).
 
         Those whose copy is to be brought down first may, too.
         """
@@ -232,7 +232,7 @@ class SpellLoops(Protocol):
         """Pages become ghosts. False: not done."""
 
     def give_way(self, *exit_out_now: *tuple[*Exit, Numbers, float]) -> list[int] | None:
-        """The first pages that may do leave ranking and table, into the array, and become ghosts. All are scored before, if due.
+        """The first pages that may leave ranking and table do, into the array, and become ghosts. All are scored before, if due.
 
         Their slots, those of the last one first. None: not done, for fewer may leave, or one of them has not the colder copy that it needs.
         """

@@ -170,7 +170,7 @@ static void count_leaving(const Exit *exit, int64_t page, int change) {
 
 void note_leaving(const Exit *exit, int64_t page) { count_leaving(exit, page, 1); }
 
-void note_staying(const Exit *exit, int64_t page) { count_leaving(exit, page, -1); }
+void undo_note(const Exit *exit, int64_t page) { count_leaving(exit, page, -1); }
 
 PyObject *slots_left(const Exit *exit, const Rows *rows) {
     const Table *table = exit->burial.table;
@@ -183,6 +183,7 @@ PyObject *slots_left(const Exit *exit, const Rows *rows) {
 }
 
 void leave_for_good(Exit *exit, const Rows *rows) {
-    for (Py_ssize_t i = 0; i < rows->count; i++) note_staying(exit, *row_at(rows, i));
+    /* Rows that go are counted off their parents themselves. */
+    for (Py_ssize_t i = 0; i < rows->count; i++) undo_note(exit, *row_at(rows, i));
     forget_copies(&exit->burial, rows, exit->tier);
 }

@@ -131,7 +131,7 @@ static void depart(Order *order, const Exit *exit, Departure *d, int64_t page) {
 static void come_back(Order *order, const Exit *exit, Departure *d) {
     while (d->left > 0) {
         const int64_t page = *row_at(d->leaving, --d->left);
-        note_staying(exit, page);
+        undo_note(exit, page);
         const Before *before = &d->before[d->left];
         const Py_ssize_t parent = order_cell(order, order->parent[page]);
         order->key[page] = before->key;

@@ -45,7 +45,7 @@ PyObject *give_way(PyObject *self, PyObject *const *arguments, Py_ssize_t given)
     if (usual && left == out.count) slots = slots_left(&exit, &out);
     while (!slots && left > 0) {
         const int64_t page = *row_at(&out, --left);
-        note_staying(&exit, page);
+        undo_note(&exit, page);
         ranking_come(s->ranking, page);
     }
     if (slots) {
@@ -66,7 +66,7 @@ PyObject *ranking_choose(PyObject *self, PyObject *const *arguments, Py_ssize_t 
     bool usual;
     if (!exit_open(&exit, arguments, &usual) || !rows_open(&out, arguments[EXIT_ARGUMENTS], true)) return NULL;
     const Py_ssize_t left = usual ? choose((Ranking *)self, &exit, &out, true) : -1;
-    for (Py_ssize_t i = 0; i < left; i++) note_staying(&exit, *row_at(&out, i)); /* the table keeps them */
+    for (Py_ssize_t i = 0; i < left; i++) undo_note(&exit, *row_at(&out, i)); /* the table keeps them */
     rows_close(&out);
     return PyLong_FromSsize_t(left);
 }

@@ -146,9 +146,9 @@ bool exit_open(Exit *exit, PyObject *const *arguments, bool *usual);
 typedef enum { LEAVES, STAYS, MOVES } Fate;
 Fate fate_of(const Exit *exit, int64_t page);
 
-/* A page was chosen to leave, from now on one child less of its parent; or not, after all. */
+/* A page was chosen to leave: until that is undone, its parent counts one child less among those that stay. */
 void note_leaving(const Exit *exit, int64_t page);
-void note_staying(const Exit *exit, int64_t page);
+void undo_note(const Exit *exit, int64_t page);
 
 /* The slots of the pages that were chosen, those of the last first: a list, with which their keys are told. NULL with an exception. */
 PyObject *slots_left(const Exit *exit, const Rows *rows);

@@ -28,7 +28,10 @@ Mask = NDArray[np.bool_]
 """One answer per page `[n]`."""
 Protection = Callable[[Pages], Mask]
 """Says which of these pages may not leave. Within one call of a policy it is asked about a page once at most, in leaving order, and only
-about pages that would be leaves once those asked about before them are gone. Not all of them need to leave in the end."""
+about pages that would be leaves once those asked about before them are gone. Not all of them need to leave in the end.
+
+One with an attribute `exit` lets compiled loops answer instead, by the columns of a page table (`exit_of`): both must say the same.
+"""
 
 
 Names = Callable[[Pages], Pages]
@@ -38,6 +41,12 @@ Names = Callable[[Pages], Pages]
 def by_id(pages: Pages) -> Pages:
     """The `Names` of an owner that never gives the id of one page to another, like a replay."""
     return pages
+
+
+def exit_of(protected: Protection) -> columns.Exit | None:
+    """By what compiled loops can answer for `protected`; None where only it can."""
+    exit: columns.Exit | None = getattr(protected, "exit", None)
+    return exit
 
 
 def nothing_protected(pages: Pages) -> Mask:

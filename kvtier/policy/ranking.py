@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kvtier import columns
 from kvtier.errors import IntegrityError
-from kvtier.policy.base import ROOT, Mask, Pages, Protection
+from kvtier.policy.base import ROOT, Mask, Pages, Protection, exit_of
 from kvtier.policy.memory import records
 
 Entry = tuple[float, float, int, int]
@@ -179,8 +179,7 @@ class Ranking:
 
     def _choose(self, wanted: int, protected: Protection) -> Pages:
         """Up to so many pages leave, each the first that may."""
-        exit: columns.Exit | None = getattr(protected, "exit", None)
-        if exit is not None and self._loops is not None:
+        if self._loops is not None and (exit := exit_of(protected)) is not None:
             out = np.empty(wanted, np.int64)
             if (found := self._loops.choose(*exit, out)) >= 0:
                 return out[:found]
