@@ -6,7 +6,9 @@ What is decided already, or not needed, is not imported: in an emulated machine 
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -29,3 +31,24 @@ def pytest_configure(config: pytest.Config) -> None:
         profile = settings.get_profile(settings.get_current_profile_name())
         settings.register_profile("kvtier", profile, deadline=None, suppress_health_check=[HealthCheck.too_slow])
         settings.load_profile("kvtier")
+
+
+class _Failed(logging.Handler):
+    """Keeps what an event loop says went wrong where nobody waits for it: a callback, a task that nobody asked."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(self.format(record))
+
+
+@pytest.fixture(autouse=True)
+def no_callback_fails() -> Iterator[None]:
+    """Callbacks of event loops raise to nobody: the test in which one did fails."""
+    failed = _Failed()
+    logging.getLogger("asyncio").addHandler(failed)
+    yield
+    logging.getLogger("asyncio").removeHandler(failed)
+    assert not failed.messages, "\n".join(failed.messages)

@@ -94,14 +94,18 @@ class Mover:
         return min(1.0, self._running / self.workers.count)
 
     def submit(self, transfer: Transfer) -> bool:
-        """Queue a transfer. False, and nothing queued, if its link is full and it is not a demand. Raises Closed after `close`."""
+        """Queue a transfer. False if its link is full and it is not a demand; raises Closed after `close`. Either way it is cancelled then, and
+        nobody will carry it."""
         link = (transfer.source, transfer.target)
         with self._lock:
             if self._closed:
+                transfer.cancelled = True
                 raise Closed("the mover is closed")
             queued = self._queued.get(link, 0)
             if queued and queued + transfer.queue_bytes > self._queue_bytes and transfer.priority != Priority.DEMAND:
+                transfer.cancelled = True
                 return False
+            transfer.queued = True
             self._queued[link] = queued + transfer.queue_bytes
             heapq.heappush(self._queues.setdefault(link, []), (transfer.priority, next(self._order), transfer))
         if threading.current_thread() is self._thread:
@@ -111,17 +115,19 @@ class Mover:
         return True
 
     def urge(self, transfer: Transfer) -> None:
-        """Make a queued transfer a demand (somebody waits for it now)."""
+        """Make a transfer that has not started a demand (somebody waits for it now)."""
         with self._lock:
             if transfer.started or transfer.cancelled or transfer.priority == Priority.DEMAND:
                 return
             transfer.priority = Priority.DEMAND
-            heapq.heappush(self._queues[transfer.source, transfer.target], (Priority.DEMAND, next(self._order), transfer))
+            if transfer.queued:  # else it is about to be, as a demand
+                heapq.heappush(self._queues[transfer.source, transfer.target], (Priority.DEMAND, next(self._order), transfer))
 
     def cancel(self, transfer: Transfer, only: Priority | None = None) -> bool:
-        """Take a queued transfer out; False if it already started (it then runs to its end) or has another priority than `only` by now."""
+        """Take a queued transfer out; False if it is not queued yet, has started (then it runs to its end), or has another priority than
+        `only` by now."""
         with self._lock:
-            if transfer.started or transfer.cancelled or only not in (None, transfer.priority):
+            if not transfer.queued or transfer.started or transfer.cancelled or only not in (None, transfer.priority):
                 return False
             transfer.cancelled = True
             self._queued[transfer.source, transfer.target] -= transfer.queue_bytes

@@ -64,8 +64,10 @@ class Transfer:
     future: Future[Outcome] = field(default_factory=Future)
     refused: dict[int, Refused] = field(default_factory=dict)
     lost: set[int] = field(default_factory=set)
+    queued: bool = False
     started: bool = False
     cancelled: bool = False
+    """Whether it is, or was, in a queue; a worker has it, or had; nobody will carry it. Set by the mover, under its lock."""
     _waiting: list[asyncio.Future[None]] = field(default_factory=list)
     _layers: int = 0
     _marks: list[tuple[int, Event]] = field(default_factory=list)

@@ -136,13 +136,15 @@ def test_two_caches_on_one_store_do_not_mix(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("queue_bytes", [1, "64MiB"])
 @pytest.mark.parametrize("host_pages", [None, 6])
-def test_many_threads_neither_lock_up_nor_read_wrong_bytes(tmp_path, host_pages):
+def test_many_threads_neither_lock_up_nor_read_wrong_bytes(tmp_path, host_pages, queue_bytes):
     sequences = [[root * 100 + at // 8 for at in range(24)] for root in range(6)] + [[0] * 8 + [tail] * 16 for tail in range(6)]
     ends = time.monotonic() + 3
     failures: list[BaseException] = []
     counts = [0] * 4
     more: dict[str, Any] = {"mover__clean_pressure": 0.7, "mover__staging_bytes": 1, "mover__prefetch_budget_bytes": 3 * LAYOUT.page_bytes}
+    more["mover__queue_bytes"] = queue_bytes
     cache = make_cache(tmp_path / "store", device_pages=26, host_pages=host_pages, disk_pages=20, **more)
 
     def engine(number):
@@ -187,3 +189,26 @@ def test_many_threads_neither_lock_up_nor_read_wrong_bytes(tmp_path, host_pages)
     assert counters(cache)["leased_pages"] == 0
     cache.close()
     assert kvtier_threads() == []
+
+
+@pytest.mark.slow
+def test_what_a_hint_brings_through_a_full_queue_can_be_put_meanwhile(tmp_path, pool):
+    """The hint's transfers are small and mostly turned away, while the writer waits for those of its pages that are on their way."""
+    narrow: dict[str, Any] = {"mover__queue_bytes": 1, "mover__staging_bytes": 1, "mover__workers": 2}
+    with make_cache(tmp_path / "store", device_pages=64, host_pages=None, disk__write_policy="write_through", **narrow) as cache:
+        sequences = [run(start, 24) for start in range(6)]
+        for tokens in sequences:
+            put(cache, tokens)
+            cache.settle(20)
+        residency = cache._residency
+        for tokens in sequences * 20:
+            with residency.lock:
+                residency.eviction.vacate(residency.table.ready(0))
+            hint = cache.prefetch(tokens, deadline=1.0)
+            assert pool.submit(put, cache, tokens).result(20) == len(tokens)
+            assert hint.wait(20)
+            with hold(cache, tokens) as lease:
+                assert_right(lease, tokens)
+        assert counters(cache)["links"]["disk->device"]["turned_away"] > 0
+        cache.settle(20)
+        cache.check_integrity()

@@ -202,8 +202,41 @@ def test_a_full_queue_turns_away_what_can_wait_but_never_a_demand(make_rig):
     deadline = time.monotonic() + 10
     while rig.mover.queued_bytes(HOST, DEVICE) and time.monotonic() < deadline:
         time.sleep(0.005)
-    assert rig.mover.submit(late), "there is room again"
-    late.future.result(10)
+    again = rig.send(HOST, DEVICE, [3, 4], Priority.PREFETCH)  # there is room again
+    assert again.future.result(10).refused == {}
+
+
+def test_what_was_turned_away_is_never_carried_whoever_urges_or_cancels_it(make_rig):
+    rig = make_rig(queue_pages=1)
+    rig.fill_host(*range(4))
+    rig.block(0)
+    rig.send(HOST, DEVICE, [1], Priority.PREFETCH)
+    turned_away = rig.transfer(HOST, DEVICE, [2], Priority.PREFETCH)
+    assert not rig.mover.submit(turned_away)
+    rig.mover.urge(turned_away)
+    assert not rig.mover.cancel(turned_away)
+    last = rig.send(HOST, DEVICE, [3], Priority.DEMAND)
+    rig.host.gate.set()
+    assert not last.future.result(10).refused
+    asked = [slot for what, slots in rig.host.asked for slot in slots if what == "load"]
+    assert sorted(asked) == [0, 1, 3]
+    assert turned_away not in [transfer for transfer, _ in rig.finished]
+    assert turned_away.coming() == []
+
+
+def test_what_is_urged_before_it_is_queued_comes_as_a_demand_and_cannot_be_taken_back_before(make_rig):
+    rig = make_rig(queue_pages=1)
+    rig.fill_host(*range(4))
+    transfers = [rig.transfer(HOST, DEVICE, [number], Priority.PREFETCH) for number in range(4)]
+    assert not rig.mover.cancel(transfers[3])
+    rig.mover.urge(transfers[3])
+    rig.block(0)
+    for transfer in (transfers[1], transfers[3]):
+        assert rig.mover.submit(transfer), "a demand is never turned away"
+    assert not rig.mover.cancel(transfers[3], only=Priority.PREFETCH)
+    rig.host.gate.set()
+    assert all(transfer.future.result(10) for transfer in (transfers[1], transfers[3]))
+    assert [transfer.moves[0].row for transfer, _ in rig.finished] == [0, 3, 1]
 
 
 def test_a_transfer_larger_than_the_queue_is_taken_when_the_link_is_idle(make_rig):
