@@ -211,7 +211,7 @@ class BudgetedLease:
         residency = self._residency
         with residency.lock:
             self._parked.release()
-            residency.device.free(self._frames)
+            residency.give_back(self._frames)
             self._frames = []
         self._lease.release()
 
@@ -236,8 +236,7 @@ class BudgetedLease:
         if not self._frames:
             if self.pages - len(self.parked) > SINKS + self._recent:
                 self._parked.park(self.pages - self._recent)
-            residency = self._residency
-            self._frames = residency.mover.spawn(residency.eviction.reserve(DEVICE, self._frame_count)).result()
+            self._frames = self._residency.eviction.wait_for_slots(self._frame_count)
             if not self._frames:
                 raise LeaseError("the device has no room for a single page to choose; release other leases")
         return self._frames

@@ -138,13 +138,8 @@ class KeyedPages:
         wait_for(waited, return_when=FIRST_COMPLETED)
         if asked.done():
             return asked.result()
-        asked.add_done_callback(self._free_late)
+        asked.add_done_callback(residency.eviction.free_late)
         return []
-
-    def _free_late(self, asked: Future[list[int]]) -> None:
-        if not asked.cancelled() and asked.exception() is None:
-            with self._residency.lock:
-                self._residency.device.free(asked.result())
 
     def _homes(self, keys: Sequence[PageKey]) -> Rows:
         """The warmest tier of each page, NO_TIER for those that are nowhere. Lock held."""

@@ -61,7 +61,6 @@ class Parked:
         start = max(self._first, self._to)
         rows = np.array(self._lease.rows[start:to], np.int64)
         residency.mover.spawn(self._sink(rows)).result()
-        self._to = max(to, self._to)
         with residency.lock:
             cold = table.has_copy_below(rows, DEVICE)
             if not cold.all():
@@ -71,12 +70,14 @@ class Parked:
                 rows = rows[: self._lease.pages - start] if self._lease.pages > start else rows[:0]
             gone = rows[(table.leases[rows] == 1) & (table.readers[DEVICE][rows] == 0) & (table.state[DEVICE][rows] == READY)]
             known = gone[residency.policies[DEVICE].here(gone)]
+            residency.device.leave()  # the engine's stream may still be reading them
             residency.policies[DEVICE].remove(known)
             residency.eviction.drop(known, DEVICE, "parked")
             for page, row in enumerate(rows.tolist(), start):
                 tier = next(tier for tier in range(DEVICE + 1, len(residency.tiers)) if table.state[tier, row] == READY)
                 table.hold([row], tier)
                 self._held[page] = (tier, int(table.slot[tier, row]))
+            self._to = start + len(rows)
         self._look(range(start, start + len(rows)), whole)
 
     def release(self) -> None:
@@ -185,6 +186,8 @@ class Parked:
         return out
 
     def _by_tier(self, pages: Sequence[int]) -> list[tuple[Tier, list[int]]]:
+        if not self._held.keys() >= set(pages):
+            raise _lost(Refused("unusable"))  # and told so when they were parked
         held = sorted({self._held[page][0] for page in pages})
         return [(_tier(self._residency, index), [page for page in pages if self._held[page][0] == index]) for index in held]
 

@@ -81,7 +81,8 @@ class Writer:
             slots = self._take_slots(1)
             if not slots:
                 raise LeaseError(f"truncate to {tokens} tokens needs one free device page and there is none; release a lease first")
-            residency.device.copy(int(table.slot[DEVICE, lease.rows[pages]]), slots[0], fill)
+            with self._given_back_on_failure(slots):
+                residency.device.copy(int(table.slot[DEVICE, lease.rows[pages]]), slots[0], fill)
             with residency.lock:
                 fresh = table.open(lease.rows[pages - 1] if pages else NO_ROW, slots[0], pages)
         with residency.lock:
@@ -177,11 +178,12 @@ class Writer:
         keys = page_keys(ids, layout.page_tokens, self._last_key(lease, base))
         rows = self._hold_present(keys)
         missing = np.flatnonzero(rows == NO_ROW).tolist()
-        slots = self._take_slots(len(missing))
-        stop = missing[len(slots)] if len(slots) < len(missing) else count
-        written = missing[: len(slots)]
+        slots: list[int] = []
         digests = None
         with self._given_back_on_failure(slots, rows):
+            slots += self._take_slots(len(missing))
+            stop = missing[len(slots)] if len(slots) < len(missing) else count
+            written = missing[: len(slots)]
             if written:
                 pages.write(residency.device, slots, written)
                 digests = pool_digests(residency.device, slots) if residency.digests is not None else None
@@ -259,7 +261,7 @@ class Writer:
         residency = self._residency
         with residency.lock:
             slots = residency.eviction.reserve_now(DEVICE, count)
-        return slots if slots is not None else residency.mover.spawn(residency.eviction.reserve(DEVICE, count)).result()
+        return slots if slots is not None else residency.eviction.wait_for_slots(count)
 
     @contextmanager
     def _given_back_on_failure(self, slots: Sequence[int], rows: Rows | None = None) -> Iterator[None]:

@@ -94,7 +94,7 @@ class Mover:
         return min(1.0, self._running / self.workers.count)
 
     def submit(self, transfer: Transfer) -> bool:
-        """Queue a transfer. False if its link is full and it is not a demand; raises Closed after `close`. Either way it is cancelled then, and
+        """Queue a transfer. False if its link is full and it is not a demand; raises Closed after `close`. Either way it is cancelled then:
         nobody will carry it."""
         link = (transfer.source, transfer.target)
         with self._lock:

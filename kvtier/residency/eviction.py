@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -240,6 +241,21 @@ class Eviction:
                 with residency.lock:
                     count = min(count - 1, residency.tiers[tier].free_slots - spare)
         return []
+
+    def wait_for_slots(self, count: int) -> list[int]:
+        """`reserve` on the device for another thread than the loop's, which waits; interrupted, it leaves no slot taken. Without lock."""
+        asked = self._residency.mover.spawn(self.reserve(DEVICE, count))
+        try:
+            return asked.result()
+        except BaseException:
+            asked.add_done_callback(self.free_late)
+            raise
+
+    def free_late(self, asked: Future[list[int]]) -> None:
+        """Device slots came that nobody waits for any more. Takes the lock."""
+        if not asked.cancelled() and asked.exception() is None:
+            with self._residency.lock:
+                self._residency.device.free(asked.result())
 
     def displaceable(self, count: int, within_s: float) -> int:
         """How many of `count` pages wanted within so many seconds may have a device slot: a free one, or that of a page worth less.

@@ -217,6 +217,11 @@ class Residency:
         if self.hinted.waiting:
             self.hinted.room_came()
 
+    def give_back(self, slots: Sequence[int]) -> None:
+        """Device slots without a page are free; what the calling thread launched on its stream may still be using them. Lock held."""
+        self.device.leave()
+        self.device.free(slots)
+
     # -- jobs ------------------------------------------------------------------------------------------------------------------
 
     def start(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:

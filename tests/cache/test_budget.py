@@ -177,3 +177,22 @@ def test_a_full_device_shortens_a_restored_sequence_and_stops_a_growing_one():
             with cache.acquire_within(cache.lookup([]), BUDGET) as lease, pytest.raises(LeaseError, match="no room for another page"):
                 lease.append(TOKENS, kv_of(TOKENS, "z", LAYOUT))
         cache.check_integrity()
+
+
+def test_where_nothing_below_has_room_the_sequence_ends_there_and_stays_whole():
+    """The host has room for 3 of the pages that would have to leave the device."""
+    kv, taken = kv_of(TOKENS, "", LAYOUT), 32
+    with open_cache(device_pages=16, host_pages=3) as cache, cache.acquire_within(cache.lookup([]), 6) as lease:
+        for start in range(0, taken, 4):
+            lease.append(TOKENS[start : start + 4], kv[:, :, start : start + 4])
+        with pytest.raises(LeaseError, match="no tier below the device has room"):
+            lease.append(TOKENS[taken:64], kv[:, :, taken:64])
+        assert (lease.tokens, len(lease.parked)) == (taken, 3)
+        for layer in range(LAYOUT.layers):
+            assert torch.equal(lease.stream(layer), pages_of(TOKENS[:taken], layer))
+        with pytest.raises(LeaseError, match="no tier below the device has room"):
+            lease.append(TOKENS[taken : taken + 4], kv[:, :, taken : taken + 4])
+        assert lease.tokens == taken
+        lease.release()
+        cache.check_integrity()
+        assert cache.stats()["leased_pages"] == 0

@@ -5,6 +5,7 @@ every comparison is bit by bit.
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from tests.cache.rig import (
     put,
     run,
     tiers_of,
+    until,
 )
 
 
@@ -218,3 +220,34 @@ def test_a_cache_that_was_made_in_inference_mode_works_outside_of_it_and_on_its_
             assert lease.tokens == 8
             assert grow(cache, lease, [7]) == 1
         cache.check_integrity()
+
+
+def test_a_writer_that_is_interrupted_while_it_waits_for_room_leaves_no_page_held_and_no_slot_taken(monkeypatch):
+    with make_cache(host_pages=32) as cache:
+        put(cache, run(1, 8))
+        residency = cache._residency
+        gate = Gate(monkeypatch, residency.tiers[HOST], "store")
+        spawn = residency.mover.spawn
+
+        def spawn_and_interrupt(job):
+            asked = spawn(job)
+            results = iter([KeyboardInterrupt])
+
+            def result(timeout=None):
+                for interrupted in results:
+                    raise interrupted
+                return Future.result(asked, timeout)
+
+            monkeypatch.setattr(asked, "result", result)
+            return asked
+
+        monkeypatch.setattr(residency.mover, "spawn", spawn_and_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            put(cache, run(1, 2) + run(5, 3))
+        monkeypatch.setattr(residency.mover, "spawn", spawn)
+        assert counters(cache)["leased_pages"] == 0
+        gate.open()
+        until(lambda: residency.device.used_slots == len(residency.policies[0]) == 5)
+        cache.settle(20)
+        cache.check_integrity()
+        assert put(cache, run(6, 8)) == len(run(6, 8))
