@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from kvtier.config import Config, load_config
-from kvtier.errors import Closed, LeaseError
+from kvtier.errors import LeaseError
 from kvtier.forked import tell_children
 from kvtier.keys import PageKey, TokenIds, namespace, page_keys, root_key, token_array
 from kvtier.layout import PageLayout
@@ -56,7 +56,6 @@ class TieredKVCache:
         self._reader = Reader(self._residency)
         self._writer = Writer(self._residency)
         self._routing = Routing(self._residency, self._reader)
-        self._closed = False
         tell_children(self)
 
     def after_fork_in_child(self) -> None:
@@ -292,8 +291,8 @@ class TieredKVCache:
 
     def close(self, flush: bool = True) -> None:
         """Stop. With a disk tier and `flush`, what only warmer tiers hold is written there first, so that the next process finds it."""
-        if not self._closed and self._residency.left_behind is None:
-            self._closed = True
+        if not self._residency.closed and self._residency.left_behind is None:
+            self._residency.closed = True  # nobody begins anything from now on
             self._routing.close()
             self._residency.close(flush)
 
@@ -309,8 +308,5 @@ class TieredKVCache:
         self.close()
 
     def _open(self) -> Residency:
-        if self._closed:
-            raise Closed("this cache was closed; build a new one")
-        if self._residency.left_behind is not None:
-            self._residency.left_behind.refuse()
+        self._residency.check_open()
         return self._residency

@@ -3,9 +3,9 @@
     --l2-adapter '{"type": "native_plugin", "module_path": "kvtier.engines.lmcache", "class_name": "KvtierL2",
                    "adapter_params": {"disk.path": ..., "disk.capacity_bytes": ...}}'
 
-LMCache submits batches of keys and memory and polls an eventfd for completions. One lock guards the completions and the opening of the
-store; the store has its own. Chunks are opaque, so only formats without loss are taken. Needs nothing of LMCache's to be imported; written
-for LMCache 0.5.6.
+LMCache submits batches of keys and memory and polls an eventfd for completions. One lock guards the completions and whether this is
+closed, another one is held while the store is being opened; the store has its own. Chunks are opaque, so only formats without loss are
+taken. Needs nothing of LMCache's to be imported; written for LMCache 0.5.6.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class KvtierL2:
         self._config = store_config(settings)
         require_lossless(self._config)
         self._lock = threading.Lock()
+        self._opening = threading.Lock()
         self._next = 0
         self._completed: list[Completion] = []
         self._closed = False
@@ -93,9 +94,10 @@ class KvtierL2:
             if self._closed:
                 return
             self._closed = True
-        if self._store is not None:
-            self._store.drain()
-            self._store.close()
+        with self._opening:  # who is opening the store is done then
+            if self._store is not None:
+                self._store.drain()
+                self._store.close()
         os.close(self._event)
 
     # -- inside ----------------------------------------------------------------------------------------------------------------
@@ -131,12 +133,16 @@ class KvtierL2:
                 os.eventfd_write(self._event, 1)
 
     def _ready_store(self, memory: Sequence[memoryview], opening: bool) -> BlockStore | None:
-        """The store, opened for chunks of this size if it is not yet and `opening`. LayoutError if its chunks have another size."""
+        """The store, opened for chunks of this size if it is not yet and `opening`. LayoutError if its chunks have another size, Closed if
+        this was closed meanwhile."""
         sizes = {view.nbytes for view in memory}
-        with self._lock:
-            if self._store is None and opening and len(sizes) == 1:
-                self._store = self._open(next(iter(sizes)))
-            store = self._store
+        if self._store is None and opening and len(sizes) == 1:
+            with self._opening:
+                if self._closed:
+                    raise Closed("this adapter was closed; make a new one")
+                if self._store is None:
+                    self._store = self._open(next(iter(sizes)))
+        store = self._store
         if store is not None and sizes - {store.blocks.block_bytes}:
             raise LayoutError(
                 f"chunks of {', '.join(map(str, sorted(sizes)))} bytes in a store of chunks of {store.blocks.block_bytes}; "

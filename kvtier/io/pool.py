@@ -67,8 +67,8 @@ class RequestPool:
         """`work(request)` for each, as (index, result) in the order they end; what `work` raises is raised here.
 
         While the caller is busy with a result, the threads go on. `helping`: the caller has nothing else to do, so its thread works too,
-        which saves waking another; at depth 1 it always does, and nothing is done ahead. However the generator ends, no `work` of it runs
-        afterwards.
+        which saves waking another; at depth 1 it always does, and nothing is done ahead, and so it is where the system gives no threads.
+        However the generator ends, no `work` of it runs afterwards.
         """
         if not requests:
             return
@@ -76,10 +76,11 @@ class RequestPool:
         helping = helping or self._depth == 1 or len(requests) == 1
         batch = _Batch(work, requests)
         collected = 0
-        self._begin(batch, helping)
+        alone = not self._begin(batch, helping)
         try:
             if helping:
                 batch.carry_out(0)
+            helping |= alone
             while collected < len(requests):
                 if helping and batch.done.empty() and (index := self._take(batch)) is not None:
                     batch.carry_out(index)
@@ -107,19 +108,24 @@ class RequestPool:
         if self._left_behind is not None:
             self._left_behind.refuse()
 
-    def _begin(self, batch: _Batch, helping: bool) -> None:
-        """Show the batch to the threads, all but the first request of a caller who helps."""
+    def _begin(self, batch: _Batch, helping: bool) -> bool:
+        """Show the batch to the threads, all but the first request of a caller who helps; whether there are any."""
         batch.begun = int(helping)
         if len(batch.requests) == batch.begun:
-            return
+            return True
         helpers = min(self._depth, len(batch.requests)) - batch.begun
         with self._wake:
             self._batches.append(batch)
             for number in range(len(self._threads), helpers):
                 thread = threading.Thread(target=self._run, name=f"{self._name}-{number}", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    _log.warning("%s: %s; %d of %d storage threads do all the work", self._name, error, len(self._threads), helpers)
+                    break
                 self._threads.append(thread)
-                thread.start()
             self._wake.notify(helpers)
+            return bool(self._threads)
 
     def _withdraw(self, batch: _Batch) -> None:
         with self._wake:

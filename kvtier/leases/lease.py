@@ -212,5 +212,4 @@ class Lease:
     def _check(self) -> None:
         if self.released:
             raise LeaseError("this lease was released; acquire a new one")
-        if self.residency.left_behind is not None:
-            self.residency.left_behind.refuse()
+        self.residency.check_open()

@@ -30,6 +30,7 @@ class Prefetch:
     def __init__(self, residency: Residency, keys: Sequence[PageKey], deadline: float | None) -> None:
         self._residency = residency
         self._keys = keys
+        self._has_deadline = deadline is not None
         self._until_s = time.monotonic() + (deadline or 0.0)
         self._wanted = np.ones(len(keys), np.bool_)
         self._transfers: list[Transfer] = []
@@ -46,8 +47,6 @@ class Prefetch:
             residency.touch(rows[table.state[DEVICE][rows] == READY], DEVICE)
         hint = cls(residency, keys, deadline)
         residency.start(hint.run())
-        if deadline is not None:
-            residency.mover.call(residency.mover.loop.call_later, deadline, hint.cancel)
         return hint
 
     @property
@@ -70,19 +69,22 @@ class Prefetch:
 
     async def run(self) -> None:
         """Carry it out as far as there is room. On the mover's loop."""
-        residency = self._residency
+        residency, left_s = self._residency, max(0.0, self._until_s - time.monotonic())
+        timer = residency.mover.loop.call_later(left_s, self.cancel) if self._has_deadline else None
         try:
             if self._cancelled:
                 return
             with residency.lock:
                 rows = residency.table.find(self._keys)
                 wanted = rows[self._wanted[: len(rows)]]
-            short = await residency.copying.lift_ahead(wanted, self._launched, max(0.0, self._until_s - time.monotonic()))
+            short = await residency.copying.lift_ahead(wanted, self._launched, left_s)
             with residency.lock:
                 self._note(rows, short)
                 if len(short.rows) and not self._cancelled:
                     residency.hinted.wait_for_room(self, self._again)
         finally:
+            if timer is not None:
+                timer.cancel()  # it would keep the hint until then
             self._done.set()
 
     def _note(self, rows: Rows, short: Shortfall) -> None:
@@ -103,6 +105,9 @@ class Prefetch:
 
     def _again(self) -> None:
         """Pages were let go of. Lock held."""
+        if self._has_deadline and time.monotonic() >= self._until_s:
+            self._cancelled = True
+            return
         try:
             self._residency.start(self.run())
         except Closed:

@@ -21,6 +21,7 @@ import numpy as np
 
 from kvtier.attention.store import DigestStore
 from kvtier.config import Config
+from kvtier.errors import Closed
 from kvtier.forked import LeftBehind
 from kvtier.keys import PageKey
 from kvtier.layout import PageLayout
@@ -52,6 +53,8 @@ class Residency:
         self.lock: threading.RLock | LeftBehind = threading.RLock()
         self.left_behind: LeftBehind | None = None
         """In a forked child, where nothing of this can be used."""
+        self.closed = False
+        """Set by whoever is going to `close` it."""
         self.device, self.tiers = open_tiers(config, layout, namespace)
         try:
             self._start(config, layout)
@@ -250,6 +253,13 @@ class Residency:
             left = None if end is None else max(0.0, end - time.monotonic())
             if wait(waiting, left).not_done:
                 raise TimeoutError(f"transfers were still under way after {timeout} s")
+
+    def check_open(self) -> None:
+        """Raises Closed after `close`, and in a forked child."""
+        if self.closed:
+            raise Closed("this cache was closed; build a new one")
+        if self.left_behind is not None:
+            self.left_behind.refuse()
 
     def after_fork_in_child(self) -> None:
         """Whoever asks for the lock, or holds a lease, gets Closed from now on."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 
 from kvtier.mover.transfer import Priority
 from tests.cache.rig import (
@@ -206,6 +208,27 @@ def test_a_waiting_hint_gives_up_when_it_is_cancelled_at_its_deadline_or_for_new
             hints[3].cancel()
         cache.settle(20)
         assert [hint.pages for hint in hints] == [0, 0, 2, 0]
+
+
+def test_a_hint_that_waits_for_room_beyond_its_deadline_brings_nothing():
+    with make_cache(device_pages=8, host_pages=40) as cache:
+        put(cache, run(1, 2))
+        push_out(cache)
+        with hold(cache, []) as lease:
+            cache.append(lease, run(5, 8), kv_of(run(5, 8)))
+            hint = cache.prefetch(run(1, 2), deadline=0.05)
+            assert hint.wait(20)
+            time.sleep(0.1)
+        cache.settle(20)
+        assert hint.pages == 0
+
+
+def test_a_hint_that_ended_is_remembered_by_nobody():
+    with make_cache() as cache:
+        hints = [weakref.ref(cache.prefetch(run(start, 3), deadline=3600.0)) for start in range(20)]
+        cache.settle(20)
+        gc.collect()
+        assert [hint() for hint in hints] == [None] * 20
 
 
 def test_a_hint_that_waits_does_not_keep_a_cache_from_closing():

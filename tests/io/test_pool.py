@@ -167,6 +167,28 @@ def test_at_depth_1_and_for_one_request_the_caller_does_it_all(pool):
         assert not few._batches
 
 
+@pytest.mark.parametrize("helping", [True, False])
+@pytest.mark.parametrize("given", [0, 1])
+def test_where_the_system_gives_no_more_threads_those_there_are_and_the_caller_do_the_work(monkeypatch, caplog, pool, given, helping):
+    start, asked = threading.Thread.start, []
+
+    def start_some(thread: threading.Thread) -> None:
+        asked.append(thread)
+        if len(asked) > given:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+    done = dict(pool.each(lambda request: threading.get_ident(), requests(9), helping))
+    assert sorted(done) == list(range(9))
+    assert set(done.values()) <= {threading.get_ident(), *(thread.ident for thread in pool._threads)}
+    assert len(pool._threads) == given
+    assert "can't start new thread" in caplog.text
+    monkeypatch.undo()
+    assert len(dict(pool.each(lambda request: threading.get_ident(), requests(9), helping))) == 9
+    assert len(pool._threads) == 3 - helping
+
+
 def test_stop_lets_a_batch_finish(pool):
     batch = pool.each(lambda request: request.offset, requests(40), helping=True)
     found = [next(batch)]

@@ -126,6 +126,34 @@ def test_a_copy_that_cannot_be_erased_stays_pending_and_is_tried_again(tmp_path)
     tier.close()
 
 
+def test_a_medium_that_cannot_erase_is_asked_a_few_times_a_pass_and_said_so_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("kvtier.tiers.disk.tidying.MOST_FAILURES", 2)
+    engine = FaultyEngine()
+    tier = open_disk(tmp_path, engine=engine)
+    freed = put(tier, [1, 2, 3, 4, 5])
+    tier.free(freed)
+    asked: list[int] = []
+    erase = tier._segments.erase
+
+    def noted(slot):
+        asked.append(slot)
+        erase(slot)
+
+    monkeypatch.setattr(tier._segments, "erase", noted)
+    engine.punch_errno = errno.EROFS
+    assert tier.tidy() == tier.tidy() == 0
+    assert asked == freed[:4], "others have their turn"
+    assert caplog.text.count(os.strerror(errno.EROFS)) == 1
+    engine.punch_errno = 0
+    assert tier.tidy() == 5
+    engine.punch_errno = errno.EROFS
+    tier.free(put(tier, [6]))
+    assert tier.tidy() == 0
+    assert caplog.text.count(os.strerror(errno.EROFS)) == 2, "after it worked again"
+    engine.punch_errno = 0
+    tier.close()
+
+
 def test_power_durability_refuses_what_could_not_be_synced(tmp_path):
     engine = FaultyEngine()
     tier = open_disk(tmp_path / "store", engine=engine, durability="power")

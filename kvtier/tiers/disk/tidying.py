@@ -14,6 +14,9 @@ from kvtier.tiers.disk.slots import SlotBook
 
 _log = logging.getLogger(__name__)
 
+MOST_FAILURES = 16
+"""So many slots that cannot be erased end a pass: a medium that fails may take long to say so each time."""
+
 
 class Tally:
     """Counts by name, from any thread."""
@@ -41,10 +44,15 @@ class Tidier:
         self._segments = segments
         self._book = book
         self._tally = tally
+        self._failure = ""
+        """What the medium said when it failed to erase, until it does."""
 
     def tidy(self) -> int:
-        """Erase what was freed before this call; returns how many copies that took."""
-        erased = 0
+        """Erase what was freed before this call; returns how many copies that took.
+
+        What cannot be erased comes last next time; after MOST_FAILURES of these the rest waits until then, too.
+        """
+        erased = failed = 0
         for _ in range(self._book.pending):
             slot = self._book.next_pending()
             if slot is None:
@@ -52,15 +60,21 @@ class Tidier:
             gone = self.erase(slot)
             self._book.tidied(slot, gone)
             erased += gone
+            failed += not gone
+            if failed == MOST_FAILURES:
+                break
         self._tally.add("tidied", erased)
         return erased
 
     def erase(self, slot: int) -> bool:
-        """Punch a slot, so that no record is found in it; False if the medium fails."""
+        """Punch a slot, so that no record is found in it; False if the medium fails, which the log says once in a row."""
         try:
             self._segments.erase(slot)
         except OSError as error:
             self._tally.add("io errors")
-            _log.warning("disk store %s: cannot erase a freed copy: %s", self._path, error)
+            if self._failure != (failure := str(error)):
+                _log.warning("disk store %s: cannot erase freed copies, which is tried again and again: %s", self._path, failure)
+            self._failure = failure
             return False
+        self._failure = ""
         return True
