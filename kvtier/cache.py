@@ -131,7 +131,7 @@ class TieredKVCache:
         `kv`: `[layers, planes, len(token_ids), kv_heads, head_dim]` of the layout's dtype. `token_ids` follow the tokens of `after`
         (which must end on a page boundary, and grows), or start a sequence of tenant `salt`. A last, partial page is not kept. Waits
         for room on the device; returns less when there is none. LayoutError for another shape or dtype, LeaseError for a lease that
-        ends inside a page.
+        ends inside a page, or is another tenant's than `salt` says.
         """
         token_ids = token_array(token_ids)
         tokens = len(token_ids) // self.layout.page_tokens * self.layout.page_tokens
@@ -139,6 +139,8 @@ class TieredKVCache:
         if after is not None:
             if after.tokens % self.layout.page_tokens:
                 raise LeaseError(f"put: the lease ends inside a page ({after.tokens} tokens); use append to continue a partly filled page")
+            if salt and after.root != root_key(self._namespace, salt):
+                raise LeaseError("put: `salt` names another tenant than that of the lease `after`; leave it out, the lease has its own")
             return self.append(after, token_ids[:tokens], kv[:, :, :tokens])
         with self.begin(salt) as lease:
             return self.append(lease, token_ids[:tokens], kv[:, :, :tokens])
@@ -279,7 +281,10 @@ class TieredKVCache:
         self._open().settle(timeout)
 
     def flush(self) -> None:
-        """Copy everything that only warmer tiers hold into the last tier, as far as it has room; returns when it is written."""
+        """Copy everything that only warmer tiers hold into the last tier; returns when it is written.
+
+        Where that is full, its policy lets others go for them; what is not to leave it (held, pinned) stays.
+        """
         residency = self._open()
         residency.mover.spawn(residency.house.flush()).result()
 

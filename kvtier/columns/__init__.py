@@ -69,17 +69,7 @@ class TableLoops(Protocol):
     def links(self, rows: Numbers, parents: Numbers, depths: Numbers, /) -> int:
         """Parents and depths of `rows` into the other two; whether attention was reported for any (-1: not done)."""
 
-    def add_chain(
-        self,
-        row_of: RowIndex,
-        keys: Sequence[bytes],
-        before: bytes,
-        depth: int,
-        parent: int,
-        fill: int,
-        out: Numbers,
-        /,
-    ) -> int:
+    def add_chain(self, row_of: RowIndex, keys: Sequence[bytes], before: bytes, depth: int, parent: int, out: Numbers, /) -> int:
         """Rows of all keys into `out`, of those after the known ones from the free list and then fresh ones; how many were known.
 
         -1, and nothing done, where links have to be made, a known key follows an unknown one, or there is no room.
@@ -92,7 +82,6 @@ class TableLoops(Protocol):
         before: bytes,
         depth: int,
         parent: int,
-        fill: int,
         tier: int,
         slots: Sequence[int],
         rows: Numbers,
@@ -127,7 +116,7 @@ class TableLoops(Protocol):
         """Into `out` which of these are leased (where that counts) or being read in `tier`."""
 
 
-NewChain = tuple[TableLoops, RowIndex, Sequence[bytes], bytes, int, int, int, int, Sequence[int]]
+NewChain = tuple[TableLoops, RowIndex, Sequence[bytes], bytes, int, int, int, Sequence[int]]
 """What `settle` of a policy's loops has to know of a page table, and of the pages that are to settle there: its first arguments."""
 
 

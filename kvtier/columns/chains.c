@@ -69,7 +69,6 @@ static void link_rows(Table *table, Chain *chain, const Rows *rows, Py_ssize_t f
         PyObject *key = PyTuple_GetItem(chain->keys, i);
         const int64_t row = *row_at(rows, i);
         wake(table, row, key, chain->before);
-        table->fill[row] = chain->fill;
         table->depth[row] = chain->depth++;
         table->parent[row] = chain->parent;
         const Py_ssize_t above = cell(table, chain->parent);
@@ -106,7 +105,6 @@ bool chain_open(Chain *chain, PyObject *const *arguments) {
     bool failed = false;
     *chain = (Chain){.index = index_of(arguments[0]), .before = arguments[2]};
     chain->depth = number_of(arguments[3], &failed), chain->parent = number_of(arguments[4], &failed);
-    chain->fill = number_of(arguments[5], &failed);
     if (chain->index && !failed) chain->keys = PySequence_Tuple(arguments[1]);
     return chain->keys;
 }
@@ -114,12 +112,12 @@ bool chain_open(Chain *chain, PyObject *const *arguments) {
 void chain_close(Chain *chain) { Py_DECREF(chain->keys); }
 
 PyObject *table_add_chain(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    if (expect_arguments("add_chain(row_of, keys, before, depth, parent, fill, out)", given, 7)) return NULL;
+    if (expect_arguments("add_chain(row_of, keys, before, depth, parent, out)", given, 6)) return NULL;
     Chain chain;
     Rows out;
     if (!chain_open(&chain, arguments)) return NULL;
     Py_ssize_t known = -2;
-    if (rows_open(&out, arguments[6], true)) {
+    if (rows_open(&out, arguments[5], true)) {
         const Py_ssize_t count = item_count(chain.keys);
         if (count > out.count) PyErr_SetString(PyExc_ValueError, "less room for rows than there are keys");
         out.count = count < out.count ? count : out.count;
@@ -132,9 +130,9 @@ PyObject *table_add_chain(PyObject *self, PyObject *const *arguments, Py_ssize_t
 
 PyObject *settling_open(Settling *settling, PyObject *const *arguments) {
     bool failed = false;
-    *settling = (Settling){.tier = number_of(arguments[6], &failed)};
+    *settling = (Settling){.tier = number_of(arguments[5], &failed)};
     if (failed || !chain_open(&settling->chain, arguments)) return NULL;
-    PyObject *slots = sequence_open(arguments[7]);
+    PyObject *slots = sequence_open(arguments[6]);
     if (!slots) chain_close(&settling->chain);
     return slots;
 }
@@ -183,14 +181,14 @@ void settle_entered(Table *table, Settling *settling) {
 }
 
 PyObject *table_settle_chain(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    const char *method = "settle_chain(row_of, keys, before, depth, parent, fill, tier, slots, rows, parents, depths)";
-    if (expect_arguments(method, given, 11)) return NULL;
+    const char *method = "settle_chain(row_of, keys, before, depth, parent, tier, slots, rows, parents, depths)";
+    if (expect_arguments(method, given, 10)) return NULL;
     Settling settling;
     PyObject *slots = settling_open(&settling, arguments);
     if (!slots) return NULL;
     Rows *const out[] = {&settling.rows, &settling.parents, &settling.depths};
     int opened = 0;
-    while (opened < 3 && rows_open(out[opened], arguments[8 + opened], true)) opened++;
+    while (opened < 3 && rows_open(out[opened], arguments[7 + opened], true)) opened++;
     int done = -1;
     if (opened == 3 && rows_make(&settling.slots, settling.rows.count)) {
         done = foresee((Table *)self, &settling, slots);

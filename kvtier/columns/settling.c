@@ -19,12 +19,12 @@ static void arrival_close(Arrival *arrival) {
     settling_close(&arrival->pages, arrival->slots);
 }
 
-/* The arguments (table, row_of, keys, before, depth, parent, fill, tier, slots, out); false with an exception if they are something else. */
+/* The arguments (table, row_of, keys, before, depth, parent, tier, slots, out); false with an exception if they are something else. */
 static bool arrival_open(Arrival *arrival, PyObject *const *arguments) {
     *arrival = (Arrival){.table = table_of(arguments[0])};
     arrival->slots = arrival->table ? settling_open(&arrival->pages, arguments + 1) : NULL;
     if (!arrival->slots) return false;
-    if (!rows_open(&arrival->pages.rows, arguments[9], true)) {
+    if (!rows_open(&arrival->pages.rows, arguments[8], true)) {
         settling_close(&arrival->pages, arrival->slots);
         return false;
     }
@@ -40,12 +40,12 @@ static Links links_of(const Settling *pages) { return (Links){pages->rows, pages
 /* -- LRU -- */
 
 PyObject *order_settle(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    const char *method = "settle(table, row_of, keys, before, depth, parent, fill, tier, slots, out, tail, time)";
-    if (expect_arguments(method, given, 12)) return NULL;
+    const char *method = "settle(table, row_of, keys, before, depth, parent, tier, slots, out, tail, time)";
+    if (expect_arguments(method, given, 11)) return NULL;
     Order *order = (Order *)self;
     bool failed = false;
-    const int64_t tail = order_place(order, arguments[10], &failed);
-    const double time = real_of(arguments[11], &failed);
+    const int64_t tail = order_place(order, arguments[9], &failed);
+    const double time = real_of(arguments[10], &failed);
     Arrival arrival;
     if (failed || !arrival_open(&arrival, arguments)) return NULL;
     bool usual = foresee(arrival.table, &arrival.pages, arrival.slots) == 1;
@@ -86,11 +86,11 @@ static long settle_both(Spells *s, Arrival *arrival, Coming *coming, double time
 }
 
 PyObject *settle(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
-    const char *method = "settle(table, row_of, keys, before, depth, parent, fill, tier, slots, out, now)";
-    if (expect_arguments(method, given, 11)) return NULL;
+    const char *method = "settle(table, row_of, keys, before, depth, parent, tier, slots, out, now)";
+    if (expect_arguments(method, given, 10)) return NULL;
     Spells *s = (Spells *)self;
     bool failed = false;
-    const double time = later_of(s, real_of(arguments[10], &failed));
+    const double time = later_of(s, real_of(arguments[9], &failed));
     Arrival arrival;
     if (failed || !arrival_open(&arrival, arguments)) return NULL;
     Coming coming = {0};

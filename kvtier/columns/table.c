@@ -36,13 +36,12 @@ static bool hold_columns(Table *table, PyObject *columns) {
     table->cells = cells;
     table->rows = cells - 1;
     return (table->readers = hold_column(table, columns, 8, table->tiers * cells)) && (table->children = hold_column(table, columns, 8, cells)) &&
-           (table->depth = hold_column(table, columns, 8, cells)) && (table->fill = hold_column(table, columns, 8, cells)) &&
-           (table->leases = hold_column(table, columns, 8, cells)) && (table->uses = hold_column(table, columns, 8, cells)) &&
-           (table->pin_tier = hold_column(table, columns, 8, cells)) && (table->leaving = hold_column(table, columns, 8, cells)) &&
-           (table->prefetched_from = hold_column(table, columns, 8, cells)) && (table->pin_until = hold_column(table, columns, 8, cells)) &&
-           (table->attention = hold_column(table, columns, 8, cells)) && (table->copies = hold_column(table, columns, 8, cells)) &&
-           (table->used = hold_column(table, columns, 1, cells)) && (table->open = hold_column(table, columns, 1, cells)) &&
-           (table->key = hold_column(table, columns, sizeof(PyObject *), cells)) &&
+           (table->depth = hold_column(table, columns, 8, cells)) && (table->leases = hold_column(table, columns, 8, cells)) &&
+           (table->uses = hold_column(table, columns, 8, cells)) && (table->pin_tier = hold_column(table, columns, 8, cells)) &&
+           (table->leaving = hold_column(table, columns, 8, cells)) && (table->prefetched_from = hold_column(table, columns, 8, cells)) &&
+           (table->pin_until = hold_column(table, columns, 8, cells)) && (table->attention = hold_column(table, columns, 8, cells)) &&
+           (table->copies = hold_column(table, columns, 8, cells)) && (table->used = hold_column(table, columns, 1, cells)) &&
+           (table->open = hold_column(table, columns, 1, cells)) && (table->key = hold_column(table, columns, sizeof(PyObject *), cells)) &&
            (table->parent_key = hold_column(table, columns, sizeof(PyObject *), cells)) &&
            (table->free = hold_column(table, columns, 8, table->rows)) && (table->counts = hold_column(table, columns, 8, TABLE_COUNTS));
 }

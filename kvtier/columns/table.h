@@ -11,12 +11,12 @@
 
 enum { ABSENT, WRITING, READY, MOST_TIERS = 8, NO_TIER = -1 };
 enum { SIZE, UNUSED, HOLLOW, TABLE_COUNTS }; /* rows there have been, those on the free list; whether a row ever had to stay for its children */
-enum { TABLE_COLUMNS = 20 };
+enum { TABLE_COLUMNS = 19 };
 static const uint64_t READY_ANYWHERE = 0x0202020202020202;
 
 typedef struct {
     PyObject_HEAD
-    int64_t *parent, *children, *depth, *fill, *leases, *uses, *pin_tier, *leaving, *prefetched_from, *slot, *readers, *free, *counts;
+    int64_t *parent, *children, *depth, *leases, *uses, *pin_tier, *leaving, *prefetched_from, *slot, *readers, *free, *counts;
     double *pin_until, *attention;
     uint64_t *copies;
     uint8_t *used, *open;
@@ -76,10 +76,10 @@ PyObject *table_warmest(PyObject *self, PyObject *const *arguments, Py_ssize_t g
 typedef struct {
     Index *index;
     PyObject *keys, *before; /* `keys` is a tuple, which nobody changes meanwhile */
-    int64_t depth, parent, fill;
+    int64_t depth, parent;
 } Chain;
 
-/* The arguments (row_of, keys, before, depth, parent, fill); false with an exception if they are something else, else `chain_close`. */
+/* The arguments (row_of, keys, before, depth, parent); false with an exception if they are something else, else `chain_close`. */
 bool chain_open(Chain *chain, PyObject *const *arguments);
 
 void chain_close(Chain *chain);
@@ -91,7 +91,7 @@ typedef struct {
     Rows rows, parents, depths, slots;
 } Settling;
 
-/* The arguments (row_of, keys, before, depth, parent, fill, tier, slots), the last of which is the answer; else NULL with an exception. */
+/* The arguments (row_of, keys, before, depth, parent, tier, slots), the last of which is the answer; else NULL with an exception. */
 PyObject *settling_open(Settling *settling, PyObject *const *arguments);
 
 void settling_close(Settling *settling, PyObject *slots);

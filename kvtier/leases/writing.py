@@ -91,8 +91,6 @@ class Writer:
             del lease.rows[keep:]
             if fresh != NO_ROW:
                 lease.rows.append(fresh)
-            if fill:
-                table.fill[lease.rows[-1]] = fill
             lease.tokens = tokens
             lease.full = False
         del lease.ids[tokens:]
@@ -122,11 +120,8 @@ class Writer:
                 if shared:
                     residency.release([lease.rows.pop()])
                 lease.rows.append(row)
-        row = lease.rows[-1]
         lease.ids.extend(ids[:count].tolist())
         lease.tokens += count
-        with residency.lock:
-            table.fill[row] = fill + count
         if fill + count == page_tokens:
             self._seal(lease)
         return count

@@ -30,7 +30,7 @@ _COUNTS = SIZE, UNUSED, HOLLOW = range(3)
 only, all children of a page are in that tier."""
 
 COLUMNS = (
-    *("key", "parent_key", "parent", "children", "depth", "fill", "leases", "uses", "pin_tier", "pin_until", "attention", "leaving"),
+    *("key", "parent_key", "parent", "children", "depth", "leases", "uses", "pin_tier", "pin_until", "attention", "leaving"),
     *("prefetched_from", "slot", "readers", "_used", "_open", "_copies"),
 )
 """Those with a row for each page."""
@@ -53,7 +53,6 @@ class PageColumns:
         self.parent: Rows = np.full(1, NO_ROW)
         self.children: Rows = np.zeros(1, np.int64)
         self.depth: Rows = np.zeros(1, np.int64)
-        self.fill: Rows = np.zeros(1, np.int64)
         self.leases: Rows = np.zeros(1, np.int64)
         self.uses: Rows = np.zeros(1, np.int64)
         self.pin_tier: Rows = np.zeros(1, np.int64)
@@ -109,7 +108,7 @@ class PageColumns:
         loops = compiled.loops()
         if loops is None:
             return None
-        links = (self.parent, self.slot, self.readers, self.children, self.depth, self.fill, self.leases, self.uses)
+        links = (self.parent, self.slot, self.readers, self.children, self.depth, self.leases, self.uses)
         marks = (self.pin_tier, self.leaving, self.prefetched_from)
         others = (self.pin_until, self.attention, self._copies, self._used, self._open, self.key, self.parent_key)
         return loops.Table(*links, *marks, *others, self._free, self.counts)

@@ -73,7 +73,6 @@ class PageRows(PageColumns):
         """A new open page on device slot `slot`, with no tokens yet and one lease."""
         row = int(self._take_rows(1)[0])
         self._open[row] = True
-        self.fill[row] = 0
         self.depth[row] = depth
         self.state[0, row] = READY
         self.slot[0, row] = slot
@@ -127,7 +126,7 @@ class PageRows(PageColumns):
         loops, rows = self.loops, np.empty(len(keys), WHOLE)
         if loops is None:
             return None
-        return None if loops.add_chain(self._row_of, keys, before, depth, parent, self.page_tokens, rows) < 0 else rows
+        return None if loops.add_chain(self._row_of, keys, before, depth, parent, rows) < 0 else rows
 
     def _new_chain(self, keys: Sequence[PageKey], before: PageKey, depth: int, parent: int) -> Rows:
         rows = self._take_rows(len(keys))
@@ -136,7 +135,6 @@ class PageRows(PageColumns):
         for key, row in zip(keys, rows.tolist(), strict=True):
             self._row_of[key] = row
         self.key[rows] = names
-        self.fill[rows] = self.page_tokens
         self.depth[rows] = np.arange(depth, depth + len(keys))
         first, others = rows[0], rows[1:]
         self.parent_key[first], self.parent_key[others] = before, names[:-1]

@@ -188,7 +188,7 @@ class PageTable(PageRows):
         """What compiled loops of others must know to `settle_chain` by themselves; None without loops."""
         if (loops := self.loops) is None:
             return None
-        return loops, self._row_of, keys, before, depth, parent, self.page_tokens, tier, slots
+        return loops, self._row_of, keys, before, depth, parent, tier, slots
 
     def commit(self, rows: Rows | Sequence[int], tier: int) -> None:
         """Make WRITING copies visible. IntegrityError, and nothing done, if one of them is not WRITING."""

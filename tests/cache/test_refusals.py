@@ -118,3 +118,14 @@ def test_a_layer_the_model_does_not_have_is_refused(index):
         put(cache, run(1, 2))
         with hold(cache, run(1, 2)) as lease, pytest.raises(LeaseError, match="has layers 0 to"):
             lease.layer(index)
+
+
+def test_a_sequence_goes_on_as_the_tenant_that_began_it():
+    tokens = run(1, 2)
+    with make_cache() as cache, cache.begin("north") as lease:
+        assert cache.put(tokens[:PAGE], kv_of(tokens[:PAGE], "north"), after=lease, salt="north") == PAGE
+        with pytest.raises(LeaseError, match="another tenant"):
+            cache.put(tokens[PAGE:], kv_of(tokens, "south")[:, :, PAGE:], after=lease, salt="south")
+        assert cache.put(tokens[PAGE:], kv_of(tokens, "north")[:, :, PAGE:], after=lease) == PAGE
+        assert cache.lookup(tokens, "north").tokens == 2 * PAGE
+        assert cache.lookup(tokens, "south").tokens == cache.lookup(tokens).tokens == 0

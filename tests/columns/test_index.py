@@ -141,10 +141,10 @@ def test_a_chain_that_names_a_page_twice_or_a_known_one_leaves_nothing_behind():
     assert loops is not None
     for keys in ([*known[1:], known[0]], [*known[1:], known[30]]):
         out = [np.zeros(len(keys), np.int64) for _ in range(3)]
-        arguments = (table._row_of, keys, ROOT, 0, NO_ROW, 1, 0, list(range(len(keys))))
+        arguments = (table._row_of, keys, ROOT, 0, NO_ROW, 0, list(range(len(keys))))
         assert not loops.settle_chain(*arguments, *out)
         assert dict(table._row_of.items()) == {known[0]: 0}
     with pytest.raises(TypeError, match="bytes"):
-        loops.settle_chain(table._row_of, [known[1], "2"], ROOT, 0, NO_ROW, 1, 0, [1, 2], *[np.zeros(2, np.int64)] * 3)  # type: ignore[list-item]
+        loops.settle_chain(table._row_of, [known[1], "2"], ROOT, 0, NO_ROW, 0, [1, 2], *[np.zeros(2, np.int64)] * 3)  # type: ignore[list-item]
     assert dict(table._row_of.items()) == {known[0]: 0}
     table.check_integrity()
