@@ -21,6 +21,7 @@ from kvtier.errors import Closed
 from kvtier.mover.mover import Mover
 from kvtier.mover.transfer import Move, Outcome, Priority, Transfer
 from kvtier.pages import Rows
+from kvtier.repeated import RepeatedWarning
 from kvtier.tiers.disk import DiskTier
 from kvtier.tiers.lent import BlockLayout, LentBlocks, Parts
 
@@ -60,6 +61,7 @@ class Operations:
         self._parts: dict[Transfer, _Part] = {}
         self._running: set[Operation] = set()
         self._workers = config.workers
+        self._warnings = RepeatedWarning(log)
         self.mover = Mover([self._lent, disk], config.workers, config.staging_bytes, config.queue_bytes, self._finished)
 
     # -- lock held -------------------------------------------------------------------------------------------------------------
@@ -127,7 +129,8 @@ class Operations:
             good = [index for index in range(len(transfer.moves)) if not outcome.cancelled and index not in outcome.refused]
             for index, refused in outcome.refused.items():
                 self._contents.counts[f"refused: {refused.reason}"] += 1
-                log.warning("block refused: %s; it is as if it were not there (%s)", refused.reason, transfer.moves[index].page.key.hex())
+                key = transfer.moves[index].page.key.hex()
+                self._warnings.say(refused.reason, "block refused: %s; it is as if it were not there (%s)", refused.reason, key)
             for index in good:
                 part.operation.done[part.indices[index]] = True
             if transfer.target == _DISK:

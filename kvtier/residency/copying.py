@@ -19,6 +19,7 @@ import numpy as np
 from kvtier.errors import Closed
 from kvtier.mover.transfer import Move, Outcome, Priority, Transfer, ended
 from kvtier.pages import ABSENT, DEVICE, NO_TIER, READY, WRITING, Rows
+from kvtier.repeated import RepeatedWarning
 from kvtier.tiers.base import Refused, Tier
 from kvtier.tiers.host import HostTier
 
@@ -65,6 +66,7 @@ class Copying:
         self.copying_from: list[list[asyncio.Future[None]]] = [[] for _ in residency.tiers]
         """Per tier, the jobs that copy down from it."""
         self._unusable: set[tuple[int, int]] = set()
+        self._warnings = RepeatedWarning(log)
 
     async def down(self, rows: Rows, source: int, target: int, priority: Priority) -> Rows:
         """Copy pages down from `source` to `target` and wait for the end; what ended up READY there is in the page table.
@@ -288,7 +290,8 @@ class Copying:
     def _refuse(self, tier: int, refused: Refused) -> None:
         residency = self._residency
         residency.metrics.tiers[tier].refused[refused.reason] += 1
-        log.warning("page refused by tier %s: %s; it will be computed again", residency.names[tier], refused.reason)
+        name = residency.names[tier]
+        self._warnings.say((tier, refused.reason), "page refused by tier %s: %s; it will be computed again", name, refused.reason)
 
     def lose(self, row: int, tier: int, refused: Refused) -> None:
         """A copy that its reader, who holds it, could not use: `let_go` buries it. Lock held."""

@@ -21,6 +21,7 @@ from kvtier.formats.base import Format, Payload
 from kvtier.io.files import Bytes, page_aligned
 from kvtier.io.pool import stay_on
 from kvtier.layout import PageLayout
+from kvtier.repeated import RepeatedWarning
 from kvtier.tiers.base import PageId, Refused
 from kvtier.tiers.disk import record
 from kvtier.tiers.disk.batches import put
@@ -107,6 +108,7 @@ class RecordWriter:
         self._lock = threading.Lock()
         self._in_flight: set[int] = set()
         self._full_logged = False
+        self._warnings = RepeatedWarning(_log)
         self._own = threading.local()
         self._sides: WeakSet[_Side] = WeakSet()
 
@@ -239,7 +241,8 @@ class RecordWriter:
         self._book.failed(slot, self._tidier.erase(slot))
         if error.errno not in FULL_ERRNOS:
             self._tally.add("io errors")
-            _log.warning("disk store %s: cannot write: %s", self._path, error)
+            what = "disk store %s: cannot write: %s; pages that cannot be kept are computed again. Look after the disk, or change disk.path"
+            self._warnings.say(error.errno, what, self._path, error)
             return Refused(f"io: {error.strerror}")
         self._tally.add("disk full")
         self._book.disk_is_full()
