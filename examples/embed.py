@@ -38,7 +38,8 @@ def serve(cache: TieredKVCache, prompt: list[int]) -> int:
 def main() -> None:
     """More sessions than the device and the host can hold; then each comes back."""
     with tempfile.TemporaryDirectory() as store:
-        sizes = {
+        settings = {
+            "model.name": "toy",
             "device.capacity_bytes": 24 * LAYOUT.page_bytes,
             "host.capacity_bytes": 16 * LAYOUT.page_bytes,
             "host.format": "raw",
@@ -46,7 +47,7 @@ def main() -> None:
             "disk.capacity_bytes": "64MiB",
             "disk.format": "raw+lz4",
         }
-        with TieredKVCache.open(None, LAYOUT, sizes) as cache:
+        with TieredKVCache.open(None, LAYOUT, settings) as cache:
             prompts = [[1000 * session + position for position in range(160)] for session in range(8)]
             first = [serve(cache, prompt) for prompt in prompts]
             again = [serve(cache, [*prompt, 7]) for prompt in prompts]

@@ -8,6 +8,7 @@ it, what its methods do is in `kvtier.leases` and there.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 
 from kvtier.config import Config, load_config
-from kvtier.errors import LeaseError
+from kvtier.config.tree import ModelConfig
+from kvtier.errors import ConfigError, LayoutError, LeaseError
 from kvtier.forked import tell_children
 from kvtier.keys import PageKey, TokenIds, namespace, page_keys, root_key, token_array
 from kvtier.layout import PageLayout
@@ -38,6 +40,8 @@ from kvtier.residency.prefetch import Prefetch
 from kvtier.residency.resizing import resize
 from kvtier.stats import stats
 
+log = logging.getLogger(__name__)
+
 
 class TieredKVCache:
     """A paged KV cache over the tiers of `config` for pages of `layout`.
@@ -48,11 +52,20 @@ class TieredKVCache:
     """
 
     def __init__(self, config: Config, layout: PageLayout, clock: Callable[[], float] = time.monotonic) -> None:
+        if not isinstance(layout, PageLayout):
+            raise LayoutError(f"layout is a {type(layout).__name__}; expected a kvtier.PageLayout, such as layout_of(model) gives")
+        _check_pages(config, layout)
         self.config = config
         self.layout = layout
         self._namespace = namespace(config.model.name, config.model.revision, layout)
         with torch.inference_mode(mode=False):  # memory made in it may be written to in no other mode, and threads are in none
             self._residency = Residency(config, layout, self._namespace, clock)
+        if config.disk is not None and config.model.name == ModelConfig().name:
+            log.warning(
+                "disk store %s: model.name is not set, and every model without a name is given these pages if it has such pages; "
+                "set model.name and model.revision",
+                config.disk.path,
+            )
         self._reader = Reader(self._residency)
         self._writer = Writer(self._residency)
         self._routing = Routing(self._residency, self._reader)
@@ -190,9 +203,11 @@ class TieredKVCache:
         Returns at once. What is still queued after `deadline` (None: no time is said, as if it were now) is cancelled. Hints never take
         the place of leased pages, of pages brought up for an earlier hint, or of pages that are worth more to the policy than one that is
         used within `deadline`, and give way to demand. What finds no room is tried again, each page once, when requests release their
-        pages; so wait the newest `kvtier.residency.hinted.MOST_WAITING` hints.
+        pages; so wait the newest `kvtier.residency.hinted.MOST_WAITING` hints. LeaseError for a deadline below 0.
         """
         residency = self._open()
+        if deadline is not None and not deadline >= 0:
+            raise LeaseError(f"prefetch: deadline is {deadline} s; expected 0 or more, or None")
         keys = page_keys(token_ids, self.layout.page_tokens, root_key(self._namespace, salt))
         return Prefetch.begin(residency, keys, deadline)
 
@@ -227,7 +242,7 @@ class TieredKVCache:
     def pin(self, match: Match, ttl: float | None = None, tier: str | None = None) -> int:
         """Keep the pages of `match` in `tier` or warmer for `ttl` seconds (None: until `unpin`); returns how many pages are pinned.
 
-        `tier` defaults to the coldest one: the pages are not lost. LeaseError for a tier this cache does not have.
+        `tier` defaults to the coldest one: the pages are not lost. LeaseError for a tier this cache does not have, and for a ttl below 0.
         """
         return pin(self._open(), match, ttl, tier)
 
@@ -315,3 +330,13 @@ class TieredKVCache:
     def _open(self) -> Residency:
         self._residency.check_open()
         return self._residency
+
+
+def _check_pages(config: Config, layout: PageLayout) -> None:
+    """ConfigError if the configuration says how large pages are, and the layout something else."""
+    said = config.pages.page_tokens
+    if "page_tokens" in config.pages.model_fields_set and said != layout.page_tokens:
+        raise ConfigError(
+            f"pages.page_tokens is {said}, but the layout has pages of {layout.page_tokens} tokens; make it with {said} "
+            f"(layout_of(model, page_tokens={said})), or change the key"
+        )

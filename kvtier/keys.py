@@ -27,7 +27,9 @@ def namespace(model: str, revision: str, layout: PageLayout) -> bytes:
 
 
 def root_key(namespace: bytes, salt: str = "") -> PageKey:
-    """The parent of every first page of tenant `salt` in `namespace`."""
+    """The parent of every first page of tenant `salt` in `namespace`. LayoutError for a salt that is no string."""
+    if not isinstance(salt, str):
+        raise LayoutError(f"salt is a {type(salt).__name__}; expected the tenant's name as a string, '' for none")
     return _join(b"kvtier root 1", namespace, salt.encode())
 
 

@@ -77,6 +77,8 @@ def resolve_config(
     base: Mapping[str, object] | None = None,
 ) -> Resolved:
     """As `load_config`, and where each value came from."""
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise ConfigError(f"overrides are a {type(overrides).__name__}; expected dotted keys, such as {{'disk.path': '/nvme/kv'}}")
     layers: list[tuple[Origin, Mapping[str, object]]] = []
     if base is not None:
         layers.append((Origin("base", "base"), base))

@@ -35,9 +35,11 @@ class Chosen:
     instead: str = ""
 
 
-def choose_engine(directory: Path, wanted: EngineChoice = "auto", depth: int = DEPTH, cpus: Sequence[int] = ()) -> Chosen:
-    """The engine for files in `directory`, which exists; `auto` takes `direct`, else `buffered` with one line in the log. Its
-    threads are kept on `cpus`, if any are given.
+def choose_engine(
+    directory: Path, wanted: EngineChoice = "auto", depth: int = DEPTH, cpus: Sequence[int] = (), path: Path | None = None
+) -> Chosen:
+    """The engine for files in `directory`, which exists, or below it in `path`; `auto` takes `direct`, else `buffered` with one line in the
+    log. Its threads are kept on `cpus`, if any are given.
 
     ConfigError if an engine asked for by name does not work there, or the directory cannot be written. Leaves nothing behind.
     """
@@ -59,7 +61,8 @@ def choose_engine(directory: Path, wanted: EngineChoice = "auto", depth: int = D
             engine.stop()
             refusals.append(refusal)
     if wanted == "auto":
-        raise ConfigError(f"disk.path {directory} cannot be created or written: {refusals[-1]}; name a writable directory")
+        where = "" if path in (None, directory) else f" in {directory}"
+        raise ConfigError(f"disk.path {path or directory} cannot be created or written: {refusals[-1]}{where}; name a writable directory")
     raise ConfigError(f"disk.io_engine is {wanted}, but {directory} refuses it: {refusals[-1]}; use auto, or another disk.path")
 
 

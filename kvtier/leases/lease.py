@@ -9,6 +9,7 @@ import asyncio
 import math
 import threading
 import time
+import warnings
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from kvtier.residency import Residency
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Match:
     """The longest prefix of some tokens that the cache holds, as it was when `lookup` was called. Holds nothing.
 
@@ -50,8 +51,11 @@ class Match:
     def __bool__(self) -> bool:
         return self.tokens > 0
 
+    def __repr__(self) -> str:
+        return f"Match({self.tokens} tokens, pages {self.pages_by_tier})"  # not which tokens: it gets into logs and tracebacks
 
-@dataclass(eq=False)
+
+@dataclass(eq=False, repr=False)
 class Lease:
     """A hold on the pages of one sequence: they stay on the device until `release`.
 
@@ -202,6 +206,15 @@ class Lease:
         """Let the pages go; they stay cached until a policy evicts them. A second release does nothing, nor does one in a forked child."""
         if not self.released and self.give_back is not None and self.residency.left_behind is None:
             self.give_back(self)
+
+    def __repr__(self) -> str:
+        state = "released" if self.released else "ready" if self.restored.done() else "restoring"
+        return f"Lease({self.tokens} tokens, {len(self.rows)} pages, {state}{', full' * self.full})"
+
+    def __del__(self) -> None:
+        if self.give_back is not None and not (self.released or self.residency.closed or self.residency.left_behind):
+            told = f"{self!r} was never released: its pages stay where they are for ever; use `with`, or release()"
+            warnings.warn(told, ResourceWarning, stacklevel=2, source=self)
 
     def __enter__(self) -> Lease:
         return self

@@ -18,6 +18,8 @@ def pin(residency: Residency, match: Match, ttl: float | None, tier: str | None)
     """See `TieredKVCache.pin`."""
     if tier is not None and tier not in residency.names:
         raise LeaseError(f"pin: there is no tier {tier!r}; this cache has {', '.join(residency.names)}")
+    if ttl is not None and not ttl >= 0:
+        raise LeaseError(f"pin: ttl is {ttl} s; expected 0 or more, or None for a pin that lasts until unpin")
     with residency.lock:
         rows = residency.table.find(match.keys)
         until = math.inf if ttl is None else residency.clock() + ttl

@@ -37,6 +37,7 @@ from kvtier.residency.housekeeping import Housekeeping
 from kvtier.residency.metrics import Metrics, TierMetrics
 from kvtier.residency.opening import close_tiers, open_tiers, policy_parameters, recover, worker_nodes, write_policies
 from kvtier.residency.protection import Protected
+from kvtier.residency.unclosed import watch
 from kvtier.tiers.base import Tier
 from kvtier.tiers.disk import DiskTier
 
@@ -62,6 +63,7 @@ class Residency:
             close_tiers(self.tiers)
             raise
         self._keeper = self.mover.spawn(self.house.run())
+        watch(self)
 
     def _start(self, config: Config, layout: PageLayout) -> None:
         self.names = [tier.name for tier in self.tiers]

@@ -33,7 +33,10 @@ def edit(store: Path, **fields) -> None:
 
 def test_a_second_store_object_is_refused_naming_path_and_process(store):
     tier = open_disk(store)
-    with pytest.raises(StoreLocked, match=rf"{store}.*process {os.getpid()};"):
+    with pytest.raises(StoreLocked, match=rf"{store} is open in this process already; close\(\) what has it first"):
+        open_disk(store)
+    (store / "lock").write_text("12345\n")
+    with pytest.raises(StoreLocked, match=rf"{store}.*process 12345; stop it"):
         open_disk(store)
     tier.close()
     open_disk(store).close()

@@ -107,6 +107,8 @@ class StoreDirectory:
             self._lock = None
             if isinstance(error, BlockingIOError):
                 message = f"disk store {path} is in use by process {holder or 'unknown'}; stop it or use another disk.path"
+                if holder == str(os.getpid()):
+                    message = f"disk store {path} is open in this process already; close() what has it first, or use another disk.path"
                 raise StoreLocked(message) from error
             self.give_up()
             raise StoreError(f"disk store {path} cannot be locked: {error.strerror}; {_REMEDY}") from error

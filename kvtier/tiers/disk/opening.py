@@ -43,7 +43,7 @@ def open_engine(
             reader, engine = find_reader(gpu, existing_part(path), depth), "direct"
         except DeviceError as error:
             raise ConfigError(f"disk.io_engine is gds, but {error}; use auto") from error
-    return choose_engine(existing_part(path), engine, depth, cpus) if isinstance(engine, str) else Chosen(engine), reader
+    return choose_engine(existing_part(path), engine, depth, cpus, path) if isinstance(engine, str) else Chosen(engine), reader
 
 
 @dataclass(frozen=True)

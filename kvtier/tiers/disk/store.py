@@ -258,6 +258,7 @@ class DiskTier(Tier):
             found = find_copies(self._segments, self._reader.fault, trusted, self.capacity_bytes, self.slot_bytes)
         except OSError as error:
             raise StoreError(f"disk store {self._directory.path}: cannot read its segments: {error.strerror}") from error
+        self._tell_missing(self._segments.numbers())
         self._book.adopt(found.slots, {slot: record.record_bytes(header.payload_bytes) for slot, header in found.kept}, found.stale)
         self._writer.next_sequence = max(self._writer.next_sequence, found.last_sequence + 1)
         self._tally.add("recovered", len(found.kept))
@@ -269,6 +270,15 @@ class DiskTier(Tier):
             self._trim(found.kept)
         found.kept.sort(key=lambda item: (item[1].page.depth, item[1].sequence))
         return iter([(slot, header.page) for slot, header in found.kept])
+
+    def _tell_missing(self, segments: Sequence[int]) -> None:
+        """A line in the log if files are gone that there were."""
+        missing = sorted(set(range(max(segments, default=-1) + 1)) - set(segments))
+        if missing or (not segments and self._checkpoints.description.synced_sequence > 0):
+            which = f"segment files {missing}" if missing else "all segment files"
+            _log.warning(
+                "disk store %s: %s are gone, removed by somebody else; their pages are computed again", self._directory.path, which
+            )
 
     def tidy(self) -> int:
         """Erase freed copies from the disk; returns how many. For a worker thread; safe beside every other call."""
