@@ -212,20 +212,32 @@ def _bare(path: Path, cell: Cell, direct: bool) -> Iterator[Contender]:
     buffers = _buffers(cell)
 
     def carry(offsets: Sequence[int]) -> None:
-        places = count()
+        places, interrupted = count(), threading.Event()
+        failures: list[str] = []
 
         def loop(buffer: memoryview) -> None:
-            while (place := next(places)) < len(offsets):
-                if cell.operation == "write":
-                    os.pwrite(file, buffer, offsets[place])
-                else:
-                    os.preadv(file, [buffer], offsets[place])
+            try:
+                while (place := next(places)) < len(offsets) and not interrupted.is_set():
+                    write = cell.operation == "write"
+                    carried = os.pwrite(file, buffer, offsets[place]) if write else os.preadv(file, [buffer], offsets[place])
+                    if carried != cell.block_bytes:
+                        failures.append(f"{carried} of {cell.block_bytes} bytes were carried")
+            except OSError as error:
+                failures.append(error.strerror or str(error))
 
         threads = [threading.Thread(target=loop, args=(buffer.data,)) for buffer in buffers[: cell.depth]]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            interrupted.set()
+            for thread in threads:  # they use the file
+                if thread.ident is not None:
+                    thread.join()
+        if failures:
+            raise KVTierError(f"plain I/O failed: {failures[0]}; the disk is full or failing")
 
     try:
         yield lambda offsets: _timed(lambda: carry(offsets), len(offsets), cell)

@@ -44,6 +44,8 @@ MOST_ERROR = 0.5
 """Relative error at which a page is another one or damaged: 4-bit formats lose 0.1, and two different pages differ by 1.4."""
 RENEWED = 0.05
 """How likely it is, each time a sequence is wanted, that a new one takes its place for good."""
+MOST_REQUESTS = 1_000_000
+"""They are all planned before the first is served."""
 TICK_S = 0.25
 WINDOW_S = 1.0
 TINY_DURATION_S = 1.5
@@ -110,6 +112,8 @@ def measure(
         if min(shape.batch, shape.concurrency) < 1 or not 0 < shape.rate < float("inf") or shape.tokens < pages_of.page_tokens:
             least = f"batch and concurrency at least 1, sequences at least {pages_of.page_tokens} tokens, rate above 0"
             raise KVTierError(f"{shape.name}: expected {least}; see --batch, --concurrency, --sequence-tokens, --rate")
+        if shape.rate * duration_s > MOST_REQUESTS:
+            raise KVTierError(f"{shape.name}: --rate times --duration is {shape.rate * duration_s:.2g} requests; at most {MOST_REQUESTS:,}")
     check_room(path, max((store_bytes(pages_of, _room(shape, pages_of).disk) for shape in shapes), default=0))
     if run.tiny:
         duration_s, ramp_up_s = TINY_DURATION_S, TINY_DURATION_S / 3
@@ -170,25 +174,28 @@ def _play(run: Run, layout: PageLayout, shape: Shape, duration_s: float, ramp_up
             service.serve((number,), number)
         before = _hits(cache)
         tally = Tally()
-        places = itertools.count()
+        places, interrupted = itertools.count(), threading.Event()
         start = time.perf_counter()
 
         def work() -> None:
             while (place := next(places)) < len(requests):
                 now_s = time.perf_counter() - start
-                if now_s > duration_s:
+                if now_s > duration_s or interrupted.wait(max(0.0, requests[place].at_s - now_s)):
                     return
-                time.sleep(max(0.0, requests[place].at_s - now_s))
                 _serve(service, requests[place], place, start, tally)
 
         threads = [threading.Thread(target=work, name=f"load-{number}") for number in range(shape.concurrency)]
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads):
-            time.sleep(TICK_S)
-            _watch(run, cache, shape, tally, time.perf_counter() - start)
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                time.sleep(TICK_S)
+                _watch(run, cache, shape, tally, time.perf_counter() - start)
+        finally:
+            interrupted.set()
+            for thread in threads:  # they use the cache
+                if thread.ident is not None:
+                    thread.join()
         run.step(f"{shape.name} checking")
         cache.settle()
         cache.check_integrity()

@@ -152,8 +152,13 @@ def forget_files(cache: TieredKVCache) -> None:
 class PlainCopy:
     """Copies between the memories at the ends of a link, by one thread, or by the GPU from and to pinned memory."""
 
+    @staticmethod
+    def memory_bytes(most_bytes: int) -> int:
+        """What one for at most `most_bytes` at once takes, both ends together."""
+        return 2 * max(LEAST_CYCLE_BYTES, 2 * most_bytes)
+
     def __init__(self, most_bytes: int, source: str, target: str) -> None:
-        self._size = max(LEAST_CYCLE_BYTES, 2 * most_bytes)
+        self._size = self.memory_bytes(most_bytes) // 2
         self._at = 0
         self._source, self._target = (_memory(self._size, end) for end in (source, target))
 

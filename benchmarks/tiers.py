@@ -21,6 +21,8 @@ from pathlib import Path
 
 from kvtier.cache import TieredKVCache
 from kvtier.errors import KVTierError
+from kvtier.layout import PageLayout
+from kvtier.memory.limits import available_memory
 
 from .measure import Row, Run, percentile
 from .rig import Ids, PlainCopy, Room, check_room, forget_files, layout_named, made_kv, open_cache, restore, store_bytes, timed, token_ids
@@ -33,13 +35,14 @@ TINY_TOKENS = 64
 def measure(run: Run, layout: str = "smollm2", sequence_tokens: int = 512, path: Path | None = None) -> list[Row]:
     """The rows for sequences of `sequence_tokens` tokens of a layout of LAYOUTS; files go into `path` (the system's temporary directory).
 
-    KVTierError for an unknown layout, sequences shorter than a page, or no room for the files, before any is written.
+    KVTierError for an unknown layout, sequences shorter than a page, or no room for the files, before any is written; or no memory for the
+    least of the steps. Those of more sequences than there is memory for are left out, which is said.
     """
     pages_of = layout_named(layout, run.tiny)
     tokens = TINY_TOKENS if run.tiny else sequence_tokens // pages_of.page_tokens * pages_of.page_tokens
     if tokens < 1:
         raise KVTierError(f"--sequence-tokens {sequence_tokens}: expected at least one page, {pages_of.page_tokens} tokens")
-    steps = TINY_CONCURRENCY if run.tiny else CONCURRENCY
+    steps = _with_memory(run, TINY_CONCURRENCY if run.tiny else CONCURRENCY, pages_of, tokens)
     check_room(path, store_bytes(pages_of, _home_pages(steps[-1] * tokens // pages_of.page_tokens)))
     run.expect(2 * len(steps))
     rows = []
@@ -51,6 +54,24 @@ def measure(run: Run, layout: str = "smollm2", sequence_tokens: int = 512, path:
             with open_cache(pages_of, room, path) as cache:
                 rows += _measure_home(run, cache, home, sequences, tokens)
     return rows
+
+
+def _with_memory(run: Run, steps: Sequence[int], layout: PageLayout, tokens: int) -> list[int]:
+    """The first of `steps`, as far as there is memory for them: that of the cache, and of the copies beside it."""
+    room = available_memory()
+    needed = {}
+    for sequences in steps:
+        pages = sequences * tokens // layout.page_tokens
+        needed[sequences] = 2 * PlainCopy.memory_bytes(pages * layout.page_bytes) + (1 + _home_pages(1)) * pages * layout.page_bytes
+    fitting = [sequences for sequences in steps if needed[sequences] <= room.bytes]
+    if not fitting:
+        least = f"{needed[steps[0]]} bytes of memory are needed for one of {tokens} tokens, {room.bytes} can be had ({room.why})"
+        raise KVTierError(f"--sequence-tokens: {least}; give shorter ones")
+    if len(fitting) < len(steps):
+        left_out = ", ".join(map(str, steps[len(fitting) :]))
+        had = f"{needed[steps[len(fitting)]]} bytes of memory, {room.bytes} can be had ({room.why})"
+        run.progress.console.print(f"left out: {left_out} sequences at once, which take {had}")
+    return fitting
 
 
 def _home_pages(pages: int) -> int:

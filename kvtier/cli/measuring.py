@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvtier.cli.output import check_json_target, check_plot_target, human_console, write_json
+from kvtier.cli.output import check_apart, check_json_target, check_plot_target, human_console, write_json
 from kvtier.cli.profile import profiled
 from kvtier.cli.stopping import stopped_in_order
 from kvtier.errors import KVTierError
@@ -28,11 +28,15 @@ def measured(
 
     from kvtier.machine import describe_machine
 
+    given = [each for value in options.values() for each in (value if isinstance(value, list | tuple) else [value])]
+    check_apart(
+        {"--json": json, "--plot": plot, "--profile": profile}, [each for each in given if isinstance(each, Path) and each.is_file()]
+    )
     check_json_target(json)
     kit, program = importlib.import_module("kvtier.bench.measure"), importlib.import_module(f"kvtier.bench.{name}")
     check_plot_target(plot)
     console = human_console(json)
-    with stopped_in_order(), Progress(console=console, transient=True) as progress, profiled(profile):
+    with stopped_in_order(), Progress(console=console, transient=True) as progress, profiled(profile) as recorded:
         rows = program.measure(kit.Run(repeats, tiny, progress), **options)
     machine = describe_machine()
     kit.show(console, rows, f"{machine['cpu']}, {machine['cores']} cores; medians of {repeats} repeats{note and '; '}{note}")
@@ -42,3 +46,4 @@ def measured(
             getattr(program, "plot", kit.plot)(rows, plot)
         except OSError as error:
             raise KVTierError(f"--plot {plot}: {error.strerror}; the rows are above") from None
+    recorded.check()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -75,17 +75,37 @@ def check_not_read(option: str, target: Path, inputs: Sequence[Path]) -> None:
         raise KVTierError(f"{option} {target} is what is read; name another file")
 
 
+def check_apart(outputs: Mapping[str, str | Path | None], inputs: Sequence[Path] = ()) -> None:
+    """KVTierError if an option's file is one of `inputs`, or that of another option. `outputs`: the files by option; - is none."""
+    options: dict[Path, str] = {}
+    for option, target in outputs.items():
+        if target is None or target == "-":
+            continue
+        check_not_read(option, Path(target), inputs)
+        other = options.setdefault(Path(target).resolve(), option)
+        if other != option:
+            raise KVTierError(f"{option} {target} is what {other} writes; name another file")
+
+
 def write_json(data: object, target: str | None) -> None:
-    """Write `data` as JSON to the file `target`, to stdout for "-", nowhere for None. KVTierError if it cannot be written."""
+    """Write `data` as JSON to the file `target`, to stdout for "-", nowhere for None.
+
+    KVTierError if it cannot be written; then what was there stays.
+    """
     if target is None:
         return
     text = json.dumps(data, indent=2) + "\n"
     if target == "-":
         sys.stdout.write(text)
         return
+    path = Path(target)
+    part = path.with_name(f"{path.name}.part") if path.is_file() or not path.exists() else path  # a pipe or device is written as it is
     try:
-        Path(target).write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
     except OSError as error:
+        if part != path:
+            part.unlink(missing_ok=True)
         raise _cannot_write(target, error) from None
 
 

@@ -9,7 +9,7 @@ import typer
 
 from kvtier.cli.app import app
 from kvtier.cli.measuring import TinyOption
-from kvtier.cli.output import JsonOption, check_json_target, check_plot_target, human_console, write_json
+from kvtier.cli.output import JsonOption, check_apart, check_json_target, check_plot_target, human_console, write_json
 from kvtier.errors import ConfigError, LayoutError
 from kvtier.quality.protocol import Protocol
 
@@ -62,6 +62,7 @@ def quality(
     if share is not None and (formats is not None or plot is not None):
         raise ConfigError("--budget measures a device budget, not formats; leave --formats and --plot out")
     contents = read_texts(texts or [])
+    check_apart({"--json": json, "--plot": plot}, texts or [])
     check_json_target(json)
     check_plot_target(plot)
     console = human_console(json)

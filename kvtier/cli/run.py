@@ -12,7 +12,7 @@ import typer
 
 from kvtier.cli.app import app
 from kvtier.cli.config import SetOption
-from kvtier.cli.output import JsonOption, check_json_target, human_console, write_json
+from kvtier.cli.output import JsonOption, check_apart, check_json_target, human_console, write_json
 from kvtier.cli.profile import ProfileOption, profiled
 from kvtier.cli.stopping import stopped_in_order
 from kvtier.config import parse_assignments, resolve_config
@@ -59,19 +59,21 @@ def run(
     given = locals()
     size = Size(**{field.name: given[field.name] for field in fields(Size)})
     resolved = resolve_config(config, overrides=parse_assignments(assignments or []), base=BASE)
+    check_apart({"--json": json, "--report": report, "--profile": profile}, [] if config is None else [config])
     check_json_target(json)
     console = human_console(json)
     if report is not None:
         from kvtier.job.report import check_writable
 
         check_writable(report)
-    with stopped_in_order(), _directory(store) as directory, _progress(console) as progress, profiled(profile):
+    with stopped_in_order(), _directory(store) as directory, _progress(console) as progress, profiled(profile) as recorded:
         from kvtier.engines.models import load_model
         from kvtier.job.job import run_job
 
         loaded = load_model(model, dtype, lambda what: progress(0, 1, what))
         result = run_job(loaded, size, resolved, directory, progress)
     _publish(console, result, json, report)
+    recorded.check()
     if not result["passed"]:
         raise typer.Exit(1)
 

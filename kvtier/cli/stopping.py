@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 _AGAIN_S = 0.05
 """How long after an ending was dropped it is asked for again: by then whoever dropped it has gone on."""
 
@@ -18,7 +19,8 @@ class _Ending(SystemExit):
 
 @contextmanager
 def stopped_in_order() -> Iterator[None]:
-    """While in here, SIGTERM ends this program as an exception does, with status 143. For the main thread.
+    """While in here, SIGTERM ends this program as an exception does, with status 143; so does SIGHUP (129), unless it is ignored. For the
+    main thread.
 
     Others' code may drop that exception: Cython's modules do while they are imported, and Python itself where it comes while an object is
     taken apart. An exception on its way is alive, also while files are cleared away for it, so one that is gone was dropped, and the
@@ -26,27 +28,30 @@ def stopped_in_order() -> Iterator[None]:
     """
     main, inside = threading.get_ident(), True
 
-    def send() -> None:
+    def send(number: int) -> None:
         if inside:
-            signal.pthread_kill(main, signal.SIGTERM)
+            signal.pthread_kill(main, number)
 
-    def dropped() -> None:
+    def dropped(number: int) -> None:
         if inside:
-            again = threading.Timer(_AGAIN_S, send)
+            again = threading.Timer(_AGAIN_S, send, (number,))
             again.daemon = True
             again.start()
 
-    def ending() -> _Ending:
-        asked = _Ending(128 + signal.SIGTERM)
-        weakref.finalize(asked, dropped).atexit = False
+    def ending(number: int) -> _Ending:
+        asked = _Ending(128 + number)
+        weakref.finalize(asked, dropped, number).atexit = False
         return asked
 
-    def end(*_: object) -> None:
-        raise ending()  # in no variable of this frame, which it refers to: it would keep itself alive
+    def end(number: int, _: object) -> None:
+        raise ending(number)  # in no variable of this frame, which it refers to: it would keep itself alive
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.getsignal(number) for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, end)
     try:
         yield
     finally:
         inside = False
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

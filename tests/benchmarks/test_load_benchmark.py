@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,27 @@ def test_a_tiny_run_plays_every_combination(capsys, tmp_path: Path):
         assert values["window.min"] <= values["window.median"] <= values["window.max"]
     assert list(folder.iterdir()) == []
     assert plot.read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize("options", [["--rate", "1e12"], ["--duration", "1e18"]])
+def test_more_requests_than_can_be_planned_are_one_clear_error(capsys, options):
+    assert main(["bench", "load", *options]) == 2
+    assert "at most 1,000,000" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_ends_at_once_with_its_threads_and_files(capsys, monkeypatch, tmp_path):
+    ticks: list[int] = []
+
+    def interrupted(*_):
+        ticks.append(len(threading.enumerate()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvtier.bench.load._watch", interrupted)
+    options = ["--sequence-tokens", "64", "--rate", "0.01", "--duration", "600", "--ramp-up", "1", "--path", str(tmp_path)]
+    assert main(["bench", "load", *options]) == 130
+    assert ticks
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("load-")]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_request_that_fails_fails_the_command(capsys, monkeypatch):

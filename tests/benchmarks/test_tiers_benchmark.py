@@ -9,9 +9,10 @@ import pytest
 
 from benchmarks import tiers
 from benchmarks.measure import Run
-from benchmarks.rig import TINY_LAYOUT, Room, made_kv, open_cache, restore, token_ids
+from benchmarks.rig import TINY_LAYOUT, PlainCopy, Room, made_kv, open_cache, restore, token_ids
 from kvtier.cli import main
 from kvtier.errors import KVTierError
+from kvtier.memory import limits
 
 
 def test_a_tiny_run_reports_offload_and_restore(capsys, tmp_path: Path):
@@ -34,6 +35,15 @@ def test_a_tiny_run_reports_offload_and_restore(capsys, tmp_path: Path):
 def test_sequences_shorter_than_a_page_are_one_clear_error():
     with pytest.raises(KVTierError, match="--sequence-tokens 8: expected at least one page, 16 tokens"):
         tiers.measure(Run(repeats=1), sequence_tokens=8)
+
+
+def test_what_takes_more_memory_than_there_is_is_left_out_and_said_or_refused(capsys, monkeypatch):
+    page, copies = TINY_LAYOUT.page_bytes, 2 * PlainCopy.memory_bytes(0)
+    monkeypatch.setattr(tiers, "available_memory", lambda: limits.Room(copies + 100 * page, "of a machine"))
+    assert tiers._with_memory(Run(repeats=1), (1, 2, 64), TINY_LAYOUT, 160) == [1, 2]
+    assert "left out: 64 sequences at once" in capsys.readouterr().out
+    with pytest.raises(KVTierError, match=r"bytes of memory are needed for one of 1600 tokens.*\(of a machine\); give shorter ones"):
+        tiers._with_memory(Run(repeats=1), (1, 2), TINY_LAYOUT, 1600)
 
 
 def test_a_restore_that_does_not_bring_everything_stops_the_measurement():

@@ -254,7 +254,9 @@ IMPOSSIBLE: dict[str, dict[str, object]] = {
 def test_an_impossible_wish_is_one_clear_error_and_leaves_nothing_open(tmp_path, wish):
     (tmp_path / "file").write_text("not a directory")
     wish = {key: value.replace("FOLDER", str(tmp_path)) if isinstance(value, str) else value for key, value in wish.items()}
-    sound = {name: section for name, section in make_config(tmp_path / "store").model_dump(exclude_unset=True).items() if section is not None}
+    sound = {
+        name: section for name, section in make_config(tmp_path / "store").model_dump(exclude_unset=True).items() if section is not None
+    }
     with pytest.raises(ConfigError) as error:
         TieredKVCache(load_config(None, env={}, base=sound, overrides=wish), LAYOUT)
     message = str(error.value)

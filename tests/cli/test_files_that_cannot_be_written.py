@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import builtins
+import errno
+import json
+from pathlib import Path
 
 import pytest
 
 from benchmarks import arena
+from benchmarks.measure import Row
 from kvtier.cli import main
+from kvtier.cli.output import write_json
+from kvtier.errors import KVTierError
 
 
 @pytest.fixture
@@ -52,3 +58,64 @@ def test_a_picture_that_nothing_here_can_draw_is_told_before_anything_is_measure
 def test_a_picture_of_another_kind_or_nowhere_is_told_before_anything_is_measured(capsys, tmp_path, name):
     assert main(["bench", "arena", "--tiny", "--plot", str(tmp_path / name)]) == 2
     assert f"--plot {tmp_path / name}: expected a .svg, .png or .pdf file" in capsys.readouterr().err
+
+
+def test_what_is_read_is_not_written_over(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("kvtier.bench.table.measure", lambda *_, **__: pytest.fail("it was measured"))
+    monkeypatch.setattr("kvtier.bench.eviction.measure", lambda *_, **__: pytest.fail("it was measured"))
+    monkeypatch.setattr("kvtier.engines.models.load_model", lambda *_: pytest.fail("a model was loaded"))
+    read = tmp_path / "read.json"
+    read.write_text("something of others, long enough to be a document")
+    linked = tmp_path / "linked.json"
+    linked.symlink_to(read)
+    for command in (
+        ["bench", "table", "--tiny", "--trace", str(read), "--json", str(read)],
+        ["bench", "table", "--tiny", "--trace", str(linked), "--profile", str(read)],
+        ["bench", "eviction", "parts", str(read), "--json", str(linked)],
+        ["quality", "--tiny", "--texts", str(read), "--json", str(read)],
+        ["run", "--config", str(read), "--json", str(read)],
+    ):
+        read.write_text("policy: {name: lru}  # something of others, long enough to be a document")
+        assert main(command) == 2, command
+        assert "is what is read; name another file" in capsys.readouterr().err
+        assert read.read_text().endswith("document")
+
+
+@pytest.mark.usefixtures("_nothing_is_measured")
+def test_no_output_is_written_over_another_one(capsys, tmp_path):
+    for options in (["--json", "x.svg", "--plot", "x.svg"], ["--json", "x.json", "--profile", "./x.json"]):
+        given = [option if option.startswith("--") else str(tmp_path) + "/" + option for option in options]
+        assert main(["bench", "arena", "--tiny", *given]) == 2
+        assert "is what --json writes; name another file" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_results_that_cannot_be_written_leave_what_was_there(monkeypatch, tmp_path):
+    target = tmp_path / "x.json"
+    write_json({"a": 1}, str(target))
+
+    def full(path, text, **options):
+        with path.open("w") as file:
+            file.write(text[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(KVTierError, match="cannot write .*x.json: No space left"):
+        write_json({"a": 2}, str(target))
+    assert json.loads(target.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_profile_that_cannot_be_written_in_the_end_costs_no_results(capsys, monkeypatch, tmp_path):
+    viztracer = pytest.importorskip("viztracer")
+
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("kvtier.bench.arena.measure", lambda run, **_: [Row("arena.some", 1.0, "GB/s")])
+    monkeypatch.setattr(viztracer.VizTracer, "save", full)
+    assert main(["bench", "arena", "--tiny", "--profile", str(tmp_path / "p.json"), "--json", str(tmp_path / "r.json")]) == 2
+    told = capsys.readouterr()
+    assert f"--profile {tmp_path / 'p.json'}: No space left on device; the results are above" in told.err
+    assert "arena.some" in told.out
+    assert json.loads((tmp_path / "r.json").read_text())["rows"][0]["name"] == "arena.some"

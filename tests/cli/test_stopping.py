@@ -51,12 +51,25 @@ with stopped_in_order():
 """
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("dropping", ["dropped_by_a_handler()", "Discarded()"])
-def test_an_ending_that_others_drop_is_asked_for_again(dropping):
+def test_an_ending_that_others_drop_is_asked_for_again(dropping, number):
     command = [sys.executable, "-c", DROPPED.replace("{dropping}", dropping)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as running:
         assert running.stdout is not None
         assert running.stdout.readline() == "here\n"
-        running.terminate()
+        running.send_signal(number)
         assert running.stdout.read() == "cleared up\n"
+        assert running.wait(30) == 128 + number
+
+
+def test_a_run_that_a_closed_terminal_does_not_end_goes_on():
+    """As under nohup."""
+    ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    command = [sys.executable, "-c", ignored + DROPPED.replace("{dropping}", "print('here', flush=True)")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "here\n"
+        running.send_signal(signal.SIGHUP)
+        running.terminate()
         assert running.wait(30) == 128 + signal.SIGTERM
