@@ -174,8 +174,10 @@ def check_rows(rows: Sequence[int] | None, places: int, what: str) -> Sequence[i
     return plain
 
 
-def described_bytes(payload: Payload) -> str:
+def described_bytes(payload: object) -> str:
     """A payload that is none, for the error that says so."""
+    if not isinstance(payload, np.ndarray):
+        return f"of type {type(payload).__name__}"
     strides = "" if payload.flags.c_contiguous else f" with strides {payload.strides}"
     return f"{payload.dtype} {payload.shape}{strides}"
 
@@ -186,8 +188,8 @@ def room_for(count: int, payload_bytes: int, out: Sequence[Payload] | None) -> l
         return [np.empty(payload_bytes, np.uint8) for _ in range(count)]
     places = []
     for place in out if len(out) == count else out[:count]:
-        size = place.size
-        if size < payload_bytes or place.dtype != UINT8 or place.ndim != 1 or not place.flags.carray:
+        room = isinstance(place, np.ndarray) and place.dtype == UINT8 and place.ndim == 1 and place.flags.carray
+        if not room or (size := place.size) < payload_bytes:
             break
         places.append(place if size == payload_bytes else place[:payload_bytes])
     if len(places) < count:

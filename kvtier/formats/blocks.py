@@ -159,7 +159,8 @@ class BlockFormat(Format):
             if native.decode_all(described, USUAL, payloads, out):
                 return out
         for payload in payloads:
-            if payload.dtype != UINT8 or payload.shape != (plan.payload_bytes,) or not payload.flags.c_contiguous:
+            usual = isinstance(payload, np.ndarray) and payload.dtype == UINT8 and payload.shape == (plan.payload_bytes,)
+            if not usual or not payload.flags.c_contiguous:
                 wanted = f"contiguous uint8 ({plan.payload_bytes},) for {layout}"
                 raise ValueError(f"{self.name} payload is {described_bytes(payload)}; expected {wanted}")
         begin, end = span_of(layers, layout)

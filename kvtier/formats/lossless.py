@@ -208,7 +208,8 @@ def _numbers(planes: Sequence[Payload]) -> Payload:
 
 
 def _unpack(packed: Payload, streams: Sequence[Stream], stage: str, length: int) -> Payload:
-    if packed.dtype != np.uint8 or packed.ndim != 1 or not packed.flags.c_contiguous or len(packed) < PREFIX.size:
+    usual = isinstance(packed, np.ndarray) and packed.dtype == np.uint8 and packed.ndim == 1
+    if not usual or not packed.flags.c_contiguous or len(packed) < PREFIX.size:
         expected = f"contiguous uint8 of one dimension, at least {PREFIX.size} bytes"
         raise ValueError(f"{stage} payload is {described_bytes(packed)}; expected {expected}")
     number, count, reserved, said = PREFIX.unpack(packed[: PREFIX.size].tobytes())

@@ -62,7 +62,8 @@ class FormatMemory(FormatNumbers):
         read_only = np.full(size, GUARD, np.uint8)
         read_only.flags.writeable = False
         wrong = [np.zeros(size - 1, np.uint8), np.zeros(size, np.int8), np.zeros((size, 1), np.uint8), np.zeros(2 * size, np.uint8)[::2]]
-        for out in ([], [good[0]], *([good[0], each] for each in [*wrong, read_only])):
+        no_arrays: list[Any] = [bytes(size), torch.zeros(size, dtype=torch.uint8), None]
+        for out in ([], [good[0]], *([good[0], each] for each in [*wrong, read_only, *no_arrays])):
             with pytest.raises(LayoutError, match="out"):
                 format.encode(batch, layout, out=out)
         for rows in ([0, 2], [-1, 0], *_NO_ROWS):
@@ -113,6 +114,14 @@ class FormatMemory(FormatNumbers):
         for out in (None, torch.empty((1, *layout.shape), dtype=layout.torch_dtype)):
             with pytest.raises(ValueError, match="expected contiguous"):
                 format.decode([_apart(unpacked)], layout, out=out)
+
+    def test_payloads_that_are_no_arrays_are_refused(self) -> None:
+        format, layout = self.make_format(), PageLayout(2, 2, 16, 2, self.head_dims[0])
+        payload = format.encode(make_pages(layout, "gaussian", 1, seed=0), layout)[0]
+        strange: list[Any] = [payload.tobytes(), torch.from_numpy(payload.copy()), None]
+        for each in strange:
+            with pytest.raises(ValueError, match="expected contiguous"):
+                format.decode(format.unpack([each], layout), layout)
 
     def test_payloads_may_be_at_any_address(self) -> None:
         format, layout = self.make_format(), PageLayout(2, 2, 16, 2, self.head_dims[0])
