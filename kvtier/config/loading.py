@@ -95,13 +95,18 @@ def resolve_config(
 
     values: dict[str, object] = {}
     origins: dict[str, Origin] = {}
+    faults: list[str] = []
     for origin, layer in layers:
-        _check_keys(layer, Config, "", origin.name)
-        _merge(values, layer, Config, "", origin, origins)
+        _merge(values, _known(layer, Config, "", origin.name, faults), Config, "", origin, origins)
     try:
-        return Resolved(Config.model_validate(values), origins)
+        config = Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(dict(item), origins) for item in error.errors(include_url=False))) from None
+        # What is missing may have been meant by a key that is unknown.
+        items = [item for item in error.errors(include_url=False) if not faults or item["type"] != "missing"]
+        faults += [_explain(dict(item), origins) for item in items]
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return Resolved(config, origins)
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, object]:
@@ -232,20 +237,25 @@ def _known_field(key: str, where: str) -> FieldInfo:
     return field
 
 
-def _check_keys(values: Mapping[str, object], model: type[BaseModel], prefix: str, where: str) -> None:
+def _known(values: Mapping[str, object], model: type[BaseModel], prefix: str, where: str, faults: list[str]) -> dict[str, object]:
+    """`values` without the keys that are unknown, each of which is one of `faults` from now on."""
+    known: dict[str, object] = {}
     for key, value in values.items():
         field = model.model_fields.get(key) if isinstance(key, str) else None
         if field is None:
-            raise _unknown(f"{prefix}{key}", where)
-        section = section_of(field.annotation)
-        if section is None:
+            faults.append(str(_unknown(f"{prefix}{key}", where)))
             continue
-        if isinstance(value, Mapping):
-            _check_keys(value, section, f"{prefix}{key}.", where)
-        elif isinstance(value, list | tuple):
-            for index, item in enumerate(value):
-                if isinstance(item, Mapping):
-                    _check_keys(item, section, f"{prefix}{key}[{index}].", where)
+        section = section_of(field.annotation)
+        if section is not None and isinstance(value, Mapping):
+            value = _known(value, section, f"{prefix}{key}.", where, faults)
+        elif section is not None and isinstance(value, list | tuple):
+            place = f"{prefix}{key}[%d]."
+            value = [
+                _known(item, section, place % index, where, faults) if isinstance(item, Mapping) else item
+                for index, item in enumerate(value)
+            ]
+        known[key] = value
+    return known
 
 
 def _explain(error: Mapping[str, Any], origins: Mapping[str, Origin]) -> str:

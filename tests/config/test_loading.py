@@ -145,6 +145,15 @@ def test_where_no_key_is_near_none_is_named_as_if_it_were(key, hint):
     assert "nearest" not in said
 
 
+def test_all_that_is_wrong_is_said_at_once(tmp_path):
+    file = tmp_path / "some.yaml"
+    file.write_text("host: {capacity_byte: 1GiB}\ndisk: {path: there, format: q5}\nfoo: 1\n")
+    said = refusal(file, overrides={"mover.workers": 0})
+    for fault in ("unknown key 'host.capacity_byte'", "unknown key 'foo'", "disk.format is 'q5'", "mover.workers is 0"):
+        assert fault in said
+    assert said.count(str(file)) == 3
+
+
 def test_an_unknown_key_in_a_band_is_found():
     assert refusal(overrides={"policy.bands": [{"abov": 0}]}).endswith(
         "'policy.bands[0].abov'; the nearest known key is policy.bands[].above"
