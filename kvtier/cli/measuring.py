@@ -10,6 +10,7 @@ import typer
 
 from kvtier.cli.output import check_apart, check_json_target, check_plot_target, human_console, write_json
 from kvtier.cli.profile import profiled
+from kvtier.cli.progress import shown_progress
 from kvtier.cli.stopping import stopped_in_order
 from kvtier.errors import KVTierError
 
@@ -24,8 +25,6 @@ def measured(
     name: str, repeats: int, tiny: bool, json: str | None, plot: Path | None, profile: Path | None, note: str = "", **options: Any
 ) -> None:
     """Run `kvtier.bench.NAME.measure(run, **options)`; print, write and draw its rows."""
-    from rich.progress import Progress
-
     from kvtier.machine import describe_machine
 
     given = [each for value in options.values() for each in (value if isinstance(value, list | tuple) else [value])]
@@ -36,7 +35,7 @@ def measured(
     kit, program = importlib.import_module("kvtier.bench.measure"), importlib.import_module(f"kvtier.bench.{name}")
     check_plot_target(plot)
     console = human_console(json)
-    with stopped_in_order(), Progress(console=console, transient=True) as progress, profiled(profile) as recorded:
+    with stopped_in_order(), shown_progress(console) as progress, profiled(profile) as recorded:
         rows = program.measure(kit.Run(repeats, tiny, progress), **options)
     machine = describe_machine()
     kit.show(console, rows, f"{machine['cpu']}, {machine['cores']} cores; medians of {repeats} repeats{note and '; '}{note}")

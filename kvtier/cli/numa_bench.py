@@ -11,6 +11,7 @@ import typer
 
 from kvtier.cli.numa import app
 from kvtier.cli.output import JsonOption, check_json_target, human_console, write_json
+from kvtier.cli.progress import shown_progress
 from kvtier.cli.values import parse_size
 from kvtier.errors import NumaError
 
@@ -33,8 +34,6 @@ def bench(
     json: JsonOption = None,
 ) -> None:
     """Bandwidth, latency and first touch between all nodes; the same work unbound and bound, and whether binding pays."""
-    from rich.progress import Progress
-
     from kvtier.cli.cuda_links import cuda_links
     from kvtier.config.units import format_bytes
     from kvtier.numa.choosing import compare_binding, get_optimal_numa_node
@@ -50,7 +49,7 @@ def bench(
     topology = read_topology()
     console = human_console(json)
     try:
-        with Progress(console=console, transient=True) as progress:
+        with shown_progress(console) as progress:
             task = progress.add_task("", total=None)
             found = measure_nodes(topology, size, repeats, lambda what: progress.update(task, description=what))
             links = cuda_links(size)

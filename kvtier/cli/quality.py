@@ -10,6 +10,7 @@ import typer
 from kvtier.cli.app import app
 from kvtier.cli.measuring import TinyOption
 from kvtier.cli.output import JsonOption, check_apart, check_json_target, check_plot_target, human_console, write_json
+from kvtier.cli.progress import shown_progress
 from kvtier.errors import ConfigError, LayoutError
 from kvtier.quality.protocol import Protocol
 
@@ -47,7 +48,7 @@ def quality(
     tiny: TinyOption = False,
 ) -> None:
     """Measure what page formats, or a device budget, do to a model: its predictions against those over the untouched KV."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
     from kvtier.formats import get_format
     from kvtier.quality.show import plot_frontier, print_budget_rows, print_rows
@@ -67,7 +68,7 @@ def quality(
     check_plot_target(plot)
     console = human_console(json)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with shown_progress(console, *columns) as bar:
         task = bar.add_task("", total=None)
         from kvtier.engines.models import load_model
         from kvtier.machine import describe_machine

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvtier.cli.progress import shown_progress
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -43,9 +45,9 @@ def read_traces(console: Console, paths: list[Path], block_tokens: int) -> list[
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
     """A bar that goes away when the work is done."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with shown_progress(console, *columns) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)

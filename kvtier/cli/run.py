@@ -14,6 +14,7 @@ from kvtier.cli.app import app
 from kvtier.cli.config import SetOption
 from kvtier.cli.output import JsonOption, check_apart, check_json_target, human_console, write_json
 from kvtier.cli.profile import ProfileOption, profiled
+from kvtier.cli.progress import shown_progress
 from kvtier.cli.stopping import stopped_in_order
 from kvtier.config import parse_assignments, resolve_config
 from kvtier.errors import KVTierError
@@ -105,8 +106,9 @@ def _directory(store: Path | None) -> tempfile.TemporaryDirectory[str] | nullcon
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Progress]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as bar:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with shown_progress(console, *columns, transient=False) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
