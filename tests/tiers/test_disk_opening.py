@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from kvtier.errors import ConfigError, LayoutError, StoreError, StoreLocked
+from kvtier.formats import get_format
 from kvtier.testing.tiers import LAYOUT, page_id, put
-from tests.tiers.disk import CAPACITY, SLOT, VARIABLE, open_disk
+from kvtier.tiers.disk import DiskTier
+from tests.tiers.disk import CAPACITY, NAMESPACE, RAW, SLOT, VARIABLE, open_disk
 
 
 @pytest.fixture
@@ -195,3 +197,41 @@ def test_a_failed_opening_leaves_the_store_unlocked(store):
     tier = open_disk(store)
     assert [page for _, page in tier.recover()] == [page_id(1)]
     tier.close()
+
+
+def test_segment_files_that_somebody_removed_are_told(tmp_path, caplog):
+    store = tmp_path / "store"
+    tier = open_disk(store)
+    tier.free(put(tier, [1]))
+    tier.checkpoint()
+    tier.close()
+    assert not list(open_again(store))
+    assert "segment files" not in caplog.text
+    for file in store.glob("segment-*"):
+        file.unlink()
+    assert not list(open_again(store))
+    assert f"disk store {store}: all segment files are gone" in caplog.text
+
+
+def open_again(store: Path) -> list[int]:
+    tier = open_disk(store)
+    found = [slot for slot, _ in tier.recover()]
+    tier.close()
+    return found
+
+
+def test_a_disk_that_cannot_be_is_found_before_it_is_made(tmp_path):
+    store = tmp_path / "store"
+    with pytest.raises(ConfigError, match="lower it, or free"):
+        DiskTier.check(store, LAYOUT, RAW, 1 << 60, bytes(32))
+    with pytest.raises(ConfigError, match="one raw page of this layout takes"):
+        DiskTier.check(store, LAYOUT, RAW, 1, bytes(32))
+    DiskTier.check(store, LAYOUT, RAW, CAPACITY, bytes(32))
+    assert not store.exists()
+    tier = open_disk(store)
+    with pytest.raises(StoreLocked):
+        DiskTier.check(store, LAYOUT, RAW, CAPACITY, bytes(32))
+    tier.close()
+    with pytest.raises(StoreError, match="another format"):
+        DiskTier.check(store, LAYOUT, get_format("q8"), CAPACITY, NAMESPACE)
+    open_disk(store).close()

@@ -17,6 +17,7 @@ from kvtier.formats.base import Format
 from kvtier.io.files import FileEngine
 from kvtier.io.probe import Chosen, EngineChoice, choose_engine, existing_part
 from kvtier.layout import PageLayout
+from kvtier.tiers.disk import record
 from kvtier.tiers.disk.direct import check_direct, find_reader
 from kvtier.tiers.disk.directory import Description, StoreDirectory, reopened
 
@@ -55,12 +56,35 @@ class OpenedDirectory:
     was_clean: bool
 
 
+def slot_bytes_of(layout: PageLayout, format: Format, capacity_bytes: int) -> int:
+    """Bytes of a record. ConfigError if not even one fits."""
+    slot_bytes = record.record_bytes(format.payload_bytes(layout))
+    if capacity_bytes < slot_bytes:
+        needed = f"one {format.name} page of this layout takes {slot_bytes} bytes on disk"
+        raise ConfigError(f"disk.capacity_bytes is {capacity_bytes}, but {needed}; raise it")
+    return slot_bytes
+
+
+def _wanted(layout: PageLayout, format: Format, namespace: bytes, slot_bytes: int, capacity_bytes: int) -> Description:
+    segment_slots = max(1, max(SEGMENT_BYTES, capacity_bytes // MOST_SEGMENTS) // slot_bytes)
+    return Description(layout, format.name, namespace.hex(), slot_bytes, segment_slots, capacity_bytes)
+
+
+def check_directory(path: Path, layout: PageLayout, format: Format, namespace: bytes, slot_bytes: int, capacity_bytes: int) -> None:
+    """Raises what `open_directory` would, as far as that can be known now, and leaves there what was there."""
+    directory = StoreDirectory(path)
+    try:
+        if directory.describe(_wanted(layout, format, namespace, slot_bytes, capacity_bytes)) is None:
+            directory.check_space(capacity_bytes)
+    finally:
+        directory.give_up()
+
+
 def open_directory(
     path: Path, layout: PageLayout, format: Format, namespace: bytes, slot_bytes: int, capacity_bytes: int
 ) -> OpenedDirectory:
     """Lock the store in `path`, made if there is none, and mark it as in use. Raises as `DiskTier`."""
-    segment_slots = max(1, max(SEGMENT_BYTES, capacity_bytes // MOST_SEGMENTS) // slot_bytes)
-    wanted = Description(layout, format.name, namespace.hex(), slot_bytes, segment_slots, capacity_bytes)
+    wanted = _wanted(layout, format, namespace, slot_bytes, capacity_bytes)
     directory = StoreDirectory(path)
     try:
         found = directory.describe(wanted)

@@ -80,6 +80,14 @@ def survey(segments: Segments, check: Callable[[record.Header], str | None], tru
     return found
 
 
+def missing_files(segments: Sequence[int], written: bool) -> str:
+    """Which files are gone of those that there were, by the numbers of those there are; `written`: whether there were any. Empty: none."""
+    if not segments:
+        return "all segment files" if written else ""
+    missing = sorted(set(range(max(segments))) - set(segments))
+    return f"segment files {missing}" if missing else ""
+
+
 def trim(segments: Segments, kept: Sequence[tuple[int, record.Header]]) -> None:
     """Punch behind every kept record: a power failure can keep a record and lose the punch before it. OSError if the medium fails."""
     for slot, header in kept:

@@ -32,9 +32,9 @@ from kvtier.tiers.disk import record
 from kvtier.tiers.disk.calls import Calls
 from kvtier.tiers.disk.checkpoints import Checkpoints
 from kvtier.tiers.disk.direct import DirectRecords
-from kvtier.tiers.disk.opening import DiskEngine, open_directory, open_engine
+from kvtier.tiers.disk.opening import DiskEngine, check_directory, open_directory, open_engine, slot_bytes_of
 from kvtier.tiers.disk.reading import RecordReader
-from kvtier.tiers.disk.recovery import find_copies, trim
+from kvtier.tiers.disk.recovery import find_copies, missing_files, trim
 from kvtier.tiers.disk.segments import Segments
 from kvtier.tiers.disk.slots import SlotBook
 from kvtier.tiers.disk.tidying import Tally, Tidier
@@ -67,6 +67,11 @@ class DiskTier(Tier):
 
     name = "disk"
 
+    @staticmethod
+    def check(path: str | os.PathLike[str], layout: PageLayout, format: Format, capacity_bytes: int, namespace: bytes) -> None:
+        """Raises what opening it would, as far as that hangs on its directory: for whoever takes memory for other tiers first."""
+        check_directory(Path(path), layout, format, namespace, slot_bytes_of(layout, format, capacity_bytes), capacity_bytes)
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -87,12 +92,8 @@ class DiskTier(Tier):
         self.layout = layout
         self.format = format
         self.capacity_bytes = capacity_bytes
-        self.slot_bytes = record.record_bytes(format.payload_bytes(layout))
+        self.slot_bytes = slot_bytes_of(layout, format, capacity_bytes)
         self._durability = durability
-        if capacity_bytes < self.slot_bytes:
-            needed = f"one {format.name} page of this layout takes {self.slot_bytes} bytes on disk"
-            raise ConfigError(f"disk.capacity_bytes is {capacity_bytes}, but {needed}; raise it")
-
         self._calls = Calls()
         self._tally = Tally()
         self.counters = self._tally.counts
@@ -110,7 +111,10 @@ class DiskTier(Tier):
         self._segments = Segments(self._directory, chosen.engine, description.segment_slots, self.slot_bytes)
         sizes = (description.segment_slots, self.slot_bytes, depth)
         self._direct = DirectRecords(reader, self._directory, *sizes) if reader is not None else None
-        self._recovered = not self._segments.numbers()
+        segments = self._segments.numbers()
+        self._recovered = not segments
+        if missing := missing_files(segments, description.synced_sequence > 0):
+            _log.warning("disk store %s: %s are gone, not by its doing; their pages are computed again", path, missing)
         if not self.refunds:
             rests = "" if format.fixed_size else f": {format.name} gains no room by its byte stage, so it rests (see disk.compress)"
             level = logging.WARNING if rests else logging.INFO
@@ -258,7 +262,6 @@ class DiskTier(Tier):
             found = find_copies(self._segments, self._reader.fault, trusted, self.capacity_bytes, self.slot_bytes)
         except OSError as error:
             raise StoreError(f"disk store {self._directory.path}: cannot read its segments: {error.strerror}") from error
-        self._tell_missing(self._segments.numbers())
         self._book.adopt(found.slots, {slot: record.record_bytes(header.payload_bytes) for slot, header in found.kept}, found.stale)
         self._writer.next_sequence = max(self._writer.next_sequence, found.last_sequence + 1)
         self._tally.add("recovered", len(found.kept))
@@ -270,15 +273,6 @@ class DiskTier(Tier):
             self._trim(found.kept)
         found.kept.sort(key=lambda item: (item[1].page.depth, item[1].sequence))
         return iter([(slot, header.page) for slot, header in found.kept])
-
-    def _tell_missing(self, segments: Sequence[int]) -> None:
-        """A line in the log if files are gone that there were."""
-        missing = sorted(set(range(max(segments, default=-1) + 1)) - set(segments))
-        if missing or (not segments and self._checkpoints.description.synced_sequence > 0):
-            which = f"segment files {missing}" if missing else "all segment files"
-            _log.warning(
-                "disk store %s: %s are gone, removed by somebody else; their pages are computed again", self._directory.path, which
-            )
 
     def tidy(self) -> int:
         """Erase freed copies from the disk; returns how many. For a worker thread; safe beside every other call."""
