@@ -172,7 +172,7 @@ def _bookkeeping() -> list[Finding]:
     from kvtier.columns import loops, why_missing
 
     native = loops() is not None
-    return [Finding("native bookkeeping", native, "compiled loops for page table and LRU" if native else why_missing())]
+    return [Finding("native bookkeeping", native, "compiled loops for page table, LRU and a2cr" if native else why_missing())]
 
 
 def _file_threads() -> list[Finding]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from kvtier import TieredKVCache
+from kvtier.engines.transformers import layout_of
 from tests.engines.rig import PROMPT, llama
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +43,8 @@ def test_the_page_on_transformers(names):
 
 
 def test_the_front_page(names):
-    exec(next(block for block in blocks("README.md") if "transformers" in block), names)
+    block = next(block for block in blocks("README.md") if "transformers" in block)
+    exec(block, names)
     assert names["session"].restored == 208
-    names["cache"].close()
+    with TieredKVCache.open(None, layout_of(names["model"]), names["settings"]) as again:
+        assert again.lookup(PROMPT, salt="tenant-a").tokens == len(PROMPT) // 16 * 16, "the next process finds what this one kept"
