@@ -190,13 +190,10 @@ class InPlaceLease:
             if not isinstance(payload, Refused):
                 self._payloads[page] = payload
                 continue
-            row = self._lease.rows[page]
             with residency.lock:
-                residency.metrics.tiers[index].refused[payload.reason] += 1
+                residency.copying.lose(self._lease.rows[page], index, payload)
                 self._let_go([page])
                 self._cut(page)
-                if table.state[index, row] == READY and not table.readers[index, row] and not table.leases[row]:
-                    residency.eviction.forget(row, index, "unusable")
             return
 
     def _bring(self, rows: Rows) -> None:
@@ -224,7 +221,7 @@ class InPlaceLease:
         for page in pages:
             del self._held[page]
             self._payloads.pop(page, None)
-            self._residency.table.unhold([self._lease.rows[page]], self._host_index)
+            self._residency.copying.let_go(np.array([self._lease.rows[page]]), self._host_index)
 
     def _on_device(self, layer: int, queries: torch.Tensor, scaling: float | None) -> Partial:
         residency = self._residency

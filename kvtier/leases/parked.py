@@ -140,21 +140,17 @@ class Parked:
             for page in pages:
                 tier, _ = self._held.pop(page)
                 self._payloads.pop(page, None)
-                self._residency.table.unhold([self._lease.rows[page]], tier)
+                self._residency.copying.let_go(np.array([self._lease.rows[page]]), tier)
             if pages:
                 self._to = min(self._to, min(pages))
 
     def _refused(self, page: int, refused: Refused) -> None:
-        """Count a copy that did not verify, and bury it."""
-        residency = self._residency
-        tier = self._held[page][0]
-        with residency.lock:
-            residency.metrics.tiers[tier].refused[refused.reason] += 1
-            row = self._lease.rows[page]
-            residency.table.unhold([row], tier)
-            del self._held[page]
-            if not residency.table.readers[tier, row]:
-                residency.eviction.forget(row, tier, "unusable")
+        """Count a copy that did not verify, and let go of it, by which it is buried."""
+        copying, row = self._residency.copying, self._lease.rows[page]
+        with self._residency.lock:
+            tier, _ = self._held.pop(page)
+            copying.lose(row, tier, refused)
+            copying.let_go(np.array([row]), tier)
 
     # -- bytes -----------------------------------------------------------------------------------------------------------------
 

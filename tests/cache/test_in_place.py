@@ -133,6 +133,21 @@ def test_a_damaged_copy_ends_the_lease_before_it():
         cache.check_integrity()
 
 
+def test_a_copy_that_turns_out_damaged_while_another_reads_it_is_buried_when_that_one_ends(caplog):
+    with split_cache(routing__mode="in_place") as cache:
+        in_host = [page for page, tiers in enumerate(tiers_of(cache, run(1, 8))) if DEVICE not in tiers]
+        match = cache.lookup(run(1, 8))
+        row = cache._residency.table.row(match.keys[in_host[2]])
+        with cache.acquire_in_place(match) as first:
+            flip_in_host(cache, row)
+            with cache.acquire_in_place(match) as second:
+                assert (first.tokens, second.tokens) == (8 * PAGE, in_host[2] * PAGE)
+            assert HOST in tiers_of(cache, run(1, 8))[in_host[2]], "it is being read"
+        assert cache.lookup(run(1, 8)).tokens == in_host[2] * PAGE
+        assert "page refused by tier host: checksum" in caplog.text
+        cache.check_integrity()
+
+
 def test_what_only_the_disk_has_comes_up(tmp_path):
     with make_cache(tmp_path / "d", device_pages=8, host_pages=4, routing__mode="in_place") as cache:
         put(cache, run(1, 8))
