@@ -115,9 +115,8 @@ class TieredKVCache:
         the cores of their NUMA node do their part (docs/attention.md).
 
         Decided per request (`routing`) from what both ways took so far, the attention reported for the pages, the `workload` class and how
-        busy both sides are;
-        `device_utilisation`, 0 to 1, is the engine's word for the device, that of the workers counts without. Waits until pages that must
-        come up are there. ConfigError for an unknown workload, LeaseError for a cache without a host tier.
+        busy both sides are; `device_utilisation`, 0 to 1: how busy the device is, as the engine reports it; None: how busy kvtier's workers
+        are. Waits until pages that must come up are there. ConfigError for an unknown workload, LeaseError for a cache without a host tier.
         """
         self._open()
         return self._routing.acquire(match, workload, device_utilisation)
@@ -161,6 +160,7 @@ class TieredKVCache:
     def append(self, lease: Lease, token_ids: TokenIds, kv: torch.Tensor) -> int:
         """Continue the lease's sequence with computed KV, token by token or many at once; returns how many tokens were taken.
 
+        `kv`: `[layers, planes, len(token_ids), kv_heads, head_dim]` of the layout's dtype, as for `put`; LayoutError for another one.
         Full pages are committed under their content key (visible to everybody), the rest stays in an open page that only this lease
         sees. A page shared with a fork is copied before it is written. Fewer tokens are taken when the device has no room; `lease.full`
         says so, and nothing more is taken then: it would follow tokens that are missing. LeaseError before `lease.tokens` is final: wait
@@ -200,10 +200,11 @@ class TieredKVCache:
     def prefetch(self, token_ids: TokenIds, deadline: float | None = None, salt: str = "") -> Prefetch:
         """A hint that these tokens will be wanted within `deadline` seconds: bring their cold pages up, as far as the budget allows.
 
-        Returns at once. What is still queued after `deadline` (None: no time is said, as if it were now) is cancelled. Hints never take
-        the place of leased pages, of pages brought up for an earlier hint, or of pages that are worth more to the policy than one that is
-        used within `deadline`, and give way to demand. What finds no room is tried again, each page once, when requests release their
-        pages; so wait the newest `kvtier.residency.hinted.MOST_WAITING` hints. LeaseError for a deadline below 0.
+        Returns at once. What is still queued after `deadline` is cancelled; None: the tokens are wanted now, and nothing is. Hints never
+        take the place of leased pages, of pages brought up for an earlier hint, or of pages that are worth more to the policy than one that
+        is used within `deadline`, and give way to demand. What finds no room is tried again, each page once, when requests release their
+        pages; at most `kvtier.residency.hinted.MOST_WAITING` hints wait for that, a newer one in the place of the oldest. LeaseError for a
+        deadline below 0.
         """
         residency = self._open()
         if deadline is not None and not deadline >= 0:

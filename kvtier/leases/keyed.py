@@ -172,7 +172,7 @@ class KeyedPages:
 
         Pages in memory are handed out from where they are, others are brought up first. What has not come when `time.monotonic()` reaches
         `until_s` counts as not having come. With `only_near` it waits for nothing that is further away than the tier below the staging
-        area: the first page that is there by now, for there they go while others are handed out, did not come.
+        area: a page that has moved further down meanwhile counts as not having come.
         """
         parts = deque(self._parts(keys))
         ahead: deque[Part] = deque()

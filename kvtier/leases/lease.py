@@ -120,12 +120,12 @@ class Lease:
     def layer(self, index: int, timeout: float | None = None) -> torch.Tensor:
         """Block until layer `index` of every page is on the device; the pool seen by that layer.
 
-        On a GPU the calling thread goes on once the layer is on its way, and only its current stream waits, on the GPU. That stream must be
-        current again at `release`, or be done with the pages by then.
+        On a GPU the calling thread goes on once the layer is on its way, and only its current stream waits, on the GPU. Call `release` with
+        the same stream current, or once that stream is done with the pages.
 
-        A view `[slots, planes, page_tokens, kv_heads, head_dim]`, to be indexed with `slots()`. After the first call `tokens` is final:
-        pages that did not verify have shortened it. Layers arrive in order, so an engine computes layer 0 while layer 1 is still being
-        decoded.
+        A view `[slots, planes, page_tokens, kv_heads, head_dim]` of the layout's dtype, to be indexed with `slots()`. After the first call
+        `tokens` is final: pages that did not verify have shortened it. Layers arrive in order, so an engine computes layer 0 while layer 1
+        is still being decoded.
         """
         layers = self.residency.layout.layers
         if not 0 <= index < layers:

@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 class Workers:
     """`count` threads, on these nodes in turn. Nodes whose CPUs are out of reach are done without, with one line in the log.
 
-    With `spare`, so many transfers more are carried at times, and house-keeping, which may be stuck at a disk too, has a thread of its own.
+    `spare`: so many threads more for transfers between tiers in memory while all workers wait for a disk, and as many for house-keeping,
+    which may be stuck at a disk, too.
     """
 
     def __init__(self, count: int, nodes: Sequence[int] = (), spare: int = 0) -> None:

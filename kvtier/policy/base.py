@@ -87,7 +87,8 @@ class EvictionPolicy(ABC):
     def settle(self, chain: columns.NewChain, now: float) -> Pages | None:
         """Pages that follow each other settle in a page table whose names are `names`, and come into this tier, in one step: `insert`.
 
-        None, and nothing done in either, where that takes two: without compiled loops that know both, or if one finds anything unusual.
+        None, with nothing changed, where it cannot be done in one step: without compiled loops that know both, or if one finds anything
+        unusual.
         """
         return None
 
@@ -116,8 +117,9 @@ class EvictionPolicy(ABC):
     def give_way(self, count: int, exit: columns.Exit, now: float) -> tuple[Pages, list[int]] | None:
         """`evict` `count` pages, of those that may leave by what `exit` says, and drop their copies from the page table, in one step.
 
-        These pages, and the slots of their copies in the tier, those of the last page first. None, and no page left either, where that
-        takes two: without compiled loops that know both, or if one finds anything unusual. What `peek` may do to the order, this may, too.
+        These pages, and the slots of their copies in the tier, those of the last page first. None, with nothing changed, where it cannot be
+        done in one step: without compiled loops that know both, or if one finds anything unusual. What `peek` may do to the order, this
+        may, too.
         """
         return None
 

@@ -199,8 +199,8 @@ class Tier(Slots):
     def place_ahead(
         self, slots: Sequence[int], keys: Sequence[PageKey], staging: NDArray[np.uint8], memory: torch.Tensor, rows: Sequence[int]
     ) -> Placed | None:
-        """As `place_some`, already begun, and going on by itself, for a caller who may not wait and has another thread see to the rest: it
-        has to be closed, whether anything is asked of it or not. None from tiers that cannot, or not now."""
+        """As `place_some`, already begun, and going on by itself: for a caller who may not wait. Another thread may consume the result; it
+        must be closed in any case. None from tiers that cannot, or not now."""
         del slots, keys, staging, memory, rows
         return None
 
