@@ -129,7 +129,7 @@ def fit(resolved: Resolved, size: Size, layout: PageLayout, loaded: LoadedModel,
     if fitted.device.capacity_bytes < (size.session_tokens // layout.page_tokens + 1) * layout.page_bytes:
         raise ConfigError(
             f"device.capacity_bytes is {fitted.device.capacity_bytes}: not even one session of {size.session_tokens} tokens fits; "
-            "give the device a larger share (--device-share) or play shorter sessions (--context-tokens)"
+            "give the device a larger share (--device-share), or play more sessions (--sessions), of all of which it is a share"
         )
     return fitted
 
