@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,8 +99,9 @@ def write_json(data: object, target: str | None) -> None:
     if target == "-":
         sys.stdout.write(text)
         return
-    path = Path(target)
-    part = path.with_name(f"{path.name}.part") if path.is_file() or not path.exists() else path  # a pipe or device is written as it is
+    path = Path(target).resolve()  # what a link leads to, not the link
+    whole = (path.is_file() or not path.exists()) and os.access(path.parent, os.W_OK)  # else a pipe, or a file in others' directory
+    part = path.with_name(f"{path.name}.part") if whole else path
     try:
         part.write_text(text, encoding="utf-8")
         part.replace(path)

@@ -93,6 +93,11 @@ def test_no_output_is_written_over_another_one(capsys, tmp_path):
 def test_results_that_cannot_be_written_leave_what_was_there(monkeypatch, tmp_path):
     target = tmp_path / "x.json"
     write_json({"a": 1}, str(target))
+    link = tmp_path / "link.json"
+    link.symlink_to(target)
+    write_json({"a": 1}, str(link))
+    assert link.is_symlink()
+    link.unlink()
 
     def full(path, text, **options):
         with path.open("w") as file:
