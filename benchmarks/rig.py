@@ -107,6 +107,7 @@ def open_cache(layout: PageLayout, room: Room, path: Path | None = None, **optio
     check_room(path, store_bytes(layout, room.disk, room.disk_format))
     with scratch_folder(path) as folder:
         changes: dict[str, object] = {
+            "model.name": "bench",
             "pages.page_tokens": layout.page_tokens,
             "device.capacity_bytes": room.device * layout.page_bytes,
             "mover.clean_pressure": 1.0,

@@ -24,7 +24,7 @@ BELOW = {
     "machine": set(),
     "repeated": set(),
     "forked": {"errors"},
-    "io": {"errors", "extensions", "forked"},
+    "io": {"errors", "extensions", "forked", "repeated"},
     "memory": {"errors", "extensions"},
     "numa": {"errors", "forked"},
     "formats": {"cuda", "errors", "extensions", "format_spec", "layout"},

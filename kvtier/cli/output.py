@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,14 +27,10 @@ def human_console(json_target: str | None = None) -> Console:
     return Console(stderr=json_target == "-", highlight=False, markup=False)
 
 
-def check_json_target(target: str | None, inputs: Sequence[Path] = ()) -> None:
-    """KVTierError now, rather than after a long run, if `write_json` could not write to `target`, or would write over one of `inputs`.
-
-    Leaves an existing file as it is.
-    """
+def check_json_target(target: str | None) -> None:
+    """KVTierError now, rather than after a long run, if `write_json` could not write to `target`. Leaves an existing file as it is."""
     if target is None or target == "-":
         return
-    check_not_read("--json", Path(target), inputs)
     try:
         _try_writing(Path(target))
     except OSError as error:
@@ -89,25 +84,20 @@ def check_apart(outputs: Mapping[str, str | Path | None], inputs: Sequence[Path]
 
 
 def write_json(data: object, target: str | None) -> None:
-    """Write `data` as JSON to the file `target`, to stdout for "-", nowhere for None.
-
-    KVTierError if it cannot be written; then what was there stays.
-    """
+    """Write `data` as JSON to the file `target`, to stdout for "-", nowhere for None. KVTierError if it cannot be written."""
     if target is None:
         return
     text = json.dumps(data, indent=2) + "\n"
     if target == "-":
         sys.stdout.write(text)
         return
-    path = Path(target).resolve()  # what a link leads to, not the link
-    whole = (path.is_file() or not path.exists()) and os.access(path.parent, os.W_OK)  # else a pipe, or a file in others' directory
-    part = path.with_name(f"{path.name}.part") if whole else path
+    path = Path(target)
+    existed = path.exists()
     try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
-        if part != path:
-            part.unlink(missing_ok=True)
+        if not existed:
+            path.unlink(missing_ok=True)  # no half of it is left
         raise _cannot_write(target, error) from None
 
 

@@ -30,7 +30,7 @@ def shown_progress(console: Console, *columns: ProgressColumn, transient: bool =
 
     def tell() -> None:
         while not ended.wait(EVERY_S):
-            for task in progress.tasks:
+            for task in [task for task in progress.tasks if not task.finished]:
                 share = "" if task.total is None else f", {task.completed:g} of {task.total:g}"
                 print(f"kvtier: {time.monotonic() - start:.0f} s{share}: {task.description}", file=sys.stderr, flush=True)
 

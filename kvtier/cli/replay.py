@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvtier.cli.app import app
-from kvtier.cli.output import JsonOption, check_json_target, check_plot_target, human_console, write_json
+from kvtier.cli.output import JsonOption, check_apart, check_json_target, check_plot_target, human_console, write_json
 from kvtier.cli.reading import BlockTokensOption, PlotOption, TracesArgument, progress_bar, read_traces
 from kvtier.cli.values import parse_some
 from kvtier.errors import KVTierError
@@ -85,7 +85,8 @@ def replay(
                 raise KVTierError(f"{option} is about tiers; add --tiers, like device=1%,host=9%")
         names = check_policies(names)
     capacities = [Capacity.parse(text) for text in (CAPACITIES if capacity is None else capacity).split(",")]
-    check_json_target(json, traces)
+    check_apart({"--json": json, "--plot": plot}, traces)
+    check_json_target(json)
     check_plot_target(plot)
     console = human_console(json)
     loaded = read_traces(console, traces, block_tokens)

@@ -19,20 +19,22 @@ class _Ending(SystemExit):
 
 @contextmanager
 def stopped_in_order() -> Iterator[None]:
-    """While in here, SIGTERM ends this program as an exception does, with status 143; so does SIGHUP (129), unless it is ignored. For the
-    main thread.
+    """While in here, SIGTERM ends this program as an exception does, with status 143; so does SIGHUP (129); unless they are ignored. One
+    that comes again while files are cleared away keeps nothing from being. For the main thread.
 
     Others' code may drop that exception: Cython's modules do while they are imported, and Python itself where it comes while an object is
     taken apart. An exception on its way is alive, also while files are cleared away for it, so one that is gone was dropped, and the
     signal is sent again.
     """
-    main, inside = threading.get_ident(), True
+    main, inside, under_way = threading.get_ident(), True, False
 
     def send(number: int) -> None:
         if inside:
             signal.pthread_kill(main, number)
 
     def dropped(number: int) -> None:
+        nonlocal under_way
+        under_way = False
         if inside:
             again = threading.Timer(_AGAIN_S, send, (number,))
             again.daemon = True
@@ -44,6 +46,10 @@ def stopped_in_order() -> Iterator[None]:
         return asked
 
     def end(number: int, _: object) -> None:
+        nonlocal under_way
+        if under_way:
+            return
+        under_way = True
         raise ending(number)  # in no variable of this frame, which it refers to: it would keep itself alive
 
     before = {number: signal.getsignal(number) for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvtier.cli.output import JsonOption, check_json_target, check_plot_target, human_console, write_json
+from kvtier.cli.output import JsonOption, check_apart, check_json_target, check_plot_target, human_console, write_json
 from kvtier.cli.reading import BlockTokensOption, PlotOption, TracesArgument, progress_bar, read_traces
 from kvtier.errors import KVTierError
 
@@ -59,7 +59,8 @@ def stats(
     from kvtier.replay.show import plot_stats, print_stats
     from kvtier.replay.stats import trace_stats
 
-    check_json_target(json, traces)
+    check_apart({"--json": json, "--plot": plot}, traces)
+    check_json_target(json)
     check_plot_target(plot)
     console = human_console(json)
     loaded = read_traces(console, traces, block_tokens)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvtier.cli.app import app
-from kvtier.cli.output import JsonOption, check_json_target, check_not_read, check_plot_target, human_console, write_json
+from kvtier.cli.output import JsonOption, check_apart, check_json_target, check_plot_target, human_console, write_json
 from kvtier.cli.reading import BlockTokensOption, PlotOption, TracesArgument, progress_bar, read_traces
 from kvtier.cli.values import parse_some
 from kvtier.errors import KVTierError
@@ -71,8 +71,9 @@ def tune(
     target = _target(out, config)
     limit_s = _seconds(time_limit)
     names = check_policies(policy.split(","))
-    check_json_target(json, [*traces, *([config] if config else []), target])
-    check_not_read("--out", target, traces)
+    check_apart({"--out": target, "--json": json, "--plot": plot}, traces)
+    check_apart({"--json": json, "--plot": plot}, [config] if config else [])
+    check_json_target(json)
     check_plot_target(plot)
     given = load_config(config, env={})
     console = human_console(json)

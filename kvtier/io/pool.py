@@ -17,6 +17,7 @@ from queue import SimpleQueue
 
 from kvtier.forked import LeftBehind, tell_children
 from kvtier.io.files import Outcomes, Request
+from kvtier.repeated import RepeatedWarning
 
 Work = Callable[[Request], int | OSError]
 _log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class RequestPool:
         self._stopped = False
         self._cpus: tuple[int, ...] = ()
         self._left_behind: LeftBehind | None = None
+        self._warnings = RepeatedWarning(_log)
         tell_children(self)
 
     def after_fork_in_child(self) -> None:
@@ -121,7 +123,8 @@ class RequestPool:
                 try:
                     thread.start()
                 except RuntimeError as error:
-                    _log.warning("%s: %s; %d of %d storage threads do all the work", self._name, error, len(self._threads), helpers)
+                    what = "%s: %s; %d of %d storage threads, and who waits for them, do all the work"
+                    self._warnings.say("threads", what, self._name, error, len(self._threads), helpers)
                     break
                 self._threads.append(thread)
             self._wake.notify(helpers)

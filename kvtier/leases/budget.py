@@ -115,6 +115,7 @@ class BudgetedLease:
 
         The best are those of which the digests say that they would get most attention, as many as there are frames.
         """
+        self._residency.check_open()
         if not self.parked:
             return list(range(self.pages))
         frames, parked = self._take_frames(), self.parked
@@ -133,6 +134,7 @@ class BudgetedLease:
 
         Recalls what is not on the device. TransferFailed if a page cannot be read any more.
         """
+        self._residency.check_open()
         placed, parked = self._placed[layer], self.parked
         missing = [page for page in pages if page in parked and page not in placed]
         if missing:
@@ -156,6 +158,7 @@ class BudgetedLease:
         The parked ones pass through a buffer of one layer, while a worker fills another one with the next layer. TransferFailed if a page
         cannot be read any more.
         """
+        self._residency.check_open()
         pool, parked = self._residency.device.layer(layer), self.parked
         kept = [*range(min(SINKS, self.pages)), *range(parked.stop, self.pages)]
         stayed = pool[torch.tensor(self._slots(kept), dtype=torch.int64, device=pool.device)]

@@ -7,11 +7,20 @@ State: a count, a column of the page table that says from which tier each page c
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from kvtier.pages import NO_TIER, PageTable, Rows
 
 MOST_WAITING = 8
 """Hints that wait for room at a time; the oldest is given up for a new one. Each looks again whenever a request ends."""
+
+
+class Waiting(Protocol):
+    """A hint that waits for room."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is too late for its pages."""
 
 
 class Hinted:
@@ -22,7 +31,7 @@ class Hinted:
         self._budget = budget
         self.count = 0
         """How many there are."""
-        self.waiting: dict[object, Callable[[], None]] = {}
+        self.waiting: dict[Waiting, Callable[[], None]] = {}
         """Whom `room_came` calls."""
 
     @property
@@ -44,13 +53,15 @@ class Hinted:
         self.count -= len(marked)
         return len(marked)
 
-    def wait_for_room(self, hint: object, again: Callable[[], None]) -> None:
-        """Call `again` once, when pages were let go of, unless `hint` gives up before."""
+    def wait_for_room(self, hint: Waiting, again: Callable[[], None]) -> None:
+        """Call `again` once, when pages were let go of, unless `hint` gives up before, or its time is over."""
+        for other in [other for other in self.waiting if other.is_over]:
+            del self.waiting[other]
         self.waiting[hint] = again
         if len(self.waiting) > MOST_WAITING:
             del self.waiting[next(iter(self.waiting))]
 
-    def give_up(self, hint: object) -> None:
+    def give_up(self, hint: Waiting) -> None:
         """`hint` does not wait any more."""
         self.waiting.pop(hint, None)
 

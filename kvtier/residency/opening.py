@@ -33,7 +33,7 @@ WRITE_BACK, SELECTIVE = "write_back", "write_through_selective"
 def open_tiers(config: Config, layout: PageLayout, namespace: bytes) -> tuple[DevicePool, list[Slots]]:
     """The device tier of `config`, and all tiers, warmest first. Raises what they raise, and nothing is left open then.
 
-    What is wrong with the disk is found before memory is taken, which may take long.
+    A disk without room, or a store of others, is found before memory is taken, which may take long.
     """
     if config.disk is not None:
         DiskTier.check(config.disk.path, layout, get_format(config.disk.format), config.disk.capacity_bytes, namespace)

@@ -54,6 +54,11 @@ class Prefetch:
         """Pages on their way or brought so far."""
         return sum(len(transfer.moves) for transfer in self._transfers)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether its deadline has passed."""
+        return self._has_deadline and time.monotonic() >= self._until_s
+
     def cancel(self) -> None:
         """Take back what is still queued or waits for room. Transfers that started, or that a request waits for by now, go on."""
         self._cancelled = True
@@ -105,7 +110,7 @@ class Prefetch:
 
     def _again(self) -> None:
         """Pages were let go of. Lock held."""
-        if self._has_deadline and time.monotonic() >= self._until_s:
+        if self.is_over:
             self._cancelled = True
             return
         try:

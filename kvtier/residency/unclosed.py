@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import weakref
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,9 @@ _PATIENCE_S = 1.0
 def watch(residency: Residency) -> None:
     """Tell about it if the process ends before it is closed."""
     _made.add(residency)
+
+
+os.register_at_fork(after_in_child=_made.clear)  # what is lost is the parent's
 
 
 @atexit.register

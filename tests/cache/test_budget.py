@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvtier.errors import ConfigError, LeaseError
+from kvtier.errors import Closed, ConfigError, LeaseError
 from kvtier.layout import PageLayout
 from kvtier.leases.budget import SINKS, shares
 from kvtier.pages import READY
@@ -196,3 +196,15 @@ def test_where_nothing_below_has_room_the_sequence_ends_there_and_stays_whole():
         lease.release()
         cache.check_integrity()
         assert cache.stats()["leased_pages"] == 0
+
+
+def test_a_lease_of_a_cache_that_was_closed_says_so():
+    cache = open_cache(device_pages=BUDGET - 1)
+    lease = cache.acquire_within(cache.lookup([]), BUDGET)
+    lease.append(TOKENS, kv_of(TOKENS, "", LAYOUT))
+    chosen = lease.choose(0, looking_at(kv_of(TOKENS, "", LAYOUT), 0, 50))
+    cache.close()
+    for use in (lambda: lease.choose(0, torch.ones(1, 32)), lambda: lease.gather(0, chosen), lambda: lease.stream(0)):
+        with pytest.raises(Closed):
+            use()
+    lease.release()

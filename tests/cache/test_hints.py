@@ -223,6 +223,23 @@ def test_a_hint_that_waits_for_room_beyond_its_deadline_brings_nothing():
         assert hint.pages == 0
 
 
+def test_hints_that_are_too_late_give_their_places_to_those_that_are_not(monkeypatch):
+    monkeypatch.setattr("kvtier.residency.hinted.MOST_WAITING", 2)
+    with make_cache(device_pages=8, host_pages=40) as cache:
+        for start in range(1, 7):
+            put(cache, run(start, 2))
+        push_out(cache)
+        with hold(cache, []) as lease:
+            cache.append(lease, run(9, 8), kv_of(run(9, 8)))
+            patient = cache.prefetch(run(1, 2))
+            assert patient.wait(20)
+            for start in range(2, 7):
+                assert cache.prefetch(run(start, 2), deadline=0.01).wait(20)
+                time.sleep(0.03)
+        cache.settle(20)
+        assert patient.pages == 2
+
+
 def test_a_hint_that_ended_is_remembered_by_nobody():
     with make_cache() as cache:
         hints = [weakref.ref(cache.prefetch(run(start, 3), deadline=3600.0)) for start in range(20)]

@@ -73,3 +73,23 @@ def test_a_run_that_a_closed_terminal_does_not_end_goes_on():
         running.send_signal(signal.SIGHUP)
         running.terminate()
         assert running.wait(30) == 128 + signal.SIGTERM
+
+
+AGAIN = """
+import os, signal, time
+from kvtier.cli.stopping import stopped_in_order
+
+with stopped_in_order():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    finally:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("cleared up", flush=True)
+"""
+
+
+def test_an_ending_that_is_asked_for_again_meanwhile_keeps_nothing_from_being_cleared_away():
+    done = subprocess.run([sys.executable, "-c", AGAIN], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.returncode) == ("cleared up\n", 128 + signal.SIGTERM), done.stderr

@@ -126,7 +126,7 @@ def test_a_copy_that_cannot_be_erased_stays_pending_and_is_tried_again(tmp_path)
     tier.close()
 
 
-def test_a_medium_that_cannot_erase_is_asked_a_few_times_a_pass_and_said_so_once(tmp_path, monkeypatch, caplog):
+def test_a_medium_that_cannot_erase_is_asked_a_few_times_a_pass_which_is_said_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("kvtier.tiers.disk.tidying.MOST_FAILURES", 2)
     engine = FaultyEngine()
     tier = open_disk(tmp_path, engine=engine)
@@ -146,11 +146,6 @@ def test_a_medium_that_cannot_erase_is_asked_a_few_times_a_pass_and_said_so_once
     assert caplog.text.count(os.strerror(errno.EROFS)) == 1
     engine.punch_errno = 0
     assert tier.tidy() == 5
-    engine.punch_errno = errno.EROFS
-    tier.free(put(tier, [6]))
-    assert tier.tidy() == 0
-    assert caplog.text.count(os.strerror(errno.EROFS)) == 2, "after it worked again"
-    engine.punch_errno = 0
     tier.close()
 
 

@@ -6,6 +6,8 @@ import errno
 import fcntl
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,10 +39,14 @@ def test_a_second_store_object_is_refused_naming_path_and_process(store):
     tier = open_disk(store)
     with pytest.raises(StoreLocked, match=rf"{store} is open in this process already; close\(\) what has it first"):
         open_disk(store)
-    (store / "lock").write_text("12345\n")
-    with pytest.raises(StoreLocked, match=rf"{store}.*process 12345; stop it"):
-        open_disk(store)
+    holder = "import sys, time; from tests.tiers.disk import *; open_disk(Path(sys.argv[1])); print(flush=True); time.sleep(60)"
     tier.close()
+    with subprocess.Popen([sys.executable, "-c", holder, str(store)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(StoreLocked, match=rf"{store}.*process {other.pid}; stop it"):
+            open_disk(store)
+        other.kill()
     open_disk(store).close()
 
 
@@ -228,10 +234,9 @@ def test_a_disk_that_cannot_be_is_found_before_it_is_made(tmp_path):
         DiskTier.check(store, LAYOUT, RAW, 1, bytes(32))
     DiskTier.check(store, LAYOUT, RAW, CAPACITY, bytes(32))
     assert not store.exists()
-    tier = open_disk(store)
-    with pytest.raises(StoreLocked):
-        DiskTier.check(store, LAYOUT, RAW, CAPACITY, bytes(32))
-    tier.close()
+    open_disk(store).close()
+    with pytest.raises(ConfigError, match="lower it, or free"):
+        DiskTier.check(store, LAYOUT, RAW, 1 << 60, NAMESPACE)
     with pytest.raises(StoreError, match="another format"):
         DiskTier.check(store, LAYOUT, get_format("q8"), CAPACITY, NAMESPACE)
     open_disk(store).close()

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from kvtier.errors import ConfigError, LayoutError, StoreError, StoreLocked
+from kvtier.io.probe import existing_part
 from kvtier.layout import PageLayout
 
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -29,6 +30,8 @@ _MAGIC = "kvtier disk store"
 _VERSION = 1
 _REMEDY = "use another disk.path, or delete this directory (its copies are only a cache)"
 _log = logging.getLogger(__name__)
+_held: set[int] = set()
+"""The locks that this process has, as open files."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class StoreDirectory:
             self._lock = None
             if isinstance(error, BlockingIOError):
                 message = f"disk store {path} is in use by process {holder or 'unknown'}; stop it or use another disk.path"
-                if holder == str(os.getpid()):
+                if any(_same_file(lock, path / _LOCK) for lock in _held):
                     message = f"disk store {path} is open in this process already; close() what has it first, or use another disk.path"
                 raise StoreLocked(message) from error
             self.give_up()
@@ -115,6 +118,7 @@ class StoreDirectory:
         if not _same_file(self._lock, path / _LOCK):
             self.close()
             raise StoreLocked(f"disk store {path} was just made and given up by somebody else, with its lock; try again")
+        _held.add(self._lock)
         self._made += [where for name in (_TEMPORARY, _DESCRIPTION) if not (where := path / name).exists()]
         with contextlib.suppress(OSError):  # only a courtesy to the next opener, and the disk may be full
             os.pwrite(self._lock, f"{os.getpid():<31}\n".encode(), 0)
@@ -136,19 +140,6 @@ class StoreDirectory:
             return os.open(file, flags, 0o600)
         self._made.append(file)
         return lock
-
-    def describe(self, wanted: Description) -> Description | None:
-        """The description found on disk, None if there is none yet. LayoutError or StoreError unless it agrees with `wanted`."""
-        found = read_description(self.path)
-        if found is None:
-            return None
-        if found.layout != wanted.layout:
-            raise LayoutError(f"disk store {self.path} holds pages of {found.layout}; this cache has {wanted.layout}; {_REMEDY}")
-        for field, what in (("format", "format"), ("namespace", "model or revision (namespace)"), ("slot_bytes", "record size")):
-            theirs, ours = getattr(found, field), getattr(wanted, field)
-            if theirs != ours:
-                raise StoreError(f"disk store {self.path} has another {what}: {theirs} there, {ours} here; {_REMEDY}")
-        return found
 
     def write(self, description: Description) -> None:
         """Replace the description, durably. OSError if the medium fails.
@@ -178,36 +169,22 @@ class StoreDirectory:
 
     def segment_path(self, segment: int) -> Path:
         """File of segment number `segment`."""
-        return self.path / f"segment-{segment:05d}.kvt"
+        return _segment_path(self.path, segment)
 
     def segments(self) -> list[int]:
         """Numbers of the segment files that exist, ascending."""
-        return sorted(int(match[1]) for name in os.listdir(self.path) if (match := _SEGMENT.fullmatch(name)))
+        return _segments(self.path)
 
     def check_space(self, capacity_bytes: int, before_bytes: int = 0) -> None:
-        """ConfigError if the file system could not hold `capacity_bytes` of segments even if nobody else wrote to it.
-
-        A store that had `before_bytes` when it was last opened may have as many again, whoever filled the disk meanwhile: what is in it can
-        be used, and a line in the log says what is missing. One that gives no size of its own (ramfs, some in user space or across the
-        network) is taken at no word: writes will show.
-        """
-        system = os.statvfs(self.path)
-        if system.f_blocks == 0:
-            return
-        free = system.f_bavail * system.f_frsize
-        held = sum(os.stat(self.segment_path(segment)).st_blocks * 512 for segment in self.segments())
-        missing = capacity_bytes - free - held
-        if missing <= 0:
-            return
-        available = f"on the file system of {self.path} {free + held} bytes are available ({free} free, {held} held by the store)"
-        if capacity_bytes > before_bytes:
-            raise ConfigError(f"disk.capacity_bytes is {capacity_bytes}, but {available}; lower it, or free {missing} bytes there")
-        _log.warning(
-            "disk store: %s of disk.capacity_bytes %d; what is there is used and others leave for what comes; free %d bytes for all of it",
-            available,
-            capacity_bytes,
-            missing,
-        )
+        """As the function of that name; and what room is missing is told in the log, where that is no error."""
+        missing, available = check_space(self.path, capacity_bytes, before_bytes)
+        if missing > 0:
+            _log.warning(
+                "disk store: %s of disk.capacity_bytes %d; what is there is used, others leave for what comes; free %d bytes for all of it",
+                available,
+                capacity_bytes,
+                missing,
+            )
 
     def give_up(self) -> None:
         """Take back what was made here, and unlock: for a store that was refused. What was there before stays."""
@@ -221,6 +198,7 @@ class StoreDirectory:
         """Unlock. Safe to call twice."""
         if self._lock is not None:
             # Explicitly, because a forked child may still have the file open and would keep the lock.
+            _held.discard(self._lock)
             fcntl.flock(self._lock, fcntl.LOCK_UN)
             os.close(self._lock)
             self._lock = None
@@ -236,6 +214,49 @@ def read_description(path: Path) -> Description | None:
     except OSError as error:
         raise StoreError(f"{where}: cannot be read: {error.strerror}; {_REMEDY}") from error
     return Description.from_json(text, where)
+
+
+def describe(path: Path, wanted: Description) -> Description | None:
+    """The description of the store in `path`, None if there is none. LayoutError or StoreError unless it agrees with `wanted`."""
+    found = read_description(path)
+    if found is None:
+        return None
+    if found.layout != wanted.layout:
+        raise LayoutError(f"disk store {path} holds pages of {found.layout}; this cache has {wanted.layout}; {_REMEDY}")
+    for field, what in (("format", "format"), ("namespace", "model or revision (namespace)"), ("slot_bytes", "record size")):
+        theirs, ours = getattr(found, field), getattr(wanted, field)
+        if theirs != ours:
+            raise StoreError(f"disk store {path} has another {what}: {theirs} there, {ours} here; {_REMEDY}")
+    return found
+
+
+def check_space(path: Path, capacity_bytes: int, before_bytes: int = 0) -> tuple[int, str]:
+    """ConfigError if the file system could not hold `capacity_bytes` of segments in `path`, which may not be there yet, even if nobody else
+    wrote to it.
+
+    A store that had `before_bytes` when it was last opened may have as many again, whoever filled the disk meanwhile: what is in it can be
+    used. How many bytes are missing then, and in words what is available. A file system that gives no size of its own (ramfs, some in user
+    space or across the network) is taken at no word: writes will show.
+    """
+    system = os.statvfs(existing_part(path))
+    if system.f_blocks == 0:
+        return 0, ""
+    free = system.f_bavail * system.f_frsize
+    held = sum(os.stat(_segment_path(path, segment)).st_blocks * 512 for segment in _segments(path))
+    missing = capacity_bytes - free - held
+    available = f"on the file system of {path} {free + held} bytes are available ({free} free, {held} held by the store)"
+    if missing > 0 and capacity_bytes > before_bytes:
+        raise ConfigError(f"disk.capacity_bytes is {capacity_bytes}, but {available}; lower it, or free {missing} bytes there")
+    return missing, available
+
+
+def _segments(path: Path) -> list[int]:
+    names = os.listdir(path) if path.is_dir() else []
+    return sorted(int(match[1]) for name in names if (match := _SEGMENT.fullmatch(name)))
+
+
+def _segment_path(path: Path, segment: int) -> Path:
+    return path / f"segment-{segment:05d}.kvt"
 
 
 def reopened(found: Description, capacity_bytes: int) -> Description:

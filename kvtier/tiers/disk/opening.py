@@ -19,7 +19,7 @@ from kvtier.io.probe import Chosen, EngineChoice, choose_engine, existing_part
 from kvtier.layout import PageLayout
 from kvtier.tiers.disk import record
 from kvtier.tiers.disk.direct import check_direct, find_reader
-from kvtier.tiers.disk.directory import Description, StoreDirectory, reopened
+from kvtier.tiers.disk.directory import Description, StoreDirectory, check_space, describe, reopened
 
 DiskEngine = EngineChoice | Literal["gds"]
 
@@ -71,13 +71,9 @@ def _wanted(layout: PageLayout, format: Format, namespace: bytes, slot_bytes: in
 
 
 def check_directory(path: Path, layout: PageLayout, format: Format, namespace: bytes, slot_bytes: int, capacity_bytes: int) -> None:
-    """Raises what `open_directory` would, as far as that can be known now, and leaves there what was there."""
-    directory = StoreDirectory(path)
-    try:
-        if directory.describe(_wanted(layout, format, namespace, slot_bytes, capacity_bytes)) is None:
-            directory.check_space(capacity_bytes)
-    finally:
-        directory.give_up()
+    """Raises what `open_directory` would for a store of others, or for too little room. Makes nothing, and asks for no lock."""
+    found = describe(path, _wanted(layout, format, namespace, slot_bytes, capacity_bytes))
+    check_space(path, capacity_bytes, found.capacity_bytes if found is not None else 0)
 
 
 def open_directory(
@@ -87,7 +83,7 @@ def open_directory(
     wanted = _wanted(layout, format, namespace, slot_bytes, capacity_bytes)
     directory = StoreDirectory(path)
     try:
-        found = directory.describe(wanted)
+        found = describe(path, wanted)
         directory.check_space(capacity_bytes, found.capacity_bytes if found is not None else 0)
         description = reopened(found or wanted, capacity_bytes)
         try:

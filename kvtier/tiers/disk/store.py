@@ -69,7 +69,7 @@ class DiskTier(Tier):
 
     @staticmethod
     def check(path: str | os.PathLike[str], layout: PageLayout, format: Format, capacity_bytes: int, namespace: bytes) -> None:
-        """Raises what opening it would, as far as that hangs on its directory: for whoever takes memory for other tiers first."""
+        """Raises what opening it would for a store of others, or for too little room: for whoever takes memory for other tiers first."""
         check_directory(Path(path), layout, format, namespace, slot_bytes_of(layout, format, capacity_bytes), capacity_bytes)
 
     def __init__(

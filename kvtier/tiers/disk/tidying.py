@@ -9,6 +9,7 @@ import logging
 import threading
 from collections import Counter
 
+from kvtier.repeated import RepeatedWarning
 from kvtier.tiers.disk.segments import Segments
 from kvtier.tiers.disk.slots import SlotBook
 
@@ -44,8 +45,7 @@ class Tidier:
         self._segments = segments
         self._book = book
         self._tally = tally
-        self._failure = ""
-        """What the medium said when it failed to erase, until it does."""
+        self._warnings = RepeatedWarning(_log)
 
     def tidy(self) -> int:
         """Erase what was freed before this call; returns how many copies that took.
@@ -67,14 +67,12 @@ class Tidier:
         return erased
 
     def erase(self, slot: int) -> bool:
-        """Punch a slot, so that no record is found in it; False if the medium fails, which the log says once in a row."""
+        """Punch a slot, so that no record is found in it; False if the medium fails."""
         try:
             self._segments.erase(slot)
         except OSError as error:
             self._tally.add("io errors")
-            if self._failure != (failure := str(error)):
-                _log.warning("disk store %s: cannot erase freed copies, which is tried again and again: %s", self._path, failure)
-            self._failure = failure
+            what = "disk store %s: cannot erase freed copies, which is tried again and again: %s"
+            self._warnings.say(error.errno, what, self._path, error)
             return False
-        self._failure = ""
         return True
