@@ -11,6 +11,7 @@ from kvtier.cli.app import app
 from kvtier.cli.measuring import TinyOption
 from kvtier.cli.output import JsonOption, check_apart, check_json_target, check_plot_target, human_console, write_json
 from kvtier.cli.progress import shown_progress
+from kvtier.cli.stopping import stopped_in_order
 from kvtier.errors import ConfigError, LayoutError
 from kvtier.quality.protocol import Protocol
 
@@ -68,7 +69,7 @@ def quality(
     check_plot_target(plot)
     console = human_console(json)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with shown_progress(console, *columns) as bar:
+    with stopped_in_order(), shown_progress(console, *columns) as bar:
         task = bar.add_task("", total=None)
         from kvtier.engines.models import load_model
         from kvtier.machine import describe_machine

@@ -11,6 +11,7 @@ import typer
 
 from kvtier.cli.output import JsonOption, check_apart, check_json_target, check_plot_target, human_console, write_json
 from kvtier.cli.reading import BlockTokensOption, PlotOption, TracesArgument, progress_bar, read_traces
+from kvtier.cli.stopping import stopped_in_order
 from kvtier.errors import KVTierError
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _write(out: str, requests: Iterable[Request], total: int) -> None:
     from kvtier.replay.trace import write_trace
 
     console = human_console(out)
-    with progress_bar(console) as progress:
+    with stopped_in_order(), progress_bar(console) as progress:
         counted = _counted(requests, lambda done: progress(done, total, f"writing {out}"))
         if out == "-":
             written = write_trace(counted, sys.stdout)

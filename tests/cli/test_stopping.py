@@ -25,6 +25,19 @@ def test_a_terminated_run_leaves_no_store_behind(tmp_path):
     assert not list(tmp_path.glob("kvtier-run-*"))
 
 
+def test_a_trace_that_is_being_written_leaves_nothing_behind(tmp_path):
+    command = [sys.executable, "-m", "kvtier", "trace", "make", str(tmp_path / "t.jsonl"), "--mix", "chat=1", "--requests", "10000000"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        until = time.monotonic() + 120
+        while not list(tmp_path.iterdir()):
+            assert running.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        running.terminate()
+        assert running.wait(60) == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
+
+
 DROPPED = """
 import time
 from kvtier.cli.stopping import stopped_in_order
