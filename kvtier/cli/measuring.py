@@ -28,9 +28,7 @@ def measured(
     from kvtier.machine import describe_machine
 
     given = [each for value in options.values() for each in (value if isinstance(value, list | tuple) else [value])]
-    check_apart(
-        {"--json": json, "--plot": plot, "--profile": profile}, [each for each in given if isinstance(each, Path) and each.is_file()]
-    )
+    check_apart({"--json": json, "--plot": plot, "--profile": profile}, [each for each in given if isinstance(each, Path)])
     check_json_target(json)
     kit, program = importlib.import_module("kvtier.bench.measure"), importlib.import_module(f"kvtier.bench.{name}")
     check_plot_target(plot)

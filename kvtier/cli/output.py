@@ -65,20 +65,16 @@ def _try_writing(path: Path) -> None:
         path.unlink()
 
 
-def check_not_read(option: str, target: Path, inputs: Sequence[Path]) -> None:
-    """KVTierError if what `option` writes is one of the files that are read."""
-    if target.exists() and any(path.exists() and target.samefile(path) for path in inputs):
-        raise KVTierError(f"{option} {target} is what is read; name another file")
-
-
 def check_apart(outputs: Mapping[str, str | Path | None], inputs: Sequence[Path] = ()) -> None:
     """KVTierError if an option's file is one of `inputs`, or that of another option. `outputs`: the files by option; - is none."""
     options: dict[Path, str] = {}
     for option, target in outputs.items():
         if target is None or target == "-":
             continue
-        check_not_read(option, Path(target), inputs)
-        other = options.setdefault(Path(target).resolve(), option)
+        path = Path(target)
+        if path.exists() and any(each.exists() and path.samefile(each) for each in inputs):
+            raise KVTierError(f"{option} {target} is what is read; name another file")
+        other = options.setdefault(path.resolve(), option)
         if other != option:
             raise KVTierError(f"{option} {target} is what {other} writes; name another file")
 
